@@ -1,0 +1,297 @@
+"""Settings: every number of the paper once, next to the section it comes from.
+
+A configuration file holds only what differs from the defaults below. ``load_config`` reads it with
+``yaml.safe_load``, applies ``key=value`` overrides and returns one frozen :class:`Config`; an unknown
+key is an error that names the nearest known one. Values reach the library as arguments: no other
+module reads YAML, and none keeps a global configuration.
+
+"sec." is a section of He et al., "Spatial Pyramid Pooling in Deep Convolutional Networks for Visual
+Recognition" (arXiv 1406.4729v4); "release" is the behaviour of the authors' published detector.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the next step."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Settings):
+    """Which images, of which classes, for which purpose. Splits are ``<year folder>/<image set>``."""
+
+    root: Path = Path("data/VOCdevkit")
+    train: tuple[str, ...] = ("VOC2007/trainval",)
+    val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
+    test: tuple[str, ...] = ("VOC2007/test",)  # empty = the held-out images
+    classes: tuple[str, ...] | None = None  # None = discovered in the training annotations
+    holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty
+    train_on_difficult: bool = True  # release: the shipped script trains with them
+    seed: int = 0
+
+
+class ProposalSettings(Settings):
+    """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
+
+    method: Literal["opencv_selective_search"] = "opencv_selective_search"
+    mode: Literal["fast", "quality"] = "fast"
+    max_windows: int = Field(2000, ge=1)  # sec. 4.1
+    min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
+    import_from: tuple[Path, ...] = ()  # .npz or .mat files that already hold the windows
+    workers: int = Field(0, ge=0)  # 0 = all cores
+
+
+class WeightsSettings(Settings):
+    """Pretrained weights of a trunk and the preprocessing they were trained with.
+
+    Pixels run 0-255; the network sees ``(pixel - mean) / std`` per channel in ``channel_order``.
+    """
+
+    source: Literal["torchvision", "file", "random"] = "torchvision"
+    file: Path | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
+
+    @model_validator(mode="after")
+    def _file_goes_with_source(self) -> WeightsSettings:
+        if self.source == "file" and self.file is None:
+            raise ValueError("source is 'file' but no file is named; set trunk.weights.file=PATH")
+        return self
+
+
+class TrunkSettings(Settings):
+    """The convolutional layers below the pyramid."""
+
+    name: str = "zf5"
+    layer: str | None = None  # last layer to run, in the trunk's own names; None = the trunk's default
+    stride: Literal["dilate", "cut"] = "dilate"  # ours: where the total stride would exceed 16
+    weights: WeightsSettings = WeightsSettings()
+
+
+class MapSettings(Settings):
+    """The convolutional maps of an image (sec. 4.1: computed once per image)."""
+
+    scales: tuple[int, ...] = (688,)  # sec. 4.1: shorter side s; five scales: 480 576 688 864 1200
+    max_side: int | None = Field(None, ge=16)  # ours: bound on the longer side, shrinks the scale
+    storage: Literal["float32", "float16"] = "float16"  # ours: precision of the stored maps
+    compute: Literal["float32", "bfloat16"] = "float32"  # ours: precision of the convolutions
+    target_side: float = 208  # release: 13 cells of 16 px; the paper compares areas with 224²
+
+
+class PyramidSettings(Settings):
+    """Levels of the pyramid and the projection of a window onto the map."""
+
+    levels: tuple[int, ...] = (1, 2, 3, 6)  # sec. 4.1: 50 bins
+    projection: Literal["release", "paper"] = "release"  # paper: app. A
+
+
+class HeadSettings(Settings):
+    """fc6 and fc7 above the pyramid."""
+
+    fc6: int = Field(4096, ge=1)  # sec. 3.1
+    fc7: int = Field(4096, ge=1)  # sec. 3.1
+    dropout: float = Field(0.5, ge=0, lt=1)  # sec. 3.1
+    init: Literal["random", "imagenet", "checkpoint"] = "random"
+    checkpoint: Path | None = None  # an SPP classification checkpoint (.safetensors)
+
+
+class PretrainSettings(Settings):
+    """SPP classification on crops of the training objects, for trunks without pretrained weights (ours)."""
+
+    enabled: bool = False
+    steps: int = Field(1500, ge=1)
+    batch: int = Field(64, ge=1)
+    sizes: tuple[int, ...] = (96, 128)  # sec. 2.3: multi-size training, alternating
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+
+class FinetuneSettings(Settings):
+    """Training of fc6, fc7 and a (K+1)-way fc8 on sampled windows, the trunk frozen (sec. 4.1)."""
+
+    enabled: bool = True
+    batch: int = Field(128, ge=1)  # release
+    images_per_batch: int = Field(32, ge=1)  # ours: maps read per step
+    positive_share: float = Field(0.25, ge=0, le=1)  # sec. 4.1
+    positive_overlap: float = 0.5  # sec. 4.1: positives have IoU in [0.5, 1]
+    negative_overlap: tuple[float, float] = (0.1, 0.5)  # sec. 4.1
+    flip: bool = True  # release
+    steps: tuple[int, ...] = (30_000, 30_000, 30_000)  # release (sec. 4.1: 250k then 50k)
+    learning_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5)  # release (sec. 4.1: 1e-4 then 1e-5)
+    momentum: float = 0.9  # release
+    weight_decay: float = 5e-4  # release
+    bias_rate: float = 2.0  # release: biases learn at twice the rate
+    validate_every: int = Field(1000, ge=1)  # ours
+    precision: Literal["float32", "bfloat16"] = "float32"  # ours: autocast of the products
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_rate_per_phase(self) -> FinetuneSettings:
+        if len(self.steps) != len(self.learning_rates):
+            raise ValueError(
+                f"steps has {len(self.steps)} phases but learning_rates has {len(self.learning_rates)}; "
+                "give one learning rate per phase"
+            )
+        return self
+
+
+class SVMSettings(Settings):
+    """One linear SVM per class with hard-negative mining (sec. 4.1; numbers of the release)."""
+
+    layer: Literal["pool", "fc6", "fc7"] = "fc7"  # sec. 4.1
+    finetuned: bool = True  # False: features of the head as it was initialised
+    C: float = Field(1e-3, gt=0)  # release
+    bias_multiplier: float = Field(10.0, gt=0)  # release
+    positive_weight: float = Field(2.0, gt=0)  # release
+    negative_overlap: float = 0.3  # sec. 4.1: negatives have IoU < 0.3 with every object of the class
+    duplicates: Literal["cells", "overlap"] = "cells"  # release; paper: drop negatives above 0.7
+    duplicate_overlap: float = 0.7  # sec. 4.1, where duplicates = "overlap"
+    feature_norm: float = 20.0  # release: mean norm of the scaled features
+    norm_images: int = 200  # release: sample for the mean norm
+    norm_windows: int = 200  # release
+    mine_above: float = -1.0001  # release: negatives that score above enter the cache
+    evict_below: float = -1.2  # release: cached negatives that score below leave it
+    retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
+    epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
+    cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the cached features of all classes
+    tolerance: float = Field(0.1, gt=0)  # liblinear's own default stopping tolerance
+    max_iterations: int = Field(1000, ge=1)  # liblinear's own default
+    seed: int = 0
+
+
+class BoxRegressionSettings(Settings):
+    """Class-wise ridge regression from pooled features to box corrections (sec. 4.1, release)."""
+
+    enabled: bool = True
+    layer: Literal["pool", "fc6", "fc7"] = "pool"  # sec. 4.1
+    ridge: float = Field(4000.0, gt=0)  # release (R-CNN: 1000)
+    overlap: float = 0.5  # release: training windows have IoU >= 0.5 (R-CNN: 0.6)
+    whitening: float = 0.001  # release: (S + 0.001 I)^(-1/2)
+    feature_norm: float = 20.0  # release
+    max_examples: int = Field(10_000, ge=1)  # ours: bound on the windows per class, drawn evenly
+    seed: int = 0
+
+
+class DetectSettings(Settings):
+    """From scores to detections (release)."""
+
+    score_threshold: float = -1.5  # release
+    nms_overlap: float = 0.3  # sec. 4.1
+    max_per_class: int = Field(100, ge=1)  # release: per image and class
+    precision: Literal["float32", "bfloat16"] = "float32"  # ours: precision of fc6 and fc7
+
+
+class EvaluateSettings(Settings):
+    metric: Literal["11point", "area"] = "11point"  # VOC07; "area" from VOC10 on
+    iou: float = Field(0.5, gt=0, le=1)
+    use_difficult: bool = False  # VOC: difficult objects are neither found nor missed
+
+
+class Config(Settings):
+    """All settings of one run."""
+
+    name: str = "run"
+    data: DataSettings = DataSettings()
+    proposals: ProposalSettings = ProposalSettings()
+    trunk: TrunkSettings = TrunkSettings()
+    maps: MapSettings = MapSettings()
+    pyramid: PyramidSettings = PyramidSettings()
+    head: HeadSettings = HeadSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    svm: SVMSettings = SVMSettings()
+    boxes: BoxRegressionSettings = BoxRegressionSettings()
+    detect: DetectSettings = DetectSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML configuration and apply ``section.key=value`` overrides (values in YAML syntax).
+
+    Raises ConfigError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Settings from nested mappings; `origin` names them in errors."""
+    _reject_unknown_keys(values, Config, origin, prefix="")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{origin}: {key}: {first['msg']}, got {first['input']!r}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The complete configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected key=value, e.g. --set maps.scales=[480,688]")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a section")
+        values = inner
+    values[last] = value
+
+
+def _reject_unknown_keys(values: Mapping[str, Any], settings: type[BaseModel], origin: str, prefix: str) -> None:
+    known = settings.model_fields
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+            raise ConfigError(f"{origin}: unknown setting {prefix}{key}; {hint}")
+        inner = _settings_class(known[key].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            _reject_unknown_keys(value, inner, origin, f"{prefix}{key}.")
+
+
+def _settings_class(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
