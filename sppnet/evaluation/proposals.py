@@ -1,0 +1,71 @@
+"""How well candidate windows cover the objects: what no window covers, no detector on top of them can find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sppnet.boxes import as_boxes, pairwise_iou
+from sppnet.records import Annotation
+
+
+@dataclass(frozen=True)
+class ProposalQuality:
+    """Best IoU of any window with each object (M,), at the threshold `iou`, and the windows per image on average."""
+
+    best_overlaps: NDArray[np.float64]
+    iou: float
+    mean_windows: float
+
+    @property
+    def objects(self) -> int:
+        return len(self.best_overlaps)
+
+    @property
+    def recall(self) -> float:
+        """Share of the objects that a window covers with IoU >= `iou`; nan without objects."""
+        return self.recall_at(self.iou)
+
+    @property
+    def mean_best_overlap(self) -> float:
+        """Mean over the objects of their best IoU; nan without objects."""
+        return float(self.best_overlaps.mean()) if self.objects else math.nan
+
+    def recall_at(self, iou: float) -> float:
+        return float((self.best_overlaps >= iou).mean()) if self.objects else math.nan
+
+
+def proposal_recall(
+    windows: Mapping[str, ArrayLike],
+    annotations: Mapping[str, Annotation],
+    iou: float = 0.5,
+    max_windows: int | None = None,
+    use_difficult: bool = False,
+) -> ProposalQuality:
+    """Cover of the annotated objects by image id -> windows (R, 4), the first `max_windows` of each image.
+
+    Restrict the annotations to the classes of interest with ``Annotation.of``. Images without annotation are left
+    out; ValueError for an annotated image without an entry in `windows`.
+    """
+    missing = [image_id for image_id in annotations if image_id not in windows]
+    if missing:
+        raise ValueError(
+            f"no windows given for image {missing[0]} ({len(missing)} of {len(annotations)} images); "
+            "propose them first, or pass an empty (0, 4) array"
+        )
+    overlaps, counts = [np.zeros(0)], []
+    for image_id, annotation in annotations.items():
+        boxes = as_boxes(windows[image_id], "windows")[:max_windows]
+        truth = annotation if use_difficult else annotation.easy()
+        overlaps.append(_best_overlaps(boxes, as_boxes(truth.boxes)))
+        counts.append(len(boxes))
+    return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)
+
+
+def _best_overlaps(windows: NDArray[np.float64], objects: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, 4), (M, 4) -> (M,); 0 where there is no window."""
+    return pairwise_iou(objects, windows).max(axis=1, initial=0.0)

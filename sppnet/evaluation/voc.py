@@ -1,0 +1,295 @@
+"""Room 9: average precision of detections, by the rules of the PASCAL VOC devkit.
+
+A detection, in order of descending score, is compared with the object of its class and image that it overlaps most,
+difficult and already found objects included. Below the IoU threshold it is a false positive; on a difficult object it
+is ignored; on an object that a better detection found before it is a false positive; otherwise it is a true positive.
+Only objects that are not difficult count as missed. Boxes are half-open, so plain IoU is the devkit's plus-one IoU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sppnet.boxes import as_boxes, pairwise_iou
+from sppnet.records import Annotation, Detections
+
+Metric = Literal["11point", "area"]
+Floats = NDArray[np.float64]
+FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
+T = TypeVar("T")
+
+RECALL_TOLERANCE = 1e-9  # recall is a fraction of two counts: 3 of 10 must reach the threshold 0.3
+
+
+@dataclass(frozen=True)
+class PRCurve:
+    """Recall, precision and score after each counted detection, best first: float64 (R,); ignored ones are left out."""
+
+    recall: Floats
+    precision: Floats
+    scores: Floats
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: its AP (None = no object to find), its curve, and how many objects and detections there were."""
+
+    ap: float | None
+    curve: PRCurve
+    objects: int  # objects that count as missed when not found
+    detections: int  # all detections, the ignored ones included
+
+
+@dataclass(frozen=True)
+class VOCEvaluation:
+    """Results per class, in the order asked for. A class without objects is absent: AP None, not in the mean."""
+
+    results: Mapping[str, ClassResult]
+    metric: Metric
+    iou: float
+    use_difficult: bool
+
+    @property
+    def ap(self) -> dict[str, float | None]:
+        return {name: result.ap for name, result in self.results.items()}
+
+    @property
+    def map(self) -> float:
+        """Mean AP over the classes that have objects; nan where none has."""
+        present = [ap for ap in self.ap.values() if ap is not None]
+        return float(np.mean(present)) if present else math.nan
+
+    @property
+    def curves(self) -> dict[str, PRCurve]:
+        return {name: result.curve for name, result in self.results.items()}
+
+    @property
+    def objects(self) -> dict[str, int]:
+        return {name: result.objects for name, result in self.results.items()}
+
+    @property
+    def detections(self) -> dict[str, int]:
+        return {name: result.detections for name, result in self.results.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the curves, as JSON can hold it (an undefined mean is null)."""
+        return {
+            "metric": self.metric,
+            "iou": self.iou,
+            "use_difficult": self.use_difficult,
+            "map": None if math.isnan(self.map) else self.map,
+            "ap": self.ap,
+            "objects": self.objects,
+            "detections": self.detections,
+        }
+
+    def table(self) -> str:
+        """One line per class and one for the mean, as text."""
+        width = max(len("class"), *(len(name) for name in self.results))
+        lines = [f"{'class':{width}}      AP  objects  detections  recall  precision"]
+        lines += [f"{name:{width}}  {_row(result)}" for name, result in self.results.items()]
+        present = sum(ap is not None for ap in self.ap.values())
+        mean = "     -" if math.isnan(self.map) else f"{self.map:6.4f}"
+        rule = f"{self.metric} at IoU {self.iou:g}" + (", difficult objects count" if self.use_difficult else "")
+        lines.append(f"{'mean':{width}}  {mean}  over {present} of {len(self.results)} classes, {rule}")
+        return "\n".join(lines)
+
+
+def evaluate_voc(
+    detections: Mapping[str, Detections] | Sequence[Detections],
+    annotations: Mapping[str, Annotation] | Sequence[Annotation],
+    classes: Sequence[str],
+    metric: Metric = "11point",
+    iou: float = 0.5,
+    use_difficult: bool = False,
+) -> VOCEvaluation:
+    """AP per class from image id -> value, or from two sequences aligned by position.
+
+    Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
+    order inside the image. Detections of classes that are not asked for are left out. ValueError for an image with
+    detections but without annotation.
+    """
+    found, truth = _by_id(detections, annotations)
+    return evaluate_flat(_flatten(found, truth, classes), truth, classes, metric, iou, use_difficult)
+
+
+def evaluate_flat(
+    detections: Mapping[str, FlatDetections],
+    annotations: Mapping[str, Annotation],
+    classes: Sequence[str],
+    metric: Metric = "11point",
+    iou: float = 0.5,
+    use_difficult: bool = False,
+) -> VOCEvaluation:
+    """AP per class from class -> (image ids, scores, boxes), the content of one comp4 file per class."""
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"classes must be distinct names, at least one, got {list(classes)}")
+    missing = [name for name in classes if name not in detections]
+    if missing:
+        raise ValueError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
+    results = {
+        name: evaluate_class(*detections[name], annotations, name, metric, iou, use_difficult) for name in classes
+    }
+    return VOCEvaluation(results, metric, iou, use_difficult)
+
+
+def evaluate_class(
+    image_ids: Sequence[str],
+    scores: ArrayLike,
+    boxes: ArrayLike,
+    annotations: Mapping[str, Annotation],
+    name: str,
+    metric: Metric = "11point",
+    iou: float = 0.5,
+    use_difficult: bool = False,
+) -> ClassResult:
+    """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
+    values, rows = _checked(image_ids, scores, boxes, annotations, name)
+    order = np.argsort(-values, kind="stable")
+    ranked_ids = [image_ids[row] for row in order]
+    overlaps, objects, difficult = _best_objects(ranked_ids, rows[order], annotations, name)
+    if use_difficult:
+        difficult = np.zeros_like(difficult)
+    positive, ignored = _verdicts(overlaps, objects, difficult, iou)
+    total = int((~difficult).sum())
+    curve = _curve(positive[~ignored], values[order][~ignored], total)
+    ap = average_precision(curve.recall, curve.precision, metric)
+    return ClassResult(ap if total else None, curve, total, len(values))
+
+
+def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = "11point") -> float:
+    """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on); 0 for an empty curve.
+
+    11point: mean over recall 0, 0.1, ... 1 of the best precision at that recall or more. area: the area under
+    the precision made monotone from the right.
+    """
+    reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
+    if reached.shape != exact.shape or reached.ndim != 1:
+        raise ValueError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
+    if metric not in ("11point", "area"):
+        raise ValueError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
+    envelope = np.maximum.accumulate(exact[::-1])[::-1]
+    if metric == "area":
+        return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
+    first = np.searchsorted(reached, np.arange(11) / 10 - RECALL_TOLERANCE)
+    return float(np.append(envelope, 0.0)[first].sum() / 11)
+
+
+def _by_id(
+    detections: Mapping[str, Detections] | Sequence[Detections],
+    annotations: Mapping[str, Annotation] | Sequence[Annotation],
+) -> tuple[Mapping[str, Detections], Mapping[str, Annotation]]:
+    if isinstance(detections, Mapping) and isinstance(annotations, Mapping):
+        return detections, annotations
+    if isinstance(detections, Mapping) or isinstance(annotations, Mapping):
+        raise TypeError("detections and annotations must both be mappings by image id or both be sequences")
+    if len(detections) != len(annotations):
+        raise ValueError(
+            f"{len(detections)} detections but {len(annotations)} annotations; "
+            "give one of each per image, or mappings by image id"
+        )
+    return _numbered(detections), _numbered(annotations)
+
+
+def _numbered(values: Sequence[T]) -> dict[str, T]:
+    return {str(index): value for index, value in enumerate(values)}
+
+
+def _flatten(
+    detections: Mapping[str, Detections], annotations: Mapping[str, Annotation], classes: Sequence[str]
+) -> dict[str, FlatDetections]:
+    _require_annotations(detections, annotations, "detections")
+    ids: dict[str, list[str]] = {name: [] for name in classes}
+    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
+    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
+    for image_id in (key for key in annotations if key in detections):
+        found = detections[image_id]
+        for label in np.unique(found.labels):
+            name = found.classes[label]
+            if name in ids:
+                rows = np.flatnonzero(found.labels == label)
+                ids[name] += [image_id] * len(rows)
+                scores[name].append(found.scores[rows])
+                boxes[name].append(found.boxes[rows])
+    return {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
+
+
+def _require_annotations(image_ids: Mapping[str, Any] | set[str], annotations: Mapping[str, Any], what: str) -> None:
+    unknown = sorted(set(image_ids) - annotations.keys())
+    if unknown:
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"{what} for image {unknown[0]}{others}, which has no annotation; "
+            "evaluate on the images that were searched, or drop its detections"
+        )
+
+
+def _checked(
+    image_ids: Sequence[str], scores: ArrayLike, boxes: ArrayLike, annotations: Mapping[str, Annotation], name: str
+) -> tuple[Floats, Floats]:
+    values, rows = np.asarray(scores, dtype=np.float64), as_boxes(boxes)
+    if not len(image_ids) == len(values) == len(rows):
+        raise ValueError(
+            f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
+            "give one of each per detection"
+        )
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
+    _require_annotations(set(image_ids), annotations, f"{name}: detections")
+    return values, rows
+
+
+def _best_objects(
+    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
+    """Per detection the best IoU (R,) and the number of that object (R,); per object of the class: difficult?"""
+    overlaps, best = np.zeros(len(boxes)), np.zeros(len(boxes), dtype=np.int64)
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, image_id in enumerate(image_ids):
+        rows_of[image_id].append(row)
+    flags: list[bool] = []
+    for image_id, annotation in annotations.items():
+        if name not in annotation.names:
+            continue
+        objects, rows = annotation.of((name,)), rows_of.get(image_id)
+        if rows:
+            table = pairwise_iou(boxes[rows], as_boxes(objects.boxes))
+            overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
+        flags += objects.difficult.tolist()
+    return overlaps, best, np.array(flags, dtype=bool)
+
+
+def _verdicts(
+    overlaps: Floats, objects: NDArray[np.int64], difficult: NDArray[np.bool_], iou: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(true positive?, ignored?) per detection, both (R,), from detections in order of descending score."""
+    hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
+    on_difficult = difficult[objects[hits]]
+    ignored, positive = np.zeros(len(overlaps), dtype=bool), np.zeros(len(overlaps), dtype=bool)
+    ignored[hits[on_difficult]] = True
+    claims = hits[~on_difficult]
+    _, first = np.unique(objects[claims], return_index=True)
+    positive[claims[first]] = True
+    return positive, ignored
+
+
+def _curve(positive: NDArray[np.bool_], scores: Floats, objects: int) -> PRCurve:
+    found = np.cumsum(positive, dtype=np.float64)
+    return PRCurve(found / max(objects, 1), found / np.arange(1, len(found) + 1), scores)
+
+
+def _row(result: ClassResult) -> str:
+    counts = f"{result.objects:7d}  {result.detections:10d}"
+    if result.ap is None:
+        return f"     -  {counts}       -          -  no objects"
+    recall = f"{result.curve.recall[-1]:6.4f}" if len(result.curve.recall) else f"{0:6.4f}"
+    precision = f"{result.curve.precision[-1]:9.4f}" if len(result.curve.precision) else f"{'-':>9}"
+    return f"{result.ap:6.4f}  {counts}  {recall}  {precision}"

@@ -1,0 +1,146 @@
+"""Detections drawn on their image: a box per detection in the colour of its class, with name and score on a tag."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from sppnet.boxes import clip_boxes
+from sppnet.records import Detections
+from sppnet.store import write_atomically
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]  # pixels, half-open
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+PIXELS_PER_LINE = 220  # ours: a line of one pixel per so many pixels of the image's longer side
+PIXELS_PER_FONT = 38  # ours: likewise for the height of the letters
+SMALLEST_FONT = 10  # ours: below, letters cannot be read
+PALETTE: tuple[Colour, ...] = (
+    *((230, 40, 50), (30, 100, 240), (40, 160, 60), (255, 140, 0), (140, 40, 190)),
+    *((0, 195, 215), (240, 50, 220), (170, 230, 40), (150, 90, 30), (255, 165, 195)),
+    *((0, 120, 115), (255, 220, 0), (70, 60, 160), (160, 15, 70), (190, 150, 255)),
+    *((120, 125, 0), (140, 255, 190), (255, 115, 85), (110, 190, 255), (95, 95, 95)),
+)
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+def class_colour(index: int) -> Colour:
+    """The RGB colour of a class, always the same; the first twenty are chosen to be told apart."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.7, 0.9)  # the golden ratio never returns to a hue
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_detections(image: NDArray[np.uint8], detections: Detections, threshold: float = -np.inf) -> Image.Image:
+    """A copy of `image` (H, W, 3) RGB uint8 with the detections that score at least `threshold`.
+
+    Boxes are clipped to the image, and those outside it left out. Better detections are drawn over worse ones.
+    Lines and letters grow with the image.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image must be uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}; convert it first"
+        )
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    line = max(1, round(max(canvas.size) / PIXELS_PER_LINE))
+    shown = _visible(detections.above(threshold), canvas.size)
+    for rectangle, _, colour in reversed(shown):
+        _draw_box(draw, rectangle, colour, line)
+    _draw_tags(draw, shown, canvas.size)
+    return canvas
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a .png or .jpg, complete or not at all."""
+    name = FORMATS.get(path.suffix.lower())
+    if name is None:
+        raise ValueError(
+            f"{path}: a picture is written as {', '.join(FORMATS)}, got {path.suffix!r}; choose one of them"
+        )
+    write_atomically(path, lambda file: image.save(file, name, quality=90))
+
+
+def _visible(detections: Detections, size: tuple[int, int]) -> list[tuple[Rectangle, str, Colour]]:
+    """Rectangle, text and colour of what lies in the image of (width, height), best first."""
+    order = np.argsort(-detections.scores, kind="stable")
+    boxes = np.rint(clip_boxes(detections.boxes, size[::-1])).astype(int)
+    shown = []
+    for row in order:
+        x1, y1, x2, y2 = boxes[row].tolist()
+        if x2 > x1 and y2 > y1:
+            label = int(detections.labels[row])
+            text = f"{detections.classes[label]} {detections.scores[row]:.2f}"
+            shown.append(((x1, y1, x2, y2), text, class_colour(label)))
+    return shown
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, rectangle: Rectangle, colour: Colour, line: int) -> None:
+    x1, y1, x2, y2 = rectangle
+    draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=min(line, x2 - x1, y2 - y1))
+
+
+def _draw_tags(draw: ImageDraw.ImageDraw, shown: list[tuple[Rectangle, str, Colour]], size: tuple[int, int]) -> None:
+    """The best get their place first; in a crowd a tag that finds none is left out, for nobody could read it."""
+    wanted = max(SMALLEST_FONT, round(max(size) / PIXELS_PER_FONT))
+    tags: list[tuple[Rectangle, str, Colour, Font]] = []
+    for rectangle, text, colour in shown:
+        font = _font_that_fits(draw, text, wanted, size[0])
+        tag = _place(rectangle, _tag_size(draw, text, font), size, [other[0] for other in tags])
+        if tag is not None:
+            tags.append((tag, text, colour, font))
+    for tag, text, colour, font in tags:
+        draw.rectangle((tag[0], tag[1], tag[2] - 1, tag[3] - 1), fill=colour)
+        middle = (tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2
+        draw.text(middle, text, fill=_ink(colour), font=font, anchor="mm")
+
+
+def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, wanted: int, width: int) -> Font:
+    """The largest font up to `wanted` in which the tag is no wider than the image."""
+    for points in range(wanted, 4, -1):
+        font = ImageFont.load_default(points)
+        if _tag_size(draw, text, font)[0] <= width:
+            break
+    return font
+
+
+def _tag_size(draw: ImageDraw.ImageDraw, text: str, font: Font) -> tuple[int, int]:
+    """(width, height) of the text with a margin; the height does not depend on the letters."""
+    _, top, _, bottom = draw.textbbox((0, 0), "Ágj", font=font)
+    height = round((bottom - top) * 1.15)
+    return round(draw.textlength(text, font=font) + height * 0.5), height
+
+
+def _place(
+    rectangle: Rectangle, tag: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]
+) -> Rectangle | None:
+    """Above the box, inside it or below it: the first place in the image that hides no other tag."""
+    x1, y1, x2, y2 = rectangle
+    left, right = x1, x2 - tag[0]
+    above, top, bottom, below = y1 - tag[1], y1, y2 - tag[1], y2
+    places = [(left, above), (left, top), (right, above), (right, top), (left, below), (left, bottom), (right, bottom)]
+    candidates = [_moved_inside(place, tag, size) for place in places if 0 <= place[1] <= size[1] - tag[1]]
+    candidates = candidates or [_moved_inside((left, top), tag, size)]
+    return next((c for c in candidates if not any(_overlap(c, other) for other in taken)), None)
+
+
+def _moved_inside(place: tuple[int, int], tag: tuple[int, int], size: tuple[int, int]) -> Rectangle:
+    x = max(0, min(place[0], size[0] - tag[0]))
+    y = max(0, min(place[1], size[1] - tag[1]))
+    return x, y, x + tag[0], y + tag[1]
+
+
+def _overlap(one: Rectangle, other: Rectangle) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _ink(background: Colour) -> Colour:
+    """Black or white, whichever stands out (ITU-R BT.601 luma)."""
+    red, green, blue = background
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
