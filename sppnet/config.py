@@ -52,6 +52,7 @@ class ProposalSettings(Settings):
     mode: Literal["fast", "quality"] = "fast"
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
+    max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never
     import_from: tuple[Path, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
 
