@@ -1,0 +1,119 @@
+"""Pool 2,000 windows of a 256 × 43 × 57 map: sppnet against torchvision's roi_pool, once per level.
+
+    python benchmarks/pool_windows.py [--rounds 7] [--threads N]
+
+The two are timed in pairs, one after the other in every round, so that a busy machine slows both; the ratio is taken
+pair by pair. Results must be bit-equal. With SPPNET_SHARED set the windows are real proposals of one VOC image,
+projected at scale 688; otherwise random boxes of similar sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torchvision
+
+from sppnet.detection.windows import project_windows
+from sppnet.network.pyramid import pool_windows
+
+CHANNELS, MAP_SIZE, LEVELS, COUNT, SCALE = 256, (43, 57), (1, 2, 3, 6), 2000, 688
+GEOMETRY = SimpleNamespace(stride=16, first_centre=7.5, shrink=6.5)  # a map of ceil(side / 16) cells
+
+
+def proposals() -> tuple[np.ndarray, tuple[int, int], str]:
+    """(2000, 4) boxes, the image's (height, width), and where they are from."""
+    folder = os.environ.get("SPPNET_SHARED")
+    if folder:
+        with np.load(Path(folder) / "voc/proposals/selective_search_fast_VOC2007.npz", allow_pickle=False) as file:
+            ids, offsets, boxes = file["ids"], file["offsets"], file["boxes"]
+        for image in np.flatnonzero(np.diff(offsets) >= COUNT):
+            found = boxes[offsets[image] : offsets[image + 1]]
+            size = (int(found[:, 3].max()), int(found[:, 2].max()))
+            if 370 <= size[0] <= 375 and size[1] == 500:
+                return found[:COUNT].astype(np.float64), size, f"selective search of VOC2007/{ids[image]}"
+    rng = np.random.default_rng(0)
+    sides = np.exp(rng.uniform(np.log(20), np.log(375), (COUNT, 2)))
+    corners = rng.uniform(0, 1, (COUNT, 2)) * (np.array([500, 375]) - np.minimum(sides, 375))
+    return np.concatenate([corners, corners + sides], axis=1), (375, 500), "random boxes"
+
+
+def roi_pool_per_level(feature_map: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torchvision.ops.roi_pool(feature_map[None], regions, n).flatten(1) for n in LEVELS], dim=1)
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, without freeing its result."""
+    time.sleep(0.05)  # OpenMP's threads spin for a while after the previous call and would take a core from this one
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def copy_bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
+    """Bytes read plus bytes written per second by a copy between two resident arrays, with all threads."""
+    source = torch.ones(megabytes * 2**20 // 4)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source)) for _ in range(rounds))
+
+
+def traffic(windows: np.ndarray) -> tuple[int, int]:
+    """Bytes that one pass over the windows must read (each cell of each window once) and write."""
+    cells = int(((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).sum())
+    return 4 * CHANNELS * cells, 4 * CHANNELS * len(windows) * sum(n * n for n in LEVELS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    boxes, image_size, origin = proposals()
+    windows = project_windows(boxes, image_size, SCALE, GEOMETRY, MAP_SIZE)
+    feature_map = torch.relu(torch.randn(CHANNELS, *MAP_SIZE, generator=torch.Generator().manual_seed(0)))
+    last = feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    inclusive = torch.from_numpy(windows - np.array([0, 0, 1, 1])).float()
+    regions = torch.cat([torch.zeros(len(windows), 1), inclusive], dim=1)
+
+    equal = torch.equal(pool_windows(feature_map, windows, LEVELS), roi_pool_per_level(feature_map, regions))
+    rounds = [
+        (
+            timed(lambda: pool_windows(feature_map, windows, LEVELS)),
+            timed(lambda: pool_windows(last, windows, LEVELS)),
+            timed(lambda: roi_pool_per_level(feature_map, regions)),
+        )
+        for _ in range(max(5, options.rounds))
+    ]
+    ours, ours_last, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratios = sorted(peer / mine for mine, _, peer in rounds)
+    read, written = traffic(windows)
+    bandwidth = copy_bandwidth()
+    mean_cells = read / (4 * CHANNELS * len(windows))
+
+    print(f"{len(windows)} windows ({origin}), {mean_cells:.0f} cells each on average, {options.threads} threads")
+    print(f"sppnet pool_windows, map (C, H, W)     {1e3 * ours:8.1f} ms   median of {len(rounds)}")
+    print(f"sppnet pool_windows, map channels last {1e3 * ours_last:8.1f} ms")
+    print(f"torchvision roi_pool, once per level   {1e3 * theirs:8.1f} ms")
+    print(f"ratio, pair by pair: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}")
+    print(f"bytes: {read / 1e6:.0f} MB of cells read (the map itself has {feature_map.nbytes / 1e6:.1f} MB, which the")
+    print(f"       caches hold), {written / 1e6:.0f} MB written")
+    print(f"copy bandwidth of this machine {bandwidth / 1e9:.1f} GB/s (read + written); ours moves", end=" ")
+    print(f"{(read + written) / ours_last / 1e9:.1f} GB/s, {(read + written) / ours_last / bandwidth:.2f} of it")
+    print(f"bit-equal: {equal}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Windows of the image become windows of the map: choose the scale, project, merge (sec. 4.1, app. A).
+
+Boxes are xyxy, 0-based, half-open, in pixels of the original image; windows on the map are xyxy half-open
+cells. numpy arrays give numpy arrays, torch tensors give torch tensors on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sppnet.boxes import areas, as_boxes
+
+Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
+
+
+class Geometry(Protocol):
+    """Where the cells of a map lie in the resized image, in pixels."""
+
+    @property
+    def stride(self) -> float: ...  # between the centres of neighbouring cells
+
+    @property
+    def first_centre(self) -> float: ...  # 0-based centre of the first cell's receptive field: 20 for ZF-5
+
+    @property
+    def shrink(self) -> float: ...  # release: by how much each side of a window moves inwards: 6.5 for ZF-5
+
+
+def choose_scales(
+    boxes: Array, image_size: tuple[int, int], scales: Sequence[float], target_side: float = 208
+) -> Array:
+    """The scale at which each box is nearest to `target_side`² pixels: (R, 4) -> (R,) int64 index into `scales`.
+
+    Release: expected = round(208 · min(h, w) / √area), 208 being the span of 13 cells; then the scale nearest to it,
+    the first one on a tie. A target of 224 compares areas with 224² as the paper words it (sec. 4.1).
+    """
+    if len(scales) == 0:
+        raise ValueError("scales is empty; give at least one shorter side, e.g. (688,)")
+    _check_size("image_size", image_size)
+    area = np.maximum(areas(_finite_boxes(boxes)), 1e-9)  # a box without area goes to the largest scale
+    expected = np.floor(target_side * min(image_size) / np.sqrt(area) + 0.5)
+    distances = np.abs(np.asarray(scales, dtype=np.float64)[None, :] - expected[:, None])
+    return _like(boxes, distances.argmin(axis=1))
+
+
+def project_windows(
+    boxes: Array,
+    image_size: tuple[int, int],
+    scale: float,
+    geometry: Geometry,
+    map_size: tuple[int, int],
+    projection: Literal["release", "paper"] = "release",
+) -> Array:
+    """Boxes (R, 4) -> windows (R, 4) int64 on the map of the image whose shorter side is resized to `scale`.
+
+    With x the 0-based inclusive corner of a box in the resized image, c the first centre and S the stride,
+    "release" gives left = floor((x - c + shrink) / S + 1/2), right = ceil((x - c - shrink) / S - 1/2), inclusive;
+    "paper" (app. A; c is its "proper offset" for paddings other than floor(k/2)) gives left = floor((x - c) / S) + 1
+    and right = ceil((x - c) / S) - 1. Where left > right both become their mean, truncated; then both are clamped to
+    the map, so a window always holds a cell and lies inside the map, whatever the box.
+    """
+    _check_size("image_size", image_size)
+    _check_size("map_size", map_size)
+    if projection not in _EDGES:
+        raise ValueError(f"projection must be one of {', '.join(_EDGES)}, got {projection!r}")
+    corner1, corner2 = _resized_corners(_finite_boxes(boxes), image_size, scale)
+    first, last = _EDGES[projection](corner1, corner2, geometry)
+    middle = np.floor((first + last) / 2)
+    crossed = first > last
+    height, width = map_size
+    bound = np.array([width - 1, height - 1], dtype=np.float64)
+    first = np.clip(np.where(crossed, middle, first), 0, bound)
+    last = np.clip(np.where(crossed, middle, last), 0, bound)
+    return _like(boxes, np.concatenate([first, last + 1], axis=1).astype(np.int64))
+
+
+def merge_windows(scale_index: Array, cells: Array) -> tuple[Array, Array]:
+    """Find windows that fall on the same cells at the same scale, so that they are computed once.
+
+    scale_index: (R,); cells: (R, 4). Returns (kept, inverse), both int64: `kept` (U,) are rows of `cells`, the first
+    of each group in their order, and ``cells[kept][inverse]`` equals `cells`, likewise ``scale_index``. The release
+    compares windows before it clamps them to the map and so keeps a few that are the same cells after clamping.
+    """
+    rows = np.concatenate([_numpy(scale_index)[:, None], _numpy(cells)], axis=1).astype(np.int64)
+    rows -= rows.min(axis=0, initial=0)
+    keys = np.ravel_multi_index(tuple(rows.T), tuple(rows.max(axis=0, initial=0) + 1))
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return _like(cells, first[order]), _like(cells, rank[group])
+
+
+def _resized_corners(
+    boxes: NDArray[np.float64], image_size: tuple[int, int], scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """First and last pixel of each box, (R, 2) xy each, 0-based, in the resized image.
+
+    Release: first pixels and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 from 1.
+    """
+    span = max(min(image_size) - 1, 1)  # an image one pixel wide has no span
+    return boxes[:, :2] * (scale - 1) / span, (boxes[:, 2:] - 1) * (scale - 1) / span
+
+
+def _release_edges(
+    corner1: NDArray[np.float64], corner2: NDArray[np.float64], geometry: Geometry
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    centre, shrink, stride = geometry.first_centre, geometry.shrink, geometry.stride
+    first = np.floor((corner1 - centre + shrink) / stride + 0.5)
+    return first, np.ceil((corner2 - centre - shrink) / stride - 0.5)
+
+
+def _paper_edges(
+    corner1: NDArray[np.float64], corner2: NDArray[np.float64], geometry: Geometry
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first = np.floor((corner1 - geometry.first_centre) / geometry.stride) + 1
+    return first, np.ceil((corner2 - geometry.first_centre) / geometry.stride) - 1
+
+
+_EDGES = {"release": _release_edges, "paper": _paper_edges}
+
+
+def _finite_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
+    array = as_boxes(_numpy(boxes))
+    bad = ~np.isfinite(array).all(axis=1)
+    if bad.any():
+        first = int(bad.argmax())
+        raise ValueError(f"box {first} is not finite: got {array[first].tolist()}; drop it before projecting")
+    return array
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name} must be (height, width), both at least 1, got {tuple(size)}")
+
+
+def _numpy(array: NDArray[np.generic] | torch.Tensor) -> NDArray[np.generic]:
+    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+
+
+def _like(model: Array, values: NDArray[np.int64]) -> Array:
+    """`values` as what `model` is: an array, or a tensor on its device."""
+    if isinstance(model, torch.Tensor):
+        return torch.from_numpy(values).to(model.device)
+    return cast(Array, values)

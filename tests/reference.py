@@ -1,0 +1,48 @@
+"""Naive loops: the definitions written out, slow and plain, as oracles for the fast code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pyramid_vector(feature_map: NDArray, window: Sequence[int], levels: Sequence[int]) -> NDArray:
+    """Pyramid vector of one window (x1, y1, x2, y2) of a (C, H, W) map, bin by bin (app. A)."""
+    x1, y1, x2, y2 = (int(edge) for edge in window)
+    height, width = y2 - y1, x2 - x1
+    values = []
+    for n in levels:
+        for channel in feature_map:
+            for i in range(n):
+                top, bottom = y1 + i * height // n, y1 - (-(i + 1) * height // n)
+                for j in range(n):
+                    left, right = x1 + j * width // n, x1 - (-(j + 1) * width // n)
+                    values.append(max(channel[y, x] for y in range(top, bottom) for x in range(left, right)))
+    return np.array(values, dtype=feature_map.dtype)
+
+
+def expected_scale(box: Sequence[float], image_size: tuple[int, int], target_side: float) -> int:
+    """The release's wish for a scale: round(208 · min(h, w) / √area)."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return math.floor(target_side * min(image_size) / math.sqrt(area) + 0.5)
+
+
+def release_window(
+    box: Sequence[float], image_size: tuple[int, int], scale: float, geometry, map_size: tuple[int, int]
+) -> list[int]:
+    """The release's projection of one box in its own coordinates: 1-based, inclusive. Returns xyxy half-open cells."""
+    span, offset0 = min(image_size) - 1, geometry.first_centre + 1
+    edges = []
+    for low, high, cells in ((box[0] + 1, box[2], map_size[1]), (box[1] + 1, box[3], map_size[0])):
+        x0 = (low - 1) * (scale - 1) / span + 1
+        x1 = (high - 1) * (scale - 1) / span + 1
+        left = math.floor((x0 - offset0 + geometry.shrink) / geometry.stride + 0.5) + 1
+        right = math.ceil((x1 - offset0 - geometry.shrink) / geometry.stride - 0.5) + 1
+        if left > right:
+            left = right = int((left + right) / 2)
+        left, right = (min(max(edge, 1), cells) for edge in (left, right))
+        edges.append((left - 1, right))
+    return [edges[0][0], edges[1][0], edges[0][1], edges[1][1]]

@@ -1,0 +1,262 @@
+"""The pyramid against torch's adaptive pooling and against the definition written as loops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import pyramid_vector
+from torch.nn.functional import adaptive_max_pool2d
+
+from sppnet.network import kernels, pyramid
+from sppnet.network.pyramid import (
+    RoIPool,
+    SpatialPyramidPool,
+    bin_count,
+    pool_windows,
+    sliding_pool,
+    spatial_pyramid_pool,
+)
+
+LEVELS = [(1, 2, 3, 6), (1, 2, 4), (1, 2, 3, 4), (3, 5, 7), (2, 3), (6, 1), (1,), (2, 2), (12, 4, 3, 5)]
+
+
+def random_map(channels: int, height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32):
+    return torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_windows(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = np.sort(rng.integers(0, width, (count, 2)), axis=1)
+    y = np.sort(rng.integers(0, height, (count, 2)), axis=1)
+    return np.stack([x[:, 0], y[:, 0], x[:, 1] + 1, y[:, 1] + 1], axis=1)
+
+
+def crop_by_crop(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[int, ...]) -> torch.Tensor:
+    rows = []
+    for x1, y1, x2, y2 in windows.tolist():
+        crop = feature_map[:, y1:y2, x1:x2]
+        rows.append(torch.cat([adaptive_max_pool2d(crop[None], n).flatten() for n in levels]))
+    return torch.stack(rows)
+
+
+@given(
+    channels=st.integers(1, 40),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    levels=st.sampled_from(LEVELS),
+    seed=st.integers(0, 10_000),
+)
+@settings(deadline=None, max_examples=60)
+def test_windows_equal_adaptive_max_pooling_of_the_crop_bit_for_bit(channels, height, width, levels, seed):
+    feature_map = random_map(channels, height, width, seed)
+    windows = random_windows(5, height, width, seed)
+    expected = crop_by_crop(feature_map, windows, levels)
+    assert torch.equal(pool_windows(feature_map, windows, levels), expected)
+    assert torch.equal(pyramid._pool_windows_roi(feature_map, windows, levels), expected)
+
+
+@given(height=st.integers(1, 20), width=st.integers(1, 20), levels=st.sampled_from(LEVELS), seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=40)
+def test_the_window_of_the_whole_map_is_the_pyramid_of_the_map(height, width, levels, seed):
+    feature_map = random_map(3, height, width, seed)
+    pooled = pool_windows(feature_map, [[0, 0, width, height]], levels)
+    assert torch.equal(pooled[0], spatial_pyramid_pool(feature_map, levels))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_windows_equal_the_definition_written_as_loops(levels):
+    feature_map = random_map(3, 9, 14)
+    windows = random_windows(12, 9, 14)
+    expected = np.stack([pyramid_vector(feature_map.numpy(), window, levels) for window in windows])
+    assert np.array_equal(pool_windows(feature_map, windows, levels).numpy(), expected)
+
+
+def test_the_vector_is_level_major_and_then_channel_major():
+    feature_map = torch.arange(8.0).reshape(2, 2, 2)
+    expected = torch.tensor([3.0, 7, 0, 1, 2, 3, 4, 5, 6, 7])
+    assert torch.equal(spatial_pyramid_pool(feature_map, (1, 2)), expected)
+    assert torch.equal(pool_windows(feature_map, [[0, 0, 2, 2]], (1, 2))[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_floating_type_is_pooled_exactly_and_kept(dtype):
+    feature_map = random_map(5, 11, 13, dtype=dtype)
+    windows = random_windows(20, 11, 13)
+    pooled = pool_windows(feature_map, windows, (1, 2, 3, 6))
+    assert pooled.dtype == dtype
+    assert torch.equal(pooled, crop_by_crop(feature_map, windows, (1, 2, 3, 6)))
+    assert torch.equal(pyramid._pool_windows_roi(feature_map, windows, (1, 2, 3, 6)), pooled)
+
+
+def test_many_windows_are_shared_between_threads_without_a_difference():
+    feature_map, windows = random_map(20, 40, 50), random_windows(1500, 40, 50)
+    cells = kernels.channels_last(feature_map.numpy())
+    alone = kernels.pool_cells(cells, windows, (1, 2, 3, 6), threads=1)
+    assert np.array_equal(kernels.pool_cells(cells, windows, (1, 2, 3, 6), threads=3), alone)
+    assert np.array_equal(crop_by_crop(feature_map, windows, (1, 2, 3, 6)).numpy(), alone)
+
+
+def test_several_threads_may_pool_at_once():
+    feature_map, windows = random_map(8, 20, 20), random_windows(400, 20, 20)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: pool_windows(feature_map, windows, (1, 3)), range(8)))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_window_of_one_cell_fills_every_bin():
+    feature_map = random_map(4, 7, 8)
+    pooled = pool_windows(feature_map, [[3, 2, 4, 3]], (6,))
+    assert torch.equal(pooled.reshape(4, 36), feature_map[:, 2, 3, None].expand(4, 36))
+
+
+def test_no_windows_give_no_rows():
+    for windows in ([], np.zeros((0, 4), np.int64), torch.zeros((0, 4), dtype=torch.int32)):
+        assert pool_windows(random_map(4, 7, 8), windows, (1, 2)).shape == (0, 20)
+    assert pyramid._pool_windows_roi(random_map(4, 7, 8), np.zeros((0, 4), np.int64), (1, 2)).shape == (0, 20)
+    assert spatial_pyramid_pool(torch.zeros(0, 4, 7, 8), (1, 2)).shape == (0, 20)
+
+
+def test_arrays_and_tensors_of_windows_are_the_same():
+    feature_map, windows = random_map(4, 7, 8), random_windows(6, 7, 8)
+    expected = pool_windows(feature_map, windows, (2,))
+    assert torch.equal(pool_windows(feature_map, torch.from_numpy(windows).int(), (2,)), expected)
+    assert torch.equal(pool_windows(feature_map, windows[::-1].astype(np.uint16), (2,)), expected.flip(0))
+
+
+def test_a_map_that_lies_channels_last_is_not_copied():
+    last = np.zeros((7, 8, 4), np.float32)
+    assert np.shares_memory(kernels.channels_last(last.transpose(2, 0, 1)), last)
+    first = random_map(4, 7, 8)
+    assert np.array_equal(kernels.channels_last(first.numpy()), first.permute(1, 2, 0).numpy())
+    sliced = random_map(9, 10, 12)[1:5, 2:9, ::2]
+    assert np.array_equal(kernels.channels_last(sliced.numpy()), sliced.permute(1, 2, 0).numpy())
+
+
+def test_nan_and_infinity_propagate_as_in_torch():
+    feature_map = random_map(3, 6, 6)
+    feature_map[0, 1, 1], feature_map[1], feature_map[2, 3, 3] = torch.nan, -torch.inf, torch.inf
+    windows = random_windows(30, 6, 6)
+    expected = crop_by_crop(feature_map, windows, (1, 2, 3))
+    assert torch.equal(pool_windows(feature_map, windows, (1, 2, 3)).nan_to_num(7e7), expected.nan_to_num(7e7))
+    without_nan = feature_map[1:]
+    assert torch.equal(pool_windows(without_nan, windows, (1, 2, 3)), crop_by_crop(without_nan, windows, (1, 2, 3)))
+
+
+def test_levels_too_fine_for_roi_pool_are_exact_too():
+    feature_map = random_map(2, 62, 62)
+    windows = np.array([[0, 0, 62, 62]])
+    expected = crop_by_crop(feature_map, windows, (14, 22))
+    assert torch.equal(pyramid._pool_windows_roi(feature_map, windows, (14, 22)), expected)
+    assert torch.equal(pool_windows(feature_map, windows, (14, 22)), expected)
+
+
+def test_roi_pools_bins_are_exact_up_to_the_level_it_is_trusted_with():
+    sides = np.arange(1, 3000)
+    for n in range(1, pyramid.ROI_POOL_EXACT_LEVEL + 1):
+        bin_side = sides.astype(np.float32) / np.float32(n)
+        for i in range(n):
+            assert np.array_equal(np.floor(np.float32(i) * bin_side), i * sides // n)
+            assert np.array_equal(np.minimum(np.ceil(np.float32(i + 1) * bin_side), sides), -(-(i + 1) * sides // n))
+
+
+def test_gradients_flow_to_the_largest_cell_of_every_bin():
+    feature_map = random_map(2, 5, 6, dtype=torch.float64).requires_grad_()
+    windows = random_windows(4, 5, 6)
+    assert torch.autograd.gradcheck(lambda cells: pool_windows(cells, windows, (1, 2, 3)), feature_map)
+    assert torch.autograd.gradcheck(lambda cells: SpatialPyramidPool((1, 2, 3))(cells[None]), feature_map)
+    with torch.no_grad():
+        assert not pool_windows(feature_map, windows, (1, 2, 3)).requires_grad
+
+
+def test_the_layer_gives_one_length_for_every_size():
+    layer = SpatialPyramidPool((1, 2, 3, 6))
+    assert layer(torch.zeros(2, 4, 13, 13)).shape == layer(torch.zeros(2, 4, 10, 17)).shape == (2, 200)
+    maps = torch.stack([random_map(4, 10, 9, seed) for seed in range(3)])
+    assert torch.equal(layer(maps), torch.stack([spatial_pyramid_pool(one, layer.levels) for one in maps]))
+    assert bin_count((1, 2, 3, 6)) == 50
+    assert "(1, 2, 3, 6)" in repr(layer)
+
+
+def test_roi_pooling_is_one_level():
+    feature_map, windows = random_map(4, 9, 9), random_windows(5, 9, 9)
+    pooled = RoIPool(3)(feature_map, windows)
+    assert pooled.shape == (5, 4, 3, 3)
+    assert torch.equal(pooled.flatten(1), pool_windows(feature_map, windows, (3,)))
+    assert RoIPool(3)(feature_map, windows[:0]).shape == (0, 4, 3, 3)
+
+
+def test_coarse_levels_are_computed_from_the_smallest_level_they_divide():
+    plan = kernels.level_plan((1, 2, 3, 6)).tolist()
+    assert plan == [[6, -1, 0, 14], [3, 0, 36, 5], [2, 0, 45, 1], [1, 2, 49, 0]]
+    assert [row[1] for row in kernels.level_plan((3, 5, 7)).tolist()] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("side", "n", "expected"),
+    [(13, 1, (13, 13, True)), (13, 2, (7, 6, True)), (13, 3, (5, 4, True)), (13, 6, (3, 2, True)),
+     (10, 6, (2, 1, False)), (4, 6, (1, 0, False))],
+)  # fmt: skip
+def test_the_training_shorthand_says_whether_it_yields_the_bins(side, n, expected):
+    assert sliding_pool(side, n) == expected
+    if expected[1]:
+        positions = torch.nn.functional.max_pool2d(torch.zeros(1, side, side), *expected[:2]).shape[-1]
+        assert (positions == n) == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([0, 0, 1, 1], r"must have shape \(R, 4\), got \(4,\); pass windows\[None\]"),
+        ([[0, 0, 1]], r"must have shape \(R, 4\), got \(1, 3\)"),
+        ([[0.0, 0.0, 1.0, 1.0]], "must be whole cells of the map, got float64; project boxes with project_windows"),
+        ([[0, 0, 1, 1], [2, 2, 2, 3]], r"window 1 is empty: got \[2, 2, 2, 3\].*project_windows"),
+        ([[0, 3, 1, 2]], "window 0 is empty"),
+        ([[0, 0, 9, 1]], r"window 0 is not inside the map of 7 × 8 cells: got \[0, 0, 9, 1\].*project_windows"),
+        ([[0, 0, 1, 1], [-1, 0, 1, 1]], "window 1 is not inside"),
+    ],
+)
+def test_windows_that_cannot_be_pooled_are_refused(windows, message):
+    with pytest.raises(ValueError, match=message):
+        pool_windows(random_map(2, 7, 8), windows, (1, 2))
+
+
+def test_maps_and_levels_that_cannot_be_pooled_are_refused():
+    with pytest.raises(ValueError, match=r"feature_map must have shape \(C, H, W\).*one image's map at a time"):
+        pool_windows(torch.zeros(1, 2, 7, 8), [[0, 0, 1, 1]], (1,))
+    with pytest.raises(ValueError, match=r"must be floating point, got torch.int64; convert it with .float\(\)"):
+        pool_windows(torch.zeros(2, 7, 8, dtype=torch.int64), [[0, 0, 1, 1]], (1,))
+    with pytest.raises(ValueError, match=r"at least one cell, got \(2, 0, 8\); a map without cells"):
+        spatial_pyramid_pool(torch.zeros(2, 0, 8), (1,))
+    for levels in ((), (0, 1), (1.5,)):
+        with pytest.raises(ValueError, match=r"levels must be whole numbers from 1 on, got .*\(1, 2, 3, 6\)"):
+            SpatialPyramidPool(levels)
+    with pytest.raises(ValueError, match="side and n must be at least 1, got 0 and 6; give the side"):
+        sliding_pool(0, 6)
+
+
+@pytest.mark.slow
+def test_the_kernel_works_where_nothing_can_be_cached():
+    code = (
+        "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"
+        "import torch; from sppnet.network.pyramid import pool_windows\n"
+        "print(pool_windows(torch.ones(2, 3, 3), [[0, 0, 3, 3]], (1, 2)).sum().item())"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "10.0", run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_gpu_gives_the_same_bits(dtype):
+    feature_map, windows = random_map(16, 43, 57, dtype=dtype), random_windows(300, 43, 57)
+    pooled = pool_windows(feature_map.cuda(), torch.from_numpy(windows).cuda(), (1, 2, 3, 6))
+    assert pooled.is_cuda
+    assert torch.equal(pooled.cpu(), pool_windows(feature_map, windows, (1, 2, 3, 6)))
