@@ -1,0 +1,273 @@
+"""Room 7: class-wise box regression (sec. 4.1; numbers of the release).
+
+A window with features x is moved and scaled by a linear prediction of (dx, dy, log dw, log dh), relative to the
+window's centre and sides. Targets are centred and whitened with (S + ε I)^(−1/2), S their covariance divided by N,
+and fitted by ridge regression on the features with a column of ones, which is regularised like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from sppnet.boxes import Boxes, as_boxes
+from sppnet.config import BoxRegressionSettings
+from sppnet.detection.reservoir import Reservoir
+
+BLOCK = 1024  # features or examples held in double precision at once
+
+
+@dataclass(frozen=True)
+class BoxRegressor:
+    """The regressor of one class, float64: weight (4, D) and bias (4,) in whitened space, and the way back."""
+
+    weight: Tensor
+    bias: Tensor
+    target_mean: Tensor  # (4,)
+    target_unwhiten: Tensor  # (4, 4), symmetric: (S + ε I)^(1/2)
+    scale: float = 1.0  # multiplies the features
+
+    def targets(self, features: Tensor) -> NDArray[np.float64]:
+        """Unscaled features (R, D) -> predicted (dx, dy, log dw, log dh), (R, 4)."""
+        _check_features(features, self.weight.shape[1])
+        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
+        whitened = features.detach().double() @ weight.T * self.scale + bias
+        return (whitened.cpu() @ self.target_unwhiten + self.target_mean).numpy()
+
+    def refine(self, features: Tensor, windows: Boxes) -> NDArray[np.float64]:
+        """Features (R, D) of windows (R, 4) -> the predicted boxes (R, 4), not clipped to the image."""
+        corners = _matching_boxes(windows, len(features), "windows")
+        return apply_targets(corners, self.targets(features))
+
+
+@dataclass(frozen=True)
+class BoxRegressors:
+    """The regressors of all classes, stacked along a first axis of length K; float64."""
+
+    weight: Tensor  # (K, 4, D)
+    bias: Tensor  # (K, 4)
+    target_mean: Tensor  # (K, 4)
+    target_unwhiten: Tensor  # (K, 4, 4)
+    scale: float
+    classes: tuple[str, ...]
+
+    @classmethod
+    def stack(cls, regressors: Mapping[str, BoxRegressor]) -> BoxRegressors:
+        """Class name -> regressor; all of one feature width and scale."""
+        kinds = {(regressor.weight.shape, regressor.scale) for regressor in regressors.values()}
+        if len(kinds) != 1:
+            raise ValueError(f"regressors must share one feature width and scale, got {sorted(map(str, kinds))}")
+        names = ("weight", "bias", "target_mean", "target_unwhiten")
+        parts = {name: torch.stack([getattr(r, name) for r in regressors.values()]) for name in names}
+        return cls(**parts, scale=next(iter(regressors.values())).scale, classes=tuple(regressors))
+
+    def of(self, label: int) -> BoxRegressor:
+        parts = (self.weight[label], self.bias[label], self.target_mean[label], self.target_unwhiten[label])
+        return BoxRegressor(*parts, scale=self.scale)
+
+    def refine(self, features: Tensor, windows: Boxes, labels: ArrayLike) -> NDArray[np.float64]:
+        """Each window (R, 4) with features (R, D) by the regressor of its label: (R,) into classes, or one for all."""
+        corners = _matching_boxes(windows, len(features), "windows")
+        per_window = np.broadcast_to(np.asarray(labels, dtype=np.int64), len(corners))
+        if not np.isin(per_window, np.arange(len(self.classes))).all():
+            raise ValueError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
+        refined = corners.copy()
+        for label in np.unique(per_window):
+            rows = np.flatnonzero(per_window == label)
+            own = features[torch.from_numpy(rows).to(features.device)]
+            refined[rows] = self.of(int(label)).refine(own, corners[rows])
+        return refined
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Named tensors that `from_tensors` reads back, names of the classes included."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "target_mean": self.target_mean,
+            "target_unwhiten": self.target_unwhiten,
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "classes": torch.tensor(list("\n".join(self.classes).encode()), dtype=torch.uint8),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> BoxRegressors:
+        names = ("weight", "bias", "target_mean", "target_unwhiten")
+        missing = {*names, "scale", "classes"} - set(tensors)
+        if missing:
+            raise ValueError(f"box regressors need the tensors {sorted(missing)} too; train the regressors again")
+        classes = tuple(bytes(tensors["classes"].tolist()).decode().split("\n"))
+        return cls(**{name: tensors[name] for name in names}, scale=float(tensors["scale"]), classes=classes)
+
+
+class ExampleReservoir:
+    """Examples of one class for its regressor: at most `max_examples`, drawn evenly from all that were added."""
+
+    def __init__(self, max_examples: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` of the kept features: float16 halves the memory of wide pooled features (ours)."""
+        self._rows = Reservoir(max_examples, seed)
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def seen(self) -> int:
+        """How many examples were offered."""
+        return self._rows.seen
+
+    def add(self, features: Tensor, windows: Boxes, boxes: Boxes) -> None:
+        """Features (R, D) of windows (R, 4) that cover the objects in boxes (R, 4), one box per window."""
+        pairs = [_matching_boxes(windows, len(features), "windows"), _matching_boxes(boxes, len(features), "boxes")]
+        if len(features):
+            self._rows.add(features.to(self._dtype), *map(torch.from_numpy, pairs))
+
+    def examples(self) -> tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]:
+        """(features (N, D), windows (N, 4), boxes (N, 4)); D is 0 where nothing was ever added."""
+        if not len(self):
+            return torch.empty(0, 0, dtype=self._dtype), np.empty((0, 4)), np.empty((0, 4))
+        features, windows, boxes = self._rows.columns()
+        return features, windows.numpy(), boxes.numpy()
+
+
+def fit_box_regressor(
+    features: Tensor,
+    windows: Boxes,
+    boxes: Boxes,
+    settings: BoxRegressionSettings | None = None,
+    scale: float = 1.0,
+    device: torch.device | str | None = None,
+) -> BoxRegressor:
+    """The regressor from features (N, D) of windows (N, 4) to the boxes (N, 4) of the objects they cover.
+
+    `scale` multiplies the features here and in the result (see `mean_norm_scale`). The products run in float64 on
+    `device` (default: where the features are), in blocks, so that beside the features only the system of
+    min(N, D + 1)² numbers is held, twice. No examples give the regressor that leaves windows unchanged.
+    Raises ValueError for windows or boxes without extent and for lengths that differ.
+    """
+    settings = settings or BoxRegressionSettings()
+    _check_features(features)
+    corners = _matching_boxes(windows, len(features), "windows")
+    targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
+    mean, unwhiten, whitened = _whiten(targets, settings.whitening)
+    solve = _solve_dual if len(features) <= features.shape[1] else _solve_primal
+    device = torch.device(device) if device is not None else features.device
+    weight, bias = solve(features.detach(), torch.from_numpy(whitened).to(device), settings.ridge, scale)
+    return BoxRegressor(weight.cpu(), bias.cpu(), torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
+
+
+def fit_box_regressors(
+    reservoirs: Mapping[str, ExampleReservoir],
+    width: int,
+    settings: BoxRegressionSettings | None = None,
+    scale: float = 1.0,
+    device: torch.device | str | None = None,
+) -> BoxRegressors:
+    """One regressor per class name; features are `width` wide. A class without examples keeps its windows."""
+    regressors = {}
+    for name, reservoir in reservoirs.items():
+        features, windows, boxes = reservoir.examples()
+        features = features if len(features) else features.reshape(0, width)
+        regressors[name] = fit_box_regressor(features, windows, boxes, settings, scale, device)
+    return BoxRegressors.stack(regressors)
+
+
+def regression_targets(windows: Boxes, boxes: Boxes) -> NDArray[np.float64]:
+    """(dx, dy, log dw, log dh) that `apply_targets` needs to turn windows (N, 4) into boxes (N, 4)."""
+    window_centre, window_sides = _centres_and_sides(windows, "windows")
+    box_centre, box_sides = _centres_and_sides(boxes, "boxes")
+    return np.concatenate([(box_centre - window_centre) / window_sides, np.log(box_sides / window_sides)], axis=1)
+
+
+def apply_targets(windows: Boxes, targets: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Windows (R, 4) moved by (dx, dy) of their sides and scaled by exp(log dw, log dh): (R, 4)."""
+    sides = windows[:, 2:] - windows[:, :2]
+    centre = windows[:, :2] + sides / 2 + targets[:, :2] * sides
+    half = sides * np.exp(targets[:, 2:]) / 2
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def _whiten(targets: NDArray[np.float64], epsilon: float) -> Sequence[NDArray[np.float64]]:
+    """Targets (N, 4) -> their mean, (S + ε I)^(1/2), and the targets centred and multiplied by its inverse."""
+    if not len(targets):
+        return np.zeros(4), np.eye(4), targets
+    mean = targets.mean(axis=0)
+    centred = targets - mean
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(targets) + epsilon * np.eye(4))
+    if values[0] <= 0:
+        raise ValueError(
+            f"the covariance of {len(targets)} targets cannot be inverted with whitening {epsilon}; "
+            "set boxes.whitening above 0 (release: 0.001)"
+        )
+    root = np.sqrt(values)
+    return mean, (vectors * root) @ vectors.T, centred @ ((vectors / root) @ vectors.T)
+
+
+def _solve_primal(features: Tensor, targets: Tensor, ridge: float, scale: float) -> tuple[Tensor, Tensor]:
+    """(XᵀX + λI)⁻¹ Xᵀ targets with X = [scale · features, 1]: a system of D + 1 unknowns."""
+    count, width = features.shape
+    system = targets.new_zeros(width + 1, width + 1)
+    right = targets.new_zeros(width + 1, 4)
+    for start in range(0, count, BLOCK):
+        rows = features[start : start + BLOCK].to(targets) * scale
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        _add_lower_gram(system, rows.T)
+        right += rows.T @ targets[start : start + BLOCK]
+    solution = _solve_ridge(system, right, ridge)
+    return solution[:-1].T.contiguous(), solution[-1]
+
+
+def _solve_dual(features: Tensor, targets: Tensor, ridge: float, scale: float) -> tuple[Tensor, Tensor]:
+    """The same solution as Xᵀ (XXᵀ + λI)⁻¹ targets: a system of N unknowns."""
+    count, width = features.shape
+    system = targets.new_ones(count, count)  # the products of the column of ones
+    blocks = range(0, width, BLOCK)
+    for start in blocks:
+        _add_lower_gram(system, features[:, start : start + BLOCK].to(targets) * scale)
+    alpha = _solve_ridge(system, targets, ridge)
+    parts = [alpha.T @ features[:, start : start + BLOCK].to(targets) * scale for start in blocks]
+    return torch.cat(parts, dim=1) if parts else targets.new_zeros(4, 0), alpha.sum(dim=0)
+
+
+def _add_lower_gram(system: Tensor, rows: Tensor) -> None:
+    """Add rows · rowsᵀ to the lower triangle, in tiles: half the work of the whole product."""
+    for start in range(0, len(rows), BLOCK):
+        stop = start + BLOCK
+        system[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
+
+
+def _solve_ridge(system: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solve (system + λI) · solution = right; only the lower triangle of `system` is read, and it is overwritten."""
+    system.diagonal().add_(ridge)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system))
+
+
+def _centres_and_sides(boxes: Boxes, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    corners = as_boxes(boxes, name)
+    sides = corners[:, 2:] - corners[:, :2]
+    bad = np.flatnonzero(~(sides > 0).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{name} must have x2 > x1 and y2 > y1, got {corners[bad[0]].tolist()} at row {bad[0]}; "
+            "leave out what has no extent"
+        )
+    return corners[:, :2] + sides / 2, sides
+
+
+def _matching_boxes(boxes: Boxes, count: int, name: str) -> NDArray[np.float64]:
+    corners = as_boxes(boxes, name)
+    if len(corners) != count:
+        raise ValueError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
+    return corners
+
+
+def _check_features(features: Tensor, width: int | None = None) -> None:
+    if features.ndim != 2 or (width is not None and features.shape[1] != width):
+        raise ValueError(
+            f"features must have shape (R, {width or 'D'}), got {tuple(features.shape)}; "
+            "use the layer that the regressor was trained on"
+        )

@@ -1,0 +1,167 @@
+"""The negatives that the detectors of all classes are trained on, in bounded memory.
+
+A window that is a negative of several classes is kept once. It lies in a slot, with its features, the image and
+row that it came from, and for each class whether it is a negative there and how it scored. A slot is free once no
+class holds it. Order matters to the solver, so a window stays in its slot, and the slots are part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BLOCK = 8192  # rows scored at once
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """What a cache holds, without the features: M windows, sorted by slot."""
+
+    slots: NDArray[np.int64]  # (M,)
+    images: NDArray[np.int64]  # (M,)
+    rows: NDArray[np.int64]  # (M,) row of the window in its image
+    members: NDArray[np.bool_]  # (M, K)
+    scores: NDArray[np.float32]  # (M, K), under the detector of the last fit; meaningless outside `members`
+
+
+class NegativeCache:
+    """Features (D wide, float32) of negatives of K classes, in at most `gigabytes` (10⁹ bytes)."""
+
+    def __init__(self, width: int, classes: int, gigabytes: float) -> None:
+        bytes_per_slot = 4 * width + 5 * classes + 16
+        self.capacity = int(gigabytes * 1e9 // bytes_per_slot)
+        if self.capacity < 1:
+            raise ValueError(
+                f"a cache of {gigabytes} gigabytes does not hold one window of {bytes_per_slot} bytes; "
+                "raise svm.cache_gigabytes"
+            )
+        # Pages are touched only as slots fill. (torch.empty would fill them under deterministic algorithms.)
+        self._features = torch.from_numpy(np.empty((self.capacity, width), np.float32))
+        self._images = np.zeros(self.capacity, np.int64)
+        self._rows = np.zeros(self.capacity, np.int64)
+        self._members = np.zeros((self.capacity, classes), np.bool_)
+        self._scores = np.zeros((self.capacity, classes), np.float32)
+        self._used = 0  # slots from here on were never filled
+        self.displaced = 0  # windows that left because the cache was full
+
+    def __len__(self) -> int:
+        """Windows held."""
+        return int(self._members[: self._used].any(axis=1).sum())
+
+    def counts(self) -> NDArray[np.int64]:
+        """Negatives of each class, (K,)."""
+        return self._members[: self._used].sum(axis=0)
+
+    def add(
+        self,
+        image: int,
+        features: Tensor,
+        wanted: NDArray[np.bool_],
+        scores: NDArray[np.float32],
+        scale: float = 1.0,
+    ) -> NDArray[np.int64]:
+        """Let the windows of an image enter: features (R, D) on any device, wanted and scores (R, K).
+
+        Returns how many negatives are new to each class, (K,); what a class holds already does not enter twice.
+        Where the cache is full, the windows with the lowest scores leave, or do not enter, first; the score of a
+        window is the highest among the classes that hold it. Only entering rows are copied, times `scale`.
+        """
+        wanted = wanted.copy()
+        slots = np.flatnonzero((self._images[: self._used] == image) & self._members[: self._used].any(axis=1))
+        rows = self._rows[slots]
+        new = wanted[rows] & ~self._members[slots]
+        self._members[slots] |= new
+        self._scores[slots] = np.where(new, scores[rows], self._scores[slots])
+        wanted[rows] = False
+        entering = self._make_room(np.flatnonzero(wanted.any(axis=1)), wanted, scores)
+        self._fill(image, entering, features, wanted, scores, scale)
+        return new.sum(axis=0) + wanted[entering].sum(axis=0)
+
+    def features_of(self, label: int) -> Tensor:
+        """The negatives of a class, (N, D) float32, in the order of their slots."""
+        return self._features[torch.from_numpy(self._slots_of(label))]
+
+    def rescore(self, label: int, weight: Tensor, bias: float) -> None:
+        """Score the negatives of a class with its new detector: weight (D,) float32."""
+        slots = self._slots_of(label)
+        for start in range(0, len(slots), BLOCK):
+            block = slots[start : start + BLOCK]
+            self._scores[block, label] = (self._features[torch.from_numpy(block)] @ weight + bias).numpy()
+
+    def evict(self, label: int, below: float) -> int:
+        """Drop the negatives of a class that score below; returns how many."""
+        slots = self._slots_of(label)
+        leaving = slots[self._scores[slots, label] < below]
+        self._members[leaving, label] = False
+        return len(leaving)
+
+    def keys(self) -> CachedKeys:
+        slots = np.flatnonzero(self._members[: self._used].any(axis=1))
+        return CachedKeys(
+            slots, self._images[slots], self._rows[slots], self._members[slots], self._scores[slots].copy()
+        )
+
+    def restore(self, keys: CachedKeys) -> None:
+        """Take over these keys; the features of each image then follow by `restore_features`."""
+        if len(keys.slots) and keys.slots.max() >= self.capacity:
+            raise ValueError(
+                f"the checkpoint needs {keys.slots.max() + 1} slots but the cache has {self.capacity}; "
+                "keep svm.cache_gigabytes as it was, or mine from the start"
+            )
+        self._used = int(keys.slots.max()) + 1 if len(keys.slots) else 0
+        self._images[keys.slots], self._rows[keys.slots] = keys.images, keys.rows
+        self._members[keys.slots], self._scores[keys.slots] = keys.members, keys.scores
+
+    def restore_features(self, image: int, features: Tensor, scale: float = 1.0) -> None:
+        """Fill in the features of the windows held of one image from all its rows (R, D)."""
+        held = self._members[: self._used].any(axis=1) & (self._images[: self._used] == image)
+        slots = np.flatnonzero(held)
+        self._features[torch.from_numpy(slots)] = _copied(features, self._rows[slots], scale)
+
+    def _slots_of(self, label: int) -> NDArray[np.int64]:
+        return np.flatnonzero(self._members[: self._used, label])
+
+    def _make_room(
+        self, entering: NDArray[np.int64], wanted: NDArray[np.bool_], scores: NDArray[np.float32]
+    ) -> NDArray[np.int64]:
+        """Free slots for the entering rows; returns those rows that do enter."""
+        occupied = np.flatnonzero(self._members[: self._used].any(axis=1))
+        excess = len(occupied) + len(entering) - self.capacity
+        if excess <= 0:
+            return entering
+        held = _highest(self._scores[occupied], self._members[occupied])
+        priority = np.concatenate([held, _highest(scores[entering], wanted[entering])])
+        leaving = np.argsort(priority, kind="stable")[:excess]
+        self._members[occupied[leaving[leaving < len(occupied)]]] = False
+        self.displaced += excess
+        return np.delete(entering, leaving[leaving >= len(occupied)] - len(occupied))
+
+    def _fill(
+        self,
+        image: int,
+        entering: NDArray[np.int64],
+        features: Tensor,
+        wanted: NDArray[np.bool_],
+        scores: NDArray[np.float32],
+        scale: float,
+    ) -> None:
+        free = np.flatnonzero(~self._members[: self._used].any(axis=1))
+        fresh = np.arange(self._used, min(self.capacity, self._used + len(entering)))
+        slots = np.concatenate([free, fresh])[: len(entering)]
+        self._features[torch.from_numpy(slots)] = _copied(features, entering, scale)
+        self._images[slots], self._rows[slots] = image, entering
+        self._members[slots], self._scores[slots] = wanted[entering], scores[entering]
+        self._used = max(self._used, int(slots.max()) + 1) if len(slots) else self._used
+
+
+def _copied(features: Tensor, rows: NDArray[np.int64], scale: float) -> Tensor:
+    chosen = features.detach()[torch.from_numpy(rows).to(features.device)]
+    return chosen.float().mul(scale).cpu()
+
+
+def _highest(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return np.where(members, scores, -np.inf).max(axis=1, initial=-np.inf)

@@ -1,0 +1,315 @@
+import logging
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sppnet.boxes import pairwise_iou
+from sppnet.config import SVMSettings
+from sppnet.detection.hard_negatives import (
+    NEVER,
+    MiningImage,
+    MiningState,
+    distinct_negatives,
+    mine_detectors,
+)
+from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
+from sppnet.store import read_arrays, write_arrays
+
+CLASSES = ("cat", "dog", "cow")
+QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
+
+
+class MemoryImages:
+    """Random images: rows 0…G-1 are ground truth, the rest proposals; features lean towards the class."""
+
+    def __init__(self, count=12, windows=50, width=8, labels=(0, 1, 2), seed=0):
+        rng = np.random.default_rng(seed)
+        directions = rng.standard_normal((3, width))
+        self.items = []
+        for _ in range(count):
+            own = rng.choice(labels, 3)
+            truth = np.concatenate([own, np.full(windows, -1)])
+            overlaps = np.where(rng.random((windows + 3, 3)) < 0.8, 0.1, rng.random((windows + 3, 3)))
+            overlaps[np.arange(3), own] = 1
+            overlaps[:, [k for k in range(3) if k not in own]] = 0
+            features = rng.standard_normal((windows + 3, width)) + 0.5 * overlaps @ directions
+            corner = rng.integers(0, 30, (windows + 3, 2))
+            boxes = np.concatenate([corner, corner + rng.integers(5, 30, (windows + 3, 2))], axis=1)
+            self.items.append(
+                MiningImage(torch.from_numpy(features).float(), overlaps, truth, boxes.astype(np.float32))
+            )
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def read(self, index):
+        self.reads += 1
+        return self.items[index]
+
+    def read_positives(self, index):
+        image = self.items[index]
+        rows = np.flatnonzero(image.labels >= 0)
+        return image.features[rows], image.labels[rows]
+
+
+def naive_negatives(images, label, settings):
+    """(image, row) of every negative of a class, by the definition."""
+    return [
+        (index, row)
+        for index, image in enumerate(images.items)
+        for row in range(len(image.labels))
+        if image.overlaps[row, label] < settings.negative_overlap and image.labels[row] != label
+    ]
+
+
+def rows_of(images, keys):
+    return torch.stack([images.items[i].features[r] for i, r in keys])
+
+
+def positives_of(images, label):
+    return torch.cat([image.features[image.labels == label] for image in images.items])
+
+
+def naive_mining(images, label, settings, scale=1.0):
+    """One class, lists of keys, one window at a time."""
+    every = naive_negatives(images, label, settings)
+    positives, cache, fresh, svm, counts = positives_of(images, label) * scale, [], 0, None, []
+
+    def fit():
+        negatives = rows_of(images, cache) * scale
+        model = fit_linear_svm(
+            torch.cat([positives, negatives]), [1] * len(positives) + [-1] * len(negatives), settings
+        )
+        counts.append(len(cache))
+        kept = [k for k in cache if model.score(rows_of(images, [k]) * scale)[0] >= settings.evict_below]
+        return model, kept
+
+    for _ in range(settings.epochs):
+        for index in range(len(images)):
+            before = svm
+            for key in (k for k in every if k[0] == index):
+                hard = before is None or before.score(rows_of(images, [key]) * scale)[0] > settings.mine_above
+                if hard and key not in cache:
+                    cache.append(key)
+                    fresh += 1
+            if cache and (before is None or fresh >= settings.retrain_after):
+                svm, cache = fit()
+                fresh = 0
+    svm, cache = fit()
+    return svm, cache, counts
+
+
+def detector_of(mined, label):
+    return LinearSVM(mined.detectors.weight[label].double().numpy(), float(mined.detectors.bias[label]))
+
+
+def everything(images, label, settings):
+    positives = positives_of(images, label)
+    negatives = rows_of(images, naive_negatives(images, label, settings))
+    return torch.cat([positives, negatives]), np.repeat([1, -1], [len(positives), len(negatives)])
+
+
+def test_mining_without_thresholds_is_one_fit_on_all_windows():
+    settings = QUICK.model_copy(update={"mine_above": -1e9, "evict_below": -1e9, "retrain_after": 10**9})
+    images = MemoryImages()
+    mined = mine_detectors(images, CLASSES, settings)
+    assert mined.retrains == (2, 2, 2)  # after the first image and at the end
+    for label in range(3):
+        # A tight solution does not depend on the order of the examples.
+        examples, signs = everything(images, label, settings)
+        full = svm_objective(fit_linear_svm(examples, signs, settings), examples, signs, settings).total
+        reached = svm_objective(detector_of(mined, label), examples, signs, settings).total
+        assert reached == pytest.approx(full, rel=1e-3)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_mining_equals_the_naive_miner_window_by_window(epochs, caplog):
+    settings = QUICK.model_copy(update={"epochs": epochs, "tolerance": 1e-6, "max_iterations": 100_000})
+    images = MemoryImages()
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mined = mine_detectors(images, CLASSES, settings, scale=0.8)
+    for label, name in enumerate(CLASSES):
+        svm, cache, counts = naive_mining(images, label, settings, scale=0.8)
+        np.testing.assert_allclose(mined.detectors.weight[label], svm.weight, atol=2e-3)
+        assert float(mined.detectors.bias[label]) == pytest.approx(svm.bias, abs=2e-3)
+        assert mined.retrains[label] == len(counts) > 2
+        lines = re.findall(rf"svm {name} retrain \d+: .* (\d+) neg, evicted (\d+)", caplog.text)
+        assert [int(kept) + int(evicted) for kept, evicted in lines] == counts
+        assert int(lines[-1][0]) == len(cache)
+    assert images.reads == epochs * len(images)
+
+
+def test_mined_detectors_come_close_to_the_optimum_over_all_windows():
+    settings = QUICK.model_copy(update={"epochs": 4, "retrain_after": 30})
+    images = MemoryImages()
+    mined = mine_detectors(images, CLASSES, settings)
+    for label in range(3):
+        examples, signs = everything(images, label, settings)
+        full = svm_objective(fit_linear_svm(examples, signs, settings), examples, signs, settings).total
+        reached = svm_objective(detector_of(mined, label), examples, signs, settings).total
+        assert full * 0.999 <= reached <= full * 1.02
+
+
+@pytest.mark.parametrize("gigabytes", [1.0, 60 * 63e-9])
+def test_resuming_gives_the_same_detectors_as_an_uninterrupted_run(gigabytes, tmp_path):
+    settings = QUICK.model_copy(update={"epochs": 2, "cache_gigabytes": gigabytes})
+    states = []
+    whole = mine_detectors(MemoryImages(), CLASSES, settings, scale=0.7, save=states.append, save_every=5)
+    assert [state.position for state in states] == [5, 10, 15, 20]
+    assert (whole.displaced > 0) == (gigabytes < 1)
+    for state in states:
+        write_arrays(tmp_path / "state.npz", **state.to_arrays())
+        loaded = MiningState.from_arrays(read_arrays(tmp_path / "state.npz"))
+        again = mine_detectors(MemoryImages(), CLASSES, settings, scale=0.7, state=loaded)
+        assert torch.equal(again.detectors.weight, whole.detectors.weight)
+        assert torch.equal(again.detectors.bias, whole.detectors.bias)
+        assert (again.retrains, again.displaced) == (whole.retrains, whole.displaced)
+
+
+def test_a_state_after_the_last_image_only_needs_the_final_fits():
+    states = []
+    whole = mine_detectors(MemoryImages(), CLASSES, QUICK, save=states.append, save_every=12)
+    again = mine_detectors(MemoryImages(), CLASSES, QUICK, state=states[-1])
+    assert torch.equal(again.detectors.weight, whole.detectors.weight)
+
+
+def test_a_class_without_positives_never_fires_and_is_reported(caplog):
+    mined = mine_detectors(MemoryImages(labels=(0, 2)), CLASSES, QUICK)
+    assert mined.untrained == {"dog": "no positives"}
+    assert "svm dog has no positives in the training images; its detector never fires" in caplog.text
+    assert mined.retrains[1] == 0
+    assert mined.detectors.score(torch.randn(5, 8))[:, 1].tolist() == [NEVER] * 5
+
+
+def test_a_class_without_negatives_never_fires_and_is_reported():
+    images = MemoryImages(count=2)
+    images.items = [replace(image, overlaps=np.maximum(image.overlaps, [0, 0.5, 0])) for image in images.items]
+    mined = mine_detectors(images, CLASSES, QUICK)
+    assert mined.untrained == {"dog": "no negatives"}
+
+
+def test_no_positives_at_all_give_detectors_that_never_fire():
+    images = MemoryImages(count=2)
+    images.items = [
+        MiningImage(image.features[3:], image.overlaps[3:], image.labels[3:], image.windows[3:])
+        for image in images.items
+    ]
+    mined = mine_detectors(images, CLASSES, QUICK)
+    assert set(mined.untrained) == set(CLASSES)
+    assert mined.detectors.weight.shape == (3, 8)
+
+
+def test_a_class_that_meets_its_first_negative_later_is_first_fitted_there():
+    images = MemoryImages(count=4)
+    for index in (0, 1):
+        images.items[index] = replace(images.items[index], overlaps=np.ones((53, 3)))
+    states = []
+    mine_detectors(images, CLASSES, QUICK, save=states.append, save_every=1)
+    assert [state.retrains.tolist() for state in states[:3]] == [[0, 0, 0], [0, 0, 0], [1, 1, 1]]
+
+
+def test_an_image_without_windows_is_ordinary():
+    images = MemoryImages(count=3)
+    empty = MiningImage(torch.zeros(0, 8), np.zeros((0, 3)), np.zeros(0, np.int64), np.zeros((0, 4)))
+    images.items = [empty, *images.items, empty]
+    for duplicates in ("cells", "overlap"):
+        mined = mine_detectors(images, CLASSES, QUICK.model_copy(update={"duplicates": duplicates}))
+        assert mined.untrained == {}
+
+
+def test_ground_truth_of_another_class_is_a_negative_and_of_its_own_class_never():
+    images = MemoryImages(count=1, windows=0)
+    images.items = [
+        replace(
+            images.items[0],
+            labels=np.array([0, 1, 2]),
+            overlaps=np.array([[0.0, 0.0, 0.4], [0.2, 1.0, 0.0], [0.4, 0.0, 1.0]]),
+        )
+    ]
+    states = []
+    mine_detectors(images, CLASSES, QUICK.model_copy(update={"evict_below": -1e9}), save=states.append, save_every=1)
+    assert states[0].keys.members.tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+
+
+def test_the_cache_stays_within_its_bound_and_says_what_left(caplog):
+    settings = QUICK.model_copy(update={"cache_gigabytes": 40 * 63e-9 * 1.001})  # 4 · 8 + 5 · 3 + 16 bytes each
+    states = []
+    mined = mine_detectors(MemoryImages(), CLASSES, settings, save=states.append, save_every=1)
+    assert max(len(state.keys.slots) for state in states) == 40
+    assert f"{mined.displaced} negatives left it, lowest scores first" in caplog.text
+
+
+def test_positives_beyond_their_bound_are_drawn_evenly(caplog):
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(MemoryImages(), CLASSES, QUICK.model_copy(update={"max_positives": 4}))
+    assert "positives cat 4, dog 4, cow 4;" in caplog.text
+
+
+def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
+    parts = r"0\.000 = 0\.000 pos \+ 0\.000 neg \+ 0\.000 reg".replace(r"0\.000", r"\d+\.\d{3}")
+    pattern = rf"svm dog retrain 2: {parts} \| cache \d+ pos \d+ neg, evicted \d+"
+    assert re.search(pattern, caplog.text)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distinct_negatives_equal_the_naive_choice(seed):
+    rng = np.random.default_rng(seed)
+    corner = rng.integers(0, 6, (40, 2))
+    windows = np.concatenate([corner, corner + rng.integers(1, 9, (40, 2))], axis=1).astype(np.float32)
+    negatives = rng.random((40, 3)) < 0.7
+    iou = pairwise_iou(windows, windows)
+    expected = np.zeros_like(negatives)
+    for label in range(3):
+        chosen = []
+        for row in np.flatnonzero(negatives[:, label]):
+            if all(iou[row, other] <= 0.5 for other in chosen):
+                chosen.append(row)
+        expected[chosen, label] = True
+    np.testing.assert_array_equal(distinct_negatives(windows, negatives, 0.5), expected)
+    assert expected.sum() < negatives.sum()
+
+
+def test_duplicates_by_overlap_keep_fewer_negatives():
+    states = []
+    for duplicates in ("cells", "overlap"):
+        settings = QUICK.model_copy(update={"duplicates": duplicates, "evict_below": -1e9, "duplicate_overlap": 0.4})
+        mine_detectors(MemoryImages(count=1), CLASSES, settings, save=states.append, save_every=1)
+    by_cells, by_overlap = states
+    assert len(by_overlap.keys.slots) < len(by_cells.keys.slots)
+
+
+def test_errors_say_what_was_expected():
+    images = MemoryImages(count=2)
+    good = images.items[1]
+
+    def mine_with(image):
+        images.items[1] = image
+        return mine_detectors(images, CLASSES, QUICK)
+
+    with pytest.raises(ValueError, match=r"image 1: expected features, overlaps, labels and windows of shapes"):
+        mine_with(replace(good, overlaps=good.overlaps[:, :2]))
+    with pytest.raises(ValueError, match="image 1: features must be finite"):
+        mine_with(replace(good, features=torch.cat([good.features[:-1], torch.full((1, 8), torch.nan)])))
+    with pytest.raises(ValueError, match=r"positives of image 1: expected .* leave out objects of other classes"):
+        mine_with(replace(good, labels=np.where(good.labels == -1, -1, 3)))
+    images.items = []
+    with pytest.raises(ValueError, match="expected at least one image to mine, got none"):
+        mine_detectors(images, CLASSES, QUICK)
+
+
+def test_a_state_of_another_run_is_refused():
+    states = []
+    mine_detectors(MemoryImages(), CLASSES, QUICK, save=states.append, save_every=12)
+    for changes in ({"classes": ("cat", "dog", "hen")}, {"images": 11}, {"scale": 2.0}):
+        with pytest.raises(ValueError, match="the checkpoint is of classes, images, scale and weights"):
+            mine_detectors(MemoryImages(), CLASSES, QUICK, state=replace(states[0], **changes))
+    arrays = states[0].to_arrays()
+    del arrays["fresh"]
+    with pytest.raises(ValueError, match="needs the array 'fresh' too"):
+        MiningState.from_arrays(arrays)

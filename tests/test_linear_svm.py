@@ -1,0 +1,193 @@
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
+
+from sppnet.config import SVMSettings
+from sppnet.detection.linear_svm import (
+    LinearDetectors,
+    LinearSVM,
+    fit_linear_svm,
+    mean_norm_scale,
+    svm_objective,
+)
+from sppnet.store import read_tensors, write_tensors
+
+
+@pytest.fixture
+def golden():
+    if "SPPNET_SHARED" not in os.environ:
+        pytest.skip("SPPNET_SHARED does not name the folder with the conformance data")
+    with np.load(Path(os.environ["SPPNET_SHARED"]) / "golden/svm.npz", allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def golden_settings(golden):
+    return SVMSettings(
+        C=float(golden["C"]),
+        bias_multiplier=float(golden["bias_mult"]),
+        positive_weight=float(golden["pos_loss_weight"]),
+    )
+
+
+def two_clouds(count=60, dimension=5, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.where(np.arange(count) < count // 3, 1, -1)
+    features = rng.standard_normal((count, dimension)) + 0.8 * labels[:, None]
+    return features.astype(np.float32), labels
+
+
+def naive_objective(weight, bias, features, labels, settings):
+    total = 0.5 * sum(w * w for w in weight) + 0.5 * (bias / settings.bias_multiplier) ** 2
+    for row, label in zip(features, labels, strict=True):
+        score = sum(float(w) * float(x) for w, x in zip(weight, row, strict=True)) + bias
+        total += settings.C * (settings.positive_weight if label > 0 else 1) * max(0.0, 1 - label * score)
+    return total
+
+
+@pytest.mark.shared_data
+def test_the_objective_is_within_a_thousandth_of_the_release_for_any_seed(golden):
+    settings = golden_settings(golden)
+    for seed in range(5):
+        svm = fit_linear_svm(golden["X"], golden["y"], settings.model_copy(update={"seed": seed}))
+        reached = svm_objective(svm, golden["X"], golden["y"], settings).total
+        assert reached == pytest.approx(float(golden["objective_tight"]), rel=1e-3)
+
+
+@pytest.mark.shared_data
+def test_the_objective_of_the_release_weights_is_the_value_that_the_release_reports(golden):
+    for kind in ("tight", "default"):
+        weight = golden[f"w_{kind}"]
+        svm = LinearSVM(weight[:-1], float(weight[-1] * golden["bias_mult"]))
+        objective = svm_objective(svm, golden["X"], golden["y"], golden_settings(golden))
+        assert objective.total == pytest.approx(float(golden[f"objective_{kind}"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", [SVMSettings(C=0.05), SVMSettings(C=1.0, bias_multiplier=3, positive_weight=5)])
+def test_a_general_minimiser_finds_no_better_weights(settings):
+    features, labels = two_clouds()
+    # Nelder-Mead on the definition, started at the solution: any remaining descent would show.
+    svm = fit_linear_svm(features, labels, settings.model_copy(update={"tolerance": 1e-7, "max_iterations": 100_000}))
+    reached = svm_objective(svm, features, labels, settings).total
+
+    def value(v):
+        return svm_objective(LinearSVM(v[:-1], float(v[-1])), features, labels, settings).total
+
+    start = np.append(svm.weight, svm.bias)
+    better = min(minimize(value, s, method="Nelder-Mead", options={"maxiter": 4000}).fun for s in (start, start * 0.9))
+    assert reached <= better * (1 + 1e-3)
+
+
+def test_the_parts_of_the_objective_sum_to_the_definition():
+    settings = SVMSettings(C=0.2, bias_multiplier=3, positive_weight=4)
+    features, labels = two_clouds()
+    svm = LinearSVM(np.linspace(-0.3, 0.4, 5), 0.7)
+    objective = svm_objective(svm, features, labels, settings)
+    assert objective.total == pytest.approx(naive_objective(svm.weight, svm.bias, features, labels, settings))
+    only_positive = svm_objective(svm, features[labels > 0], labels[labels > 0], settings)
+    assert only_positive.positive == pytest.approx(objective.positive)
+    assert only_positive.negative == 0
+    assert only_positive.regularisation == objective.regularisation
+
+
+def test_the_objective_prints_in_parts():
+    objective = svm_objective(LinearSVM(np.array([1.0]), 0.0), np.array([[0.5]]), [1], SVMSettings(C=0.1))
+    assert str(objective) == "0.600 = 0.100 pos + 0.000 neg + 0.500 reg"
+
+
+def test_two_points_have_the_closed_form_solution():
+    # x = ±1 and equal weights: the margin is met at w = 1, b = 0.
+    svm = fit_linear_svm(
+        np.array([[1.0], [-1.0]]), [1, -1], SVMSettings(C=100, bias_multiplier=10, positive_weight=1, tolerance=1e-8)
+    )
+    assert svm.weight == pytest.approx([1], abs=1e-4)
+    assert svm.bias == pytest.approx(0, abs=1e-4)
+
+
+def test_the_same_problem_gives_the_same_weights_as_tensor_and_as_array():
+    features, labels = two_clouds()
+    first = fit_linear_svm(features, labels)
+    second = fit_linear_svm(torch.from_numpy(features), labels.astype(np.int8))
+    np.testing.assert_array_equal(first.weight, second.weight)
+    assert first.bias == second.bias
+
+
+def test_a_fit_that_does_not_converge_is_logged_and_used(caplog):
+    features, labels = two_clouds()
+    with caplog.at_level(logging.WARNING, logger="sppnet"):
+        svm = fit_linear_svm(features, labels, SVMSettings(C=10, tolerance=1e-12, max_iterations=2))
+    assert "stopped at 2 iterations before it reached tolerance 1e-12" in caplog.text
+    assert svm.weight.shape == (5,)
+
+
+def test_the_convergence_warning_of_the_solver_still_reaches_others():
+    from sklearn.svm import LinearSVC
+
+    features, labels = two_clouds()
+    fit_linear_svm(features, labels, SVMSettings(C=10, tolerance=1e-12, max_iterations=2))
+    with pytest.warns(ConvergenceWarning):
+        LinearSVC(loss="hinge", dual=True, tol=1e-12, max_iter=2).fit(features, labels)
+
+
+def test_scores_of_many_rows_are_those_of_each_row():
+    rng = np.random.default_rng(0)
+    svm = LinearSVM(rng.standard_normal(3), 0.25)
+    features = rng.standard_normal((9000, 3)).astype(np.float32)
+    np.testing.assert_allclose(svm.score(features), [row @ svm.weight + 0.25 for row in features.astype(float)])
+    assert svm.score(np.zeros((0, 3))).shape == (0,)
+
+
+def test_detectors_score_scaled_features_plus_bias():
+    rng = np.random.default_rng(1)
+    weight, bias = rng.standard_normal((3, 4)), rng.standard_normal(3)
+    detectors = LinearDetectors(torch.tensor(weight).float(), torch.tensor(bias).float(), 2.5, ("a", "b", "c"))
+    features = rng.standard_normal((6, 4)).astype(np.float32)
+    scores = detectors.score(torch.from_numpy(features))
+    assert scores.dtype == torch.float32
+    np.testing.assert_allclose(scores.numpy(), features * 2.5 @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    assert detectors.score(torch.zeros(0, 4)).shape == (0, 3)
+    assert detectors.score(torch.zeros(2, 4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_detectors_survive_the_store(tmp_path):
+    detectors = LinearDetectors(torch.rand(2, 3), torch.rand(2), 0.1, ("potted plant", "vélo"))
+    write_tensors(tmp_path / "detectors.safetensors", detectors.to_tensors())
+    again = LinearDetectors.from_tensors(read_tensors(tmp_path / "detectors.safetensors"))
+    assert (again.classes, again.scale) == (detectors.classes, detectors.scale)
+    assert torch.equal(again.weight, detectors.weight)
+    assert torch.equal(again.bias, detectors.bias)
+
+
+def test_the_scale_brings_the_mean_norm_to_its_target():
+    assert mean_norm_scale([30.0, 50.0]) == 0.5
+    assert mean_norm_scale(np.array([1.0, 3.0]), target=4) == 2.0
+
+
+def test_errors_say_what_was_expected():
+    features, labels = two_clouds()
+    with pytest.raises(ValueError, match=r"got 60 examples but no positives \(\+1\)"):
+        fit_linear_svm(features, -np.ones(60))
+    with pytest.raises(ValueError, match=r"got 60 examples but no negatives \(-1\)"):
+        fit_linear_svm(features, np.ones(60))
+    with pytest.raises(ValueError, match=r"labels must be -1 or \+1, got 0; for 0 and 1 pass 2 \* labels - 1"):
+        fit_linear_svm(features, (labels > 0).astype(int))
+    with pytest.raises(ValueError, match=r"labels must have shape \(60,\)"):
+        fit_linear_svm(features, labels[:-1])
+    with pytest.raises(ValueError, match=r"features must have shape \(N, D\), got \(5,\)"):
+        fit_linear_svm(features[0], labels[:5])
+    with pytest.raises(ValueError, match="the mean of 0 feature norms must be positive"):
+        mean_norm_scale([])
+    with pytest.raises(ValueError, match=r"must be positive, got 0\.0"):
+        mean_norm_scale([0.0])
+    with pytest.raises(ValueError, match="2 classes need weight"):
+        LinearDetectors(torch.zeros(3, 4), torch.zeros(3), 1.0, ("a", "b"))
+    detectors = LinearDetectors(torch.zeros(1, 4), torch.zeros(1), 1.0, ("a",))
+    with pytest.raises(ValueError, match=r"features must have shape \(R, 4\), got \(2, 5\)"):
+        detectors.score(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"need the tensors \['scale'\] too"):
+        LinearDetectors.from_tensors({k: v for k, v in detectors.to_tensors().items() if k != "scale"})
