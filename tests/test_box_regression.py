@@ -99,6 +99,20 @@ def test_the_covariance_of_targets_is_divided_by_their_number_and_lifted():
     np.testing.assert_allclose(regressor.target_unwhiten, np.diag(np.sqrt([0.05, 0.01, 0.01, 0.01])), atol=1e-15)
 
 
+def test_arrays_that_cannot_be_written_to_are_features_too():
+    features, windows, boxes = examples()
+    frozen = [features.numpy().copy(), windows.copy(), boxes.copy()]
+    for array in frozen:
+        array.flags.writeable = False
+    expected = fit_box_regressor(features, windows, boxes).refine(features, windows)
+    regressor = fit_box_regressor(*frozen)
+    np.testing.assert_array_equal(regressor.refine(*frozen[:2]), expected)
+    np.testing.assert_array_equal(BoxRegressors.stack({"cat": regressor}).refine(*frozen[:2], 0), expected)
+    reservoir = ExampleReservoir(9)
+    reservoir.add(*frozen)
+    assert len(reservoir) == 9
+
+
 def test_targets_and_their_application_are_inverse():
     _, windows, boxes = examples()
     np.testing.assert_allclose(apply_targets(windows, regression_targets(windows, boxes)), boxes)

@@ -19,6 +19,8 @@ from sppnet.boxes import Boxes, as_boxes
 from sppnet.config import BoxRegressionSettings
 from sppnet.detection.reservoir import Reservoir
 
+Features = NDArray[np.floating] | Tensor
+
 BLOCK = 1024  # features or examples held in double precision at once
 
 
@@ -32,14 +34,14 @@ class BoxRegressor:
     target_unwhiten: Tensor  # (4, 4), symmetric: (S + ε I)^(1/2)
     scale: float = 1.0  # multiplies the features
 
-    def targets(self, features: Tensor) -> NDArray[np.float64]:
+    def targets(self, features: Features) -> NDArray[np.float64]:
         """Unscaled features (R, D) -> predicted (dx, dy, log dw, log dh), (R, 4)."""
-        _check_features(features, self.weight.shape[1])
-        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
-        whitened = features.detach().double() @ weight.T * self.scale + bias
+        rows = _as_tensor(features, self.weight.shape[1])
+        weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
+        whitened = rows.double() @ weight.T * self.scale + bias
         return (whitened.cpu() @ self.target_unwhiten + self.target_mean).numpy()
 
-    def refine(self, features: Tensor, windows: Boxes) -> NDArray[np.float64]:
+    def refine(self, features: Features, windows: Boxes) -> NDArray[np.float64]:
         """Features (R, D) of windows (R, 4) -> the predicted boxes (R, 4), not clipped to the image."""
         corners = _matching_boxes(windows, len(features), "windows")
         return apply_targets(corners, self.targets(features))
@@ -70,9 +72,9 @@ class BoxRegressors:
         parts = (self.weight[label], self.bias[label], self.target_mean[label], self.target_unwhiten[label])
         return BoxRegressor(*parts, scale=self.scale)
 
-    def refine(self, features: Tensor, windows: Boxes, labels: ArrayLike) -> NDArray[np.float64]:
+    def refine(self, features: Features, windows: Boxes, labels: ArrayLike) -> NDArray[np.float64]:
         """Each window (R, 4) with features (R, D) by the regressor of its label: (R,) into classes, or one for all."""
-        corners = _matching_boxes(windows, len(features), "windows")
+        features, corners = _as_tensor(features), _matching_boxes(windows, len(features), "windows")
         per_window = np.broadcast_to(np.asarray(labels, dtype=np.int64), len(corners))
         if not np.isin(per_window, np.arange(len(self.classes))).all():
             raise ValueError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
@@ -120,11 +122,11 @@ class ExampleReservoir:
         """How many examples were offered."""
         return self._rows.seen
 
-    def add(self, features: Tensor, windows: Boxes, boxes: Boxes) -> None:
+    def add(self, features: Features, windows: Boxes, boxes: Boxes) -> None:
         """Features (R, D) of windows (R, 4) that cover the objects in boxes (R, 4), one box per window."""
-        pairs = [_matching_boxes(windows, len(features), "windows"), _matching_boxes(boxes, len(features), "boxes")]
+        corners = [_matching_boxes(windows, len(features), "windows"), _matching_boxes(boxes, len(features), "boxes")]
         if len(features):
-            self._rows.add(features.to(self._dtype), *map(torch.from_numpy, pairs))
+            self._rows.add(_as_tensor(features).to(self._dtype), *(torch.from_numpy(c.copy()) for c in corners))
 
     def examples(self) -> tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]:
         """(features (N, D), windows (N, 4), boxes (N, 4)); D is 0 where nothing was ever added."""
@@ -135,7 +137,7 @@ class ExampleReservoir:
 
 
 def fit_box_regressor(
-    features: Tensor,
+    features: Features,
     windows: Boxes,
     boxes: Boxes,
     settings: BoxRegressionSettings | None = None,
@@ -150,13 +152,13 @@ def fit_box_regressor(
     Raises ValueError for windows or boxes without extent and for lengths that differ.
     """
     settings = settings or BoxRegressionSettings()
-    _check_features(features)
+    features = _as_tensor(features)
     corners = _matching_boxes(windows, len(features), "windows")
     targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
     mean, unwhiten, whitened = _whiten(targets, settings.whitening)
     solve = _solve_dual if len(features) <= features.shape[1] else _solve_primal
     device = torch.device(device) if device is not None else features.device
-    weight, bias = solve(features.detach(), torch.from_numpy(whitened).to(device), settings.ridge, scale)
+    weight, bias = solve(features, torch.from_numpy(whitened).to(device), settings.ridge, scale)
     return BoxRegressor(weight.cpu(), bias.cpu(), torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
 
 
@@ -265,9 +267,13 @@ def _matching_boxes(boxes: Boxes, count: int, name: str) -> NDArray[np.float64]:
     return corners
 
 
-def _check_features(features: Tensor, width: int | None = None) -> None:
+def _as_tensor(features: Features, width: int | None = None) -> Tensor:
+    if not isinstance(features, Tensor):
+        array = np.asarray(features)
+        features = torch.from_numpy(array if array.flags.writeable else array.copy())
     if features.ndim != 2 or (width is not None and features.shape[1] != width):
         raise ValueError(
             f"features must have shape (R, {width or 'D'}), got {tuple(features.shape)}; "
             "use the layer that the regressor was trained on"
         )
+    return features.detach()
