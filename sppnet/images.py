@@ -1,0 +1,180 @@
+"""Images: read safely, upright and as RGB; resize as the release does; normalise; flip.
+
+An image is a uint8 numpy array (H, W, 3) in RGB order, turned upright as its EXIF orientation says, so that
+boxes mean the same pixels everywhere. What the network sees is a float32 tensor (1, 3, h, w).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from torch import Tensor
+
+MAX_PIXELS = 178_000_000  # ours: about 0.5 GB as RGB; a larger header is taken for damage or an attack
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # raster formats only: no program is started
+_TURNS = {  # EXIF orientation -> what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file, what was expected and the next step."""
+
+
+def read_image(path: Path | str) -> NDArray[np.uint8]:
+    """The upright image as uint8 (H, W, 3) RGB; first frame where there are several.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white. Raises ImageError for
+    a missing, damaged, truncated or unreasonably large file: a partly decoded image is never returned.
+    """
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        image.load()
+        rgb = _to_rgb(image, path)
+        turn = _TURNS.get(orientation)
+        upright = rgb if turn is None else rgb.transpose(turn)
+        return np.array(upright, dtype=np.uint8)
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) of the upright image, from the file's header alone; errors as in `read_image`."""
+    with _opened(path) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def scaled_size(
+    image_size: tuple[int, int], shorter_side: float, max_side: int | None = None
+) -> tuple[tuple[int, int], float]:
+    """Size (h', w') with the aspect ratio kept and the shorter side scaled to `shorter_side` (sec. 4.1).
+
+    Where the longer side would exceed `max_side` the scale shrinks. Returns the size, in whole pixels, and the
+    shorter side it stands for, not rounded: the s of the projection onto the map.
+    """
+    shorter, longer = min(image_size), max(image_size)
+    if shorter < 1:
+        raise ValueError(f"image_size must be (height, width) of at least one pixel, got {image_size}")
+    scale = shorter_side / shorter
+    if max_side is not None:
+        scale = min(scale, max_side / longer)
+    height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
+    return (height, width), shorter * scale
+
+
+def prepare(
+    image: NDArray[np.uint8],
+    size: tuple[int, int],
+    channel_order: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """uint8 RGB (H, W, 3) -> float32 (1, 3, h', w'): resized to `size`, then (x - mean) / std per channel.
+
+    Bilinear without antialiasing, pixel centres aligned (release; what OpenCV's INTER_LINEAR computes). `mean`
+    and `std` are in `channel_order` ("rgb" or "bgr"), as the weights expect their input.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
+            "read it with sppnet.images.read_image"
+        )
+    if channel_order not in ("rgb", "bgr"):
+        raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+    pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
+    if pixels.shape[2:] != tuple(size):
+        pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False, antialias=False)
+    if channel_order == "bgr":
+        pixels = pixels.flip(1)
+    return (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
+
+
+def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The horizontally mirrored image (a copy)."""
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, 3, 1, 1)
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """The image behind `path`, header read and size checked; whatever goes wrong inside becomes ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # what matters below is raised
+            with Image.open(path, formats=FORMATS) as image:
+                _check_pixels(image, path)
+                yield image
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path}: expected an image, but there is no such file; check the path") from None
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise ImageError(
+            f"{path}: expected an image ({kinds}), got a file of another kind; convert or remove it"
+        ) from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise ImageError(
+            f"{path}: expected a complete image, but it cannot be read ({reason}); fetch the file again or remove it"
+        ) from None
+
+
+def _check_pixels(image: Image.Image, path: Path | str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(path)
+
+
+def _too_large(path: Path | str) -> ImageError:
+    return ImageError(
+        f"{path}: expected at most {MAX_PIXELS:,} pixels, but its header announces more; "
+        "if the file is sound, scale it down first"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8; 1 where there is none or none that can be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF itself, and already reports the upright size
+    try:
+        # not image.getexif(): for PNG that decodes every pixel
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged EXIF block does not make the pixels unusable
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image).convert("RGB")
+    if image.mode == "F":
+        raise ImageError(f"{path}: expected 8 or 16 bits per channel, got floating-point pixels; convert it to 8 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 · 255
