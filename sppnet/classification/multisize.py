@@ -1,0 +1,141 @@
+"""Pre-train trunk and head by SPP classification of crops, alternating between sizes (sec. 2.3).
+
+For trunks without pretrained weights and data sets without a large classification set beside them: the crops are
+the training objects themselves, and windows of the background. All sizes share all weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from sppnet import distributed
+from sppnet.boxes import as_boxes, pairwise_iou
+from sppnet.config import Config, PretrainSettings
+from sppnet.images import prepare, read_image
+from sppnet.network.sppnet import SPPNet, build_head
+from sppnet.network.trunks import Trunk
+from sppnet.records import Annotation, ImageRecord
+
+CONTEXT = 1.4  # side of a stored crop over the longer side of its object: room for shifts and other scales
+BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this
+
+
+def pretrain_network(
+    trunk: Trunk, records: Sequence[ImageRecord], classes: Sequence[str], config: Config, progress: bool = True
+) -> tuple[SPPNet, str]:
+    """Train `trunk` and a new head on crops of the records; returns the network, frozen in eval mode, and a summary.
+
+    The trunk is trained in place. Raises ValueError where no record holds an object of the classes.
+    """
+    settings = config.pretrain
+    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed)
+    head = build_head(trunk.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
+    device = next(trunk.parameters()).device
+    network = SPPNet(trunk.requires_grad_(True), config.pyramid.levels, head.to(device)).train()
+    accuracy = _train(network, crops, labels, settings, progress)
+    network.requires_grad_(False).eval()
+    return network, f"{settings.steps} steps on {len(crops)} crops, training accuracy {accuracy:.3f}"
+
+
+def cut_crops(
+    records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB, labels (N,), K = background."""
+    rng = np.random.default_rng(seed)
+    stored = round(side * CONTEXT)
+    crops, labels = [], []
+    for record in records:
+        annotation = (record.annotation or _no_objects()).of(tuple(classes))
+        if not len(annotation.boxes):
+            continue
+        image = read_image(record.path)
+        around = [_square(box, CONTEXT) for box in annotation.boxes]
+        background = [_square(box, CONTEXT) for box in _background_boxes(annotation, record.size, rng)]
+        crops += [_cut(image, square, stored) for square in around + background]
+        labels += [classes.index(name) for name in annotation.names] + [len(classes)] * len(background)
+    if not crops:
+        raise ValueError("pre-training needs annotated objects, but the training images hold none of the classes; check data.classes")
+    return torch.stack(crops), torch.tensor(labels)
+
+
+def _train(network: SPPNet, crops: Tensor, labels: Tensor, settings: PretrainSettings, progress: bool) -> float:
+    """SGD with a rate that falls linearly to zero; one epoch at one size, the next at another (sec. 2.3)."""
+    optimiser = torch.optim.SGD(
+        network.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    parameters = list(network.parameters())
+    device = parameters[0].device
+    rng = np.random.default_rng((settings.seed, distributed.rank()))
+    epoch_steps = max(1, len(crops) // settings.batch)
+    right = torch.zeros((), device=device)
+    disable = None if progress and distributed.is_main() else True
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for step in tqdm(range(settings.steps), desc="pretrain", unit="step", disable=disable):
+            for group in optimiser.param_groups:
+                group["lr"] = settings.learning_rate * (1 - step / settings.steps)
+            size = settings.sizes[step // epoch_steps % len(settings.sizes)]
+            chosen = torch.from_numpy(rng.integers(len(crops), size=settings.batch))
+            pixels = _augmented(crops[chosen], size, max(settings.sizes), network.trunk, rng).to(device)
+            wanted = labels[chosen].to(device)
+            logits = network(pixels)
+            optimiser.zero_grad()
+            F.cross_entropy(logits, wanted).backward()
+            distributed.average_gradients(parameters)
+            optimiser.step()
+            if step >= settings.steps * 3 // 4:
+                right += (logits.argmax(1) == wanted).float().mean()
+    return float(right) / (settings.steps - settings.steps * 3 // 4)
+
+
+def _augmented(crops: Tensor, size: int, largest: int, trunk: Trunk, rng: np.random.Generator) -> Tensor:
+    """Flipped, shifted and zoomed crops, resized so that only the resolution depends on `size`; prepared pixels."""
+    stored = crops.shape[-1]
+    flips, out = rng.random(len(crops)) < 0.5, []
+    for crop, flip in zip(crops, flips, strict=True):
+        side = int(rng.integers(round(largest * 0.9), stored + 1))
+        y, x = rng.integers(stored - side + 1, size=2)
+        part = crop[:, y : y + side, x : x + side]
+        part = F.interpolate(part[None].float(), (size, size), mode="bilinear", align_corners=False)
+        out.append(part.flip(3) if flip else part)
+    pixels = torch.cat(out) * torch.from_numpy(rng.uniform(0.8, 1.2, (len(crops), 3, 1, 1)).astype(np.float32))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (trunk.weights.mean, trunk.weights.std))
+    pixels = pixels.clamp(0, 255)
+    return ((pixels.flip(1) if trunk.weights.channel_order == "bgr" else pixels) - mean) / std
+
+
+def _square(box: NDArray[np.floating], context: float) -> NDArray[np.float64]:
+    centre, side = (box[:2] + box[2:]) / 2, max(float((box[2:] - box[:2]).max()), 2.0) * context
+    return np.concatenate([centre - side / 2, centre + side / 2])
+
+
+def _cut(image: NDArray[np.uint8], square: NDArray[np.float64], side: int) -> Tensor:
+    """A square of the image as (3, side, side) uint8; beyond the border the edge pixels repeat."""
+    x1, y1, x2, y2 = np.rint(square).astype(int)
+    rows = np.clip(np.arange(y1, max(y2, y1 + 1)), 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, image.shape[1] - 1)
+    part = np.ascontiguousarray(image[rows[:, None], columns[None, :]])
+    resized = prepare(part, (side, side), "rgb", (0, 0, 0), (1, 1, 1))[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _background_boxes(annotation: Annotation, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
+    """As many boxes as objects, of their sizes, placed anywhere in the image away from them."""
+    height, width = size
+    sides = annotation.boxes[:, 2:] - annotation.boxes[:, :2]
+    sides = np.repeat(sides, 4, axis=0) * rng.uniform(0.5, 1.2, (4 * len(sides), 1))
+    corner = rng.random((len(sides), 2)) * np.maximum([width, height] - sides, 1)
+    boxes = as_boxes(np.concatenate([corner, corner + sides], axis=1))
+    away = pairwise_iou(boxes, as_boxes(annotation.boxes)).max(axis=1, initial=0) < BACKGROUND_OVERLAP
+    return boxes[away][: len(annotation.boxes)]
+
+
+def _no_objects() -> Annotation:
+    return Annotation(np.zeros((0, 4), np.float32), (), np.zeros(0, bool))

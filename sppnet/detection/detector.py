@@ -1,0 +1,167 @@
+"""The trained detector: rooms 1-4 and 6-8 at test time, on one screen (sec. 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet.boxes import as_boxes, clip_boxes
+from sppnet.config import Config, ConfigError, parse_config
+from sppnet.detection.box_regression import BoxRegressors
+from sppnet.detection.feature_maps import FeatureMaps, compute_maps
+from sppnet.detection.linear_svm import LinearDetectors
+from sppnet.detection.nms import nms_per_class
+from sppnet.detection.proposals import Proposer, make_proposer
+from sppnet.detection.window_features import head_features, pool_cells, window_cells
+from sppnet.network.sppnet import SPPHead, build_head
+from sppnet.network.trunks import Trunk, build_trunk
+from sppnet.records import Detections
+from sppnet.store import StoreError, digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
+
+FILES = ("detector.json", "trunk.safetensors", "head.safetensors", "svm.safetensors")
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Scores (R, K) of windows, with the pooled features (U, D) of the distinct ones and each window's row there."""
+
+    scores: NDArray[np.float32]
+    pooled: Tensor
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SPPDetector:
+    """Finds the objects of its classes in an image. Make one by training, or ``SPPDetector.load(run)``."""
+
+    trunk: Trunk
+    head: SPPHead
+    detectors: LinearDetectors
+    regressors: BoxRegressors | None
+    proposer: Proposer
+    config: Config
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.detectors.classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    def detect(self, image: NDArray[np.uint8], windows: NDArray[np.floating] | None = None) -> Detections:
+        """Image (H, W, 3) uint8 RGB -> what is in it, best first, at every score above detect.score_threshold.
+
+        `windows` (R, 4) replace the proposals; boxes come in pixels of the image, xyxy half-open.
+        """
+        windows = as_boxes(self.proposer(image) if windows is None else windows, "windows")
+        if len(windows) == 0:
+            return self._nothing()
+        return self.select(windows, self._score(self.embed(image), windows), image.shape[:2])
+
+    def embed(self, image: NDArray[np.uint8]) -> FeatureMaps:
+        """The convolutional maps of an image: compute them once, then score as many windows as you like."""
+        return compute_maps(self.trunk, image, self.config.maps)
+
+    def score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> NDArray[np.float32]:
+        """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
+        return self._score(maps, as_boxes(windows, "windows")).scores
+
+    def select(self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]) -> Detections:
+        """Scored windows -> detections: threshold, NMS, box regression on the survivors, clip, NMS again (release)."""
+        settings = self.config.detect
+        index, label = nms_per_class(
+            windows, scored.scores, settings.nms_overlap, settings.score_threshold, settings.max_per_class
+        )
+        boxes, scores = windows[index], scored.scores[index, label]
+        if self.regressors is not None and len(index):
+            features = scored.pooled[torch.from_numpy(scored.rows[index]).to(scored.pooled.device)]
+            boxes = self.regressors.refine(self._regression_features(features), boxes, label)
+        boxes = clip_boxes(boxes, image_size)
+        solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+        boxes, scores, label = boxes[solid], scores[solid], label[solid]
+        keep = _nms_of_labels(boxes, scores, label, len(self.classes), settings.nms_overlap)
+        return Detections(
+            boxes[keep].astype(np.float32), scores[keep].astype(np.float32), label[keep].astype(np.int64), self.classes
+        )
+
+    def save(self, folder: Path) -> None:
+        """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
+        parts = {"trunk": self.trunk.state_dict(), "head": self.head.state_dict(), "svm": self.detectors.to_tensors()}
+        if self.regressors is not None:
+            parts["boxes"] = self.regressors.to_tensors()
+        for name, tensors in parts.items():
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        description: dict[str, Any] = {
+            "format": 1,
+            "classes": list(self.classes),
+            "config": self.config.model_dump(mode="json"),
+            "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
+        }
+        write_json(folder / "detector.json", description)
+
+    @classmethod
+    def load(cls, run: Path | str, device: str | torch.device = "cpu", proposer: Proposer | None = None) -> SPPDetector:
+        """The detector of a run folder (or of the ``detector`` folder in it). StoreError if training is not complete."""
+        folder = Path(run)
+        folder = folder / "detector" if (folder / "detector").is_dir() else folder
+        if not (folder / "detector.json").is_file():
+            raise StoreError(f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first")
+        description = read_json(folder / "detector.json")
+        tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in description["parts"]}
+        for name, digest in description["parts"].items():
+            if tensors_digest(tensors[name]) != digest:
+                raise StoreError(f"{folder / name}.safetensors: is not the file this detector was saved with; run `sppnet train` again")
+        return cls._from_parts(description, tensors, torch.device(device), proposer)
+
+    @classmethod
+    def _from_parts(
+        cls, description: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, proposer: Proposer | None
+    ) -> SPPDetector:
+        try:
+            config = parse_config(description["config"], "detector.json")
+        except ConfigError as error:
+            raise StoreError(f"{error}; this detector comes from another version of sppnet: train it again") from None
+        weights = config.trunk.weights.model_copy(update={"source": "random"})
+        trunk = build_trunk(config.trunk.model_copy(update={"weights": weights}))
+        trunk.load_state_dict(tensors["trunk"])
+        head = build_head(trunk.channels, config.pyramid.levels, len(description["classes"]) + 1, config.head)
+        head.load_state_dict(tensors["head"])
+        detectors = LinearDetectors.from_tensors({n: t.to(device) if n in ("weight", "bias") else t for n, t in tensors["svm"].items()})
+        boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
+        return cls(trunk.to(device), head.to(device), detectors, boxes, proposer or make_proposer(config.proposals), config)
+
+    def digest(self) -> str:
+        """Content key of what decides the detections, given windows: weights and test settings."""
+        tensors = [tensors_digest(part) for part in (self.trunk.state_dict(), self.head.state_dict(), self.detectors.to_tensors())]
+        boxes = tensors_digest(self.regressors.to_tensors()) if self.regressors is not None else None
+        settings = [self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes]
+        return digest_of(tensors, boxes, [s.model_dump(mode="json") for s in settings])
+
+    def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
+        config = self.config
+        where, rows = window_cells(maps, windows, self.trunk.geometry, config.pyramid, config.maps).merged()
+        pooled = pool_cells(maps, where, config.pyramid.levels)
+        features = head_features(self.head, pooled, config.svm.layer, config.detect.precision)
+        return WindowScores(self.detectors.score(features).cpu().numpy()[rows], pooled, rows)
+
+    def _regression_features(self, pooled: Tensor) -> Tensor:
+        return head_features(self.head, pooled, self.config.boxes.layer, self.config.detect.precision)
+
+    def _nothing(self) -> Detections:
+        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
+
+
+def _nms_of_labels(
+    boxes: NDArray[np.floating], scores: NDArray[np.floating], labels: NDArray[np.int64], classes: int, threshold: float
+) -> NDArray[np.int64]:
+    """NMS within each label; indices best first."""
+    table = np.full((len(boxes), classes), -np.inf)
+    table[np.arange(len(boxes)), labels] = scores
+    return nms_per_class(boxes, table, threshold)[0]

@@ -1,0 +1,149 @@
+"""Which data a run uses and where each stage keeps its artifacts: folders named by the content of their inputs.
+
+The digest of a stage covers its settings, the content of the images, annotations and files it reads, and the digests
+of the stages before it. So a changed setting redoes exactly the stages that depend on it, and an interrupted one
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from sppnet.config import Config, ProposalSettings
+from sppnet.data.voc import annotations_digest, choose_classes, hold_out, load_splits, restrict
+from sppnet.records import ImageRecord, SkipCounts
+from sppnet.store import digest_of, file_digest
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The images of a run: to train on, and to choose settings and the fine-tuning snapshot on."""
+
+    train: list[ImageRecord]
+    validation: list[ImageRecord]
+    classes: tuple[str, ...]
+    skips: SkipCounts
+
+
+def load_run_data(config: Config) -> RunData:
+    """Training and validation images; where no val split is named, a share of the training images is held out."""
+    settings = config.data
+    train, skips = load_splits(settings.root, settings.train)
+    if settings.val:
+        validation, more = load_splits(settings.root, settings.val)
+        skips = skips.plus(more)
+    else:
+        train, validation = hold_out(train, settings.holdout, settings.seed)
+    classes = choose_classes(train, settings.classes)
+    return RunData(restrict(train, classes), restrict(validation, classes), classes, skips)
+
+
+def load_test_data(config: Config, root: Path | None = None, splits: tuple[str, ...] = ()) -> tuple[list[ImageRecord], SkipCounts]:
+    """The images to evaluate on: the given splits, data.test, or the images held out of training."""
+    settings = config.data
+    if splits or settings.test:
+        return load_splits(root or settings.root, splits or settings.test, require_annotations=False)
+    if settings.val:
+        return load_splits(root or settings.root, settings.val)
+    train, skips = load_splits(root or settings.root, settings.train)
+    return hold_out(train, settings.holdout, settings.seed)[1], skips
+
+
+def windows_folder(root: Path, settings: ProposalSettings) -> Path:
+    """Where the windows of these settings lie, of training and test images alike."""
+    files = [file_digest(path) for path in settings.import_from if path.is_file()]
+    return root / f"propose-{digest_of('propose', _dump(settings, 'workers', 'import_from'), files)}"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The artifact folders of a run under `root`."""
+
+    root: Path
+    config: Config
+    data: RunData
+
+    @cached_property
+    def validation(self) -> list[ImageRecord]:
+        """The validation images that fine-tuning draws its windows from: spread over the split, at most so many."""
+        limit, records = self.config.finetune.validate_images, self.data.validation
+        return records if len(records) <= limit else [records[i * len(records) // limit] for i in range(limit)]
+
+    @cached_property
+    def windows(self) -> Path:
+        return windows_folder(self.root, self.config.proposals)
+
+    @cached_property
+    def pretrain(self) -> Path:
+        config = self.config
+        return self._folder(
+            "pretrain", self._trunk_start, _dump(config.pretrain), _dump(config.head), config.pyramid.levels, self._train
+        )
+
+    @cached_property
+    def maps(self) -> Path:
+        return self._folder("extract", self._trunk, _dump(self.config.maps))
+
+    @cached_property
+    def head(self) -> Path:
+        """The head as initialised: before fine-tuning."""
+        config = self.config
+        checkpoint = config.head.checkpoint
+        file = file_digest(checkpoint) if checkpoint is not None and checkpoint.is_file() else None
+        settings = [_dump(config.head, "checkpoint"), _dump(config.pyramid), config.finetune.seed]
+        return self._folder("head", self.maps.name, self.windows.name, settings, file, self._train)
+
+    @cached_property
+    def finetune(self) -> Path:
+        validation = annotations_digest(self.validation, self.data.classes)
+        return self._folder("finetune", self.head.name, _dump(self.config.finetune), validation)
+
+    @property
+    def trained_head(self) -> Path:
+        return self.finetune if self.config.finetune.enabled and self.config.svm.finetuned else self.head
+
+    @cached_property
+    def svm(self) -> Path:
+        return self._folder("svm", _dump(self.config.svm), self._features(self.config.svm.layer))
+
+    @cached_property
+    def boxes(self) -> Path:
+        return self._folder("boxes", _dump(self.config.boxes), self._features(self.config.boxes.layer))
+
+    @property
+    def detector(self) -> Path:
+        return self.root / "detector"
+
+    @cached_property
+    def _train(self) -> str:
+        return annotations_digest(self.data.train, self.data.classes) + str(self.config.data.train_on_difficult)
+
+    @cached_property
+    def _trunk_start(self) -> str:
+        settings = self.config.trunk
+        file = settings.weights.file
+        content = file_digest(file) if settings.weights.source == "file" and file is not None and file.is_file() else None
+        values = settings.model_dump(mode="json")
+        values["weights"].pop("file")
+        return digest_of(values, content)
+
+    @property
+    def _trunk(self) -> str:
+        return self.pretrain.name if self.config.pretrain.enabled else self._trunk_start
+
+    def _features(self, layer: str) -> str:
+        """What window features of a layer depend on."""
+        pooled = [self.maps.name, self.windows.name, _dump(self.config.pyramid), self._train]
+        return digest_of(pooled if layer == "pool" else [*pooled, self.trained_head.name, self.config.detect.precision])
+
+    def _folder(self, stage: str, *parts: Any) -> Path:
+        return self.root / f"{stage}-{digest_of(stage, *parts)}"
+
+
+def _dump(settings: BaseModel, *without: str) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude=set(without))

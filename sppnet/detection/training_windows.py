@@ -1,0 +1,180 @@
+"""What rooms 5-7 train on: the windows of the training images, their overlaps and their pooled features.
+
+Maps and proposals are read from disk when they are needed, one image at a time, so memory does not grow with the
+number of images beyond the rows of the windows that may be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet.boxes import flip_boxes, pairwise_iou
+from sppnet.config import Config
+from sppnet.detection.feature_maps import FeatureMaps, read_maps
+from sppnet.detection.hard_negatives import MiningImage
+from sppnet.detection.proposals import read_windows
+from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows
+from sppnet.detection.windows import merge_windows
+from sppnet.detection.window_features import WindowCells, cells_at, pool_cells, window_cells
+from sppnet.network.geometry import Geometry
+from sppnet.records import Annotation, ImageRecord
+
+
+@dataclass(frozen=True)
+class ImageWindows:
+    """The windows of one image: its objects first, then its proposals; and how they overlap the objects."""
+
+    windows: NDArray[np.float32]  # (G + R, 4)
+    objects: NDArray[np.int64]  # (G,) class index of each object
+    overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class
+
+
+@dataclass(frozen=True)
+class TrainingWindows:
+    """Windows and maps of annotated images, from the folders of the propose and extract stages."""
+
+    records: Sequence[ImageRecord]
+    classes: tuple[str, ...]
+    windows_folder: Path
+    maps_folder: Path
+    geometry: Geometry
+    config: Config
+    device: torch.device
+
+    def annotation(self, index: int) -> Annotation:
+        """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
+        annotation = self.records[index].annotation
+        if annotation is None:
+            raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
+        annotation = annotation.of(self.classes)
+        return annotation if self.config.data.train_on_difficult else annotation.easy()
+
+    def image_windows(self, index: int) -> ImageWindows:
+        annotation = self.annotation(index)
+        windows = np.concatenate([annotation.boxes, read_windows(self.windows_folder, self.records[index])])
+        labels = np.array([self.classes.index(name) for name in annotation.names], np.int64)
+        return ImageWindows(windows, labels, class_overlaps(windows, annotation, self.classes))
+
+    def maps(self, index: int, flip: bool = False) -> FeatureMaps:
+        return read_maps(self.maps_folder, self.records[index], flip).to(self.device)
+
+    def mirrored(self, index: int, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return flip_boxes(windows, self.records[index].size[1])
+
+    def cells(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowCells:
+        return window_cells(maps, windows, self.geometry, self.config.pyramid, self.config.maps)
+
+    def pool(self, maps: FeatureMaps, where: WindowCells) -> Tensor:
+        return pool_cells(maps, where, self.config.pyramid.levels)
+
+
+class FinetuneWindows:
+    """Windows for fine-tuning: every image, and its mirror image when `flips`; see `finetuning.WindowSource`."""
+
+    def __init__(self, source: TrainingWindows, flips: bool) -> None:
+        self._source, self._flips = source, flips
+        settings = source.config.finetune
+        own = [label_windows(source.image_windows(i).overlaps, settings) for i in range(len(source.records))]
+        self.labelled: list[LabelledWindows] = own + own if flips else own
+
+    def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
+        """Pyramid vectors of these windows, each from a random scale (release)."""
+        source = self._source
+        index, flip = image % len(source.records), image >= len(source.records)
+        windows = source.image_windows(index).windows[rows]
+        maps = source.maps(index, flip)
+        scales = rng.integers(len(maps.maps), size=len(rows))
+        windows = source.mirrored(index, windows) if flip else windows
+        return source.pool(maps, cells_at(maps, windows, scales, source.geometry, source.config.pyramid))
+
+
+class MiningWindows:
+    """Windows for mining: the objects of an image, then its proposals on distinct cells; see `MiningImages`."""
+
+    def __init__(self, source: TrainingWindows, features: Callable[[Tensor], Tensor]) -> None:
+        self._source, self._features = source, features
+
+    def __len__(self) -> int:
+        return len(self._source.records)
+
+    def read(self, index: int) -> MiningImage:
+        source = self._source
+        found = source.image_windows(index)
+        maps = source.maps(index)
+        count = len(found.objects)
+        proposals = source.cells(maps, found.windows[count:])
+        kept, _ = merge_windows(proposals.scale_index, proposals.cells)
+        rows = np.concatenate([np.arange(count), count + kept])
+        features = self._features(source.pool(maps, source.cells(maps, found.windows[rows])))
+        labels = np.concatenate([found.objects, np.full(len(kept), -1)]).astype(np.int64)
+        return MiningImage(features, found.overlaps[rows], labels, found.windows[rows])
+
+    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64]]:
+        source = self._source
+        annotation = source.annotation(index)
+        labels = np.array([source.classes.index(name) for name in annotation.names], np.int64)
+        maps = source.maps(index)
+        return self._features(source.pool(maps, source.cells(maps, annotation.boxes))), labels
+
+
+@dataclass(frozen=True)
+class BoxExamples:
+    """Which proposals train the regressor of one class: image and row (N,), and the object each covers (N, 4)."""
+
+    images: NDArray[np.int64]
+    windows: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+
+
+def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
+    """Per class, at most boxes.max_examples of the proposals with IoU >= boxes.overlap with one of its objects.
+
+    Where there are more they are drawn evenly, so that memory is bounded whatever the number of images.
+    """
+    settings = source.config.boxes
+    found: list[list[tuple[int, NDArray[np.float32], NDArray[np.float32]]]] = [[] for _ in source.classes]
+    for index in range(len(source.records)):
+        image = source.image_windows(index)
+        count = len(image.objects)
+        objects, proposals = image.windows[:count], image.windows[count:]
+        for label in np.unique(image.objects):
+            own = objects[image.objects == label]
+            rows = np.flatnonzero(image.overlaps[count:, label] >= settings.overlap)
+            covered = own[pairwise_iou(proposals[rows], own).argmax(axis=1)] if len(rows) else own[:0]
+            found[label].append((index, proposals[rows], covered))
+    rng = np.random.default_rng(settings.seed)
+    return [_drawn(parts, settings.max_examples, rng) for parts in found]
+
+
+def pool_box_examples(
+    source: TrainingWindows, examples: BoxExamples, width: int, features: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Features (N, `width`) float32 of the examples, on the CPU, image after image."""
+    pooled = torch.zeros(len(examples.images), width)
+    for index in np.unique(examples.images):
+        rows = np.flatnonzero(examples.images == index)
+        maps = source.maps(int(index))
+        own = features(source.pool(maps, source.cells(maps, examples.windows[rows])))
+        pooled[torch.from_numpy(rows)] = own.cpu()
+    return pooled
+
+
+def _drawn(
+    parts: Sequence[tuple[int, NDArray[np.float32], NDArray[np.float32]]], limit: int, rng: np.random.Generator
+) -> BoxExamples:
+    if not parts:
+        return BoxExamples(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32))
+    images = np.concatenate([np.full(len(windows), index) for index, windows, _ in parts])
+    windows = np.concatenate([windows for _, windows, _ in parts])
+    boxes = np.concatenate([boxes for _, _, boxes in parts])
+    if len(images) > limit:
+        kept = np.sort(rng.choice(len(images), limit, replace=False))
+        images, windows, boxes = images[kept], windows[kept], boxes[kept]
+    return BoxExamples(images, windows, boxes)

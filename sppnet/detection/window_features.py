@@ -1,0 +1,79 @@
+"""Room 4: feature maps and windows become pyramid vectors, and those become fc features (sec. 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet.config import MapSettings, PyramidSettings
+from sppnet.detection.feature_maps import FeatureMaps
+from sppnet.detection.windows import choose_scales, merge_windows, project_windows
+from sppnet.network.geometry import Geometry
+from sppnet.network.pyramid import pool_windows
+from sppnet.network.sppnet import Layer, SPPHead, pooled_size
+
+BATCH = 2048  # windows that go through fc6 and fc7 together: bounds memory, fills the cores
+
+
+@dataclass(frozen=True)
+class WindowCells:
+    """Where windows fall on the maps: at which scale (R,), and on which cells (R, 4)."""
+
+    scale_index: NDArray[np.int64]
+    cells: NDArray[np.int64]
+
+    def merged(self) -> tuple[WindowCells, NDArray[np.int64]]:
+        """The distinct ones, in order of first occurrence, and for every window the row of its own."""
+        kept, inverse = merge_windows(self.scale_index, self.cells)
+        return WindowCells(self.scale_index[kept], self.cells[kept]), inverse
+
+
+def window_cells(
+    maps: FeatureMaps, windows: NDArray[np.floating], geometry: Geometry, pyramid: PyramidSettings, settings: MapSettings
+) -> WindowCells:
+    """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
+    scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
+    return cells_at(maps, windows, scale_index, geometry, pyramid)
+
+
+def cells_at(
+    maps: FeatureMaps,
+    windows: NDArray[np.floating],
+    scale_index: NDArray[np.int64],
+    geometry: Geometry,
+    pyramid: PyramidSettings,
+) -> WindowCells:
+    """The same at given scales (R,), as fine-tuning draws them at random."""
+    cells = np.zeros((len(windows), 4), np.int64)
+    for index, (feature_map, side) in enumerate(zip(maps.maps, maps.sides, strict=True)):
+        chosen = scale_index == index
+        size = (feature_map.shape[1], feature_map.shape[2])
+        cells[chosen] = project_windows(windows[chosen], maps.image_size, side, geometry, size, pyramid.projection)
+    return WindowCells(scale_index, cells)
+
+
+def pool_cells(maps: FeatureMaps, where: WindowCells, levels: tuple[int, ...]) -> Tensor:
+    """Pyramid vectors (R, C · Σn²) of windows on the maps, float32, on the maps' device."""
+    if len(maps.maps) == 1:
+        return pool_windows(maps.maps[0], where.cells, levels)
+    first = maps.maps[0]
+    pooled = first.new_zeros((len(where.cells), pooled_size(first.shape[0], levels)))
+    for index, feature_map in enumerate(maps.maps):
+        rows = np.flatnonzero(where.scale_index == index)
+        if len(rows):
+            pooled[torch.from_numpy(rows).to(first.device)] = pool_windows(feature_map, where.cells[rows], levels)
+    return pooled
+
+
+@torch.inference_mode()
+def head_features(head: SPPHead, pooled: Tensor, layer: Layer, precision: str = "float32") -> Tensor:
+    """Pyramid vectors (R, D) -> float32 features of `layer`, in batches; computed in `precision`."""
+    if layer == "pool":
+        return pooled
+    with torch.autocast(pooled.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        parts = [head.features(batch, layer).float() for batch in pooled.split(BATCH)]
+    return torch.cat(parts) if parts else pooled.new_zeros((0, head.fc6.out_features))

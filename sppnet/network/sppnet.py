@@ -1,0 +1,137 @@
+"""SPP-net: a trunk, the pyramid over its map, fc6, fc7 and a classifier (sec. 2.2, 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sppnet.config import HeadSettings
+from sppnet.network.pyramid import spatial_pyramid_pool
+from sppnet.network.trunks import Trunk
+from sppnet.store import StoreError, read_tensors
+
+Layer = Literal["pool", "fc6", "fc7"]
+
+# Where torchvision keeps fc6 and fc7, and the grid on which they were trained: (fc6, fc7, n).
+PRETRAINED_FC = {"alexnet": ("classifier.1", "classifier.4", 6), "vgg16": ("classifier.0", "classifier.3", 7)}
+
+
+class HeadError(ValueError):
+    """A head that cannot be built as its settings say; the message gives the next step."""
+
+
+class SPPHead(nn.Module):
+    """fc6, fc7 and a classifier above pooled features (R, D).
+
+    `input_scale` multiplies the pooled features first, so that one learning rate suits every trunk.
+    """
+
+    input_scale: Tensor
+
+    def __init__(self, inputs: int, outputs: int, settings: HeadSettings) -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(inputs, settings.fc6)
+        self.fc7 = nn.Linear(settings.fc6, settings.fc7)
+        self.classifier = nn.Linear(settings.fc7, outputs)
+        self.dropout = settings.dropout
+        self.register_buffer("input_scale", torch.ones(()))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
+        hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
+        hidden = F.dropout(F.relu(self.fc7(hidden)), self.dropout, self.training)
+        return self.classifier(hidden)
+
+    def features(self, pooled: Tensor, layer: Layer) -> Tensor:
+        """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""
+        if layer == "pool":
+            return pooled
+        hidden = F.relu(self.fc6(pooled * self.input_scale.to(pooled.dtype)))
+        return hidden if layer == "fc6" else F.relu(self.fc7(hidden))
+
+
+class SPPNet(nn.Module):
+    """The whole network for images of any size: trunk, pyramid over the whole map, head (sec. 2.2)."""
+
+    def __init__(self, trunk: Trunk, levels: tuple[int, ...], head: SPPHead) -> None:
+        super().__init__()
+        self.trunk, self.levels, self.head = trunk, levels, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Prepared images (N, 3, H, W) -> logits (N, outputs)."""
+        return self.head(spatial_pyramid_pool(self.trunk(images), self.levels))
+
+
+def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
+    """Length of the vector of one window: C · Σn²."""
+    return channels * sum(n * n for n in levels)
+
+
+def build_head(
+    channels: int, levels: tuple[int, ...], outputs: int, settings: HeadSettings, seed: int = 0
+) -> SPPHead:
+    """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed."""
+    head = SPPHead(pooled_size(channels, levels), outputs, settings)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (head.fc6, head.fc7, head.classifier):
+        nn.init.normal_(linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(linear.bias)
+    return head.eval()
+
+
+def load_pretrained_fc(
+    head: SPPHead, state: Mapping[str, Tensor], trunk: str, channels: int, levels: tuple[int, ...]
+) -> None:
+    """fc6 and fc7 of torchvision's alexnet or vgg16 into `head`, in place.
+
+    The level with the same bins as the pretrained grid takes the pretrained block of fc6; the other levels
+    start at zero, so that at first the head computes what the pretrained one does.
+    """
+    if trunk not in PRETRAINED_FC:
+        raise HeadError(f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got trunk {trunk}; use head.init=random")
+    fc6, fc7, n = PRETRAINED_FC[trunk]
+    if n not in levels:
+        raise HeadError(f"head.init=imagenet for {trunk} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels")
+    missing = [key for key in (f"{fc6}.weight", f"{fc7}.weight") if key not in state]
+    if missing:
+        raise HeadError(f"the weights of {trunk} hold no {missing[0]}; use a file with the classifier, or head.init=random")
+    expected = (state[f"{fc6}.weight"].shape[0], state[f"{fc7}.weight"].shape[0])
+    if (head.fc6.out_features, head.fc7.out_features) != expected:
+        raise HeadError(f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
+                        f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random")
+    start = channels * sum(m * m for m in levels[: levels.index(n)])
+    with torch.no_grad():
+        head.fc6.weight.zero_()
+        head.fc6.weight[:, start : start + channels * n * n] = state[f"{fc6}.weight"]
+        head.fc6.bias.copy_(state[f"{fc6}.bias"])
+        head.fc7.weight.copy_(state[f"{fc7}.weight"])
+        head.fc7.bias.copy_(state[f"{fc7}.bias"])
+
+
+def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
+    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a .safetensors file) into `head`, in place."""
+    if settings.checkpoint is None:
+        raise HeadError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
+    if not settings.checkpoint.is_file():
+        raise HeadError(f"{settings.checkpoint}: no such classification checkpoint; set head.checkpoint to an existing .safetensors file")
+    try:
+        state = read_tensors(settings.checkpoint)
+    except StoreError:
+        raise HeadError(f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint") from None
+    copy_fc(head, state, str(settings.checkpoint))
+
+
+def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
+    """``head.fc6.*``, ``head.fc7.*`` and the input scale of `state` into `head`; `origin` names them in errors."""
+    own = {name: tensor for name, tensor in head.state_dict().items() if not name.startswith("classifier")}
+    for name, tensor in own.items():
+        given = state.get(f"head.{name}")
+        if given is None or given.shape != tensor.shape:
+            found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+            raise HeadError(f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
+                            "use the trunk, the levels and the head sizes it was trained with")
+    head.load_state_dict({name: state[f"head.{name}"] for name in own}, strict=False)
