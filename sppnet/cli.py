@@ -66,13 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         _add_training_options(command)
         command.add_argument("--force", action="store_true", help="do it again, whatever is there already")
         if stage == "propose":
-            command.add_argument("--import", dest="imports", nargs="+", metavar="FILE", help="take windows from .npz or .mat files")
+            command.add_argument(
+                "--import", dest="imports", nargs="+", metavar="FILE", help="take windows from .npz or .mat files"
+            )
             command.add_argument("--export", type=Path, metavar="FILE", help="write the windows to a .npz or .mat file")
 
-    for name, text in (("eval", "evaluate on a split: mAP, comp4 files, curves"), ("test", "detect over a split: comp4 files")):
+    for name, text in (
+        ("eval", "evaluate on a split: mAP, comp4 files, curves"),
+        ("test", "detect over a split: comp4 files"),
+    ):
         test = _command(commands, name, text, _evaluate)
         test.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run")
-        test.add_argument("--data", type=Path, metavar="FOLDER", help="another devkit-shaped folder (default: data.root)")
+        test.add_argument(
+            "--data", type=Path, metavar="FOLDER", help="another devkit-shaped folder (default: data.root)"
+        )
         test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
         test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
         _add_device(test)
@@ -108,7 +115,15 @@ def _command(commands, name: str, text: str, action) -> argparse.ArgumentParser:
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, see configs/")
-    command.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. maps.scales=[480,688]")
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. maps.scales=[480,688]",
+    )
     command.add_argument("--run", type=Path, metavar="DIR", help="where artifacts go (default: runs/NAME)")
     _add_device(command)
 
@@ -138,12 +153,16 @@ def _train_stage(options: argparse.Namespace) -> int:
     if getattr(options, "export", None):
         training = Training(config, root, _device(options))
         records = [*training.plan.data.train, *training.plan.validation]
-        export_windows(options.export, [r.id for r in records], [read_windows(training.plan.windows, r) for r in records])
+        export_windows(
+            options.export, [r.id for r in records], [read_windows(training.plan.windows, r) for r in records]
+        )
         print(f"windows of {len(records)} images written to {options.export}")
     return status
 
 
-def _run_training(config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]) -> int:
+def _run_training(
+    config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]
+) -> int:
     if distributed.is_main():
         write_text(root / "config.yaml", dump_config(config))
     training = Training(config, root, _device(options))
@@ -168,8 +187,10 @@ def _print_output(output: TestOutput) -> None:
     result = output.result
     if result.proposals is not None:
         quality = result.proposals
-        print(f"windows: {quality.mean_windows:.0f} an image, recall at IoU 0.5 {quality.recall:.3f}, "
-              f"mean best overlap {quality.mean_best_overlap:.3f}")
+        print(
+            f"windows: {quality.mean_windows:.0f} an image, recall at IoU 0.5 {quality.recall:.3f}, "
+            f"mean best overlap {quality.mean_best_overlap:.3f}"
+        )
     if result.seconds_per_image is not None:
         print(f"detection: {result.seconds_per_image:.3f} s an image, without proposals")
     if result.evaluation is not None:
@@ -189,7 +210,10 @@ def _detect(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     if "{}" not in options.detections:
-        raise ConfigError(f'--detections {options.detections}: expected a pattern with {{}} for the class, e.g. "comp4_det_test_{{}}.txt"')
+        raise ConfigError(
+            f"--detections {options.detections}: expected a pattern with {{}} for the class, "
+            'e.g. "comp4_det_test_{}.txt"'
+        )
     classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     if not classes:
         raise ConfigError("--classes: expected class names separated by commas, e.g. cat,dog")
@@ -226,8 +250,10 @@ def _device(options: argparse.Namespace) -> torch.device:
 def _data_line(training: Training) -> str:
     data = training.plan.data
     skips = "; ".join(f"{count} × {reason}" for reason, count in data.skips.counts.items())
-    return (f"data: {len(data.train)} training and {len(data.validation)} validation images, "
-            f"{len(data.classes)} classes ({', '.join(data.classes)})" + (f"; {skips}" if skips else ""))
+    return (
+        f"data: {len(data.train)} training and {len(data.validation)} validation images, "
+        f"{len(data.classes)} classes ({', '.join(data.classes)})" + (f"; {skips}" if skips else "")
+    )
 
 
 def _start_logging(verbose: bool) -> None:

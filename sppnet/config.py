@@ -239,7 +239,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file") from None
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if values is None:

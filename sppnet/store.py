@@ -81,8 +81,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Named arrays as an uncompressed .npz."""
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled."""
+    named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in named.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"{path}: {name} holds Python objects, expected numbers or text; give it such a dtype")
+    write_atomically(path, lambda file: np.savez(file, **named))
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -44,10 +44,11 @@ def pretrain_network(
     return network, f"{settings.steps} steps on {len(crops)} crops, training accuracy {accuracy:.3f}"
 
 
-def cut_crops(
-    records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB, labels (N,), K = background."""
+def cut_crops(records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB and labels (N,).
+
+    s is `side` with room for shifts; label K stands for the background.
+    """
     rng = np.random.default_rng(seed)
     stored = round(side * CONTEXT)
     crops, labels = [], []
@@ -61,7 +62,9 @@ def cut_crops(
         crops += [_cut(image, square, stored) for square in around + background]
         labels += [classes.index(name) for name in annotation.names] + [len(classes)] * len(background)
     if not crops:
-        raise ValueError("pre-training needs annotated objects, but the training images hold none of the classes; check data.classes")
+        raise ValueError(
+            "pre-training needs annotated objects, but the training images hold none of the classes; check data.classes"
+        )
     return torch.stack(crops), torch.tensor(labels)
 
 

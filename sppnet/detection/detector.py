@@ -108,21 +108,30 @@ class SPPDetector:
 
     @classmethod
     def load(cls, run: Path | str, device: str | torch.device = "cpu", proposer: Proposer | None = None) -> SPPDetector:
-        """The detector of a run folder (or of the ``detector`` folder in it). StoreError if training is not complete."""
+        """The detector of a run folder, or of the ``detector`` folder in it; StoreError if training is not complete."""
         folder = Path(run)
         folder = folder / "detector" if (folder / "detector").is_dir() else folder
         if not (folder / "detector.json").is_file():
-            raise StoreError(f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first")
+            raise StoreError(
+                f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
+            )
         description = read_json(folder / "detector.json")
         tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in description["parts"]}
         for name, digest in description["parts"].items():
             if tensors_digest(tensors[name]) != digest:
-                raise StoreError(f"{folder / name}.safetensors: is not the file this detector was saved with; run `sppnet train` again")
+                raise StoreError(
+                    f"{folder / name}.safetensors: is not the file this detector was saved with; "
+                    "run `sppnet train` again"
+                )
         return cls._from_parts(description, tensors, torch.device(device), proposer)
 
     @classmethod
     def _from_parts(
-        cls, description: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, proposer: Proposer | None
+        cls,
+        description: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]],
+        device: torch.device,
+        proposer: Proposer | None,
     ) -> SPPDetector:
         try:
             config = parse_config(description["config"], "detector.json")
@@ -133,13 +142,20 @@ class SPPDetector:
         trunk.load_state_dict(tensors["trunk"])
         head = build_head(trunk.channels, config.pyramid.levels, len(description["classes"]) + 1, config.head)
         head.load_state_dict(tensors["head"])
-        detectors = LinearDetectors.from_tensors({n: t.to(device) if n in ("weight", "bias") else t for n, t in tensors["svm"].items()})
+        detectors = LinearDetectors.from_tensors(
+            {n: t.to(device) if n in ("weight", "bias") else t for n, t in tensors["svm"].items()}
+        )
         boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
-        return cls(trunk.to(device), head.to(device), detectors, boxes, proposer or make_proposer(config.proposals), config)
+        return cls(
+            trunk.to(device), head.to(device), detectors, boxes, proposer or make_proposer(config.proposals), config
+        )
 
     def digest(self) -> str:
         """Content key of what decides the detections, given windows: weights and test settings."""
-        tensors = [tensors_digest(part) for part in (self.trunk.state_dict(), self.head.state_dict(), self.detectors.to_tensors())]
+        tensors = [
+            tensors_digest(part)
+            for part in (self.trunk.state_dict(), self.head.state_dict(), self.detectors.to_tensors())
+        ]
         boxes = tensors_digest(self.regressors.to_tensors()) if self.regressors is not None else None
         settings = [self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes]
         return digest_of(tensors, boxes, [s.model_dump(mode="json") for s in settings])

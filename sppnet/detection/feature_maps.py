@@ -81,7 +81,11 @@ def extract_images(
     disable = None if progress and is_main() else True
     for record, flip in tqdm(missing, desc="maps", unit="map", disable=disable):
         image = read_image(record.path)
-        write_maps(maps_path(folder, record, flip), compute_maps(trunk, flip_image(image) if flip else image, settings), settings)
+        write_maps(
+            maps_path(folder, record, flip),
+            compute_maps(trunk, flip_image(image) if flip else image, settings),
+            settings,
+        )
     barrier()
     size = sum(maps_path(folder, *job).stat().st_size for job in jobs)
     return ExtractSummary(len(missing), len(jobs) - len(missing), size / 1e9)

@@ -40,7 +40,10 @@ class FinetuneError(RuntimeError):
 class WindowSource(Protocol):
     """Labelled windows of many images, and their pooled features on demand."""
 
-    labelled: Sequence[LabelledWindows]
+    @property
+    def labelled(self) -> Sequence[LabelledWindows]:
+        """One entry an image."""
+        ...
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         """Pyramid vectors (R, D) float32 of these windows of an image; `rng` draws their scales."""
@@ -160,9 +163,7 @@ class _Trainer:
     def _save(self, step: int) -> None:
         if not distributed.is_main():
             return
-        momentum = {
-            f"momentum.{i}": self.optimiser.state[p]["momentum_buffer"] for i, p in enumerate(self.parameters)
-        }
+        momentum = {f"momentum.{i}": self.optimiser.state[p]["momentum_buffer"] for i, p in enumerate(self.parameters)}
         now = {f"now.{name}": tensor for name, tensor in self.head.state_dict().items()}
         best = {f"best.{name}": tensor for name, tensor in self.best.items()}
         progress = {
@@ -197,7 +198,8 @@ def _usable_images(source: WindowSource) -> NDArray[np.int64]:
     usable = [i for i, image in enumerate(source.labelled) if len(image.positives)]
     if not usable:
         raise FinetuneError(
-            "no training window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
+            "no training window overlaps an object by finetune.positive_overlap; "
+            "check the proposals and the annotations"
         )
     return np.array(usable, np.int64)
 
@@ -246,9 +248,7 @@ def _pool_batch(
     return torch.cat(parts), torch.from_numpy(np.concatenate(labels))
 
 
-def _validation_windows(
-    source: WindowSource, background: int, settings: FinetuneSettings
-) -> tuple[Tensor, Tensor]:
+def _validation_windows(source: WindowSource, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
     """(labels, pooled) of windows drawn once from images all over the source."""
     rng = np.random.default_rng((settings.seed, 1))
     usable = _usable_images(source)

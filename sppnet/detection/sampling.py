@@ -31,7 +31,9 @@ class Batch:
     label: NDArray[np.int64]
 
 
-def class_overlaps(windows: NDArray[np.floating], annotation: Annotation, classes: Sequence[str]) -> NDArray[np.float32]:
+def class_overlaps(
+    windows: NDArray[np.floating], annotation: Annotation, classes: Sequence[str]
+) -> NDArray[np.float32]:
     """Largest IoU of each window with the objects of each class: (R, 4) -> (R, K); 0 where there is none."""
     overlaps = np.zeros((len(windows), len(classes)), np.float32)
     iou = pairwise_iou(as_boxes(windows), as_boxes(annotation.boxes))

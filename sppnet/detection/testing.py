@@ -15,7 +15,6 @@ from tqdm import tqdm
 from sppnet import distributed
 from sppnet.data.voc import restrict, write_comp4
 from sppnet.detection.detector import SPPDetector
-
 from sppnet.detection.plan import load_test_data, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
@@ -118,8 +117,13 @@ def _write_files(result: TestResult, records: Sequence[ImageRecord], folder: Pat
             "mean_best_overlap": result.proposals.mean_best_overlap,
             "windows": result.proposals.mean_windows,
         }
-    write_json(folder / "metrics.json", {**values, "images": len(records), "seconds_per_image": result.seconds_per_image})
-    curves = {name: {k: getattr(c, k).tolist() for k in ("recall", "precision", "scores")} for name, c in result.evaluation.curves.items()}
+    write_json(
+        folder / "metrics.json", {**values, "images": len(records), "seconds_per_image": result.seconds_per_image}
+    )
+    curves = {
+        name: {k: getattr(c, k).tolist() for k in ("recall", "precision", "scores")}
+        for name, c in result.evaluation.curves.items()
+    }
     write_json(folder / "curves.json", curves)
     save_image(draw_precision_recall(result.evaluation), folder / "precision_recall.png")
     shown = [records[i * len(records) // min(12, len(records))] for i in range(min(12, len(records)))]

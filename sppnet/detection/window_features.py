@@ -29,15 +29,19 @@ class WindowCells:
     def merged(self) -> tuple[WindowCells, NDArray[np.int64]]:
         """The distinct ones, in order of first occurrence, and for every window the row of its own."""
         kept, inverse = merge_windows(self.scale_index, self.cells)
-        return WindowCells(self.scale_index[kept], self.cells[kept]), inverse
+        return WindowCells(self.scale_index[kept], self.cells[kept]), inverse.astype(np.int64, copy=False)
 
 
 def window_cells(
-    maps: FeatureMaps, windows: NDArray[np.floating], geometry: Geometry, pyramid: PyramidSettings, settings: MapSettings
+    maps: FeatureMaps,
+    windows: NDArray[np.floating],
+    geometry: Geometry,
+    pyramid: PyramidSettings,
+    settings: MapSettings,
 ) -> WindowCells:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
     scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
-    return cells_at(maps, windows, scale_index, geometry, pyramid)
+    return cells_at(maps, windows, scale_index.astype(np.int64, copy=False), geometry, pyramid)
 
 
 def cells_at(

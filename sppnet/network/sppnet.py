@@ -71,9 +71,7 @@ def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
     return channels * sum(n * n for n in levels)
 
 
-def build_head(
-    channels: int, levels: tuple[int, ...], outputs: int, settings: HeadSettings, seed: int = 0
-) -> SPPHead:
+def build_head(channels: int, levels: tuple[int, ...], outputs: int, settings: HeadSettings, seed: int = 0) -> SPPHead:
     """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed."""
     head = SPPHead(pooled_size(channels, levels), outputs, settings)
     generator = torch.Generator().manual_seed(seed)
@@ -92,17 +90,25 @@ def load_pretrained_fc(
     start at zero, so that at first the head computes what the pretrained one does.
     """
     if trunk not in PRETRAINED_FC:
-        raise HeadError(f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got trunk {trunk}; use head.init=random")
+        raise HeadError(
+            f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got trunk {trunk}; use head.init=random"
+        )
     fc6, fc7, n = PRETRAINED_FC[trunk]
     if n not in levels:
-        raise HeadError(f"head.init=imagenet for {trunk} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels")
+        raise HeadError(
+            f"head.init=imagenet for {trunk} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
+        )
     missing = [key for key in (f"{fc6}.weight", f"{fc7}.weight") if key not in state]
     if missing:
-        raise HeadError(f"the weights of {trunk} hold no {missing[0]}; use a file with the classifier, or head.init=random")
+        raise HeadError(
+            f"the weights of {trunk} hold no {missing[0]}; use a file with the classifier, or head.init=random"
+        )
     expected = (state[f"{fc6}.weight"].shape[0], state[f"{fc7}.weight"].shape[0])
     if (head.fc6.out_features, head.fc7.out_features) != expected:
-        raise HeadError(f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
-                        f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random")
+        raise HeadError(
+            f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
+            f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random"
+        )
     start = channels * sum(m * m for m in levels[: levels.index(n)])
     with torch.no_grad():
         head.fc6.weight.zero_()
@@ -117,11 +123,16 @@ def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
     if settings.checkpoint is None:
         raise HeadError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
     if not settings.checkpoint.is_file():
-        raise HeadError(f"{settings.checkpoint}: no such classification checkpoint; set head.checkpoint to an existing .safetensors file")
+        raise HeadError(
+            f"{settings.checkpoint}: no such classification checkpoint; "
+            "set head.checkpoint to an existing .safetensors file"
+        )
     try:
         state = read_tensors(settings.checkpoint)
     except StoreError:
-        raise HeadError(f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint") from None
+        raise HeadError(
+            f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint"
+        ) from None
     copy_fc(head, state, str(settings.checkpoint))
 
 
@@ -132,6 +143,8 @@ def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
         given = state.get(f"head.{name}")
         if given is None or given.shape != tensor.shape:
             found = "nothing" if given is None else f"shape {tuple(given.shape)}"
-            raise HeadError(f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
-                            "use the trunk, the levels and the head sizes it was trained with")
+            raise HeadError(
+                f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
+                "use the trunk, the levels and the head sizes it was trained with"
+            )
     head.load_state_dict({name: state[f"head.{name}"] for name in own}, strict=False)
