@@ -1,1 +1,12 @@
-"""."""
+"""The network: what runs on pixels, and the pyramid that makes one vector of a map of any size (sec. 2).
+
+    architectures  the layers of every trunk by name: the paper's four, one of ours, torchvision's
+    geometry       stride, first centre and map size, from the layers themselves
+    weights        files of weights, read without running anything in them
+    trunks         a trunk: layers, weights, geometry and preprocessing together
+    pyramid        spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
+    kernels        the compiled CPU loop behind pool_windows
+    sppnet         the head (fc6, fc7, classifier), its starting weights, and SPPNet = trunk + pyramid + head
+
+Nothing here knows where windows come from.
+"""
