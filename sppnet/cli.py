@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sppnet import distributed
-from sppnet.config import Config, ConfigError, dump_config, load_config
+from sppnet.config import Config, ConfigError, load_config
 from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
 from sppnet.data.voc import read_annotation, read_comp4, read_image_set
@@ -21,10 +22,11 @@ from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.proposals import ProposalError, read_windows
+from sppnet.detection.stages import STAGES, describe_stage
 from sppnet.detection.testing import TestOutput, test_run
-from sppnet.detection.training import STAGES, Training, train_detector
+from sppnet.detection.training import Training, train_detector
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
-from sppnet.store import StoreError, write_text
+from sppnet.store import StoreError
 
 EXPECTED = (ValueError, StoreError, ProposalError, FinetuneError, FolderError, ProposalFileError, OSError)
 log = logging.getLogger("sppnet")
@@ -67,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--force", action="store_true", help="do it again, whatever is there already")
         if stage == "propose":
             command.add_argument(
-                "--import", dest="imports", nargs="+", metavar="FILE", help="take windows from .npz or .mat files"
+                "--import",
+                dest="imports",
+                nargs="+",
+                type=Path,
+                metavar="FILE",
+                help="take windows from .npz or .mat files (proposals.import_from)",
             )
             command.add_argument("--export", type=Path, metavar="FILE", help="write the windows to a .npz or .mat file")
 
@@ -134,39 +141,36 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
-    if options.dry_run:
-        training = Training(config, root, _device(options))
-        print("\n".join([_data_line(training), *map(str, training.status())]))
-        return 0
     only = (options.only,) if options.only else STAGES
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
-    return _run_training(config, root, options, only, tuple(stage for stage in force if stage in only))
+    if options.dry_run:
+        training = Training(config, root, _device(options))
+        print("\n".join([str(training.plan.data), *(describe_stage(s, only, force) for s in training.status())]))
+        return 0
+    return _run_training(config, root, options, only, force)
 
 
 def _train_stage(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
-    force = (options.command,) if options.force else ()
-    if getattr(options, "imports", None):
-        files = tuple(Path(name) for name in options.imports)
-        config = config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": files})})
-    status = _run_training(config, root, options, (options.command,), force)
-    if getattr(options, "export", None):
-        training = Training(config, root, _device(options))
-        records = [*training.plan.data.train, *training.plan.validation]
-        export_windows(
-            options.export, [r.id for r in records], [read_windows(training.plan.windows, r) for r in records]
-        )
-        print(f"windows of {len(records)} images written to {options.export}")
+    imports, export = getattr(options, "imports", None), getattr(options, "export", None)
+    if imports:
+        proposals = config.proposals.model_copy(update={"import_from": tuple(imports)})
+        config = config.model_copy(update={"proposals": proposals})
+    status = _run_training(config, root, options, (options.command,), (options.command,) if options.force else ())
+    if imports and distributed.is_main():
+        names = ",".join(map(str, imports))
+        print(f"the other stages use these windows with the same setting: proposals.import_from=[{names}]")
+    if export and distributed.is_main():
+        plan = Training(config, root, _device(options)).plan
+        records = [*plan.data.train, *plan.validation]
+        export_windows(export, [r.id for r in records], [read_windows(plan.windows, r) for r in records])
+        print(f"windows of {len(records)} images written to {export}")
     return status
 
 
 def _run_training(
     config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]
 ) -> int:
-    if distributed.is_main():
-        write_text(root / "config.yaml", dump_config(config))
-    training = Training(config, root, _device(options))
-    log.info("%s", _data_line(training))
     detector = train_detector(config, root, _device(options), only, force)
     if detector is not None and distributed.is_main():
         print(f"detector of {len(detector.classes)} classes in {root / 'detector'}; next: sppnet eval {root}")
@@ -238,22 +242,14 @@ def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
 def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ConfigError(f"--device {options.device}: expected cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        raise ConfigError(f"--device {options.device}: expected cpu, cuda or cuda:N")
+    device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {options.device}: this machine has {torch.cuda.device_count()}; count from 0")
     return device
-
-
-def _data_line(training: Training) -> str:
-    data = training.plan.data
-    skips = "; ".join(f"{count} × {reason}" for reason, count in data.skips.counts.items())
-    return (
-        f"data: {len(data.train)} training and {len(data.validation)} validation images, "
-        f"{len(data.classes)} classes ({', '.join(data.classes)})" + (f"; {skips}" if skips else "")
-    )
 
 
 def _start_logging(verbose: bool) -> None:

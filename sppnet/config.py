@@ -16,10 +16,17 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a network
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class ConfigError(ValueError):
@@ -36,7 +43,7 @@ class DataSettings(Settings):
     """Which images, of which classes, for which purpose. Splits are ``<year folder>/<image set>``."""
 
     root: Path = Path("data/VOCdevkit")
-    train: tuple[str, ...] = ("VOC2007/trainval",)
+    train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = the held-out images
     classes: tuple[str, ...] | None = None  # None = discovered in the training annotations
@@ -67,7 +74,7 @@ class WeightsSettings(Settings):
     file: Path | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
     channel_order: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
+    std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
 
     @model_validator(mode="after")
     def _file_goes_with_source(self) -> WeightsSettings:
@@ -88,17 +95,17 @@ class TrunkSettings(Settings):
 class MapSettings(Settings):
     """The convolutional maps of an image (sec. 4.1: computed once per image)."""
 
-    scales: tuple[int, ...] = (688,)  # sec. 4.1: shorter side s; five scales: 480 576 688 864 1200
+    scales: tuple[Side, ...] = Field((688,), min_length=1)  # sec. 4.1: shorter side s; five: 480 576 688 864 1200
     max_side: int | None = Field(None, ge=16)  # ours: bound on the longer side, shrinks the scale
     storage: Literal["float32", "float16"] = "float16"  # ours: precision of the stored maps
     compute: Literal["float32", "bfloat16"] = "float32"  # ours: precision of the convolutions
-    target_side: float = 208  # release: 13 cells of 16 px; the paper compares areas with 224²
+    target_side: Rate = 208  # release: 13 cells of 16 px; the paper compares areas with 224²
 
 
 class PyramidSettings(Settings):
     """Levels of the pyramid and the projection of a window onto the map."""
 
-    levels: tuple[int, ...] = (1, 2, 3, 6)  # sec. 4.1: 50 bins
+    levels: tuple[Count, ...] = Field((1, 2, 3, 6), min_length=1)  # sec. 4.1: 50 bins
     projection: Literal["release", "paper"] = "release"  # paper: app. A
 
 
@@ -119,13 +126,14 @@ class PretrainSettings(Settings):
     """SPP classification on crops of the training objects, for trunks without pretrained weights (ours)."""
 
     enabled: bool = False
-    steps: int = Field(1500, ge=1)
+    steps: int = Field(2000, ge=1)
     batch: int = Field(64, ge=1)
-    sizes: tuple[int, ...] = (96, 128)  # sec. 2.3: multi-size training, alternating
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 0
+    sizes: tuple[Side, ...] = Field((64, 96), min_length=1)  # sec. 2.3: multi-size training, alternating
+    learning_rate: Rate = 0.05
+    momentum: Decay = 0.9
+    weight_decay: Decay = 5e-4
+    dropout: Decay = 0.1  # 0.5 as in head.dropout keeps a trunk from learning from scratch
+    seed: Seed = 0
 
 
 class FinetuneSettings(Settings):
@@ -135,19 +143,19 @@ class FinetuneSettings(Settings):
     batch: int = Field(128, ge=1)  # release
     images_per_batch: int = Field(32, ge=1)  # ours: maps read per step
     positive_share: float = Field(0.25, ge=0, le=1)  # sec. 4.1
-    positive_overlap: float = 0.5  # sec. 4.1: positives have IoU in [0.5, 1]
-    negative_overlap: tuple[float, float] = (0.1, 0.5)  # sec. 4.1
+    positive_overlap: Overlap = 0.5  # sec. 4.1: positives have IoU in [0.5, 1]
+    negative_overlap: tuple[Overlap, Overlap] = (0.1, 0.5)  # sec. 4.1
     flip: bool = True  # release
-    steps: tuple[int, ...] = (30_000, 30_000, 30_000)  # release (sec. 4.1: 250k then 50k)
-    learning_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5)  # release (sec. 4.1: 1e-4 then 1e-5)
-    momentum: float = 0.9  # release
-    weight_decay: float = 5e-4  # release
-    bias_rate: float = 2.0  # release: biases learn at twice the rate
+    steps: tuple[Count, ...] = Field((30_000, 30_000, 30_000), min_length=1)  # release (sec. 4.1: 250k then 50k)
+    learning_rates: tuple[Rate, ...] = (1e-3, 1e-4, 1e-5)  # release (sec. 4.1: 1e-4 then 1e-5)
+    momentum: Decay = 0.9  # release
+    weight_decay: Decay = 5e-4  # release
+    bias_rate: Rate = 2.0  # release: biases learn at twice the rate
     validate_every: int = Field(1000, ge=1)  # ours: also how often the state is saved
     validate_images: int = Field(200, ge=1)  # ours: at most this many images of the val split
     validate_windows: int = Field(2048, ge=1)  # ours: drawn once, in the proportions of a batch
     precision: Literal["float32", "bfloat16"] = "float32"  # ours: autocast of the products
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_rate_per_phase(self) -> FinetuneSettings:
@@ -164,15 +172,15 @@ class SVMSettings(Settings):
 
     layer: Literal["pool", "fc6", "fc7"] = "fc7"  # sec. 4.1
     finetuned: bool = True  # False: features of the head as it was initialised
-    C: float = Field(1e-3, gt=0)  # release
-    bias_multiplier: float = Field(10.0, gt=0)  # release
-    positive_weight: float = Field(2.0, gt=0)  # release
-    negative_overlap: float = 0.3  # sec. 4.1: negatives have IoU < 0.3 with every object of the class
+    C: Rate = 1e-3  # release
+    bias_multiplier: Rate = 10.0  # release
+    positive_weight: Rate = 2.0  # release
+    negative_overlap: Overlap = 0.3  # sec. 4.1: negatives have IoU < 0.3 with every object of the class
     duplicates: Literal["cells", "overlap"] = "cells"  # release; paper: drop negatives above 0.7
-    duplicate_overlap: float = 0.7  # sec. 4.1, where duplicates = "overlap"
-    feature_norm: float = 20.0  # release: mean norm of the scaled features
-    norm_images: int = 200  # release: sample for the mean norm
-    norm_windows: int = 200  # release
+    duplicate_overlap: Overlap = 0.7  # sec. 4.1, where duplicates = "overlap"
+    feature_norm: Rate = 20.0  # release: mean norm of the scaled features
+    norm_images: Count = 200  # release: sample for the mean norm
+    norm_windows: Count = 200  # release
     mine_above: float = -1.0001  # release: negatives that score above enter the cache
     evict_below: float = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
@@ -181,7 +189,7 @@ class SVMSettings(Settings):
     max_positives: int = Field(20_000, ge=1)  # ours: bound on the objects per class, drawn evenly
     tolerance: float = Field(1e-3, gt=0)  # ours: liblinear stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BoxRegressionSettings(Settings):
@@ -189,19 +197,19 @@ class BoxRegressionSettings(Settings):
 
     enabled: bool = True
     layer: Literal["pool", "fc6", "fc7"] = "pool"  # sec. 4.1
-    ridge: float = Field(4000.0, gt=0)  # release (R-CNN: 1000)
-    overlap: float = 0.5  # release: training windows have IoU >= 0.5 (R-CNN: 0.6)
-    whitening: float = 0.001  # release: (S + 0.001 I)^(-1/2)
-    feature_norm: float = 20.0  # release
+    ridge: Rate = 4000.0  # release (R-CNN: 1000)
+    overlap: Overlap = 0.5  # release: training windows have IoU >= 0.5 (R-CNN: 0.6)
+    whitening: Decay = 0.001  # release: (S + 0.001 I)^(-1/2)
+    feature_norm: Rate = 20.0  # release
     max_examples: int = Field(10_000, ge=1)  # ours: bound on the windows per class, drawn evenly
-    seed: int = 0
+    seed: Seed = 0
 
 
 class DetectSettings(Settings):
     """From scores to detections (release)."""
 
     score_threshold: float = -1.5  # release
-    nms_overlap: float = 0.3  # sec. 4.1
+    nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
     precision: Literal["float32", "bfloat16"] = "float32"  # ours: of fc6 and fc7, in mining too
 
@@ -215,7 +223,7 @@ class EvaluateSettings(Settings):
 class Config(Settings):
     """All settings of one run."""
 
-    name: str = "run"
+    name: str = Field("run", pattern=r"^[^/\\]+$")  # the folder below runs/
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
     trunk: TrunkSettings = TrunkSettings()
@@ -243,7 +251,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -276,7 +284,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})
@@ -284,6 +292,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {parent} is not a section")
         values = inner
     values[last] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _reject_unknown_keys(values: Mapping[str, Any], settings: type[BaseModel], origin: str, prefix: str) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from sppnet.config import Config, dump_config, parse_config
+from sppnet.config import Config, parse_config
 from sppnet.data.shapes import generate_shapes
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.testing import test_run
 from sppnet.detection.training import train_detector
-from sppnet.store import write_text
 
 log = logging.getLogger("sppnet")
 
@@ -45,7 +44,6 @@ def run_demo(run: Path, device: torch.device | str = "cpu") -> list[str]:
     start = time.monotonic()
     devkit = generate_shapes(run / "data")
     config = demo_config(devkit)
-    write_text(run / "config.yaml", dump_config(config))
     detector = train_detector(config, run, device)
     assert detector is not None  # every stage was asked for
     output = test_run(detector, run)

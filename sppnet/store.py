@@ -91,7 +91,7 @@ def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None

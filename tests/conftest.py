@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported: small tensors gain nothing from more
@@ -58,3 +59,11 @@ def shared() -> Path:
     if folder is None:
         pytest.skip(NO_SHARED_DATA)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A detector trained in a second on a dozen generated pictures; a test that changes it takes `pipeline.copied`."""
+    from pipeline import train_small  # here and not above: it imports torch
+
+    return train_small(tmp_path_factory.mktemp("small"))

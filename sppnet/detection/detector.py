@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.boxes import as_boxes, clip_boxes
-from sppnet.config import Config, ConfigError, parse_config
+from sppnet.config import Config, parse_config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearDetectors
 from sppnet.detection.nms import nms_per_class
 from sppnet.detection.proposals import Proposer, make_proposer
-from sppnet.detection.window_features import head_features, pool_cells, window_cells
+from sppnet.detection.window_features import FrozenHead, pool_cells, window_cells
 from sppnet.network.sppnet import SPPHead, build_head
 from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.records import Detections
 from sppnet.store import StoreError, digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
 
-FILES = ("detector.json", "trunk.safetensors", "head.safetensors", "svm.safetensors")
+FORMAT = 1  # of the detector folder
+_FIELDS = {"classes": list, "config": dict, "parts": dict}
+_TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
+_OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class SPPDetector:
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
         description: dict[str, Any] = {
-            "format": 1,
+            "format": FORMAT,
             "classes": list(self.classes),
             "config": self.config.model_dump(mode="json"),
             "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
@@ -115,40 +119,34 @@ class SPPDetector:
             raise StoreError(
                 f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
             )
-        description = read_json(folder / "detector.json")
-        tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in description["parts"]}
-        for name, digest in description["parts"].items():
-            if tensors_digest(tensors[name]) != digest:
-                raise StoreError(
-                    f"{folder / name}.safetensors: is not the file this detector was saved with; "
-                    "run `sppnet train` again"
-                )
-        return cls._from_parts(description, tensors, torch.device(device), proposer)
+        description = _read_description(folder / "detector.json")
+        tensors = {name: _read_part(folder, name, digest) for name, digest in description["parts"].items()}
+        try:
+            detector = cls._from_parts(description, tensors, proposer)
+        except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
+            reason = str(error).splitlines()[0]
+            raise StoreError(f"{folder / 'detector.json'}: {_OTHER_VERSION} ({reason})") from None
+        return detector.to(device)
+
+    def to(self, device: str | torch.device) -> SPPDetector:
+        """The detector with its networks on `device`; they are moved, not copied."""
+        linear = replace(self.detectors, weight=self.detectors.weight.to(device), bias=self.detectors.bias.to(device))
+        return replace(self, trunk=self.trunk.to(device), head=self.head.to(device), detectors=linear)
 
     @classmethod
     def _from_parts(
-        cls,
-        description: dict[str, Any],
-        tensors: dict[str, dict[str, Tensor]],
-        device: torch.device,
-        proposer: Proposer | None,
+        cls, description: dict[str, Any], tensors: dict[str, dict[str, Tensor]], proposer: Proposer | None
     ) -> SPPDetector:
-        try:
-            config = parse_config(description["config"], "detector.json")
-        except ConfigError as error:
-            raise StoreError(f"{error}; this detector comes from another version of sppnet: train it again") from None
+        config = parse_config(description["config"], "settings")
         weights = config.trunk.weights.model_copy(update={"source": "random"})
         trunk = build_trunk(config.trunk.model_copy(update={"weights": weights}))
         trunk.load_state_dict(tensors["trunk"])
         head = build_head(trunk.channels, config.pyramid.levels, len(description["classes"]) + 1, config.head)
         head.load_state_dict(tensors["head"])
-        detectors = LinearDetectors.from_tensors(
-            {n: t.to(device) if n in ("weight", "bias") else t for n, t in tensors["svm"].items()}
-        )
+        detectors = LinearDetectors.from_tensors(tensors["svm"])
         boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
-        return cls(
-            trunk.to(device), head.to(device), detectors, boxes, proposer or make_proposer(config.proposals), config
-        )
+        search = make_proposer(config.proposals) if proposer is None else proposer
+        return cls(trunk, head, detectors, boxes, search, config)
 
     def digest(self) -> str:
         """Content key of what decides the detections, given windows: weights and test settings."""
@@ -164,14 +162,40 @@ class SPPDetector:
         config = self.config
         where, rows = window_cells(maps, windows, self.trunk.geometry, config.pyramid, config.maps).merged()
         pooled = pool_cells(maps, where, config.pyramid.levels)
-        features = head_features(self.head, pooled, config.svm.layer, config.detect.precision)
+        features = self._frozen_head.features(pooled, config.svm.layer)
         return WindowScores(self.detectors.score(features).cpu().numpy()[rows], pooled, rows)
 
+    @cached_property
+    def _frozen_head(self) -> FrozenHead:
+        return FrozenHead(self.head, self.config.detect.precision)
+
     def _regression_features(self, pooled: Tensor) -> Tensor:
-        return head_features(self.head, pooled, self.config.boxes.layer, self.config.detect.precision)
+        return self._frozen_head.features(pooled, self.config.boxes.layer)
 
     def _nothing(self) -> Detections:
         return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    description = read_json(path)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise StoreError(f"{path}: expected format {FORMAT}, got {found!r}; {_OTHER_VERSION}")
+    missing = [name for name, kind in _FIELDS.items() if not isinstance(description.get(name), kind)]
+    if missing or not {"trunk", "head", "svm"} <= set(description["parts"]):
+        raise StoreError(f"{path}: {missing[0] if missing else 'parts'} is missing or incomplete; {_OTHER_VERSION}")
+    return description
+
+
+def _read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    try:
+        tensors = read_tensors(path)
+    except StoreError:
+        raise StoreError(f"{path}: missing or damaged; {_TRAIN_AGAIN}") from None
+    if tensors_digest(tensors) != digest:
+        raise StoreError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
+    return tensors
 
 
 def _nms_of_labels(

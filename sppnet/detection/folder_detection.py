@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-from collections import Counter
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sppnet.data.folder import find_images
+from sppnet.data.folder import FolderError, find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.images import ImageError, read_image
+from sppnet.network.trunks import TrunkError
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, save_image
-from sppnet.store import write_json, write_text
-
-log = logging.getLogger("sppnet")
+from sppnet.store import StoreError, read_json, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -36,31 +34,55 @@ def detect_files(
 ) -> FolderResult:
     """Detect in every image that `paths` name and write the results to `out`.
 
-    A file that cannot be read is skipped and counted. Pictures keep the names of their images; a name that
-    occurs twice gets a number. Raises FolderError where a path names no image.
+    A file that cannot be read, or is too narrow for the network, is skipped and counted. Pictures keep the names of
+    their images; a name that occurs twice gets a number. What an earlier call left in `out` is not searched. Raises
+    FolderError where a path names no image, and where a picture would overwrite an image that was asked for.
     """
     found: dict[Path, Detections] = {}
     skipped: dict[Path, str] = {}
-    names = _picture_names(find_images(paths))
+    names = _picture_names(_find_inputs(paths, out))
     for path, name in tqdm(names.items(), desc="detect", unit="image", disable=None if progress else True):
         try:
             image = read_image(path)
+            found[path] = detector.detect(image).above(threshold)
         except ImageError as error:
             skipped[path] = str(error)
-            continue
-        found[path] = detector.detect(image).above(threshold)
-        save_image(draw_detections(image, found[path], threshold), out / name)
+        except TrunkError as error:
+            skipped[path] = f"{path}: {error}"
+        else:
+            save_image(draw_detections(image, found[path], threshold), out / name)
     write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
     write_text(out / "detections.csv", _table(found))
     return FolderResult(found, skipped)
 
 
+def _find_inputs(paths: Sequence[str | Path], out: Path) -> list[Path]:
+    """The images that `paths` name, without the pictures that an earlier call left in `out`."""
+    found, earlier = find_images(paths), _earlier_pictures(out)
+    images = [path for path in found if path.resolve() not in earlier]
+    inside = [path for path in images if path.resolve().parent == out.resolve()]
+    if inside or not images:
+        image = (inside or found)[0]
+        raise FolderError(f"{image}: lies in {out}, where a picture could overwrite it; choose another --out")
+    return images
+
+
+def _earlier_pictures(out: Path) -> set[Path]:
+    """What the detections.json in `out`, if there is one, says that it belongs to."""
+    try:
+        return {out.resolve() / entry["picture"] for entry in read_json(out / "detections.json")}
+    except (StoreError, TypeError, KeyError):  # none, or not ours
+        return set()
+
+
 def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
-    seen: Counter[str] = Counter()
+    """A file name for the picture of each image, all different: its stem, with a number where that is taken."""
+    taken: set[str] = set()
     names = {}
     for path in paths:
-        seen[path.stem] += 1
-        names[path] = f"{path.stem}.jpg" if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}.jpg"
+        candidates = itertools.chain([f"{path.stem}.jpg"], (f"{path.stem}-{n}.jpg" for n in itertools.count(2)))
+        names[path] = next(name for name in candidates if name.lower() not in taken)
+        taken.add(names[path].lower())
     return names
 
 

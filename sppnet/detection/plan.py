@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sppnet.config import Config, ProposalSettings
-from sppnet.data.voc import annotations_digest, choose_classes, hold_out, load_splits, restrict
+from sppnet.data.voc import DatasetError, annotations_digest, choose_classes, hold_out, load_splits, restrict
 from sppnet.records import ImageRecord, SkipCounts
 from sppnet.store import digest_of, file_digest
 
@@ -29,10 +29,27 @@ class RunData:
     classes: tuple[str, ...]
     skips: SkipCounts
 
+    def __str__(self) -> str:
+        """One line: how many images, which classes, what was skipped, and whether the two overlap."""
+        images = f"{len(self.train)} training and {len(self.validation)} validation images"
+        skips = [f"{count} × {reason}" for reason, count in self.skips.counts.items()]
+        shared = len({record.id for record in self.train} & {record.id for record in self.validation})
+        if shared:
+            skips.append(f"{shared} validation images are training images too, so validation errors look too good")
+        return "; ".join([f"data: {images}, {len(self.classes)} classes ({', '.join(self.classes)})", *skips])
+
 
 def load_run_data(config: Config) -> RunData:
-    """Training and validation images; where no val split is named, a share of the training images is held out."""
+    """Training and validation images; where no val split is named, a share of the training images is held out.
+
+    Raises DatasetError for data that are missing or cannot be used.
+    """
     settings = config.data
+    if not settings.root.is_dir():
+        raise DatasetError(
+            f"{settings.root}: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, "
+            "or set data.root to your own folder (data/README.md shows the layout)"
+        )
     train, skips = load_splits(settings.root, settings.train)
     if settings.val:
         validation, more = load_splits(settings.root, settings.val)
@@ -43,14 +60,26 @@ def load_run_data(config: Config) -> RunData:
     return RunData(restrict(train, classes), restrict(validation, classes), classes, skips)
 
 
-def load_test_data(config: Config, root: Path | None = None, splits: tuple[str, ...] = ()) -> tuple[list[ImageRecord], SkipCounts]:
-    """The images to evaluate on: the given splits, data.test, or the images held out of training."""
-    settings = config.data
-    if splits or settings.test:
-        return load_splits(root or settings.root, splits or settings.test, require_annotations=False)
-    if settings.val:
-        return load_splits(root or settings.root, settings.val)
-    train, skips = load_splits(root or settings.root, settings.train)
+def splits_to_test(config: Config, splits: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The splits to evaluate on: those given, data.test or data.val; empty = the images held out of training."""
+    return splits or config.data.test or config.data.val
+
+
+def load_test_data(
+    config: Config, root: Path | None = None, splits: tuple[str, ...] = ()
+) -> tuple[list[ImageRecord], SkipCounts]:
+    """The images to evaluate on (see `splits_to_test`), below `root` or data.root.
+
+    Where neither splits nor data.test nor data.val name any, they are the images held out of data.train: the same
+    that chose the fine-tuning snapshot, so that their figures are a little too good. Raises DatasetError.
+    """
+    settings, names = config.data, splits_to_test(config, splits)
+    folder = root or settings.root
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
+    if names:
+        return load_splits(folder, names, require_annotations=False)
+    train, skips = load_splits(folder, settings.train)
     return hold_out(train, settings.holdout, settings.seed)[1], skips
 
 
@@ -82,7 +111,12 @@ class RunPlan:
     def pretrain(self) -> Path:
         config = self.config
         return self._folder(
-            "pretrain", self._trunk_start, _dump(config.pretrain), _dump(config.head), config.pyramid.levels, self._train
+            "pretrain",
+            self._trunk_start,
+            _dump(config.pretrain),
+            _dump(config.head),
+            config.pyramid.levels,
+            self._train,
         )
 
     @cached_property
@@ -102,6 +136,13 @@ class RunPlan:
     def finetune(self) -> Path:
         validation = annotations_digest(self.validation, self.data.classes)
         return self._folder("finetune", self.head.name, _dump(self.config.finetune), validation)
+
+    @property
+    def uses_trained_head(self) -> bool:
+        """Whether any features that are wanted come from the fine-tuned head."""
+        config = self.config
+        layers = [config.svm.layer, *([config.boxes.layer] if config.boxes.enabled else [])]
+        return config.finetune.enabled and config.svm.finetuned and any(layer != "pool" for layer in layers)
 
     @property
     def trained_head(self) -> Path:
@@ -127,7 +168,9 @@ class RunPlan:
     def _trunk_start(self) -> str:
         settings = self.config.trunk
         file = settings.weights.file
-        content = file_digest(file) if settings.weights.source == "file" and file is not None and file.is_file() else None
+        content = (
+            file_digest(file) if settings.weights.source == "file" and file is not None and file.is_file() else None
+        )
         values = settings.model_dump(mode="json")
         values["weights"].pop("file")
         return digest_of(values, content)

@@ -7,19 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sppnet import distributed
+from sppnet.config import Config
 from sppnet.data.voc import restrict, write_comp4
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.plan import load_test_data, windows_folder
+from sppnet.detection.plan import load_test_data, splits_to_test, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
+from sppnet.network.trunks import TrunkError
 from sppnet.records import Annotation, Detections, ImageRecord
 from sppnet.report.contact_sheet import Picture, contact_sheet
 from sppnet.report.curves import draw_precision_recall
@@ -29,6 +32,8 @@ from sppnet.store import digest_of, read_arrays, write_arrays, write_json
 log = logging.getLogger("sppnet")
 
 SHOWN_SCORE = 0.0  # the SVM's own boundary
+SHOWN_IMAGES = 12  # on the sheet of examples
+HELD_OUT = "held-out"  # stands for a split where none is named
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,21 @@ def test_detector(
     start = time.monotonic()
     disable = None if progress and distributed.is_main() else True
     for record in tqdm(own, desc="detect", unit="image", disable=disable):
-        found = detector.detect(read_image(record.path), read_windows(windows_folder, record))
+        found = _detect(detector, record, read_windows(windows_folder, record))
         write_arrays(_path(folder, record), boxes=found.boxes, scores=found.scores, labels=found.labels)
     seconds = (time.monotonic() - start) / len(own) if own else None
     distributed.barrier()
     detections = {r.id: _read(_path(folder, r), detector.classes) for r in records}
     evaluation, quality = _evaluate(detector, records, detections, windows_folder)
     return TestResult(detections, evaluation, quality, seconds)
+
+
+def _detect(detector: SPPDetector, record: ImageRecord, windows: NDArray[np.float32]) -> Detections:
+    image = read_image(record.path)
+    try:
+        return detector.detect(image, windows)
+    except TrunkError as error:  # an image too narrow for the network: say which
+        raise TrunkError(f"{record.path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -87,46 +100,73 @@ def test_run(
     config = detector.config
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
-        detector = replace(detector, config=config)
+    config = _without_lost_imports(config)
+    detector = replace(detector, config=config)
     records, skips = load_test_data(config, data, splits)
     for reason, count in skips.counts.items():
         log.info("%d × %s", count, reason)
+    names = splits_to_test(config, splits)
+    if not names:
+        log.info("tested on the held-out images, which also chose the fine-tuning snapshot")
     result = test_detector(detector, records, windows_folder(run, config.proposals), run)
     if not evaluate:
         result = replace(result, evaluation=None)
-    folder = run / "results" / _results_name(splits or config.data.test)
+    folder = run / "results" / ("+".join(name.replace("/", "-") for name in names) or HELD_OUT)
     if distributed.is_main():
-        _write_files(result, records, folder)
+        _write_comp4(folder, names, result.detections, detector.classes)
+        if result.evaluation is not None:
+            tested = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
+            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
+            _draw(result, result.evaluation, records, folder)
+    distributed.barrier()
     return TestOutput(result, folder)
 
 
-def _results_name(splits: tuple[str, ...]) -> str:
-    return "+".join(split.replace("/", "-") for split in splits) or "held-out"
+def _without_lost_imports(config: Config) -> Config:
+    """A detector outlives the files that its training windows came from; new images are searched then."""
+    kept = tuple(path for path in config.proposals.import_from if path.is_file())
+    if kept == config.proposals.import_from:
+        return config
+    log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
+    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": kept})})
 
 
-def _write_files(result: TestResult, records: Sequence[ImageRecord], folder: Path) -> None:
-    classes = next(iter(result.detections.values())).classes
-    image_set = folder.name.split("+")[0].split("-", 1)[-1]
-    write_comp4(folder, image_set, result.detections, classes)
-    if result.evaluation is None:
+def _write_comp4(
+    folder: Path, splits: tuple[str, ...], detections: Mapping[str, Detections], classes: tuple[str, ...]
+) -> None:
+    """The devkit's files, one folder per year where images of several years share a name."""
+    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits)) or HELD_OUT
+    by_year: dict[str, dict[str, Detections]] = {}
+    for image, found in detections.items():
+        by_year.setdefault(image.rpartition("/")[0], {})[image] = found
+    if len({image.rpartition("/")[2] for image in detections}) == len(detections):
+        write_comp4(folder, image_set, detections, classes)
         return
-    values = result.evaluation.to_dict()
+    for year, own in by_year.items():
+        write_comp4(folder / year, image_set, own, classes)
+
+
+def _metrics(result: TestResult, evaluation: VOCEvaluation) -> dict[str, Any]:
+    values = {**evaluation.to_dict(), "images": len(result.detections), "seconds_per_image": result.seconds_per_image}
     if result.proposals is not None:
         values["proposals"] = {
             "recall": result.proposals.recall,
             "mean_best_overlap": result.proposals.mean_best_overlap,
             "windows": result.proposals.mean_windows,
         }
-    write_json(
-        folder / "metrics.json", {**values, "images": len(records), "seconds_per_image": result.seconds_per_image}
-    )
+    return values
+
+
+def _draw(result: TestResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
+    """Curves, as numbers and as a picture, and a sheet of examples spread over the images."""
     curves = {
-        name: {k: getattr(c, k).tolist() for k in ("recall", "precision", "scores")}
-        for name, c in result.evaluation.curves.items()
+        name: {key: getattr(curve, key).tolist() for key in ("recall", "precision", "scores")}
+        for name, curve in evaluation.curves.items()
     }
     write_json(folder / "curves.json", curves)
-    save_image(draw_precision_recall(result.evaluation), folder / "precision_recall.png")
-    shown = [records[i * len(records) // min(12, len(records))] for i in range(min(12, len(records)))]
+    save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
+    count = min(SHOWN_IMAGES, len(records))
+    shown = [records[i * len(records) // count] for i in range(count)]
     pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
     save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
 

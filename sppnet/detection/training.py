@@ -1,6 +1,6 @@
 """Train a detector: rooms 1-7 in order, on one screen; every stage resumes (sec. 4.1).
 
-    propose -> (pretrain) -> extract -> finetune -> svm -> boxes -> detector/
+propose -> (pretrain) -> extract -> finetune -> svm -> boxes -> detector/
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.classification.multisize import pretrain_network
-from sppnet.config import Config
+from sppnet.config import Config, SVMSettings, dump_config
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import extract_images, maps_path
@@ -29,47 +27,32 @@ from sppnet.detection.hard_negatives import MiningState, mine_detectors
 from sppnet.detection.linear_svm import LinearDetectors, mean_norm_scale
 from sppnet.detection.plan import RunPlan, load_run_data
 from sppnet.detection.proposals import make_proposer, propose_images, read_windows, windows_path
+from sppnet.detection.stages import STAGES, StageError, StageReport, StageStatus, duration, stage_status, stage_table
 from sppnet.detection.training_windows import (
     FinetuneWindows,
     MiningWindows,
     TrainingWindows,
     find_box_examples,
     pool_box_examples,
+    sample_norms,
 )
-from sppnet.detection.window_features import head_features
+from sppnet.detection.window_features import FrozenHead
 from sppnet.evaluation.proposals import proposal_recall
-from sppnet.network.sppnet import Layer, SPPHead, build_head, copy_fc, load_head_checkpoint, load_pretrained_fc, pooled_size
+from sppnet.network.sppnet import (
+    Layer,
+    SPPHead,
+    build_head,
+    copy_fc,
+    load_head_checkpoint,
+    load_pretrained_fc,
+    pooled_size,
+)
 from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.network.weights import load_weight_file, torchvision_state
-from sppnet.store import read_arrays, read_tensors, write_arrays, write_json, write_tensors
+from sppnet.records import ImageRecord
+from sppnet.store import read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors, write_text
 
 log = logging.getLogger("sppnet")
-
-STAGES = ("propose", "pretrain", "extract", "finetune", "svm", "boxes")
-
-
-class StageError(ValueError):
-    """A stage that cannot run as asked; the message gives the next step."""
-
-
-@dataclass(frozen=True)
-class StageStatus:
-    """What a stage would do: `done` of `total` parts are there already; `skipped` says why it would not run at all."""
-
-    name: str
-    folder: Path
-    done: int
-    total: int
-    skipped: str = ""
-
-    def __str__(self) -> str:
-        if self.skipped:
-            return f"{self.name:<9} skip     {self.skipped}"
-        if self.done == self.total:
-            return f"{self.name:<9} reuse    all {self.total} in {self.folder.name}"
-        if self.done:
-            return f"{self.name:<9} resume   {self.done} of {self.total} in {self.folder.name}"
-        return f"{self.name:<9} run      nothing yet for these inputs and settings ({self.folder.name})"
 
 
 def train_detector(
@@ -80,18 +63,20 @@ def train_detector(
     force: Sequence[str] = (),
     progress: bool = True,
 ) -> SPPDetector | None:
-    """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete."""
+    """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete.
+
+    The settings go to root/config.yaml. Files that are missing or do not fit are an error before anything is written.
+    """
     training = Training(config, root, torch.device(device), progress)
-    for status in training.status():
-        if status.name not in only or status.skipped:
-            continue
-        if status.name in force and distributed.is_main():
-            shutil.rmtree(status.folder, ignore_errors=True)
-        distributed.barrier()
-        start = time.monotonic()
-        summary = training.run(status.name)
-        log.info("%s: %s (%s)", status.name, summary, _duration(time.monotonic() - start))
-    if any(status.done < status.total for status in training.status() if not status.skipped):
+    log.info("%s", training.plan.data)
+    training.check_files(only)
+    if distributed.is_main():
+        write_text(root / "config.yaml", dump_config(config))
+    reports = [training.perform(status, status.name in force) for status in training.status() if status.name in only]
+    log.info("all that was done\n%s", stage_table(reports))
+    missing = [status.name for status in training.status() if not status.complete]
+    if missing:
+        log.info("no detector yet: %s still to do", ", ".join(missing))
         return None
     return training.assemble()
 
@@ -105,30 +90,51 @@ class Training:
         self.classes = self.plan.data.classes
 
     def status(self) -> list[StageStatus]:
-        """The stages in order, with what is there of each."""
+        """The stages in order, with what is there of each. Reads no weights and writes nothing."""
         plan, config = self.plan, self.config
         images = [*plan.data.train, *plan.validation]
-        maps = [maps_path(plan.maps, r, False) for r in images] + [maps_path(plan.maps, r, True) for r in self._flipped()]
-        tuned = config.finetune.enabled and (config.svm.finetuned or config.boxes.layer != "pool")
+        windows = [windows_path(plan.windows, record) for record in images]
+        maps = [maps_path(plan.maps, record, False) for record in images]
+        maps += [maps_path(plan.maps, record, True) for record in self._flipped()]
+        no_pretrain = "" if config.pretrain.enabled else "pretrain.enabled is false"
+        no_head = "" if plan.uses_trained_head else "the features wanted need no fine-tuned head"
+        no_boxes = "" if config.boxes.enabled else "boxes.enabled is false"
+        regressors = [self._regressor_path(label) for label in range(len(self.classes))]
         return [
-            _status("propose", plan.windows, [windows_path(plan.windows, record) for record in images]),
-            _status("pretrain", plan.pretrain, [plan.pretrain / "network.safetensors"],
-                    "" if config.pretrain.enabled else "pretrain.enabled is false"),
-            _status("extract", plan.maps, maps),
-            _status("finetune", plan.finetune, [plan.finetune / "head.safetensors"],
-                    "" if tuned else "the features wanted need no fine-tuned head"),
-            _status("svm", plan.svm, [plan.svm / "svm.safetensors"]),
-            _status("boxes", plan.boxes, [self._regressor_path(i) for i in range(len(self.classes))],
-                    "" if config.boxes.enabled else "boxes.enabled is false"),
+            stage_status("propose", plan.windows, windows),
+            stage_status("pretrain", plan.pretrain, [self._network_path], no_pretrain),
+            stage_status("extract", plan.maps, maps),
+            stage_status("finetune", plan.finetune, [self._head_path], no_head, "checkpoint.safetensors"),
+            stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
+            stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
 
-    def run(self, stage: str) -> str:
-        """Run one stage; returns its summary."""
-        stages: dict[str, Callable[[], str]] = {
-            "propose": self._propose, "pretrain": self._pretrain, "extract": self._extract,
-            "finetune": self._finetune, "svm": self._svm, "boxes": self._boxes,
-        }
-        return stages[stage]()
+    def check_files(self, stages: Sequence[str]) -> None:
+        """Raise now what would end one of these stages hours later: files that are missing or do not fit."""
+        for path in self.config.proposals.import_from:
+            if not path.is_file():
+                raise StageError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
+        if not set(stages) - {"propose"}:
+            return
+        if not self.config.pretrain.enabled:
+            _ = self.trunk
+        elif not self._network_path.exists():
+            build_trunk(self.config.trunk)
+        if self.config.head.init != "random" and not self._head_path.exists():
+            self._started_head()
+
+    def perform(self, status: StageStatus, from_scratch: bool) -> StageReport:
+        """Run one stage unless it is skipped; `from_scratch` deletes what is there of it."""
+        start = time.monotonic()
+        if status.skipped:
+            return StageReport(status.name, 0.0, f"skipped: {status.skipped}")
+        if from_scratch and distributed.is_main():
+            shutil.rmtree(status.folder, ignore_errors=True)
+        distributed.barrier()
+        summary: str = getattr(self, f"_{status.name}")()  # the stages below, by name
+        seconds = time.monotonic() - start
+        log.info("%s: %s (%s)", status.name, summary, duration(seconds))
+        return StageReport(status.name, seconds, summary)
 
     def assemble(self) -> SPPDetector:
         """The detector from the artifacts, saved under detector/."""
@@ -136,7 +142,9 @@ class Training:
         regressors = None
         if self.config.boxes.enabled:
             own = [read_tensors(self._regressor_path(i)) for i in range(len(self.classes))]
-            regressors = BoxRegressors.stack({n: BoxRegressors.from_tensors(t).of(0) for n, t in zip(self.classes, own, strict=True)})
+            regressors = BoxRegressors.stack(
+                {n: BoxRegressors.from_tensors(t).of(0) for n, t in zip(self.classes, own, strict=True)}
+            )
         detector = SPPDetector(
             self.trunk, self.head(), detectors, regressors, make_proposer(self.config.proposals), self.config
         )
@@ -151,18 +159,20 @@ class Training:
         done = propose_images(records, self.config.proposals, self.plan.windows, self.progress)
         windows = {r.id: read_windows(self.plan.windows, r) for r in records}
         quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
-        return (f"{done.computed} images searched, {done.imported} imported, {done.reused} reused; {done.mean_windows:.0f} windows an image, "
-                f"recall at IoU 0.5 {quality.recall:.3f}, mean best overlap {quality.mean_best_overlap:.3f}")
+        return (
+            f"{done.computed} images searched, {done.imported} imported, {done.reused} reused; "
+            f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
+            f"mean best overlap {quality.mean_best_overlap:.3f}"
+        )
 
     # 0. a trunk without pretrained weights learns from crops of the objects
     def _pretrain(self) -> str:
-        target = self.plan.pretrain / "network.safetensors"
-        if target.exists():
+        if self._network_path.exists():
             return "reused"
         trunk = build_trunk(self.config.trunk, self.config.pretrain.seed).to(self.device)
         network, summary = pretrain_network(trunk, self.plan.data.train, self.classes, self.config, self.progress)
         if distributed.is_main():
-            write_tensors(target, network.state_dict())
+            write_tensors(self._network_path, network.state_dict())
         distributed.barrier()
         return summary
 
@@ -172,25 +182,29 @@ class Training:
         flipped = {record.id for record in self._flipped()}
         straight = [r for r in [*plan.data.train, *plan.validation] if r.id not in flipped]
         done = [extract_images(straight, self.trunk, settings, plan.maps, False, self.progress)] if straight else []
-        done += [extract_images(self._flipped(), self.trunk, settings, plan.maps, True, self.progress)] if flipped else []
+        if flipped:
+            done.append(extract_images(self._flipped(), self.trunk, settings, plan.maps, True, self.progress))
         computed, reused = sum(d.computed for d in done), sum(d.reused for d in done)
         return f"{computed} maps computed, {reused} reused, {sum(d.gigabytes for d in done):.2f} GB"
 
     # 5. fc6 and fc7
     def _finetune(self) -> str:
-        target = self.plan.finetune / "head.safetensors"
-        if target.exists():
+        if self._head_path.exists():
             return "reused"
         head = self._initial_head()
         train = FinetuneWindows(self._source(train=True), self.config.finetune.flip)
         validation = FinetuneWindows(self._source(train=False), flips=False)
-        done = finetune_head(head, train, validation, len(self.classes), self.config.finetune, self.plan.finetune, self.progress)
+        done = finetune_head(
+            head, train, validation, len(self.classes), self.config.finetune, self.plan.finetune, self.progress
+        )
         if distributed.is_main():
-            write_tensors(target, head.state_dict())
+            write_tensors(self._head_path, head.state_dict())
             (self.plan.finetune / "checkpoint.safetensors").unlink(missing_ok=True)
         distributed.barrier()
-        return (f"{done.steps} steps, {done.reused_steps} of them from before; best validation error {done.best_error:.3f} at step "
-                f"{done.best_step} (always background: {done.untrained_error:.3f})")
+        return (
+            f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
+            f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
+        )
 
     # 6. one linear SVM per class, with hard-negative mining
     def _svm(self) -> str:
@@ -200,17 +214,24 @@ class Training:
         if distributed.is_main():
             settings = self.config.svm
             source, features = self._source(train=True), self._features(settings.layer)
-            scale = self._scale(settings.layer, settings.feature_norm)
             state = MiningState.from_arrays(read_arrays(checkpoint)) if checkpoint.exists() else None
+            scale = state.scale if state is not None else self._scale(settings.layer, settings.feature_norm, settings)
             mined = mine_detectors(
-                MiningWindows(source, features), self.classes, settings, scale, state,
-                save=lambda state: write_arrays(checkpoint, **state.to_arrays()), save_every=200,
+                MiningWindows(source, features),
+                self.classes,
+                settings,
+                scale,
+                state,
+                save=lambda state: write_arrays(checkpoint, **state.to_arrays()),
+                save_every=200,
             )
             write_json(self.plan.svm / "summary.json", {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.detectors.to_tensors())
             checkpoint.unlink(missing_ok=True)
         distributed.barrier()
-        return f"{len(self.classes)} classes on {self.config.svm.layer} features, one pass over {len(self.plan.data.train)} images"
+        done = f"{len(self.classes)} classes on {self.config.svm.layer} features of {len(self.plan.data.train)} images"
+        silent = [f"{name} ({why})" for name, why in read_json(self.plan.svm / "summary.json")["untrained"].items()]
+        return f"{done}; never fires: {', '.join(silent)}" if silent else done
 
     # 7. class-wise box regression
     def _boxes(self) -> str:
@@ -225,7 +246,9 @@ class Training:
                 own = examples[label]
                 rows = pool_box_examples(source, own, self._width(settings.layer), features)
                 regressor: BoxRegressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
-                write_tensors(self._regressor_path(label), BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
+                write_tensors(
+                    self._regressor_path(label), BoxRegressors.stack({self.classes[label]: regressor}).to_tensors()
+                )
                 counts.append(len(rows))
         distributed.barrier()
         return f"{len(missing)} classes fitted on {sum(counts)} windows, {len(self.classes) - len(missing)} reused"
@@ -243,13 +266,20 @@ class Training:
 
     def head(self) -> SPPHead:
         """The head whose features are used: fine-tuned, or as it was initialised."""
-        if self.plan.trained_head == self.plan.head:
+        if not self.plan.uses_trained_head:
             return self._initial_head()
         head = self._new_head()
-        head.load_state_dict(read_tensors(self._need(self.plan.finetune / "head.safetensors", "finetune")))
+        head.load_state_dict(read_tensors(self._need(self._head_path, "finetune")))
         return head.to(self.device)
 
     def _initial_head(self) -> SPPHead:
+        head = self._started_head()
+        if self.config.head.input_norm is not None:
+            head.input_scale.fill_(self._scale("pool", self.config.head.input_norm))
+        return head.to(self.device)
+
+    def _started_head(self) -> SPPHead:
+        """A new head with fc6 and fc7 from where head.init says, on the CPU."""
         config, head = self.config, self._new_head()
         if config.pretrain.enabled and config.head.init == "random":
             copy_fc(head, self._pretrained(), "the pretrained network")
@@ -259,20 +289,21 @@ class Training:
             weights = config.trunk.weights
             state = load_weight_file(weights.file) if weights.file is not None else torchvision_state(config.trunk.name)
             load_pretrained_fc(head, state, config.trunk.name, self.trunk.channels, config.pyramid.levels)
-        if config.head.input_norm is not None:
-            head.input_scale.fill_(self._scale("pool", config.head.input_norm))
-        return head.to(self.device)
+        return head
 
     def _new_head(self) -> SPPHead:
-        levels = self.config.pyramid.levels
-        return build_head(self.trunk.channels, levels, len(self.classes) + 1, self.config.head, self.config.finetune.seed)
+        config, outputs = self.config, len(self.classes) + 1
+        return build_head(self.trunk.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed)
 
     def _pretrained(self) -> dict[str, Tensor]:
-        return read_tensors(self._need(self.plan.pretrain / "network.safetensors", "pretrain"))
+        return read_tensors(self._need(self._network_path, "pretrain"))
 
     def _need(self, path: Path, stage: str) -> Path:
         if not path.exists():
-            raise StageError(f"{path}: the {stage} stage is not complete for these settings; run `sppnet train` without --only, or {stage} first")
+            raise StageError(
+                f"{path}: the {stage} stage is not complete for these settings; "
+                f"run `sppnet train` without --only, or {stage} first"
+            )
         return path
 
     def _source(self, train: bool) -> TrainingWindows:
@@ -281,41 +312,39 @@ class Training:
             records, self.classes, self.plan.windows, self.plan.maps, self.trunk.geometry, self.config, self.device
         )
 
-    def _flipped(self) -> list:  # type: ignore[type-arg]
-        return self.plan.data.train if self.config.finetune.enabled and self.config.finetune.flip else []
+    def _flipped(self) -> list[ImageRecord]:
+        """The training images whose mirror images fine-tuning needs too."""
+        return self.plan.data.train if self.plan.uses_trained_head and self.config.finetune.flip else []
 
     def _features(self, layer: Layer) -> Callable[[Tensor], Tensor]:
         if layer == "pool":
             return lambda pooled: pooled
         head, precision = self.head(), self.config.detect.precision
-        return lambda pooled: head_features(head, pooled, layer, precision)
+        frozen = FrozenHead(head, precision)
+        return lambda pooled: frozen.features(pooled, layer)
 
     def _width(self, layer: Layer) -> int:
         sizes = {"fc6": self.config.head.fc6, "fc7": self.config.head.fc7}
         return sizes.get(layer) or pooled_size(self.trunk.channels, self.config.pyramid.levels)
 
-    def _scale(self, layer: Layer, target: float) -> float:
-        """The factor that gives features of `layer` the mean norm `target`, from a sample of images and windows."""
-        source, features, settings = self._source(train=True), self._features(layer), self.config.svm
-        count = min(settings.norm_images, len(source.records))
-        norms = []
-        for step in range(count):
-            index = step * len(source.records) // count
-            windows = read_windows(self.plan.windows, source.records[index])[: settings.norm_windows]
-            if len(windows):
-                maps = source.maps(index)
-                norms.append(features(source.pool(maps, source.cells(maps, windows))).norm(dim=1).cpu().numpy())
-        if not norms:
+    def _scale(self, layer: Layer, target: float, sample: SVMSettings | None = None) -> float:
+        """The factor that gives features of `layer` the mean norm `target`, from a sample of images and windows.
+
+        `sample` gives its size; by default it is the release's, so that only the SVMs depend on svm.norm_*.
+        """
+        size = sample or SVMSettings()
+        norms = sample_norms(self._source(train=True), self._features(layer), size.norm_images, size.norm_windows)
+        if not len(norms):
             raise StageError("no training image has a window; check proposals.min_side and the images")
-        return mean_norm_scale(np.concatenate(norms), target)
+        return mean_norm_scale(norms, target)
+
+    @property
+    def _network_path(self) -> Path:
+        return self.plan.pretrain / "network.safetensors"
+
+    @property
+    def _head_path(self) -> Path:
+        return self.plan.finetune / "head.safetensors"
 
     def _regressor_path(self, label: int) -> Path:
         return self.plan.boxes / f"class-{label:03d}.safetensors"
-
-
-def _status(name: str, folder: Path, parts: Sequence[Path], skipped: str = "") -> StageStatus:
-    return StageStatus(name, folder, sum(path.exists() for path in parts), len(parts), skipped)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -21,8 +21,8 @@ from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.hard_negatives import MiningImage
 from sppnet.detection.proposals import read_windows
 from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows
-from sppnet.detection.windows import merge_windows
 from sppnet.detection.window_features import WindowCells, cells_at, pool_cells, window_cells
+from sppnet.detection.windows import merge_windows
 from sppnet.network.geometry import Geometry
 from sppnet.records import Annotation, ImageRecord
 
@@ -82,7 +82,7 @@ class FinetuneWindows:
         self._source, self._flips = source, flips
         settings = source.config.finetune
         own = [label_windows(source.image_windows(i).overlaps, settings) for i in range(len(source.records))]
-        self.labelled: list[LabelledWindows] = own + own if flips else own
+        self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         """Pyramid vectors of these windows, each from a random scale (release)."""
@@ -122,6 +122,21 @@ class MiningWindows:
         labels = np.array([source.classes.index(name) for name in annotation.names], np.int64)
         maps = source.maps(index)
         return self._features(source.pool(maps, source.cells(maps, annotation.boxes))), labels
+
+
+def sample_norms(
+    source: TrainingWindows, features: Callable[[Tensor], Tensor], images: int, windows: int
+) -> NDArray[np.float32]:
+    """Norms of the features of the first `windows` proposals of `images` images, spread over all; (0,) without any."""
+    count = min(images, len(source.records))
+    norms = [np.zeros(0, np.float32)]
+    for step in range(count):
+        index = step * len(source.records) // count
+        proposals = read_windows(source.windows_folder, source.records[index])[:windows]
+        if len(proposals):
+            maps = source.maps(index)
+            norms.append(features(source.pool(maps, source.cells(maps, proposals))).norm(dim=1).cpu().numpy())
+    return np.concatenate(norms)
 
 
 @dataclass(frozen=True)

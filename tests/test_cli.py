@@ -1,0 +1,401 @@
+"""The commands: what they print, write and answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipeline import copied, merged, modified, refused, run_command, small_settings, write_config
+
+from sppnet import cli
+from sppnet.config import load_config
+from sppnet.data.proposal_files import import_windows
+from sppnet.data.voc import write_annotation
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.stages import STAGES
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+VOC = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
+
+
+@pytest.fixture
+def config(small_run, tmp_path) -> Path:
+    """The settings of the small run as a file."""
+    settings = small_settings(small_run.devkit, small_run.config.proposals.import_from[0])
+    return write_config(tmp_path / "small.yaml", settings)
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    return copied(small_run, tmp_path / "run")
+
+
+def plan_of(out: str) -> dict[str, tuple[str, str]]:
+    """Stage -> (action, reason) of a dry run."""
+    rows = [line.split(maxsplit=2) for line in out.splitlines()[1:]]
+    return {stage: (action, why) for stage, action, why in rows}
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_with_a_detector_and_the_next_step(config, tmp_path):
+    result = run_command("train", config, "--run", tmp_path / "run", "--device", "cpu")
+    assert result.status == 0
+    assert result.out == f"detector of 5 classes in {tmp_path / 'run/detector'}; next: sppnet eval {tmp_path / 'run'}\n"
+    assert len(SPPDetector.load(tmp_path / "run").classes) == 5
+    log = result.err
+    assert "data: 8 training and 3 validation images, 5 classes" in log
+    assert (
+        log.index("propose:") < log.index("extract:") < log.index("finetune:") < log.index("svm:") < log.index("boxes:")
+    )
+    table = log[log.index("stage  ") :].splitlines()
+    assert [line.split()[0] for line in table] == ["stage", *STAGES]
+
+
+def test_what_is_no_terminal_sees_no_progress_bars(config, tmp_path):
+    few = ["proposals.import_from=[]", "data.train=[SHAPES/val]", "data.val=[]", "data.test=[]"]
+    command = ["train", config, "--run", tmp_path / "run", "--set", *few]
+    result = subprocess.run([sys.executable, "-m", "sppnet", *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not any(mark in result.stderr for mark in ("\r", "it/s", "%|", "image/s"))
+    assert result.stdout.startswith("detector of ")
+
+
+def test_without_a_run_folder_the_name_gives_it(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_command("propose", config, "--set", "name=mine").status == 0
+    assert load_config(tmp_path / "runs/mine/config.yaml").name == "mine"
+
+
+def test_settings_on_the_command_line_count_over_the_file(config, tmp_path):
+    options = ["--set", "svm.C=0.5", "head.fc6=8", "--set", "maps.scales=[64, 96]"]
+    assert run_command("propose", config, "--run", tmp_path / "run", *options).status == 0
+    kept = load_config(tmp_path / "run/config.yaml")
+    assert (kept.svm.C, kept.head.fc6, kept.maps.scales) == (0.5, 8, (64, 96))
+
+
+def test_the_stages_are_commands_too(config, small_run, tmp_path):
+    for stage in ("propose", "extract", "finetune", "svm"):
+        result = run_command(stage, config, "--run", tmp_path / "run")
+        assert (result.status, result.out) == (0, "")
+        assert "no detector yet" in result.err
+    assert run_command("boxes", config, "--run", tmp_path / "run").out.startswith("detector of 5 classes")
+    assert SPPDetector.load(tmp_path / "run").digest() == SPPDetector.load(small_run.root).digest()
+
+
+def test_a_stage_that_is_switched_off_says_so(config, run):
+    result = run_command("pretrain", config, "--run", run.root)
+    assert result.status == 0
+    assert "skipped: pretrain.enabled is false" in result.err
+
+
+def test_windows_are_imported_and_exported(config, small_run, tmp_path):
+    file = small_run.config.proposals.import_from[0]
+    options = ["--set", "proposals.import_from=[]", "--import", file, "--export", tmp_path / "out.npz"]
+    result = run_command("propose", config, "--run", tmp_path / "run", *options)
+    assert result.status == 0, result.err
+    assert "11 imported" in result.err
+    assert f"proposals.import_from=[{file}]" in result.out
+    assert "windows of 11 images written to" in result.out
+    theirs, ours = import_windows(file), import_windows(tmp_path / "out.npz")
+    assert len(ours) == 11
+    assert all(np.array_equal(ours[name], theirs[name][:60]) for name in ours)
+
+
+# ---- train: --dry-run, --from, --only, --force ---------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = modified(tmp_path)
+    result = run_command("train", config, "--dry-run")
+    assert result.status == 0
+    assert result.out.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc")
+    plan = plan_of(result.out)
+    assert list(plan) == list(STAGES)
+    assert plan["pretrain"] == ("skip", "pretrain.enabled is false")
+    assert {plan[stage][0] for stage in STAGES if stage != "pretrain"} == {"run"}
+    assert plan["extract"][1].startswith("nothing there yet; 19 to do in extract-")
+    assert modified(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
+
+
+def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
+    before = modified(tmp_path)
+    plan = plan_of(run_command("train", config, "--run", run.root, "--dry-run").out)
+    assert {action for action, _ in plan.values()} == {"reuse", "skip"}
+    changed = plan_of(run_command("train", config, "--run", run.root, "--dry-run", "--set", "svm.C=1").out)
+    assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm"}
+    assert changed["svm"][1].startswith("settings or inputs are not those of svm-")
+    next(run.root.glob("extract-*/SHAPES/train_00001-*-flip.npz")).unlink()
+    before.pop(next(name for name in before if "train_00001" in name and "-flip" in name))
+    assert plan_of(run_command("train", config, "--run", run.root, "--dry-run").out)["extract"][0] == "resume"
+    assert modified(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        (["--from", "finetune"], "finetune svm boxes"),
+        (["--from", "boxes"], "boxes"),
+        (["--only", "svm", "--force"], "svm"),
+        (["--from", "extract", "--only", "svm"], "svm"),
+        (["--force"], "propose extract finetune svm boxes"),
+        (["--only", "extract"], ""),
+    ],
+)
+def test_stages_are_done_again_as_asked_and_as_a_dry_run_announces(config, run, options, again):
+    before = modified(run.root)
+    announced = plan_of(run_command("train", config, "--run", run.root, "--dry-run", *options).out)
+    assert [stage for stage, (action, _) in announced.items() if action == "run"] == again.split()
+    assert modified(run.root) == before
+    assert run_command("train", config, "--run", run.root, *options).status == 0
+    after = modified(run.root)
+    redone = {name.split("-")[0] for name in after if after[name] != before.get(name)}
+    assert {stage for stage in STAGES if stage in redone} == set(again.split())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp_path, monkeypatch):
+    """Before anything is downloaded: a devkit of two tiny images, and a machine that refuses every connection."""
+    settings = load_config(path)
+    root = tmp_path / "VOCdevkit"
+    names = list(settings.data.classes or VOC)
+    for split in dict.fromkeys([*settings.data.train, *settings.data.val, *settings.data.test]):
+        year, image_set = split.split("/")
+        for stem in (f"{image_set}_1", f"{image_set}_2"):
+            (root / year / "JPEGImages").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 48), "blue").save(root / year / f"JPEGImages/{stem}.jpg")
+            boxes = [[5, 5, 40, 40]] * len(names)
+            write_annotation(root / year / f"Annotations/{stem}.xml", (48, 64), boxes, names, [False] * len(names))
+        (root / year / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (root / year / f"ImageSets/Main/{image_set}.txt").write_text(f"{image_set}_1\n{image_set}_2\n")
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a dry run needs no network and no weights")
+
+    for name in ("socket.socket.connect", "torch.hub.download_url_to_file", "sppnet.detection.training.build_trunk"):
+        monkeypatch.setattr(name, refuse)
+    monkeypatch.chdir(tmp_path)
+    result = run_command("train", path, "--set", f"data.root={root}", "--dry-run")
+    assert result.status == 0, result.err
+    assert list(plan_of(result.out)) == list(STAGES)
+    assert f"{len(names)} classes" in result.out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["VOCdevkit"]
+
+
+# ---- eval, test, score ---------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_a_table_and_says_where_the_results_are(run):
+    result = run_command("eval", run.root)
+    assert result.status == 0, result.err
+    metrics = json.loads((run.root / "results/SHAPES-test/metrics.json").read_text())
+    assert f"mean      {metrics['map']:.4f}  over 5 of 5 classes, 11point at IoU 0.5" in result.out
+    assert "windows: " in result.out
+    assert " s an image, without proposals" in result.out
+    assert result.out.endswith(f"results in {run.root / 'results/SHAPES-test'}\n")
+    again = run_command("eval", run.root, "--metric", "area", "--split", "SHAPES/test")
+    assert "area at IoU 0.5" in again.out
+    assert "without proposals" not in again.out
+
+
+def test_eval_on_data_that_moved_needs_only_their_new_place(run, tmp_path):
+    devkit = Path(shutil.copytree(run.devkit, tmp_path / "moved"))
+    path = run.root / "detector/detector.json"
+    description = json.loads(path.read_text())
+    description["config"]["data"]["root"] = "nowhere"
+    path.write_text(json.dumps(description))
+    assert "nowhere: no such data folder; name the one that holds the year folders with --data" in refused(
+        "eval", run.root
+    )
+    result = run_command("eval", run.root, "--data", devkit, "--split", "SHAPES/val", "SHAPES/test")
+    assert result.status == 0, result.err
+    assert (run.root / "results/SHAPES-val+SHAPES-test/metrics.json").is_file()
+
+
+def test_test_writes_the_devkits_files_alone(run):
+    result = run_command("test", run.root)
+    assert result.status == 0, result.err
+    assert "over 5 of 5 classes" not in result.out
+    assert len(list((run.root / "results/SHAPES-test").iterdir())) == 5
+
+
+def test_eval_of_another_detector_in_the_same_run_is_refused_until_it_is_complete(run):
+    shutil.rmtree(run.root / "detector")
+    assert "holds no trained detector" in refused("eval", run.root)
+    assert "holds no trained detector" in refused("detect", run.root, run.devkit, "--out", run.root / "out")
+
+
+def test_score_prints_a_table_or_json(run):
+    assert run_command("test", run.root).status == 0
+    folder = run.devkit / "SHAPES"
+    options = ["--annotations", folder / "Annotations", "--image-set", folder / "ImageSets/Main/test.txt"]
+    options += ["--detections", run.root / "results/SHAPES-test/comp4_det_test_{}.txt", "--classes", "star, disc"]
+    table = run_command("score", *options).out
+    assert [line.split()[0] for line in table.splitlines()] == ["class", "star", "disc", "mean"]
+    values = json.loads(run_command("score", *options, "--json").out)
+    assert list(values["ap"]) == ["star", "disc"]
+    assert values["map"] == pytest.approx(np.mean(list(values["ap"].values())))
+    strict = json.loads(run_command("score", *options, "--json", "--iou", "0.9").out)
+    assert strict["map"] < values["map"]
+
+
+def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
+    folder = run.devkit / "SHAPES"
+    base = ["score", "--annotations", folder / "Annotations", "--image-set", folder / "ImageSets/Main/test.txt"]
+    file = tmp_path / "comp4_star.txt"
+    assert "expected a pattern with {} for the class" in refused(*base, "--detections", file, "--classes", "star")
+    pattern = tmp_path / "comp4_{}.txt"
+    assert "expected class names separated by commas" in refused(*base, "--detections", pattern, "--classes", ",")
+    assert "comp4_star.txt: cannot read this text file" in refused(*base, "--detections", pattern, "--classes", "star")
+    file.write_text("test_00000 0.5 1 1 20\n")
+    message = refused(*base, "--detections", pattern, "--classes", "star")
+    assert "comp4_star.txt:1: expected 'id score xmin ymin xmax ymax'" in message
+    file.write_text("test_99999 0.5 1 1 20 20\n")
+    message = refused(*base, "--detections", pattern, "--classes", "star")
+    assert "test_99999, which has no annotation" in message
+
+
+# ---- detect --------------------------------------------------------------------------------------------------------
+
+
+def test_detect_takes_files_folders_and_patterns(run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        shutil.copy(run.devkit / f"SHAPES/JPEGImages/test_0000{number}.jpg", photos / f"{number}.jpg")
+    for asked, count in ((photos / "0.jpg", 1), (photos, 3), (photos / "[12].jpg", 2)):
+        result = run_command("detect", run.root, asked, "--out", tmp_path / f"out{count}", "--threshold", "-1.5")
+        assert result.status == 0, result.err
+        entries = json.loads((tmp_path / f"out{count}/detections.json").read_text())
+        assert len(entries) == count
+        total = sum(len(entry["detections"]) for entry in entries)
+        assert result.out == f"{total} detections in {count} images, written to {tmp_path / f'out{count}'}\n"
+        assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
+    assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
+
+
+def test_detect_shows_scores_from_zero_unless_told_otherwise(run, tmp_path):
+    image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
+    scores = {}
+    for name, options in (("default", []), ("low", ["--threshold", "-1.2"]), ("high", ["--threshold", "1e6"])):
+        assert run_command("detect", run.root, image, "--out", tmp_path / name, *options).status == 0
+        entries = json.loads((tmp_path / name / "detections.json").read_text())
+        scores[name] = [found["score"] for found in entries[0]["detections"]]
+    assert all(score >= 0 for score in scores["default"])
+    assert scores["high"] == []
+    assert len(scores["low"]) > len(scores["default"])
+    assert min(scores["low"]) >= -1.2
+
+
+def test_detect_skips_what_it_cannot_read_and_ends_with_status_1(run, tmp_path):
+    image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
+    (tmp_path / "half.jpg").write_bytes(image.read_bytes()[:3000])
+    result = run_command("detect", run.root, tmp_path / "half.jpg", image, "--out", tmp_path / "out")
+    assert result.status == 1
+    assert "detections in 1 images" in result.out
+    assert f"skipped: {tmp_path / 'half.jpg'}: expected a complete image" in result.err
+    assert "Traceback" not in result.err
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 1
+
+
+# ---- all commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta", "cuda0", ""])
+def test_a_device_that_is_none_is_refused(config, run, tmp_path, device):
+    assert "expected cpu, cuda or cuda:N" in refused("train", config, "--run", tmp_path / "new", "--device", device)
+    assert "expected cpu, cuda or cuda:N" in refused("eval", run.root, "--device", device)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(run, monkeypatch):
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    assert "this machine has no CUDA device; use --device cpu" in refused("eval", run.root, "--device", "cuda")
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli.torch.cuda, "device_count", lambda: 2)
+    assert "--device cuda:2: this machine has 2; count from 0" in refused("eval", run.root, "--device", "cuda:2")
+
+
+def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sppnet.detection.training.propose_images", interrupt)
+    result = run_command("train", config, "--run", tmp_path / "run")
+    assert result.status == 130
+    assert "the same command goes on from there" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_verbose_gives_the_traceback_of_an_error(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        run_command("train", tmp_path / "none.yaml", "--verbose")
+
+
+def test_a_mistake_in_the_software_is_not_dressed_up_as_bad_input(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sppnet.detection.training.propose_images", lambda *a: {}["key"])
+    with pytest.raises(KeyError):
+        run_command("train", config, "--run", tmp_path / "run")
+
+
+def test_unknown_commands_and_options_are_refused_by_the_parser(config):
+    for arguments in (["trian"], ["train"], ["train", config, "--form", "svm"], ["train", config, "--from", "svn"]):
+        result = run_command(*arguments)
+        assert result.status == 2
+        assert result.err.startswith("usage: sppnet")
+
+
+def test_every_command_explains_itself():
+    listed = run_command("--help").out
+    for command in ("train", *STAGES, "eval", "test", "detect", "score", "demo"):
+        assert f"\n    {command} " in listed
+        assert run_command(command, "--help").status == 0
+
+
+def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch):
+    """The demonstration itself in small: the same stages on a few pictures."""
+    from sppnet import demo
+    from sppnet.data import shapes
+
+    changes = {"maps.scales": [96], "head": {"fc6": 16, "fc7": 16}, "pyramid": {"levels": [1, 2]},
+               "finetune.steps": [4], "finetune.learning_rates": [0.01], "proposals": {"max_side": 64, "workers": 1},
+               "pretrain": {"enabled": True, "steps": 4, "batch": 8, "sizes": [32, 48]}}  # fmt: skip
+    monkeypatch.setattr(demo, "SETTINGS", merged(demo.SETTINGS, changes))
+    few = {"train": 3, "val": 1, "test": 2}
+    monkeypatch.setattr(demo, "generate_shapes", lambda root: shapes.generate_shapes(root, few))
+    result = run_command("demo", "--run", tmp_path / "demo", "--device", "cpu")
+    assert result.status == 0, result.err
+    assert "on 2 held-out images" in result.out
+    assert (tmp_path / "demo/results/SHAPES-test/precision_recall.png").is_file()
+    assert len(list((tmp_path / "demo/pictures").glob("*.jpg"))) == 2
+    assert load_config(tmp_path / "demo/config.yaml").name == "demo"
