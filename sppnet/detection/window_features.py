@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,11 +74,27 @@ def pool_cells(maps: FeatureMaps, where: WindowCells, levels: tuple[int, ...]) -
     return pooled
 
 
-@torch.inference_mode()
-def head_features(head: SPPHead, pooled: Tensor, layer: Layer, precision: str = "float32") -> Tensor:
-    """Pyramid vectors (R, D) -> float32 features of `layer`, in batches; computed in `precision`."""
-    if layer == "pool":
-        return pooled
-    with torch.autocast(pooled.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        parts = [head.features(batch, layer).float() for batch in pooled.split(BATCH)]
-    return torch.cat(parts) if parts else pooled.new_zeros((0, head.fc6.out_features))
+class FrozenHead:
+    """fc6 and fc7 ready for many windows: in `precision` once and for all, the input scale folded into fc6.
+
+    A copy: later changes of `head` do not reach it.
+    """
+
+    def __init__(self, head: SPPHead, precision: str = "float32") -> None:
+        kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        with torch.no_grad():
+            self._fc6 = (head.fc6.weight * head.input_scale).to(kind), head.fc6.bias.to(kind)
+            self._fc7 = head.fc7.weight.to(kind), head.fc7.bias.to(kind)
+        self._kind = kind
+
+    @torch.inference_mode()
+    def features(self, pooled: Tensor, layer: Layer) -> Tensor:
+        """Pyramid vectors (R, D) -> float32 features of `layer`, (R, D) or (R, 4096 or so), in batches."""
+        if layer == "pool":
+            return pooled
+        parts = [self._features(batch.to(self._kind), layer).float() for batch in pooled.split(BATCH)]
+        return torch.cat(parts)
+
+    def _features(self, pooled: Tensor, layer: Layer) -> Tensor:
+        hidden = F.linear(pooled, *self._fc6).relu_()
+        return hidden if layer == "fc6" else F.linear(hidden, *self._fc7).relu_()
