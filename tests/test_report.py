@@ -15,6 +15,7 @@ from sppnet.report.curves import (
     LOG_COLUMNS,
     draw_precision_recall,
     draw_proposal_recall,
+    draw_recall_by_windows,
     draw_training,
     read_training_log,
 )
@@ -202,6 +203,14 @@ def test_training_and_proposals_are_drawn():
     none = ProposalQuality(np.zeros(0), 0.5, float("nan"))
     some = ProposalQuality(np.linspace(0, 1, 9), 0.5, 20.0)
     assert draw_proposal_recall({"edge boxes": some, "nothing": none}).size == draw_proposal_recall({}).size
+
+
+def test_recall_by_windows_can_be_drawn_with_and_without_objects():
+    some = {n: ProposalQuality(np.linspace(0.2, 0.9, 9), 0.5, n) for n in (100, 1000)}
+    none = {n: ProposalQuality(np.zeros(0), 0.5, n) for n in (100, 1000)}
+    drawn = draw_recall_by_windows({"some": some, "nothing": none})
+    assert drawn.size == draw_recall_by_windows({}).size
+    assert np.asarray(drawn).tobytes() != np.asarray(draw_recall_by_windows({})).tobytes()
 
 
 def test_the_training_log_is_read_by_column_and_an_empty_cell_is_nan(tmp_path):

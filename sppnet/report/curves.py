@@ -96,6 +96,20 @@ def draw_proposal_recall(qualities: Mapping[str, ProposalQuality]) -> Image.Imag
     return _render(figure)
 
 
+def draw_recall_by_windows(qualities: Mapping[str, Mapping[int, ProposalQuality]]) -> Image.Image:
+    """Recall and mean best overlap over the number of windows an image may keep: name -> number -> quality."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    for axes, title in zip(figure.subplots(1, 2), ("recall", "mean best overlap"), strict=True):
+        for index, (name, by_count) in enumerate(qualities.items()):
+            values = [q.recall if title == "recall" else q.mean_best_overlap for q in by_count.values()]
+            axes.plot(list(by_count), values, color=_line_colour(index), linewidth=2, marker="o", label=name)
+        axes.set(xlabel="windows per image", title=title, ylim=(0, 1.02))
+        _plain(axes)
+        if qualities:
+            axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return _render(figure)
+
+
 def _grid_shape(panels: int) -> tuple[int, int]:
     """(rows, columns) of a grid somewhat wider than high, with as few empty places as can be."""
     square = math.ceil(math.sqrt(panels))

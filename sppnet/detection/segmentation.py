@@ -1,0 +1,161 @@
+"""Graph-based segmentation of an image (Felzenszwalb & Huttenlocher 2004) in compiled loops over its pixels.
+
+A pixel is joined to its right and its lower neighbour; an edge weighs the Euclidean distance of the two colours.
+Edges are visited by weight: two regions become one where the edge is no heavier than what either holds together
+inside, plus k / its pixels. Weights are counted in steps of 1 / STEPS, so that a counting sort orders them in linear
+time; edges of equal weight keep the order of the pixels. Both make the result one and the same on every machine.
+
+The second and last door to numba next to ``network.kernels``, which may not know about windows; ``regions`` and
+``grouping`` come through it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+STEPS = 16  # weights are whole numbers of 1 / STEPS grey levels
+NO_EDGE = 65535  # beyond every weight: sqrt(3) · 255 · STEPS = 7066
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a loop on its first call, cached on disk; IEEE arithmetic in source order (no fastmath)."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in every process
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def sorted_edges(image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
+    """Edges of the pixel grid by weight: (E,) edge numbers and (E,) weights in steps of 1 / STEPS.
+
+    image: C-contiguous (H, W, C) uint8. Edge 2p leads from pixel p = y · W + x to its right neighbour, edge 2p + 1 to
+    the lower one; E = H (W - 1) + (H - 1) W.
+    """
+    weights = np.full(2 * image.shape[0] * image.shape[1], NO_EDGE, np.uint16)
+    starts = np.zeros(NO_EDGE + 1, np.int64)
+    _weigh(image, weights, starts)
+    edges = np.empty(int(starts.sum()), np.int32)
+    ordered = np.empty(len(edges), np.uint16)
+    _counting_sort(weights, starts, edges, ordered)
+    return edges, ordered
+
+
+def segment(
+    edges: NDArray[np.int32], weights: NDArray[np.uint16], size: tuple[int, int], k: float, min_size: int
+) -> tuple[NDArray[np.int32], int]:
+    """Region of every pixel (H, W) int32, numbered 0 … N - 1 by their first pixel, and N.
+
+    edges and weights from `sorted_edges`; size (height, width). Regions below `min_size` pixels are joined
+    with a neighbour along their lightest edges afterwards, as in the authors' program.
+    """
+    height, width = size
+    parents = np.arange(height * width, dtype=np.int32)
+    _join(edges, weights, width, np.float32(k * STEPS), min_size, parents)
+    labels = np.empty(height * width, np.int32)
+    return labels.reshape(height, width), _number(parents, labels)
+
+
+@compiled
+def _weight(image: Any, y: int, x: int, v: int, u: int) -> Any:
+    squares: Any = 0
+    for c in range(image.shape[2]):
+        difference = np.int32(image[y, x, c]) - np.int32(image[v, u, c])
+        squares += difference * difference
+    return np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
+
+
+@compiled
+def _weigh(image: Any, weights: Any, histogram: Any) -> None:
+    height, width = image.shape[:2]
+    for y in range(height):
+        for x in range(width):
+            edge = 2 * (y * width + x)
+            if x + 1 < width:
+                weights[edge] = _weight(image, y, x, y, x + 1)
+                histogram[weights[edge]] += 1
+            if y + 1 < height:
+                weights[edge + 1] = _weight(image, y, x, y + 1, x)
+                histogram[weights[edge + 1]] += 1
+
+
+@compiled
+def _counting_sort(weights: Any, counts: Any, edges: Any, ordered: Any) -> None:
+    first = 0
+    for q in range(counts.shape[0]):
+        count = counts[q]
+        counts[q] = first
+        first += count
+    for e in range(weights.shape[0]):
+        q = weights[e]
+        if q != NO_EDGE:
+            edges[counts[q]] = e
+            ordered[counts[q]] = q
+            counts[q] += 1
+
+
+@compiled
+def _root(parents: Any, pixel: int) -> int:
+    """The pixel that stands for the region; halves the path to it."""
+    while parents[pixel] != pixel:
+        parents[pixel] = parents[parents[pixel]]
+        pixel = parents[pixel]
+    return pixel
+
+
+@compiled
+def _ends(edge: int, width: int, parents: Any) -> tuple[int, int]:
+    """The regions at the two ends of an edge."""
+    pixel = edge >> 1
+    return _root(parents, pixel), _root(parents, pixel + (width if edge & 1 else 1))
+
+
+@compiled
+def _unite(a: int, b: int, parents: Any, sizes: Any) -> int:
+    """Make two regions one, under the root of the larger (a, where they are equal)."""
+    if sizes[a] < sizes[b]:
+        a, b = b, a
+    parents[b] = a
+    sizes[a] += sizes[b]
+    return a
+
+
+@compiled
+def _join(edges: Any, weights: Any, width: int, k: float, min_size: int, parents: Any) -> None:
+    sizes = np.ones(parents.shape[0], np.int32)
+    bounds = np.full(parents.shape[0], k, np.float32)  # a region's heaviest inner edge + k / its pixels
+    left = np.empty(edges.shape[0], np.int32)  # edges between two regions
+    count = 0
+    for i in range(edges.shape[0]):
+        a, b = _ends(edges[i], width, parents)
+        weight = np.float32(weights[i])
+        if a == b:
+            continue
+        if weight <= bounds[a] and weight <= bounds[b]:
+            joined = _unite(a, b, parents, sizes)
+            bounds[joined] = weight + k / np.float32(sizes[joined])
+        else:
+            left[count] = edges[i]
+            count += 1
+    for edge in left[:count]:
+        a, b = _ends(edge, width, parents)
+        if a != b and min(sizes[a], sizes[b]) < min_size:
+            _unite(a, b, parents, sizes)
+
+
+@compiled
+def _number(parents: Any, labels: Any) -> int:
+    count = 0
+    for pixel in range(parents.shape[0]):
+        labels[pixel] = -1
+    for pixel in range(parents.shape[0]):
+        root = _root(parents, pixel)
+        if labels[root] < 0:
+            labels[root] = count
+            count += 1
+        labels[pixel] = labels[root]
+    return count
