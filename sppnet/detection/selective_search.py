@@ -49,9 +49,9 @@ MODES = {
 #   k 100, 200, sigma 0.6, regions of 50 pixels    0.949  0.790
 #   k 100, 200, sigma 0.8, regions of 50 pixels    0.949  0.789
 #   k 150, 300, sigma 0.6, regions of 50 pixels    0.941  0.788
-# and on another draw of 450 (OpenCV 0.948 0.806): regions of k pixels, as published, 0.953 0.801 (k 100, 200) and 0.957 0.803
-# (k 50, 100), of 20 pixels 0.956 0.803; the blur after the conversion of colours instead of before it cost 0.005 of
-# overlap; a copy of half the size takes 12 instead of 44 ms and costs 0.03 of both.
+# and on another draw of 450 (OpenCV 0.948 0.806): regions of k pixels, as published, 0.953 0.801 (k 100, 200) and
+# 0.957 0.803 (k 50, 100), of 20 pixels 0.956 0.803 (k 100, 200). The blur after the conversion of colours instead of
+# before it cost 0.005 of overlap; a copy of half the size takes 12 instead of 44 ms and costs 0.03 of both.
 SIGMA = 0.7
 SMALLEST_REGION = 50  # pixels
 
