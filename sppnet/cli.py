@@ -35,8 +35,8 @@ log = logging.getLogger("sppnet")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 where only part could be done, 2 for an error, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
-    _start_logging(options.verbose)
     distributed.start()
+    _start_logging(options.verbose)
     try:
         return int(options.action(options) or 0)
     except EXPECTED as error:

@@ -45,7 +45,7 @@ class DataSettings(Settings):
     root: Path = Path("data/VOCdevkit")
     train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
-    test: tuple[str, ...] = ("VOC2007/test",)  # empty = the held-out images
+    test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
     classes: tuple[str, ...] | None = None  # None = discovered in the training annotations
     holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty
     train_on_difficult: bool = True  # release: the shipped script trains with them

@@ -1,6 +1,6 @@
 """Rank, shard and gather over torch.distributed; a no-op in one process.
 
-Start several processes with ``torchrun --nproc-per-node=N -m sppnet …``: every process takes its share of
+Start several processes with ``torchrun --nproc-per-node=N -m -- sppnet …``: every process takes its share of
 the images, and gradients are averaged. Nothing here launches processes.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,13 +16,15 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(days=7)  # the others wait while the first process mines; torchrun ends them where it fails
+
 
 def start() -> None:
     """Join the process group that torchrun describes in the environment; do nothing without one."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def stop() -> None:

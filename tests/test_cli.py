@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline import copied, merged, modified, refused, run_command, small_settings, write_config
+from pipeline import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
 from sppnet import cli
 from sppnet.config import load_config
@@ -87,6 +87,21 @@ def test_what_is_no_terminal_sees_no_progress_bars(config, tmp_path):
     assert result.returncode == 0, result.stderr
     assert not any(mark in result.stderr for mark in ("\r", "it/s", "%|", "image/s"))
     assert result.stdout.startswith("detector of ")
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_work_and_speak_once(config, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "--", "sppnet"]
+    command = [*torchrun, "train", config, "--run", tmp_path / "run", "--device", "cpu"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("detector of 5 classes") == 1
+    assert result.stderr.count("all that was done") == 1
+    alone = copied(SmallRun(tmp_path / "run", load_config(tmp_path / "run/config.yaml"), tmp_path), tmp_path / "alone")
+    subprocess.run(list(map(str, [*torchrun, "test", tmp_path / "run"])), capture_output=True, check=True)
+    assert run_command("test", alone.root).status == 0
+    results = [run / "results/SHAPES-test/comp4_det_test_star.txt" for run in (tmp_path / "run", alone.root)]
+    assert results[0].read_text() == results[1].read_text() != ""
 
 
 def test_without_a_run_folder_the_name_gives_it(config, tmp_path, monkeypatch):

@@ -79,16 +79,18 @@ def test_embedding_once_and_scoring_apart_agrees_with_detect(detector, image, wi
 
 
 def test_selection_is_threshold_suppression_regression_clipping_and_suppression(detector):
-    """Two classes by hand: window 1 is suppressed by 0, window 3 scores too low, and the regressor moves the rest."""
-    windows = np.array([[0, 0, 40, 40], [2, 0, 42, 40], [80, 0, 120, 40], [0, 60, 40, 100]], np.float64)
-    scores = np.array([[1.0, -2], [0.9, -2], [0.5, 0.6], [-2, -1.5]], np.float32)
+    """Two classes by hand: window 1 is suppressed by 0, 3 scores too low, 4 has left the image; the others move."""
+    windows = np.array(
+        [[0, 0, 40, 40], [2, 0, 42, 40], [80, 0, 120, 40], [0, 60, 40, 100], [118, 50, 138, 90]], np.float64
+    )
+    scores = np.array([[1.0, -2], [0.9, -2], [0.5, 0.6], [-2, -1.5], [0.8, -2]], np.float32)
     shift = BoxRegressor(
         torch.zeros(4, 3, dtype=torch.float64), torch.tensor([0.25, 0, 0, 0], dtype=torch.float64),
         torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64),
     )  # fmt: skip
     linear = replace(detector.detectors, weight=torch.zeros(2, 3), bias=torch.zeros(2), classes=("a", "b"))
     own = replace(detector, detectors=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
-    found = own.select(windows, WindowScores(scores, torch.zeros(4, 3), np.arange(4)), (100, 120))
+    found = own.select(windows, WindowScores(scores, torch.zeros(5, 3), np.arange(5)), (100, 120))
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
     assert found.scores.tolist() == pytest.approx([1.0, 0.6, 0.5])

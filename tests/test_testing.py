@@ -244,6 +244,11 @@ def test_an_image_too_narrow_for_the_network_is_named(run, detector, monkeypatch
         testing.test_run(detector, run.root)
 
 
+def test_no_images_give_no_detections_and_no_figures(detector, tmp_path):
+    result = testing.test_detector(detector, [], tmp_path / "windows", tmp_path)
+    assert (dict(result.detections), result.evaluation, result.seconds_per_image) == ({}, None, None)
+
+
 def test_images_without_windows_are_tested_too(run, detector, tmp_path):
     with np.load(run.config.proposals.import_from[0]) as archive:
         ids = archive["ids"]
