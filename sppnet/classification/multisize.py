@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.boxes import as_boxes, pairwise_iou
-from sppnet.config import Config, PretrainSettings
+from sppnet.config import Config, PretrainSettings, WeightsSettings
 from sppnet.images import prepare, read_image
 from sppnet.network.sppnet import SPPNet, build_head
 from sppnet.network.trunks import Trunk
@@ -37,6 +37,7 @@ def pretrain_network(
     settings = config.pretrain
     crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed)
     head = build_head(trunk.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
+    head.dropout = settings.dropout
     device = next(trunk.parameters()).device
     network = SPPNet(trunk.requires_grad_(True), config.pyramid.levels, head.to(device)).train()
     accuracy = _train(network, crops, labels, settings, progress)
@@ -65,19 +66,24 @@ def cut_crops(records: Sequence[ImageRecord], classes: Sequence[str], side: int,
         raise ValueError(
             "pre-training needs annotated objects, but the training images hold none of the classes; check data.classes"
         )
-    return torch.stack(crops), torch.tensor(labels)
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
 def _train(network: SPPNet, crops: Tensor, labels: Tensor, settings: PretrainSettings, progress: bool) -> float:
     """SGD with a rate that falls linearly to zero; one epoch at one size, the next at another (sec. 2.3)."""
     optimiser = torch.optim.SGD(
-        network.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        network.parameters(),
+        settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     parameters = list(network.parameters())
     device = parameters[0].device
     rng = np.random.default_rng((settings.seed, distributed.rank()))
     epoch_steps = max(1, len(crops) // settings.batch)
-    right = torch.zeros((), device=device)
+    shares = _equal_shares(labels)
+    right, total = torch.zeros((), device=device), torch.zeros((), device=device)
     disable = None if progress and distributed.is_main() else True
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -85,33 +91,60 @@ def _train(network: SPPNet, crops: Tensor, labels: Tensor, settings: PretrainSet
             for group in optimiser.param_groups:
                 group["lr"] = settings.learning_rate * (1 - step / settings.steps)
             size = settings.sizes[step // epoch_steps % len(settings.sizes)]
-            chosen = torch.from_numpy(rng.integers(len(crops), size=settings.batch))
-            pixels = _augmented(crops[chosen], size, max(settings.sizes), network.trunk, rng).to(device)
-            wanted = labels[chosen].to(device)
+            chosen = rng.choice(len(crops), size=settings.batch, p=shares)
+            views = _random_views(crops, chosen, size, max(settings.sizes), rng)
+            pixels = _prepared(views, network.trunk.weights).to(device)
+            wanted = labels[torch.from_numpy(chosen)].to(device)
             logits = network(pixels)
             optimiser.zero_grad()
-            F.cross_entropy(logits, wanted).backward()
+            loss = F.cross_entropy(logits, wanted)
+            loss.backward()
+            total += loss.detach()
             distributed.average_gradients(parameters)
             optimiser.step()
             if step >= settings.steps * 3 // 4:
                 right += (logits.argmax(1) == wanted).float().mean()
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the loss of pre-training is not finite; lower pretrain.learning_rate={settings.learning_rate}"
+        )
     return float(right) / (settings.steps - settings.steps * 3 // 4)
 
 
-def _augmented(crops: Tensor, size: int, largest: int, trunk: Trunk, rng: np.random.Generator) -> Tensor:
-    """Flipped, shifted and zoomed crops, resized so that only the resolution depends on `size`; prepared pixels."""
-    stored = crops.shape[-1]
-    flips, out = rng.random(len(crops)) < 0.5, []
-    for crop, flip in zip(crops, flips, strict=True):
-        side = int(rng.integers(round(largest * 0.9), stored + 1))
-        y, x = rng.integers(stored - side + 1, size=2)
-        part = crop[:, y : y + side, x : x + side]
-        part = F.interpolate(part[None].float(), (size, size), mode="bilinear", align_corners=False)
-        out.append(part.flip(3) if flip else part)
-    pixels = torch.cat(out) * torch.from_numpy(rng.uniform(0.8, 1.2, (len(crops), 3, 1, 1)).astype(np.float32))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (trunk.weights.mean, trunk.weights.std))
-    pixels = pixels.clamp(0, 255)
-    return ((pixels.flip(1) if trunk.weights.channel_order == "bgr" else pixels) - mean) / std
+def _equal_shares(labels: Tensor) -> NDArray[np.float64]:
+    """The probability of each crop (N,) with which every class is drawn as often as any other."""
+    counts = np.bincount(labels.numpy())
+    return 1 / (counts[labels.numpy()] * np.count_nonzero(counts))
+
+
+def _random_views(
+    crops: Tensor, chosen: NDArray[np.int64], size: int, largest: int, rng: np.random.Generator
+) -> Tensor:
+    """The chosen crops, shifted, zoomed, flipped, their channels brighter or darker: (B, 3, size, size) float32, 0-255.
+
+    They are cut before they are resized, so only the resolution depends on `size`. Resizing bytes, not floats, takes
+    3 ms for 64 of them instead of 17.
+    """
+    stored, count = crops.shape[-1], len(chosen)
+    sides = rng.integers(round(largest * 0.9), stored + 1, size=count)
+    corners = (rng.random((count, 2)) * (stored - sides + 1)[:, None]).astype(np.int64)
+    views = torch.cat(
+        [
+            F.interpolate(
+                crops[i : i + 1, :, y : y + side, x : x + side], (size, size), mode="bilinear", antialias=True
+            )
+            for i, side, (y, x) in zip(chosen.tolist(), sides.tolist(), corners.tolist(), strict=True)
+        ]
+    )
+    flipped = torch.from_numpy(rng.random(count) < 0.5).view(-1, 1, 1, 1)
+    gains = torch.from_numpy(rng.uniform(0.8, 1.2, (count, 3, 1, 1)).astype(np.float32))
+    return torch.where(flipped, views.flip(3), views).mul(gains).clamp_(0, 255)
+
+
+def _prepared(pixels: Tensor, weights: WeightsSettings) -> Tensor:
+    """RGB pixels (N, 3, H, W), 0-255, as the trunk expects its input."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (weights.mean, weights.std))
+    return ((pixels.flip(1) if weights.channel_order == "bgr" else pixels) - mean) / std
 
 
 def _square(box: NDArray[np.floating], context: float) -> NDArray[np.float64]:

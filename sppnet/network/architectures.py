@@ -98,14 +98,17 @@ def overfeat7() -> Plan:
 
 
 def tiny5() -> Plan:
-    """Ours: five light convolutions with batch norm, for demonstrations and laptops, trained from scratch."""
+    """Ours: five light convolutions with batch norm, for demonstrations and laptops, trained from scratch.
+
+    The first steps by 4 pixels: maps finer than a quarter of the image take most of the time and add little.
+    """
     return Plan(
         {
-            "conv1": _conv_bn_relu(3, 24, stride=2),
+            "conv1": _conv_bn_relu(3, 24, size=7, stride=4),
             "conv2": _conv_bn_relu(24, 48, stride=2),
             "conv3": _conv_bn_relu(48, 64, stride=2),
-            "conv4": _conv_bn_relu(64, 96, stride=2),
-            "conv5": _conv_bn_relu(96, 128, stride=1),
+            "conv4": _conv_bn_relu(64, 96),
+            "conv5": _conv_bn_relu(96, 128),
         },
         default="conv5",
     )
@@ -162,8 +165,8 @@ def _paper_plan(**layers: nn.Module) -> Plan:
     return Plan(layers, default=list(layers)[-1], deviation=0.01)  # release: N(0, 0.01)
 
 
-def _conv_bn_relu(inputs: int, outputs: int, stride: int) -> nn.Module:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+def _conv_bn_relu(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
 
 
