@@ -24,7 +24,7 @@ import numpy as np
 from sppnet.config import ProposalSettings
 from sppnet.data.proposal_files import match_records
 from sppnet.data.voc import load_splits, restrict
-from sppnet.detection.proposals import selective_search as opencv_search
+from sppnet.detection.proposals import opencv_selective_search as opencv_search
 from sppnet.detection.selective_search import selective_search
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.images import read_image

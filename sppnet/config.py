@@ -55,7 +55,7 @@ class DataSettings(Settings):
 class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
-    method: Literal["opencv_selective_search"] = "opencv_selective_search"
+    method: Literal["selective_search", "opencv_selective_search"] = "selective_search"
     mode: Literal["fast", "quality"] = "fast"
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px

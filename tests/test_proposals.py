@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,16 +23,17 @@ from sppnet.detection.proposals import (
     FixedWindows,
     ProposalError,
     make_proposer,
+    opencv_selective_search,
     propose_images,
     read_windows,
-    selective_search,
     windows_path,
 )
 from sppnet.images import read_image
 from sppnet.records import ImageRecord
 from sppnet.store import StoreError, file_digest, write_arrays
 
-ALONE = ProposalSettings(workers=1)
+opencv = partial(ProposalSettings, method="opencv_selective_search")
+ALONE = opencv(workers=1)
 OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
 
 
@@ -62,21 +64,21 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_the_objects_of_a_simple_scene_are_found() -> None:
-    windows = selective_search(scene(), ALONE)
+    windows = opencv_selective_search(scene(), ALONE)
     assert windows.dtype == np.float32
     assert pairwise_iou(OBJECTS.astype(float), windows).max(axis=1).min() > 0.8
 
 
 @pytest.mark.parametrize("mode", ["fast", "quality"])
 def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> None:
-    settings = ProposalSettings(mode=mode, max_windows=30, min_side=5)
-    first, second = selective_search(scene(), settings), selective_search(scene(), settings)
+    settings = opencv(mode=mode, max_windows=30, min_side=5)
+    first, second = opencv_selective_search(scene(), settings), opencv_selective_search(scene(), settings)
     np.testing.assert_array_equal(first, second)
     assert len(first) == 30
 
 
 def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough() -> None:
-    windows = selective_search(scene(), ProposalSettings(min_side=25))
+    windows = opencv_selective_search(scene(), opencv(min_side=25))
     assert len(np.unique(windows, axis=0)) == len(windows) > 5
     assert (windows == np.rint(windows)).all()
     assert (windows[:, 2:] - windows[:, :2]).min() >= 25
@@ -90,12 +92,12 @@ def test_nothing_but_small_boxes_is_lost_against_opencv() -> None:
     search.setBaseImage(np.ascontiguousarray(scene()[..., ::-1]))
     search.switchToSelectiveSearchFast()
     expected = {(x, y, x + w, y + h) for x, y, w, h in search.process().tolist() if w >= 20 and h >= 20}
-    assert {tuple(map(int, window)) for window in selective_search(scene(), ALONE)} == expected
+    assert {tuple(map(int, window)) for window in opencv_selective_search(scene(), ALONE)} == expected
 
 
 def test_fewer_windows_are_a_prefix_of_more() -> None:
-    many = selective_search(scene(), ProposalSettings(max_windows=40, min_side=5))
-    few = selective_search(scene(), ProposalSettings(max_windows=15, min_side=5))
+    many = opencv_selective_search(scene(), opencv(max_windows=40, min_side=5))
+    few = opencv_selective_search(scene(), opencv(max_windows=15, min_side=5))
     assert len(many) > len(few) == 15
     np.testing.assert_array_equal(few, many[:15])
 
@@ -123,24 +125,24 @@ def test_a_prefix_of_the_order_is_a_fair_sample_of_sizes() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (2, 300), (19, 19), (300, 19), (3, 2000)])
 def test_an_image_smaller_than_min_side_gives_no_windows(size: tuple[int, int]) -> None:
-    assert selective_search(np.zeros((*size, 3), np.uint8), ALONE).shape == (0, 4)
+    assert opencv_selective_search(np.zeros((*size, 3), np.uint8), ALONE).shape == (0, 4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (1, 300), (300, 1), (3, 2000), (20, 20)])
 @pytest.mark.parametrize("mode", ["fast", "quality"])
 def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int], mode: str) -> None:
-    windows = selective_search(np.full((*size, 3), 128, np.uint8), ProposalSettings(min_side=1, mode=mode))
+    windows = opencv_selective_search(np.full((*size, 3), 128, np.uint8), opencv(min_side=1, mode=mode))
     assert windows.tolist() == [[0, 0, size[1], size[0]]]
 
 
 def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixels() -> None:
     large = cv2.resize(scene(), (601, 450), interpolation=cv2.INTER_NEAREST)
-    windows = selective_search(large, ProposalSettings(max_side=200))
+    windows = opencv_selective_search(large, opencv(max_side=200))
     assert pairwise_iou(OBJECTS * 3.0, windows).max(axis=1).min() > 0.8
     assert (windows[:, 2:] - windows[:, :2]).min() >= 20
     assert windows[:, 2].max() == 601
     assert windows[:, 3].max() == 450
-    assert len(selective_search(large, ProposalSettings(max_side=None))) > len(windows)
+    assert len(opencv_selective_search(large, opencv(max_side=None))) > len(windows)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +150,18 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
 )
 def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, got uint\d+ of shape"):
-        selective_search(image, ALONE)
+        opencv_selective_search(image, ALONE)
 
 
 def test_an_opencv_without_its_contributions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "ximgproc")
     with pytest.raises(ImportError, match=r"no ximgproc; .* install opencv-contrib-python-headless"):
-        selective_search(scene(), ALONE)
+        opencv_selective_search(scene(), ALONE)
 
 
 def test_make_proposer_gives_the_search_of_the_settings() -> None:
-    settings = ProposalSettings(max_windows=7)
-    np.testing.assert_array_equal(make_proposer(settings)(scene()), selective_search(scene(), settings))
+    settings = opencv(max_windows=7)
+    np.testing.assert_array_equal(make_proposer(settings)(scene()), opencv_selective_search(scene(), settings))
 
 
 def test_fixed_windows_are_clipped_and_those_outside_left_out() -> None:
@@ -180,7 +182,7 @@ def test_every_image_gets_a_file_with_its_windows(tmp_path: Path) -> None:
     summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
     assert (summary.computed, summary.imported, summary.reused) == (3, 0, 0)
     assert files_in(tmp_path / "out") == [f"{record.id}-{record.digest}.npz" for record in records]
-    np.testing.assert_array_equal(read_windows(tmp_path / "out", records[0]), selective_search(scene(), ALONE))
+    np.testing.assert_array_equal(read_windows(tmp_path / "out", records[0]), opencv_selective_search(scene(), ALONE))
     lengths = [len(read_windows(tmp_path / "out", record)) for record in records]
     assert summary.mean_windows == pytest.approx(np.mean(lengths))
 
@@ -205,7 +207,7 @@ def test_another_image_under_the_same_id_is_computed_anew(tmp_path: Path) -> Non
 
 
 def test_no_images_are_an_ordinary_data_set(tmp_path: Path) -> None:
-    summary = propose_images([], ProposalSettings(), tmp_path, progress=False)
+    summary = propose_images([], opencv(), tmp_path, progress=False)
     assert (summary.computed, summary.imported, summary.reused, summary.mean_windows) == (0, 0, 0, 0.0)
 
 
@@ -213,14 +215,14 @@ def test_one_worker_starts_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(proposals, "ProcessPoolExecutor", None)
     assert propose_images(make_records(tmp_path), ALONE, tmp_path / "out", progress=False).computed == 3
     one = make_records(tmp_path, 1)
-    assert propose_images(one, ProposalSettings(workers=8), tmp_path / "other", progress=False).computed == 1
+    assert propose_images(one, opencv(workers=8), tmp_path / "other", progress=False).computed == 1
 
 
 def test_two_workers_write_what_one_writes_and_a_broken_image_is_named(tmp_path: Path) -> None:
     records = make_records(tmp_path, 4)
     records[2].path.write_bytes(records[2].path.read_bytes()[:200])
     with pytest.raises(ProposalError, match=r"image VOC2007/000002: cannot compute its windows: .*000002\.png"):
-        propose_images(records, ProposalSettings(workers=2), tmp_path / "pool", progress=False)
+        propose_images(records, opencv(workers=2), tmp_path / "pool", progress=False)
     assert all(name.endswith(".npz") for name in files_in(tmp_path / "pool"))
     good = [record for record in records if windows_path(tmp_path / "pool", record).exists()]
     assert records[2] not in good
@@ -263,7 +265,8 @@ from sppnet.images import read_image
 from sppnet.records import ImageRecord
 {guard}
     records = [ImageRecord(f"A/{{i}}", Path({image!r}), (150, 200), "0" * 16) for i in range({count})]
-    propose_images(records, ProposalSettings(workers=2, mode="quality"), Path({out!r}), progress=False)
+    settings = ProposalSettings(method="opencv_selective_search", workers=2, mode="quality")
+    propose_images(records, settings, Path({out!r}), progress=False)
 """
 
 
@@ -324,27 +327,27 @@ def test_imported_windows_keep_their_order_and_lose_the_small_ones_before_the_cu
     records = make_records(tmp_path)
     rows = [[0, 0, 19, 50], [5, 5, 90, 90], [0, 0, 200, 150], [0, 0, 20, 20], [1, 1, 60, 60]]
     export_windows(tmp_path / "w.npz", ["000001"], [rows])
-    settings = ProposalSettings(workers=1, import_from=(tmp_path / "w.npz",), max_windows=3)
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",), max_windows=3)
     summary = propose_images(records, settings, tmp_path / "out", progress=False)
     assert (summary.computed, summary.imported, summary.reused) == (2, 1, 0)
     windows = read_windows(tmp_path / "out", records[1])
     assert windows.dtype == np.float32
     assert windows.tolist() == [rows[1], rows[2], rows[3]]
     np.testing.assert_array_equal(
-        read_windows(tmp_path / "out", records[2]), selective_search(scene(), ProposalSettings(max_windows=3))
+        read_windows(tmp_path / "out", records[2]), opencv_selective_search(scene(), opencv(max_windows=3))
     )
 
 
 def test_an_image_without_imported_windows_has_an_empty_file(tmp_path: Path) -> None:
     records = make_records(tmp_path, 1)
     export_windows(tmp_path / "w.mat", [records[0].id], [np.zeros((0, 4))])
-    settings = ProposalSettings(workers=1, import_from=(tmp_path / "w.mat",))
+    settings = opencv(workers=1, import_from=(tmp_path / "w.mat",))
     assert propose_images(records, settings, tmp_path / "out", progress=False).imported == 1
     assert read_windows(tmp_path / "out", records[0]).shape == (0, 4)
 
 
 def test_a_missing_import_file_stops_before_anything_is_computed(tmp_path: Path) -> None:
-    settings = ProposalSettings(workers=1, import_from=(tmp_path / "absent.npz",))
+    settings = opencv(workers=1, import_from=(tmp_path / "absent.npz",))
     with pytest.raises(ProposalFileError, match=r"absent\.npz: no such file"):
         propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -364,6 +367,6 @@ def test_a_real_image_gives_the_windows_that_were_computed_elsewhere(shared: Pat
     root = shared / "voc"
     theirs = import_windows(root / "proposals" / "selective_search_fast_VOC2007.npz")["000012"]
     image = read_image(root / "VOCdevkit/VOC2007/JPEGImages/000012.jpg")
-    ours = selective_search(image, ProposalSettings(min_side=16, max_windows=10_000))
+    ours = opencv_selective_search(image, opencv(min_side=16, max_windows=10_000))
     common = set(map(tuple, ours.tolist())) & set(map(tuple, theirs.tolist()))
     assert len(common) > 0.9 * max(len(ours), len(theirs))

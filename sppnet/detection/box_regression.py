@@ -149,7 +149,8 @@ def fit_box_regressor(
 
     `scale` multiplies the features here and in the result (see `mean_norm_scale`). The system of min(N, D + 1)²
     numbers is summed and solved in float64 on `device` (default: where the features are), in blocks, so that beside the
-    features only it is held, twice. Large systems are formed from float32 products, whose rounding is far below λ. No examples give the regressor that leaves windows unchanged.
+    features only it is held, twice. Large systems are formed from float32 products, whose rounding is far below λ.
+    No examples give the regressor that leaves windows unchanged.
     Raises ValueError for windows or boxes without extent and for lengths that differ.
     """
     settings = settings or BoxRegressionSettings()

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.config import ProposalSettings
 from sppnet.data.proposal_files import match_records
+from sppnet.detection.selective_search import selective_search, shrunk
 from sppnet.distributed import barrier, is_main, shard
 from sppnet.images import read_image
 from sppnet.records import ImageRecord
@@ -66,7 +67,7 @@ def make_proposer(settings: ProposalSettings) -> Proposer:
     return partial(METHODS[settings.method], settings=settings)
 
 
-def selective_search(image: Image, settings: ProposalSettings) -> Windows:
+def opencv_selective_search(image: Image, settings: ProposalSettings) -> Windows:
     """OpenCV's selective search: at most max_windows distinct windows with both sides >= min_side pixels.
 
     Image (H, W, 3) uint8 RGB -> (R, 4) float32 xyxy, whole pixels. The same image always gives the same windows in
@@ -81,24 +82,16 @@ def selective_search(image: Image, settings: ProposalSettings) -> Windows:
         )
     if min(image.shape[:2]) < settings.min_side:
         return np.zeros((0, 4), np.float32)
-    small, scale = _shrink(image, settings.max_side)
+    small, scale = shrunk(image, settings.max_side)
     boxes = np.rint(_search(small, settings.mode) * scale).astype(np.int64)
     large = (boxes[:, 2:] - boxes[:, :2] >= settings.min_side).all(axis=1)
     return _ranked(np.unique(boxes[large], axis=0))[: settings.max_windows].astype(np.float32)
 
 
-METHODS: dict[str, Callable[..., Windows]] = {"opencv_selective_search": selective_search}
-
-
-def _shrink(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float64]]:
-    """The image with its longer side at most `max_side`, and the factors (4,) that lead xyxy in it back."""
-    height, width = image.shape[:2]
-    if max_side is None or max(height, width) <= max_side:
-        return image, np.ones(4)
-    ratio = max_side / max(height, width)
-    size = max(1, round(width * ratio)), max(1, round(height * ratio))
-    small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    return small, np.tile([width / size[0], height / size[1]], 2)
+METHODS: dict[str, Callable[..., Windows]] = {
+    "selective_search": selective_search,
+    "opencv_selective_search": opencv_selective_search,
+}
 
 
 def _search(image: Image, mode: str) -> NDArray[np.int64]:

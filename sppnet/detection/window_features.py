@@ -17,7 +17,7 @@ from sppnet.network.geometry import Geometry
 from sppnet.network.pyramid import pool_windows
 from sppnet.network.sppnet import Layer, SPPHead, pooled_size
 
-BATCH = 2048  # windows that go through fc6 and fc7 together: bounds memory, fills the cores
+BATCH = 512  # windows converted and multiplied together: small enough that the allocator reuses the memory
 
 
 @dataclass(frozen=True)
