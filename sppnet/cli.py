@@ -145,7 +145,8 @@ def _train(options: argparse.Namespace) -> int:
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
     if options.dry_run:
         training = Training(config, root, _device(options))
-        print("\n".join([str(training.plan.data), *(describe_stage(s, only, force) for s in training.status())]))
+        redone = training.redone(only, force)
+        print("\n".join([str(training.plan.data), *(describe_stage(s, only, redone) for s in training.status())]))
         return 0
     return _run_training(config, root, options, only, force)
 

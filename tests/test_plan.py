@@ -194,3 +194,21 @@ def test_the_stages_in_use_are_five_without_pretraining(small_run):
     assert tuple(stage.name for stage in status) == STAGES
     assert tuple(stage.name for stage in status if not stage.skipped) == USED
     assert all(stage.complete for stage in status)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "stage", "stages"),
+    [
+        ("svm__C", 1.0, "propose", "finetune svm boxes"),
+        ("svm__C", 1.0, "pretrain", "extract finetune svm boxes"),
+        ("svm__C", 1.0, "extract", "finetune svm boxes"),
+        ("svm__C", 1.0, "finetune", "svm"),
+        ("boxes__layer", "fc6", "finetune", "svm boxes"),
+        ("svm__layer", "pool", "finetune", ""),
+        ("svm__finetuned", False, "finetune", ""),
+        ("svm__C", 1.0, "svm", ""),
+    ],
+)
+def test_the_stages_that_rest_on_another_are_known(small_run, setting, value, stage, stages):
+    plan = Training(changed(small_run, **{setting: value}), small_run.root, torch.device("cpu")).plan
+    assert plan.dependents(stage) == tuple(stages.split())

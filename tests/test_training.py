@@ -120,6 +120,26 @@ def test_a_forced_stage_is_computed_again_alone_and_ends_the_same(small_run, dig
     assert {name.split("-")[0] for name in after if after[name] != before.get(name)} == {"svm"}
 
 
+def test_what_rests_on_a_forced_stage_is_gone_before_anything_runs(small_run, digest, tmp_path, monkeypatch):
+    run = copied(small_run, tmp_path / "run")
+    interrupt_at(monkeypatch, finetuning._Trainer, "train_step", 1)
+    with pytest.raises(Interruption):
+        train(run.config, run.root, force=("finetune", "svm"))
+    monkeypatch.undo()
+    assert list(run.root.glob("svm-*")) == []
+    assert len(list(run.root.glob("boxes-*/*"))) == 5  # their pooled features need no head
+    with pytest.raises(StoreError, match="holds no trained detector"):
+        SPPDetector.load(run.root)
+    assert train(run.config, run.root).digest() == digest
+
+
+def test_an_unfinished_training_with_other_settings_leaves_no_detector_of_the_old_ones(small_run, tmp_path):
+    run = copied(small_run, tmp_path / "run")
+    assert train(changed(small_run, svm__C=1.0), run.root, "extract") is None
+    with pytest.raises(StoreError, match="holds no trained detector"):
+        SPPDetector.load(run.root)
+
+
 def test_stages_run_alone_one_after_the_other_give_the_same_detector(small_run, digest, tmp_path, caplog):
     caplog.set_level(logging.INFO, "sppnet")
     for stage in ("propose", "extract", "finetune", "svm"):
@@ -433,6 +453,9 @@ def test_a_status_says_what_would_be_done_and_why(tmp_path):
     assert line(1, force=("svm",)).split(maxsplit=2)[1:] == [
         "run", "from scratch, as asked; 1 of 1 in svm-1234 are there and would be deleted"]  # fmt: skip
     assert line(checkpoint=folder / "mining.npz") == "svm       resume   from svm-1234/mining.npz"
+    assert line(1, only=("finetune",), force=("finetune", "svm")) == (
+        "svm       leave    not asked for; 1 of 1 in svm-1234 rest on what is done again and would be deleted"
+    )
     (tmp_path / "svm-0000").mkdir()
     assert "settings or inputs are not those of svm-0000" in line()
 

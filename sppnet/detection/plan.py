@@ -156,6 +156,19 @@ class RunPlan:
     def boxes(self) -> Path:
         return self._folder("boxes", _dump(self.config.boxes), self._features(self.config.boxes.layer))
 
+    def dependents(self, stage: str) -> tuple[str, ...]:
+        """The later stages whose results rest on those of `stage`."""
+        config = self.config
+        tuned = config.finetune.enabled and config.svm.finetuned
+        layers = {"svm": config.svm.layer, "boxes": config.boxes.layer}
+        trained = ("finetune", "svm", "boxes")
+        return {
+            "propose": trained,
+            "pretrain": ("extract", *trained),
+            "extract": trained,
+            "finetune": tuple(name for name, layer in layers.items() if tuned and layer != "pool"),
+        }.get(stage, ())
+
     @property
     def detector(self) -> Path:
         return self.root / "detector"

@@ -47,7 +47,7 @@ def stage_status(
 
 
 def describe_stage(status: StageStatus, only: Sequence[str] = STAGES, force: Sequence[str] = ()) -> str:
-    """One line: would this stage run, and why."""
+    """One line: would this stage run, and why; `force` names the stages that would be deleted before any runs."""
     action, why = _decision(status, only, force)
     return f"{status.name:<9} {action:<8} {why}"
 
@@ -57,7 +57,8 @@ def _decision(status: StageStatus, only: Sequence[str], force: Sequence[str]) ->
     if status.skipped:
         return "skip", status.skipped
     if status.name not in only:
-        return "leave", f"not asked for; {parts} in {name}"
+        stale = " rest on what is done again and would be deleted" if status.name in force and status.done else ""
+        return "leave", f"not asked for; {parts} in {name}{stale}"
     if status.name in force:
         return "run", f"from scratch, as asked; {parts} in {name} are there and would be deleted"
     if status.done == status.total:

@@ -66,13 +66,16 @@ def train_detector(
     """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete.
 
     The settings go to root/config.yaml. Files that are missing or do not fit are an error before anything is written.
+    What rests on a stage done from scratch is deleted too, and so is the detector of an earlier training.
     """
     training = Training(config, root, torch.device(device), progress)
     log.info("%s", training.plan.data)
     training.check_files(only)
     if distributed.is_main():
+        training.clear(training.redone(only, force))
         write_text(root / "config.yaml", dump_config(config))
-    reports = [training.perform(status, status.name in force) for status in training.status() if status.name in only]
+    distributed.barrier()
+    reports = [training.perform(status) for status in training.status() if status.name in only]
     log.info("all that was done\n%s", stage_table(reports))
     missing = [status.name for status in training.status() if not status.complete]
     if missing:
@@ -123,14 +126,29 @@ class Training:
         if self.config.head.init != "random" and not self._head_path.exists():
             self._started_head()
 
-    def perform(self, status: StageStatus, from_scratch: bool) -> StageReport:
-        """Run one stage unless it is skipped; `from_scratch` deletes what is there of it."""
+    def redone(self, only: Sequence[str], force: Sequence[str]) -> tuple[str, ...]:
+        """The stages to delete before `only` run: those in `force` among them, and all that rest on these."""
+        used = [status.name for status in self.status() if not status.skipped]
+        forced = [name for name in used if name in only and name in force]
+        return tuple(name for name in used if any(name in (own, *self.plan.dependents(own)) for own in forced))
+
+    def clear(self, redone: Sequence[str]) -> None:
+        """Delete these stages, last first: an interruption never leaves a stage whose inputs are gone.
+
+        The detector goes first, unless every stage is complete and stays.
+        """
+        stages = self.status()
+        if redone or not all(status.complete for status in stages):
+            (self.plan.detector / "detector.json").unlink(missing_ok=True)
+        for status in reversed(stages):
+            if status.name in redone and status.folder.exists():
+                shutil.rmtree(status.folder)
+
+    def perform(self, status: StageStatus) -> StageReport:
+        """Run one stage unless it is skipped."""
         start = time.monotonic()
         if status.skipped:
             return StageReport(status.name, 0.0, f"skipped: {status.skipped}")
-        if from_scratch and distributed.is_main():
-            shutil.rmtree(status.folder, ignore_errors=True)
-        distributed.barrier()
         summary: str = getattr(self, f"_{status.name}")()  # the stages below, by name
         seconds = time.monotonic() - start
         log.info("%s: %s (%s)", status.name, summary, duration(seconds))
