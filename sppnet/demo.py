@@ -20,6 +20,7 @@ log = logging.getLogger("sppnet")
 SETTINGS = {
     "name": "demo",
     "data": {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]},
+    "proposals": {"max_windows": 500},
     "trunk": {"name": "tiny5", "weights": {"source": "random"}},
     "maps": {"scales": [320]},
     "head": {"fc6": 256, "fc7": 256},
@@ -31,6 +32,7 @@ SETTINGS = {
         "validate_every": 250,
     },
     "svm": {"tolerance": 0.01},
+    "detect": {"score_threshold": -3},
 }
 
 
