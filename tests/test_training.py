@@ -261,6 +261,13 @@ def test_interrupted_box_regression_keeps_the_classes_that_are_done(small_run, d
     assert len([name for name in left if name.startswith("boxes")]) == 2
 
 
+def test_box_regression_goes_on_with_the_scale_it_began_with(small_run, digest, tmp_path, monkeypatch):
+    run = copied(small_run, tmp_path / "run")
+    next(run.root.glob("boxes-*/class-003*")).unlink()
+    monkeypatch.setattr(training, "sample_norms", lambda *a: pytest.fail("the scale is in the other classes"))
+    assert train(run.config, run.root, "boxes").digest() == digest
+
+
 def test_an_interruption_while_the_detector_is_saved_leaves_no_detector_that_loads(small_run, tmp_path, monkeypatch):
     from sppnet.detection import detector as module
 
@@ -399,6 +406,20 @@ def test_weights_that_do_not_fit_are_an_error_before_the_first_stage(small_run, 
     with pytest.raises(HeadError, match=r"none\.safetensors: no such classification checkpoint"):
         train(head, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_imagenets_fc_layers_come_from_the_file_only_where_the_trunk_does(small_run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "torchvision_state", lambda name: asked.append(name) or {})
+    monkeypatch.setattr(training, "load_weight_file", lambda path: asked.append(path) or {})
+    monkeypatch.setattr(training, "load_pretrained_fc", lambda *a: None)
+    for source in ("random", "file"):
+        weights = {"source": source, "file": str(tmp_path / "own.npz")}
+        config = changed(small_run, head__init="imagenet", trunk__weights=weights)
+        run = Training(config, tmp_path, torch.device("cpu"))
+        run.trunk = Training(small_run.config, tmp_path, torch.device("cpu")).trunk
+        run._started_head()
+    assert asked == ["tiny5", tmp_path / "own.npz"]
 
 
 def test_files_of_windows_that_are_missing_are_an_error_before_the_first_stage(small_run, tmp_path):

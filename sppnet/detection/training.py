@@ -52,6 +52,8 @@ from sppnet.network.weights import load_weight_file, torchvision_state
 from sppnet.records import ImageRecord
 from sppnet.store import read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors, write_text
 
+Features = Callable[[Tensor], Tensor]  # from pyramid vectors (R, D) to the features wanted
+
 log = logging.getLogger("sppnet")
 
 
@@ -233,7 +235,7 @@ class Training:
             settings = self.config.svm
             source, features = self._source(train=True), self._features(settings.layer)
             state = MiningState.from_arrays(read_arrays(checkpoint)) if checkpoint.exists() else None
-            scale = state.scale if state is not None else self._scale(settings.layer, settings.feature_norm, settings)
+            scale = state.scale if state is not None else self._scale(features, settings.feature_norm, settings)
             mined = mine_detectors(
                 MiningWindows(source, features),
                 self.classes,
@@ -253,20 +255,21 @@ class Training:
 
     # 7. class-wise box regression
     def _boxes(self) -> str:
-        missing = [i for i in range(len(self.classes)) if not self._regressor_path(i).exists()]
+        paths = [self._regressor_path(label) for label in range(len(self.classes))]
+        missing = [label for label, path in enumerate(paths) if not path.exists()]
+        done = next((path for path in paths if path.exists()), None)
         counts = []
         if distributed.is_main() and missing:
             settings = self.config.boxes
             source, features = self._source(train=True), self._features(settings.layer)
-            scale = self._scale(settings.layer, settings.feature_norm)
+            # On a GPU the mean norm may differ in its last digits, but all classes must have the same.
+            scale = float(read_tensors(done)["scale"]) if done else self._scale(features, settings.feature_norm)
             examples = find_box_examples(source)
             for label in tqdm(missing, desc="box regression", unit="class", disable=None if self.progress else True):
                 own = examples[label]
                 rows = pool_box_examples(source, own, self._width(settings.layer), features)
                 regressor: BoxRegressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
-                write_tensors(
-                    self._regressor_path(label), BoxRegressors.stack({self.classes[label]: regressor}).to_tensors()
-                )
+                write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
                 counts.append(len(rows))
         distributed.barrier()
         return f"{len(missing)} classes fitted on {sum(counts)} windows, {len(self.classes) - len(missing)} reused"
@@ -293,7 +296,7 @@ class Training:
     def _initial_head(self) -> SPPHead:
         head = self._started_head()
         if self.config.head.input_norm is not None:
-            head.input_scale.fill_(self._scale("pool", self.config.head.input_norm))
+            head.input_scale.fill_(self._scale(self._features("pool"), self.config.head.input_norm))
         return head.to(self.device)
 
     def _started_head(self) -> SPPHead:
@@ -305,7 +308,8 @@ class Training:
             load_head_checkpoint(head, config.head)
         elif config.head.init == "imagenet":
             weights = config.trunk.weights
-            state = load_weight_file(weights.file) if weights.file is not None else torchvision_state(config.trunk.name)
+            file = weights.file if weights.source == "file" else None
+            state = load_weight_file(file) if file is not None else torchvision_state(config.trunk.name)
             load_pretrained_fc(head, state, config.trunk.name, self.trunk.channels, config.pyramid.levels)
         return head
 
@@ -334,24 +338,23 @@ class Training:
         """The training images whose mirror images fine-tuning needs too."""
         return self.plan.data.train if self.plan.uses_trained_head and self.config.finetune.flip else []
 
-    def _features(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+    def _features(self, layer: Layer) -> Features:
         if layer == "pool":
             return lambda pooled: pooled
-        head, precision = self.head(), self.config.detect.precision
-        frozen = FrozenHead(head, precision)
+        frozen = FrozenHead(self.head(), self.config.detect.precision)
         return lambda pooled: frozen.features(pooled, layer)
 
     def _width(self, layer: Layer) -> int:
         sizes = {"fc6": self.config.head.fc6, "fc7": self.config.head.fc7}
         return sizes.get(layer) or pooled_size(self.trunk.channels, self.config.pyramid.levels)
 
-    def _scale(self, layer: Layer, target: float, sample: SVMSettings | None = None) -> float:
-        """The factor that gives features of `layer` the mean norm `target`, from a sample of images and windows.
+    def _scale(self, features: Features, target: float, sample: SVMSettings | None = None) -> float:
+        """The factor that gives features the mean norm `target`, from a sample of images and windows.
 
         `sample` gives its size; by default it is the release's, so that only the SVMs depend on svm.norm_*.
         """
         size = sample or SVMSettings()
-        norms = sample_norms(self._source(train=True), self._features(layer), size.norm_images, size.norm_windows)
+        norms = sample_norms(self._source(train=True), features, size.norm_images, size.norm_windows)
         if not len(norms):
             raise StageError("no training image has a window; check proposals.min_side and the images")
         return mean_norm_scale(norms, target)

@@ -56,9 +56,13 @@ class TrainingWindows:
         annotation = annotation.of(self.classes)
         return annotation if self.config.data.train_on_difficult else annotation.easy()
 
+    def windows(self, index: int) -> NDArray[np.float32]:
+        """The objects of an image, then its proposals: (G + R, 4)."""
+        proposals = read_windows(self.windows_folder, self.records[index])
+        return np.concatenate([self.annotation(index).boxes, proposals])
+
     def image_windows(self, index: int) -> ImageWindows:
-        annotation = self.annotation(index)
-        windows = np.concatenate([annotation.boxes, read_windows(self.windows_folder, self.records[index])])
+        annotation, windows = self.annotation(index), self.windows(index)
         labels = np.array([self.classes.index(name) for name in annotation.names], np.int64)
         return ImageWindows(windows, labels, class_overlaps(windows, annotation, self.classes))
 
@@ -88,7 +92,7 @@ class FinetuneWindows:
         """Pyramid vectors of these windows, each from a random scale (release)."""
         source = self._source
         index, flip = image % len(source.records), image >= len(source.records)
-        windows = source.image_windows(index).windows[rows]
+        windows = source.windows(index)[rows]
         maps = source.maps(index, flip)
         scales = rng.integers(len(maps.maps), size=len(rows))
         windows = source.mirrored(index, windows) if flip else windows
