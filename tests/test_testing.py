@@ -52,6 +52,12 @@ def unimported(detector: SPPDetector, file: Path) -> SPPDetector:
     return replace(detector, config=detector.config.model_copy(update={"proposals": proposals}))
 
 
+def at_home(detector: SPPDetector, devkit: Path, file: Path) -> SPPDetector:
+    """The same detector with `devkit` as its own data and windows of these images to import."""
+    config = unimported(detector, file).config
+    return replace(detector, config=config.model_copy(update={"data": config.data.model_copy(update={"root": devkit})}))
+
+
 def score(folder: Path, devkit: Path, split: str, name: str) -> dict:
     year, image_set = split.split("/")
     files = ["--annotations", devkit / year / "Annotations"]
@@ -111,6 +117,24 @@ def test_the_area_rule_is_taken_where_it_is_asked_for(run, detector):
     assert area.seconds_per_image is None  # nothing was detected again
 
 
+def test_figures_of_earlier_detections_do_not_stay_beside_new_ones(run, detector):
+    testing.test_run(detector, run.root)
+    output = testing.test_run(detector, run.root, evaluate=False)
+    assert {path.name for path in output.folder.iterdir()} == {f"comp4_det_test_{name}.txt" for name in CLASSES}
+
+
+def test_another_folder_gets_results_and_windows_of_its_own(run, detector, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sppnet")
+    devkit = Path(shutil.copytree(run.devkit, tmp_path / "moved"))
+    own = testing.test_run(detector, run.root, run.devkit, ("SHAPES/val",))
+    other = testing.test_run(detector, run.root, devkit, ("SHAPES/val",))
+    assert own.folder == run.root / "results/SHAPES-val"
+    assert other.folder.parent.name.startswith("moved-")
+    assert other.folder.name == own.folder.name
+    assert "import_from belongs to" in caplog.text
+    assert other.result.proposals.best_overlaps.tolist() != own.result.proposals.best_overlaps.tolist()  # searched
+
+
 def test_without_evaluation_there_are_only_the_devkits_files(run, detector):
     output = testing.test_run(detector, run.root, evaluate=False)
     assert output.result.evaluation is None
@@ -124,7 +148,7 @@ def test_another_devkit_is_tested_by_its_own_split_and_two_column_image_set(run,
     own = testing.test_run(detector, run.root).result.evaluation
     devkit = other_devkit(run, tmp_path / "other")
     file = write_windows(devkit, tmp_path / "other.npz", ("OTHER/all",))
-    output = testing.test_run(unimported(detector, file), run.root, devkit, ("OTHER/all",))
+    output = testing.test_run(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",))
     assert output.folder.name == "OTHER-all"
     assert len(output.result.detections) == 4
     assert output.result.evaluation.objects == own.objects
@@ -139,7 +163,7 @@ def test_a_split_without_annotations_is_detected_but_not_evaluated(run, detector
     devkit = other_devkit(run, tmp_path / "other")
     shutil.rmtree(devkit / "OTHER/Annotations")
     file = write_windows(devkit, tmp_path / "other.npz", ("OTHER/all",))
-    output = testing.test_run(unimported(detector, file), run.root, devkit, ("OTHER/all",))
+    output = testing.test_run(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",))
     assert output.result.evaluation is None
     assert "none of the 4 images is annotated" in caplog.text
     assert {path.name for path in output.folder.iterdir()} == {f"comp4_det_all_{name}.txt" for name in CLASSES}
@@ -150,7 +174,7 @@ def test_of_a_split_annotated_in_part_that_part_is_evaluated(run, detector, tmp_
     devkit = other_devkit(run, tmp_path / "other")
     (devkit / "OTHER/Annotations/photo_1.xml").unlink()
     file = write_windows(devkit, tmp_path / "other.npz", ("OTHER/all",))
-    result = testing.test_run(unimported(detector, file), run.root, devkit, ("OTHER/all",)).result
+    result = testing.test_run(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",)).result
     assert len(result.detections) == 4
     whole = testing.test_run(detector, run.root).result.evaluation
     assert 0 < sum(result.evaluation.objects.values()) < sum(whole.objects.values())
@@ -167,7 +191,7 @@ def test_images_of_two_years_with_one_name_get_a_folder_per_year(run, detector, 
     devkit = other_devkit(run, tmp_path / "other", "A-1", "test", "{}")
     shutil.copytree(devkit / "A-1", devkit / "B")
     file = write_windows(devkit, tmp_path / "other.npz", ("A-1/test", "B/test"))
-    output = testing.test_run(unimported(detector, file), run.root, devkit, ("A-1/test", "B/test"))
+    output = testing.test_run(at_home(detector, devkit, file), run.root, devkit, ("A-1/test", "B/test"))
     assert output.folder.name == "A-1-test+B-test"
     assert output.result.evaluation is not None
     assert (output.folder / "metrics.json").is_file()
@@ -233,7 +257,7 @@ def test_a_damaged_image_stops_the_test_with_its_name_and_keeps_the_rest(run, de
     path.write_bytes(path.read_bytes()[:3000])
     file = write_windows(devkit, tmp_path / "other.npz", ("OTHER/all",))
     with pytest.raises(ImageError, match=r"photo_2\.jpg: expected a complete image"):
-        testing.test_run(unimported(detector, file), run.root, devkit, ("OTHER/all",))
+        testing.test_run(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",))
     assert len(list(run.root.glob("detections-*/OTHER/photo_*"))) == 2
     assert not (run.root / "results").exists()
 

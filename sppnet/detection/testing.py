@@ -33,6 +33,7 @@ log = logging.getLogger("sppnet")
 
 SHOWN_SCORE = 0.0  # the SVM's own boundary
 SHOWN_IMAGES = 12  # on the sheet of examples
+FIGURES = ("metrics.json", "curves.json", "precision_recall.png", "examples.jpg")
 HELD_OUT = "held-out"  # stands for a split where none is named
 
 
@@ -96,11 +97,13 @@ def test_run(
     """Test a run on its own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
 
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
+    Results on a folder other than data.root have a folder of their own below run/results/.
     """
     config = detector.config
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
-    config = _without_lost_imports(config)
+    other = data is not None and data.resolve() != config.data.root.resolve()
+    config = _without_imports(config) if other else _without_lost_imports(config)
     detector = replace(detector, config=config)
     records, skips = load_test_data(config, data, splits)
     for reason, count in skips.counts.items():
@@ -111,8 +114,10 @@ def test_run(
     result = test_detector(detector, records, windows_folder(run, config.proposals), run)
     if not evaluate:
         result = replace(result, evaluation=None)
-    folder = run / "results" / ("+".join(name.replace("/", "-") for name in names) or HELD_OUT)
+    folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
+        for name in FIGURES:  # of earlier detections
+            (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, detector.classes)
         if result.evaluation is not None:
             tested = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
@@ -120,6 +125,22 @@ def test_run(
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()
     return TestOutput(result, folder)
+
+
+def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Path:
+    """Where the results go; `data` is a folder other than data.root, which may hold splits of the same names."""
+    results = run / "results"
+    if data is not None:
+        place = data.resolve()
+        results /= f"{place.name}-{digest_of(str(place))[:8]}"
+    return results / ("+".join(name.replace("/", "-") for name in splits) or HELD_OUT)
+
+
+def _without_imports(config: Config) -> Config:
+    """Imported windows may be named by the bare file names of their images, which another data set may have too."""
+    if config.proposals.import_from:
+        log.info("proposals.import_from belongs to %s; the images of other data are searched", config.data.root)
+    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": ()})})
 
 
 def _without_lost_imports(config: Config) -> Config:
