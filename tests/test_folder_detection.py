@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sppnet.data.folder import FolderError
+from sppnet.detection import folder_detection
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.proposals import FixedWindows
@@ -112,6 +113,20 @@ def test_images_too_narrow_for_the_network_are_skipped_with_the_reason(detector,
     result = detect_files(detector, [photos], tmp_path / "out", EVERYTHING)
     assert len(result.skipped) == 3
     assert all("pixels is too narrow" in reason and str(path) in reason for path, reason in result.skipped.items())
+
+
+def test_an_interruption_keeps_what_was_found(detector, photos, tmp_path, monkeypatch):
+    def interrupt(path):
+        if path.name == "b.png":
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    monkeypatch.setattr(folder_detection, "read_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detect_files(detector, [photos], tmp_path / "out", EVERYTHING)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [entry["picture"] for entry in entries] == ["a.jpg"]
+    assert (tmp_path / "out/detections.csv").read_text().count("a.jpg") == len(entries[0]["detections"]) > 0
 
 
 def test_no_two_pictures_share_a_name(detector, photos, tmp_path):

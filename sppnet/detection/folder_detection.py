@@ -35,24 +35,28 @@ def detect_files(
     """Detect in every image that `paths` name and write the results to `out`.
 
     A file that cannot be read, or is too narrow for the network, is skipped and counted. Pictures keep the names of
-    their images; a name that occurs twice gets a number. What an earlier call left in `out` is not searched. Raises
-    FolderError where a path names no image, and where a picture would overwrite an image that was asked for.
+    their images; a name that occurs twice gets a number. What an earlier call left in `out` is not searched. The lists
+    are written after an interruption too. Raises FolderError where a path names no image, and where a picture would
+    overwrite an image that was asked for.
     """
     found: dict[Path, Detections] = {}
     skipped: dict[Path, str] = {}
     names = _picture_names(_find_inputs(paths, out))
-    for path, name in tqdm(names.items(), desc="detect", unit="image", disable=None if progress else True):
-        try:
-            image = read_image(path)
-            found[path] = detector.detect(image).above(threshold)
-        except ImageError as error:
-            skipped[path] = str(error)
-        except TrunkError as error:
-            skipped[path] = f"{path}: {error}"
-        else:
-            save_image(draw_detections(image, found[path], threshold), out / name)
-    write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
-    write_text(out / "detections.csv", _table(found))
+    try:
+        for path, name in tqdm(names.items(), desc="detect", unit="image", disable=None if progress else True):
+            try:
+                image = read_image(path)
+                detections = detector.detect(image).above(threshold)
+            except ImageError as error:
+                skipped[path] = str(error)
+            except TrunkError as error:
+                skipped[path] = f"{path}: {error}"
+            else:
+                save_image(draw_detections(image, detections, threshold), out / name)
+                found[path] = detections
+    finally:
+        write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
+        write_text(out / "detections.csv", _table(found))
     return FolderResult(found, skipped)
 
 
