@@ -158,6 +158,13 @@ class FinetuneSettings(Settings):
     seed: Seed = 0
 
     @model_validator(mode="after")
+    def _negatives_span_overlaps(self) -> FinetuneSettings:
+        low, high = self.negative_overlap
+        if low >= high:
+            raise ValueError(f"negative_overlap must be [low, high] with low < high, got [{low}, {high}]")
+        return self
+
+    @model_validator(mode="after")
     def _one_rate_per_phase(self) -> FinetuneSettings:
         if len(self.steps) != len(self.learning_rates):
             raise ValueError(
@@ -191,6 +198,15 @@ class SVMSettings(Settings):
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _evicts_below_what_it_mines(self) -> SVMSettings:
+        if self.evict_below > self.mine_above:
+            raise ValueError(
+                f"evict_below={self.evict_below} would throw out negatives mined above mine_above={self.mine_above}; "
+                "set evict_below to at most mine_above"
+            )
+        return self
+
 
 class BoxRegressionSettings(Settings):
     """Class-wise ridge regression from pooled features to box corrections (sec. 4.1, release)."""
@@ -223,7 +239,7 @@ class EvaluateSettings(Settings):
 class Config(Settings):
     """All settings of one run."""
 
-    name: str = Field("run", pattern=r"^[^/\\]+$")  # the folder below runs/
+    name: str = Field("run", pattern=r"^[^/\\]*[^/\\.][^/\\]*$")  # the folder below runs/, so neither . nor ..
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
     trunk: TrunkSettings = TrunkSettings()
@@ -236,6 +252,15 @@ class Config(Settings):
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _one_start_of_the_head(self) -> Config:
+        if self.pretrain.enabled and self.head.init != "random":
+            raise ValueError(
+                f"pretrain.enabled trains fc6 and fc7, but head.init={self.head.init} takes them from elsewhere; "
+                "set head.init=random or pretrain.enabled=false"
+            )
+        return self
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -269,6 +294,8 @@ def parse_config(values: Mapping[str, Any], origin: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":  # settings that do not go together: the message names them
+            raise ConfigError(": ".join(filter(None, (origin, key, str(first["ctx"]["error"]))))) from None
         raise ConfigError(f"{origin}: {key}: {first['msg']}, got {first['input']!r}") from None
 
 
