@@ -16,7 +16,7 @@ from sppnet import distributed
 from sppnet.config import Config, ConfigError, load_config
 from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
-from sppnet.data.voc import read_annotation, read_comp4, read_image_set
+from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size
 from sppnet.demo import run_demo
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
@@ -222,7 +222,8 @@ def _score(options: argparse.Namespace) -> int:
     classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     if not classes:
         raise ConfigError("--classes: expected class names separated by commas, e.g. cat,dog")
-    annotations = {i: read_annotation(options.annotations / f"{i}.xml")[0] for i in read_image_set(options.image_set)}
+    files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set)}
+    annotations = {image: read_annotation(path, stated_size(path))[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()

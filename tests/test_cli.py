@@ -284,6 +284,18 @@ def test_score_prints_a_table_or_json(run):
     assert strict["map"] < values["map"]
 
 
+def test_score_clips_objects_to_the_size_that_their_annotation_states(tmp_path):
+    box = "<xmin>11</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax>"
+    found = "<object><name>star</name><bndbox>" + box + "</bndbox></object>"
+    (tmp_path / "test.txt").write_text("a\n")
+    (tmp_path / "comp4_star.txt").write_text("a 0.9 11 11 100 60\n")
+    options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star", "--json"]
+    options += ["--detections", tmp_path / "comp4_{}.txt", "--iou", "0.9"]
+    for size, expected in (("<size><width>100</width><height>80</height></size>", 1), ("", 0)):
+        (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
+        assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
+
+
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
     folder = run.devkit / "SHAPES"
     base = ["score", "--annotations", folder / "Annotations", "--image-set", folder / "ImageSets/Main/test.txt"]

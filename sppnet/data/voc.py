@@ -45,6 +45,11 @@ class DatasetError(ValueError):
     """A data set that cannot be used; the message names the file, what was expected and the next step."""
 
 
+def stated_size(path: Path) -> tuple[int, int] | None:
+    """The (height, width) that an annotation file states; None where it states none. Raises as `read_annotation`."""
+    return _stated_size(_xml_root(path))
+
+
 def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[Annotation, SkipCounts]:
     """The objects of an annotation file, in an image of `size` (height, width).
 
