@@ -35,7 +35,8 @@ def pretrain_network(
     The trunk is trained in place. Raises ValueError where no record holds an object of the classes.
     """
     settings = config.pretrain
-    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed)
+    difficult = config.data.train_on_difficult
+    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed, difficult)
     head = build_head(trunk.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
     head.dropout = settings.dropout
     device = next(trunk.parameters()).device
@@ -45,23 +46,28 @@ def pretrain_network(
     return network, f"{settings.steps} steps on {len(crops)} crops, training accuracy {accuracy:.3f}"
 
 
-def cut_crops(records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int) -> tuple[Tensor, Tensor]:
+def cut_crops(
+    records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int, difficult: bool = True
+) -> tuple[Tensor, Tensor]:
     """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB and labels (N,).
 
-    s is `side` with room for shifts; label K stands for the background.
+    s is `side` with room for shifts; label K stands for the background. Without `difficult` such objects are left out,
+    but are no background either.
     """
     rng = np.random.default_rng(seed)
     stored = round(side * CONTEXT)
     crops, labels = [], []
     for record in records:
         annotation = (record.annotation or _no_objects()).of(tuple(classes))
-        if not len(annotation.boxes):
+        wanted = annotation if difficult else annotation.easy()
+        if not len(wanted.boxes):
             continue
         image = read_image(record.path)
-        around = [_square(box, CONTEXT) for box in annotation.boxes]
-        background = [_square(box, CONTEXT) for box in _background_boxes(annotation, record.size, rng)]
+        around = [_square(box, CONTEXT) for box in wanted.boxes]
+        away = _background_boxes(annotation, record.size, rng)[: len(wanted.boxes)]
+        background = [_square(box, CONTEXT) for box in away]
         crops += [_cut(image, square, stored) for square in around + background]
-        labels += [classes.index(name) for name in annotation.names] + [len(classes)] * len(background)
+        labels += [classes.index(name) for name in wanted.names] + [len(classes)] * len(background)
     if not crops:
         raise ValueError(
             "pre-training needs annotated objects, but the training images hold none of the classes; check data.classes"
