@@ -99,7 +99,7 @@ class MapSettings(Settings):
     max_side: int | None = Field(None, ge=16)  # ours: bound on the longer side, shrinks the scale
     storage: Literal["float32", "float16"] = "float16"  # ours: precision of the stored maps
     compute: Literal["float32", "bfloat16"] = "float32"  # ours: precision of the convolutions
-    target_side: Rate = 208  # release: 13 cells of 16 px; the paper compares areas with 224²
+    target_side: Rate = 208  # release: 13 cells of 16 px; the paper: area nearest to 224²
 
 
 class PyramidSettings(Settings):

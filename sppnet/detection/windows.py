@@ -37,7 +37,8 @@ def choose_scales(
     """The scale at which each box is nearest to `target_side`² pixels: (R, 4) -> (R,) int64 index into `scales`.
 
     Release: expected = round(208 · min(h, w) / √area), 208 being the span of 13 cells; then the scale nearest to it,
-    the first one on a tie. A target of 224 compares areas with 224² as the paper words it (sec. 4.1).
+    the first one on a tie. The paper (sec. 4.1) takes the scale whose window has the area nearest to 224²; a target of
+    224 is close to that, but takes the nearest side, not the nearest area.
     """
     if len(scales) == 0:
         raise ValueError("scales is empty; give at least one shorter side, e.g. (688,)")
