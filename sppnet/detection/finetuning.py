@@ -249,10 +249,10 @@ def _pool_batch(
 
 
 def _validation_windows(source: WindowSource, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """(labels, pooled) of windows drawn once from images all over the source."""
-    rng = np.random.default_rng((settings.seed, 1))
-    usable = _usable_images(source)
-    chosen = np.sort(rng.choice(usable, min(len(usable), 256), replace=False))
+    """(labels, pooled) of windows drawn once from all images of the source."""
+    # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
+    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
+    chosen = _usable_images(source)
     own = _with_batch(settings, settings.validate_windows)
     drawn = draw_batch([source.labelled[i] for i in chosen], background, own, rng)
     pooled, labels = _pool_batch(source, chosen, drawn, rng)
