@@ -36,7 +36,8 @@ def pairwise_iou(boxes: Boxes, others: Boxes) -> NDArray[np.floating]:
     sides = np.clip(corner2 - corner1, 0, None)
     intersection = sides[..., 0] * sides[..., 1]
     union = areas(boxes)[:, None] + areas(others)[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    ratio = np.zeros(intersection.shape, np.result_type(intersection, np.float32))  # whole-pixel boxes come as integers
+    return np.divide(intersection, union, out=ratio, where=union > 0)
 
 
 def clip_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Boxes:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,13 @@ from sppnet.images import flip_image, prepare, read_image, scaled_size
 from sppnet.network.trunks import Trunk, TrunkError
 from sppnet.records import ImageRecord
 from sppnet.store import StoreError, read_arrays, write_arrays
+
+# Images of many sizes must not fill the memory. oneDNN, torch's convolutions on a CPU, keeps what it prepared for the
+# last 1024 of them, megabytes each at large sizes: 2 GB more after 300 images, where 64 take no longer. It reads this
+# before its first convolution.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+IMAGES_PER_TRIM = 16
+_images = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ def compute_maps(trunk: Trunk, image: NDArray[np.uint8], settings: MapSettings) 
             raise TrunkError(f"an image of {image.shape[1]} × {image.shape[0]} pixels is too narrow: {error}") from None
         maps.append(feature_map.float().permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
+    if next(_images) % IMAGES_PER_TRIM == 0:
+        _return_freed_memory()
     return FeatureMaps(tuple(maps), tuple(sides), (image.shape[0], image.shape[1]))
 
 
@@ -116,3 +129,10 @@ def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureM
     height, width = (int(side) for side in arrays["image_size"])
     maps = tuple(torch.from_numpy(arrays[f"map_{i}"]).float().permute(2, 0, 1) for i in range(len(sides)))
     return FeatureMaps(maps, sides, (height, width))
+
+
+def _return_freed_memory() -> None:
+    """Give the gaps between maps of many sizes back to the system, which glibc would keep; elsewhere do nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -76,7 +76,7 @@ def finetune_head(
     with the same result as without the interruption. Under torchrun a batch is shared by the processes.
     """
     start = time.monotonic()
-    usable = _usable_images(train)
+    usable = _usable_images(train, "training")
     trainer = _Trainer(head, settings, folder)
     done = trainer.restore()
     total = sum(settings.steps)
@@ -163,7 +163,8 @@ class _Trainer:
     def _save(self, step: int) -> None:
         if not distributed.is_main():
             return
-        momentum = {f"momentum.{i}": self.optimiser.state[p]["momentum_buffer"] for i, p in enumerate(self.parameters)}
+        states = [self.optimiser.state[parameter].get("momentum_buffer") for parameter in self.parameters]
+        momentum = {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
         now = {f"now.{name}": tensor for name, tensor in self.head.state_dict().items()}
         best = {f"best.{name}": tensor for name, tensor in self.best.items()}
         progress = {
@@ -183,7 +184,8 @@ class _Trainer:
         self.head.load_state_dict({n[4:]: t for n, t in state.items() if n.startswith("now.")})
         self.best = {n[5:]: t.to(self.device) for n, t in state.items() if n.startswith("best.")}
         for i, parameter in enumerate(self.parameters):
-            self.optimiser.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(self.device)
+            if f"momentum.{i}" in state:
+                self.optimiser.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(self.device)
         step, self.best_error, self.best_loss = state["chosen"].tolist()
         self.best_step = int(step)
         self.rows = [tuple(row) for row in state["rows"].tolist()]
@@ -194,12 +196,12 @@ class _Trainer:
         self.head.eval()
 
 
-def _usable_images(source: WindowSource) -> NDArray[np.int64]:
+def _usable_images(source: WindowSource, kind: str) -> NDArray[np.int64]:
+    """Images with a positive; FinetuneError if there is none."""
     usable = [i for i, image in enumerate(source.labelled) if len(image.positives)]
     if not usable:
         raise FinetuneError(
-            "no training window overlaps an object by finetune.positive_overlap; "
-            "check the proposals and the annotations"
+            f"no {kind} window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
         )
     return np.array(usable, np.int64)
 
@@ -252,7 +254,7 @@ def _validation_windows(source: WindowSource, background: int, settings: Finetun
     """(labels, pooled) of windows drawn once from all images of the source."""
     # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
-    chosen = _usable_images(source)
+    chosen = _usable_images(source, "validation")
     own = _with_batch(settings, settings.validate_windows)
     drawn = draw_batch([source.labelled[i] for i in chosen], background, own, rng)
     pooled, labels = _pool_batch(source, chosen, drawn, rng)

@@ -73,7 +73,8 @@ def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
 
 def build_head(channels: int, levels: tuple[int, ...], outputs: int, settings: HeadSettings, seed: int = 0) -> SPPHead:
     """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed."""
-    head = SPPHead(pooled_size(channels, levels), outputs, settings)
+    with torch.random.fork_rng(devices=[]):  # torch's own start values, replaced below
+        head = SPPHead(pooled_size(channels, levels), outputs, settings)
     generator = torch.Generator().manual_seed(seed)
     for linear in (head.fc6, head.fc7, head.classifier):
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
@@ -98,7 +99,8 @@ def load_pretrained_fc(
         raise HeadError(
             f"head.init=imagenet for {trunk} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
         )
-    missing = [key for key in (f"{fc6}.weight", f"{fc7}.weight") if key not in state]
+    keys = [f"{layer}.{kind}" for layer in (fc6, fc7) for kind in ("weight", "bias")]
+    missing = [key for key in keys if key not in state]
     if missing:
         raise HeadError(
             f"the weights of {trunk} hold no {missing[0]}; use a file with the classifier, or head.init=random"
@@ -108,6 +110,13 @@ def load_pretrained_fc(
         raise HeadError(
             f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
             f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random"
+        )
+    inputs = state[f"{fc6}.weight"].shape[1]
+    own = channels * n * n
+    if inputs != own:
+        raise HeadError(
+            f"head.init=imagenet: fc6 of {trunk} expects {inputs} features of its {n}×{n} level, got {own}; "
+            "leave trunk.layer at its default or use head.init=random"
         )
     start = channels * sum(m * m for m in levels[: levels.index(n)])
     with torch.no_grad():

@@ -1,0 +1,176 @@
+"""Settings: read, overridden, refused, written back."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sppnet.config import (
+    Config,
+    ConfigError,
+    FinetuneSettings,
+    WeightsSettings,
+    dump_config,
+    load_config,
+    parse_config,
+)
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A function that writes a YAML file and returns its path."""
+
+    def write(text):
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_an_empty_file_gives_the_defaults(file):
+    assert load_config(file("")) == Config()
+
+
+def test_the_defaults_are_the_paper_s_and_the_release_s_numbers():
+    config = Config()
+    assert config.pyramid.levels == (1, 2, 3, 6)
+    assert config.maps.scales == (688,)
+    assert config.maps.target_side == 208
+    assert (config.head.fc6, config.head.fc7, config.head.dropout) == (4096, 4096, 0.5)
+    assert (config.finetune.positive_share, config.finetune.positive_overlap) == (0.25, 0.5)
+    assert config.finetune.negative_overlap == (0.1, 0.5)
+    assert (config.svm.C, config.svm.bias_multiplier, config.svm.positive_weight) == (1e-3, 10, 2)
+    assert (config.svm.mine_above, config.svm.evict_below, config.svm.retrain_after) == (-1.0001, -1.2, 2000)
+    assert (config.boxes.ridge, config.boxes.whitening) == (4000, 0.001)
+    assert (config.detect.score_threshold, config.detect.nms_overlap, config.detect.max_per_class) == (-1.5, 0.3, 100)
+
+
+def test_a_file_holds_only_what_differs(file):
+    config = load_config(file("name: mine\nmaps: {scales: [480, 688]}"))
+    assert config.name == "mine"
+    assert config.maps.scales == (480, 688)
+    assert config.maps.storage == Config().maps.storage
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("maps.scales=[480,688]", lambda c: c.maps.scales == (480, 688)),
+        ("svm.C=0.01", lambda c: c.svm.C == 0.01),
+        ("finetune.flip=false", lambda c: c.finetune.flip is False),
+        ("data.classes=[cat, dog]", lambda c: c.data.classes == ("cat", "dog")),
+        ("data.classes=null", lambda c: c.data.classes is None),
+        ("trunk.weights.source=random", lambda c: c.trunk.weights.source == "random"),
+        ("head.checkpoint=a=b.safetensors", lambda c: c.head.checkpoint == Path("a=b.safetensors")),
+    ],
+)
+def test_overrides_are_yaml_values(file, override, value):
+    assert value(load_config(file("svm: {C: 5}"), [override]))
+
+
+def test_the_last_override_counts_and_leaves_its_section_alone(file):
+    config = load_config(file("svm: {C: 5, epochs: 3}"), ["svm.C=1", "svm.C=2"])
+    assert (config.svm.C, config.svm.epochs) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("svm.C", r"--set svm\.C: expected key=value, e\.g\. --set maps\.scales"),
+        ("=3", r"--set =3: expected key=value"),
+        ("svm.C=[", r"--set svm\.C=\[: the value is not valid YAML"),
+        ("name.x=3", r"--set name\.x=3: name is not a section"),
+        ("svm.epoch=3", r"unknown setting svm\.epoch; did you mean svm\.epochs\?"),
+        ("svm.C=much", r"svm\.C: Input should be a valid number.*, got 'much'"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(file("name: here"), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scales: [480]", r"settings\.yaml: unknown setting scales; known here: name, data, proposals"),
+        ("map: {scales: [480]}", r"unknown setting map; did you mean maps\?"),
+        ("maps: {scale: [480]}", r"unknown setting maps\.scale; did you mean maps\.scales\?"),
+        (
+            "trunk: {weights: {means: [1, 2, 3]}}",
+            r"unknown setting trunk\.weights\.means; did you mean trunk\.weights\.mean\?",
+        ),
+        ("3: 4", r"unknown setting 3; known here"),
+        ("- 1", r"expected a mapping of settings, got list"),
+        ("just text", r"expected a mapping of settings, got str"),
+        ("a: [", r"settings\.yaml: not valid YAML"),
+        ("!!python/object/apply:os.system [echo]", r"not valid YAML"),
+        ("maps: {storage: float8}", r"maps\.storage: Input should be 'float32' or 'float16', got 'float8'"),
+        ("maps: 688", r"settings\.yaml: maps: .*, got 688"),
+        ("head: {dropout: 1}", r"head\.dropout: Input should be less than 1, got 1"),
+        ("maps: {scales: [8]}", r"maps\.scales\.0: Input should be greater than or equal to 16, got 8"),
+        ("pyramid: {levels: []}", r"pyramid\.levels: .* at least 1 item"),
+        ("finetune: {steps: [5]}", r"steps has 1 phases but learning_rates has 3; give one learning rate per phase"),
+        ("trunk: {weights: {source: file}}", r"source is 'file' but no file is named; set trunk\.weights\.file=PATH"),
+    ],
+)
+def test_a_bad_file_says_what_is_wrong(file, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(file(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"none\.yaml: cannot read the configuration \(No such file.*give an existing YAML"
+    ):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_folder_or_bytes_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration \(Is a directory\)"):
+        load_config(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ConfigError, match=r"bytes\.yaml: not valid YAML"):
+        load_config(tmp_path / "bytes.yaml")
+
+
+def test_a_dumped_configuration_reads_back_equal(file):
+    changes = {
+        "maps": {"scales": [480, 688]},
+        "data": {"root": "/some where", "classes": ["no", "1e3"]},
+        "head": {"checkpoint": "x"},
+    }
+    config = parse_config(changes, "test")
+    assert load_config(file(dump_config(config))) == config
+    assert load_config(file(dump_config(Config()))) == Config()
+
+
+@given(
+    st.floats(1e-6, 1e6, allow_nan=False),
+    st.lists(st.integers(16, 4000), min_size=1, max_size=5),
+    st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), min_size=1).map(tuple),
+)
+def test_any_values_read_back_equal(rate, scales, classes):
+    config = parse_config({"svm": {"C": rate}, "maps": {"scales": scales}, "data": {"classes": classes}}, "test")
+    assert parse_config(yaml.safe_load(dump_config(config)), "test") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_can_be_read(path):
+    assert load_config(path).name == path.stem
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().svm.C = 3
+
+
+def test_settings_made_in_python_refuse_unknown_names_too():
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        FinetuneSettings(batches=3)
+    with pytest.raises(ValueError, match="source is 'file' but no file is named"):
+        WeightsSettings(source="file")

@@ -1,0 +1,94 @@
+"""Rank, shard and gather: a no-op alone, and two real processes over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sppnet import distributed
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_is_the_main_one_and_does_everything():
+    distributed.start()
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.shard([1, 2, 3]) == [1, 2, 3]
+    distributed.barrier()
+    distributed.stop()
+
+
+def test_torchrun_with_one_process_starts_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    distributed.start()
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_gradients_of_one_process_stay():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+    distributed.average_gradients([parameter])
+    assert parameter.grad.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_shards_are_disjoint_and_complete(monkeypatch, count):
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 3)
+        shares.append(list(distributed.shard(range(count))))
+    assert sorted(item for share in shares for item in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_processes(folder, what):
+    """The worker's `what` in two processes; returns what each printed."""
+    port = str(free_port())
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+              "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "distributed_worker.py"), what, str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    results = [process.communicate(timeout=240) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors
+    return [output.split() for output, _ in results]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_average_their_gradients(tmp_path):
+    first, second = run_processes(tmp_path, "basics")
+    assert first == ["0", "2", "True", "0,2,4", "2.0,None"]  # rank, size, main, shard, gradients (1 + 3) / 2
+    assert second == ["1", "2", "False", "1,3", "2.0,None"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0", "rank1"]
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_one_head(tmp_path):
+    first, second = run_processes(tmp_path, "finetune")
+    assert first == second  # the same digest of the head, the same best step
+    assert (tmp_path / "finetune" / "log.csv").read_text().count("\n") == 4
