@@ -71,6 +71,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, failure, old):
     assert old is None or path.read_bytes() == old
 
 
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    write_text(tmp_path / "x", "old " * 1000)
+    with (tmp_path / "x").open() as reader:
+        assert reader.read(4) == "old "
+        write_text(tmp_path / "x", "new")
+        assert reader.read() == "old " * 999
+    assert (tmp_path / "x").read_text() == "new"
+
+
 def test_a_full_disk_is_reported_with_the_next_step(tmp_path):
     def write(file):
         raise OSError(28, "No space left on device")
