@@ -18,8 +18,10 @@ from sppnet.network import kernels, pyramid
 from sppnet.network.pyramid import (
     RoIPool,
     SpatialPyramidPool,
+    bin_columns,
     bin_count,
     pool_windows,
+    pool_windows_by_bin,
     sliding_pool,
     spatial_pyramid_pool,
 )
@@ -93,6 +95,49 @@ def test_every_floating_type_is_pooled_exactly_and_kept(dtype):
     assert pooled.dtype == dtype
     assert torch.equal(pooled, crop_by_crop(feature_map, windows, (1, 2, 3, 6)))
     assert torch.equal(pyramid._pool_windows_roi(feature_map, windows, (1, 2, 3, 6)), pooled)
+
+
+@given(
+    channels=st.integers(1, 40),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    levels=st.sampled_from(LEVELS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10_000),
+)
+@settings(deadline=None, max_examples=60)
+def test_features_by_bin_are_the_same_features_in_another_order_and_rounded(
+    channels, height, width, levels, dtype, seed
+):
+    feature_map, windows = random_map(channels, height, width, seed), random_windows(40, height, width, seed)
+    expected = pool_windows(feature_map, windows, levels)[:, bin_columns(channels, levels)].to(dtype)
+    assert torch.equal(pool_windows_by_bin(feature_map, windows, levels, dtype), expected)
+
+
+def test_features_by_bin_hold_one_bin_of_all_channels_after_the_other():
+    feature_map = torch.arange(8.0).reshape(2, 2, 2)
+    pooled = pool_windows_by_bin(feature_map, [[0, 0, 2, 2]], (1, 2))[0]
+    assert pooled.tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 3, 7]  # the finest level first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_by_bin_of_no_windows_and_of_a_map_with_nan(dtype):
+    feature_map = random_map(3, 6, 7)
+    assert pool_windows_by_bin(feature_map, np.zeros((0, 4), np.int64), (1, 2), dtype).shape == (0, 15)
+    feature_map[1, 2, 3] = torch.nan
+    windows = random_windows(50, 6, 7)
+    expected = pool_windows(feature_map, windows, (1, 2))[:, bin_columns(3, (1, 2))].to(dtype)
+    found = pool_windows_by_bin(feature_map, windows, (1, 2), dtype)
+    assert expected.isnan().any()
+    assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+
+
+def test_codes_of_bfloat16_numbers_keep_their_order_and_lead_back():
+    numbers = torch.tensor([-torch.inf, -3.3e38, -2.0, -1e-39, -0.0, 0.0, 1e-39, 1.0, 3.3e38, torch.inf]).bfloat16()
+    bits = numbers.view(torch.int16).numpy()
+    codes = kernels.bfloat16_codes(bits)
+    assert (np.diff(codes.astype(int)) > 0).all()
+    assert np.array_equal(kernels.bfloat16_codes(codes), bits)
 
 
 def test_many_windows_are_shared_between_threads_without_a_difference():

@@ -38,18 +38,46 @@ def pool_cells(
     # 100 MB in by 4 KiB pages takes longer than the pooling itself
     pooled = np.empty((count, channels * sum(n * n for n in levels)), dtype=cells.dtype)
     plan = level_plan(levels)
+    _in_parts(lambda start, stop: _pool_range(cells, windows, plan, pooled, start, stop), count, threads)
+    return pooled
+
+
+def pool_bins(cells: NDArray[Any], windows: NDArray[np.int64], levels: Sequence[int], threads: int = 1) -> NDArray[Any]:
+    """The same maxima, bin after bin instead of channel after channel: (R, Σn², C), bins as `bin_order` says.
+
+    `cells` as in `pool_cells`, or int16 codes of bfloat16 numbers (`bfloat16_codes`), which give int16 bit patterns of
+    bfloat16. Nothing is transposed: a bin is written where it is computed.
+    """
+    pooled = np.empty((len(windows), sum(n * n for n in levels), cells.shape[2]), dtype=cells.dtype)
+    plan = level_plan(levels)
+    fill = _pool_codes_range if cells.dtype == np.int16 else _pool_bins_range
+    _in_parts(lambda start, stop: fill(cells, windows, plan, pooled, start, stop), len(windows), threads)
+    return pooled
+
+
+def bin_order(levels: Sequence[int]) -> NDArray[np.int64]:
+    """(Σn²,): which bin of the pyramid vector, counted over its levels, each bin of `pool_bins` is."""
+    return np.concatenate([np.arange(first, first + n * n) for n, _, _, first in level_plan(levels)])
+
+
+def bfloat16_codes(bits: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Bit patterns of bfloat16 numbers -> integers in the same order as the numbers; the function is its own inverse.
+
+    A maximum of codes costs half the memory of one of float32, and is the code of the maximum. Rounding keeps order
+    too, so the largest of rounded numbers is the largest number, rounded.
+    """
+    return bits ^ ((bits >> 15) & np.int16(0x7FFF))
+
+
+def _in_parts(run: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Call run(start, stop) over `count` windows, in parts shared by the threads."""
     parts = max(1, min(threads * PARTS_PER_THREAD if threads > 1 else 1, count // WINDOWS_PER_PART))
     bounds = [count * part // parts for part in range(parts + 1)]
-
-    def run(part: int) -> None:
-        _pool_range(cells, windows, plan, pooled, bounds[part], bounds[part + 1])
-
     if parts == 1:
-        run(0)
-    else:
-        with ThreadPoolExecutor(min(threads, parts)) as pool:
-            list(pool.map(run, range(parts)))
-    return pooled
+        run(0, count)
+        return
+    with ThreadPoolExecutor(min(threads, parts)) as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))
 
 
 def level_plan(levels: Sequence[int]) -> NDArray[np.int64]:
@@ -173,3 +201,38 @@ def _pool_range(cells: Any, windows: Any, plan: Any, pooled: Any, start: int, st
                 finer = scratch[parent_row : parent_row + m * m].reshape(m, m, channels)
                 _pool_level(finer, 0, 0, m, m, n, bins)
             _write_level(bins, pooled[r, first * channels : (first + n * n) * channels])
+
+
+@_compiled
+def _pool_bins_of(cells: Any, window: Any, plan: Any, pooled: Any) -> None:
+    channels = cells.shape[2]
+    for level in range(plan.shape[0]):
+        n, parent, row, _ = plan[level]
+        bins = pooled[row : row + n * n]
+        if parent < 0:
+            _pool_level(cells, window[0], window[1], window[2], window[3], n, bins)
+        else:
+            m, parent_row = plan[parent, 0], plan[parent, 2]
+            finer = pooled[parent_row : parent_row + m * m].reshape(m, m, channels)
+            _pool_level(finer, 0, 0, m, m, n, bins)
+
+
+@_compiled
+def _pool_bins_range(cells: Any, windows: Any, plan: Any, pooled: Any, start: int, stop: int) -> None:
+    for r in range(start, stop):
+        _pool_bins_of(cells, windows[r], plan, pooled[r])
+
+
+@_compiled
+def _pool_codes_range(codes: Any, windows: Any, plan: Any, pooled: Any, start: int, stop: int) -> None:
+    for r in range(start, stop):
+        _pool_bins_of(codes, windows[r], plan, pooled[r])
+        _decode(pooled[r].reshape(-1))
+
+
+@_compiled
+def _decode(codes: Any) -> None:
+    """`bfloat16_codes` in place: a code below zero has all bits but the sign turned over."""
+    for k in range(codes.shape[0]):
+        code = codes[k]
+        codes[k] = code if code >= 0 else code ^ 0x7FFF

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 
-from sppnet.network.kernels import channels_last, has_nan, pool_cells
+from sppnet.network.kernels import bfloat16_codes, bin_order, channels_last, has_nan, pool_bins, pool_cells
 
 # torchvision.ops.roi_pool finds bins in float32; up to this level they equal the exact ones for every side below 3000
 ROI_POOL_EXACT_LEVEL = 13
@@ -64,6 +64,34 @@ def pool_windows(feature_map: Tensor, windows: ArrayLike | Tensor, levels: Seque
     if feature_map.device.type != "cpu" or (feature_map.requires_grad and torch.is_grad_enabled()):
         return _pool_windows_roi(feature_map, cells, levels)
     return _pool_windows_compiled(feature_map.detach(), cells, levels)
+
+
+def pool_windows_by_bin(
+    feature_map: Tensor, windows: ArrayLike | Tensor, levels: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The same features in the order `bin_columns`, rounded to `dtype`: for a matrix product straight after pooling.
+
+    Arguments and errors as in `pool_windows`, without gradient. On the CPU this saves the transposition and, in
+    bfloat16, half of the memory traffic: rounding keeps order, so pooling the rounded map gives the rounded features.
+    """
+    levels = _checked_levels(levels)
+    _check_map(feature_map)
+    cells = _checked_windows(windows, feature_map.shape[-2:])
+    feature_map = feature_map.detach()
+    if feature_map.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        last = channels_last(feature_map.float().numpy())
+        if not has_nan(last):
+            return _pool_by_bin_compiled(last, cells, levels, dtype)
+    columns = bin_columns(feature_map.shape[0], levels).to(feature_map.device)
+    return pool_windows(feature_map, cells, levels)[:, columns].to(dtype)
+
+
+def bin_columns(channels: int, levels: Sequence[int]) -> Tensor:
+    """(M · C,) int64: which column of `pool_windows` each column of `pool_windows_by_bin` is."""
+    levels = _checked_levels(levels)
+    grids = np.split(np.arange(channels * bin_count(levels)), np.cumsum([channels * n * n for n in levels])[:-1])
+    by_bin = np.concatenate([grid.reshape(channels, -1).T for grid in grids])
+    return torch.from_numpy(by_bin[bin_order(levels)].ravel())
 
 
 class SpatialPyramidPool(nn.Module):
@@ -123,6 +151,17 @@ def _pool_windows_compiled(feature_map: Tensor, windows: NDArray[np.int64], leve
         return _pool_windows_by_crop(feature_map, windows, levels)
     pooled = pool_cells(cells, windows, levels, threads=torch.get_num_threads())
     return torch.from_numpy(pooled).to(feature_map.dtype)
+
+
+def _pool_by_bin_compiled(
+    cells: NDArray[np.float32], windows: NDArray[np.int64], levels: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    threads = torch.get_num_threads()
+    if dtype == torch.float32:
+        return torch.from_numpy(pool_bins(cells, windows, levels, threads)).flatten(1)
+    bits = torch.from_numpy(cells).to(torch.bfloat16).view(torch.int16).numpy()
+    pooled = pool_bins(bfloat16_codes(bits), windows, levels, threads)
+    return torch.from_numpy(pooled).view(torch.bfloat16).flatten(1)
 
 
 def _pool_windows_roi(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:
