@@ -18,6 +18,7 @@ from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
 from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size
 from sppnet.demo import run_demo
+from sppnet.detection.compression import compress_run
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
@@ -97,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     detect.add_argument("--threshold", type=float, default=0.0, help="lowest score shown (default: 0)")
     _add_device(detect)
+
+    compress = _command(commands, "compress", "a faster detector: truncated SVD of fc6 and fc7", _compress)
+    compress.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run, which stays as it is")
+    for layer in ("fc6", "fc7"):
+        compress.add_argument(
+            f"--{layer}", type=int, default=0, metavar="RANK", help=f"rank of {layer} (default: 0, whole)"
+        )
+    compress.add_argument("--out", type=Path, metavar="DIR", help="the new folder (default: RUN/compressed-…)")
+    _add_device(compress)
 
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model", _score)
     score.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of VOC .xml files")
@@ -211,6 +221,13 @@ def _detect(options: argparse.Namespace) -> int:
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if result.skipped else 0
+
+
+def _compress(options: argparse.Namespace) -> int:
+    if distributed.is_main():
+        done = compress_run(options.run, options.fc6, options.fc7, options.out, _device(options))
+        print(f"{done}\ncompressed detector in {done.folder}; next: sppnet eval {done.folder}")
+    return 0
 
 
 def _score(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@
     training              rooms 1 to 7, on one screen; every stage resumes
     testing               a split: detections, evaluation, files
     folder_detection      any images: pictures, detections.json, detections.csv
+    compression           truncated SVD of fc6 and fc7: a faster detector
 
 Boxes and windows are numpy arrays, features are torch tensors.
 """

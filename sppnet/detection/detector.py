@@ -108,6 +108,8 @@ class SPPDetector:
             "config": self.config.model_dump(mode="json"),
             "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
         }
+        if self.head.ranks:  # of a compressed head
+            description["ranks"] = self.head.ranks
         write_json(folder / "detector.json", description)
 
     @classmethod
@@ -141,7 +143,8 @@ class SPPDetector:
         weights = config.trunk.weights.model_copy(update={"source": "random"})
         trunk = build_trunk(config.trunk.model_copy(update={"weights": weights}))
         trunk.load_state_dict(tensors["trunk"])
-        head = build_head(trunk.channels, config.pyramid.levels, len(description["classes"]) + 1, config.head)
+        outputs, ranks = len(description["classes"]) + 1, _read_ranks(description)
+        head = build_head(trunk.channels, config.pyramid.levels, outputs, config.head, ranks=ranks)
         head.load_state_dict(tensors["head"])
         detectors = LinearDetectors.from_tensors(tensors["svm"])
         boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
@@ -185,6 +188,14 @@ def _read_description(path: Path) -> dict[str, Any]:
     if missing or not {"trunk", "head", "svm"} <= set(description["parts"]):
         raise StoreError(f"{path}: {missing[0] if missing else 'parts'} is missing or incomplete; {_OTHER_VERSION}")
     return description
+
+
+def _read_ranks(description: dict[str, Any]) -> dict[str, int]:
+    """Ranks of the compressed layers of the head; none for a whole head."""
+    ranks = description.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        raise ValueError(f"ranks must be positive numbers by layer, got {ranks!r}")
+    return ranks
 
 
 def _read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
@@ -16,6 +16,8 @@ from sppnet.detection.windows import choose_scales, merge_windows, project_windo
 from sppnet.network.geometry import Geometry
 from sppnet.network.pyramid import pool_windows
 from sppnet.network.sppnet import Layer, SPPHead, pooled_size
+
+Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
 
 BATCH = 512  # windows converted and multiplied together: small enough that the allocator reuses the memory
 
@@ -82,9 +84,8 @@ class FrozenHead:
 
     def __init__(self, head: SPPHead, precision: str = "float32") -> None:
         kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        with torch.no_grad():
-            self._fc6 = (head.fc6.weight * head.input_scale).to(kind), head.fc6.bias.to(kind)
-            self._fc7 = head.fc7.weight.to(kind), head.fc7.bias.to(kind)
+        self._fc6 = _products(head.products("fc6"), kind, head.input_scale)
+        self._fc7 = _products(head.products("fc7"), kind)
         self._kind = kind
 
     @torch.inference_mode()
@@ -96,5 +97,19 @@ class FrozenHead:
         return torch.cat(parts)
 
     def _features(self, pooled: Tensor, layer: Layer) -> Tensor:
-        hidden = F.linear(pooled, *self._fc6).relu_()
-        return hidden if layer == "fc6" else F.linear(hidden, *self._fc7).relu_()
+        hidden = _multiply(pooled, self._fc6).relu_()
+        return hidden if layer == "fc6" else _multiply(hidden, self._fc7).relu_()
+
+
+@torch.no_grad()
+def _products(layers: tuple[nn.Linear, ...], kind: torch.dtype, scale: Tensor | float = 1.0) -> Products:
+    """Weights and biases of layers that follow each other, copied as `kind`; `scale` goes into the first weight."""
+    weights = [layers[0].weight * scale, *(layer.weight.clone() for layer in layers[1:])]
+    biases = [None if layer.bias is None else layer.bias.to(kind, copy=True) for layer in layers]
+    return tuple((weight.to(kind), bias) for weight, bias in zip(weights, biases, strict=True))
+
+
+def _multiply(features: Tensor, products: Products) -> Tensor:
+    for weight, bias in products:
+        features = F.linear(features, weight, bias)
+    return features

@@ -15,6 +15,7 @@ from sppnet.network.trunks import Trunk
 from sppnet.store import StoreError, read_tensors
 
 Layer = Literal["pool", "fc6", "fc7"]
+FullyConnected = Literal["fc6", "fc7"]
 
 # Where torchvision keeps fc6 and fc7, and the grid on which they were trained: (fc6, fc7, n).
 PRETRAINED_FC = {"alexnet": ("classifier.1", "classifier.4", 6), "vgg16": ("classifier.0", "classifier.3", 7)}
@@ -27,15 +28,19 @@ class HeadError(ValueError):
 class SPPHead(nn.Module):
     """fc6, fc7 and a classifier above pooled features (R, D).
 
-    `input_scale` multiplies the pooled features first, so that one learning rate suits every trunk.
+    `input_scale` multiplies the pooled features first, so that one learning rate suits every trunk. A layer named in
+    `ranks` is compressed: a thin layer `basis6` or `basis7` of so many outputs and no bias stands below it.
     """
 
     input_scale: Tensor
 
-    def __init__(self, inputs: int, outputs: int, settings: HeadSettings) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, settings: HeadSettings, ranks: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
-        self.fc6 = nn.Linear(inputs, settings.fc6)
-        self.fc7 = nn.Linear(settings.fc6, settings.fc7)
+        ranks = ranks or {}
+        self.basis6, self.fc6 = _layer(inputs, settings.fc6, ranks.get("fc6"))
+        self.basis7, self.fc7 = _layer(settings.fc6, settings.fc7, ranks.get("fc7"))
         self.classifier = nn.Linear(settings.fc7, outputs)
         self.dropout = settings.dropout
         self.register_buffer("input_scale", torch.ones(()))
@@ -43,15 +48,33 @@ class SPPHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
         hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
-        hidden = F.dropout(F.relu(self.fc7(hidden)), self.dropout, self.training)
+        hidden = F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training)
         return self.classifier(hidden)
 
     def features(self, pooled: Tensor, layer: Layer) -> Tensor:
         """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""
         if layer == "pool":
             return pooled
-        hidden = F.relu(self.fc6(pooled * self.input_scale.to(pooled.dtype)))
-        return hidden if layer == "fc6" else F.relu(self.fc7(hidden))
+        hidden = F.relu(self.fc6(self.basis6(pooled * self.input_scale.to(pooled.dtype))))
+        return hidden if layer == "fc6" else F.relu(self.fc7(self.basis7(hidden)))
+
+    def products(self, layer: FullyConnected) -> tuple[nn.Linear, ...]:
+        """What `layer` consists of, in order: one linear layer, or two where it is compressed."""
+        basis, linear = (self.basis6, self.fc6) if layer == "fc6" else (self.basis7, self.fc7)
+        return (basis, linear) if isinstance(basis, nn.Linear) else (linear,)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the compressed layers, by name; empty for a whole head."""
+        layers: tuple[FullyConnected, ...] = ("fc6", "fc7")
+        return {name: self.products(name)[0].out_features for name in layers if len(self.products(name)) == 2}
+
+
+def _layer(inputs: int, outputs: int, rank: int | None) -> tuple[nn.Module, nn.Linear]:
+    """What stands below a layer, and the layer itself."""
+    if rank is None:
+        return nn.Identity(), nn.Linear(inputs, outputs)
+    return nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
 
 
 class SPPNet(nn.Module):
@@ -71,10 +94,20 @@ def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
     return channels * sum(n * n for n in levels)
 
 
-def build_head(channels: int, levels: tuple[int, ...], outputs: int, settings: HeadSettings, seed: int = 0) -> SPPHead:
-    """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed."""
+def build_head(
+    channels: int,
+    levels: tuple[int, ...],
+    outputs: int,
+    settings: HeadSettings,
+    seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
+) -> SPPHead:
+    """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed.
+
+    `ranks` gives it the shape of a compressed head, whose weights are then loaded.
+    """
     with torch.random.fork_rng(devices=[]):  # torch's own start values, replaced below
-        head = SPPHead(pooled_size(channels, levels), outputs, settings)
+        head = SPPHead(pooled_size(channels, levels), outputs, settings, ranks)
     generator = torch.Generator().manual_seed(seed)
     for linear in (head.fc6, head.fc7, head.classifier):
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
