@@ -17,6 +17,7 @@ from sppnet.boxes import pairwise_iou
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
 from sppnet.detection.detector import SPPDetector, WindowScores
 from sppnet.detection.proposals import FixedWindows
+from sppnet.detection.window_features import WindowCells
 from sppnet.store import StoreError
 
 
@@ -84,13 +85,16 @@ def test_selection_is_threshold_suppression_regression_clipping_and_suppression(
         [[0, 0, 40, 40], [2, 0, 42, 40], [80, 0, 120, 40], [0, 60, 40, 100], [118, 50, 138, 90]], np.float64
     )
     scores = np.array([[1.0, -2], [0.9, -2], [0.5, 0.6], [-2, -1.5], [0.8, -2]], np.float32)
+    maps = detector.embed(np.zeros((100, 120, 3), np.uint8))
+    where = WindowCells(np.zeros(5, np.int64), np.tile([0, 0, 1, 1], (5, 1)))
+    width = detector.regressors.weight.shape[2]
     shift = BoxRegressor(
-        torch.zeros(4, 3, dtype=torch.float64), torch.tensor([0.25, 0, 0, 0], dtype=torch.float64),
+        torch.zeros(4, width, dtype=torch.float64), torch.tensor([0.25, 0, 0, 0], dtype=torch.float64),
         torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64),
     )  # fmt: skip
     linear = replace(detector.detectors, weight=torch.zeros(2, 3), bias=torch.zeros(2), classes=("a", "b"))
     own = replace(detector, detectors=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
-    found = own.select(windows, WindowScores(scores, torch.zeros(5, 3), np.arange(5)), (100, 120))
+    found = own.select(windows, WindowScores(scores, maps, where), (100, 120))
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
     assert found.scores.tolist() == pytest.approx([1.0, 0.6, 0.5])

@@ -95,31 +95,37 @@ def small_head():
     return head
 
 
+def some_windows(maps, count):
+    return window_cells(maps, random_windows(count), GEOMETRY, PYRAMID, MapSettings())
+
+
+@pytest.mark.parametrize("maps", [ONE, THREE], ids=["one scale", "three scales"])
 @pytest.mark.parametrize("layer", ["pool", "fc6", "fc7"])
 @pytest.mark.parametrize("count", [0, 1, 5, 23])
-def test_a_frozen_head_computes_in_batches_what_the_head_does(layer, count, monkeypatch):
+def test_a_frozen_head_computes_in_batches_what_the_head_does(maps, layer, count, monkeypatch):
     monkeypatch.setattr(window_features, "BATCH", 5)
-    head, pooled = small_head(), torch.randn(count, 42, generator=torch.Generator().manual_seed(count))
-    features = FrozenHead(head).features(pooled, layer)
+    head, where = small_head(), some_windows(maps, count)
+    features = FrozenHead(head, PYRAMID.levels).features(maps, where, layer)
     with torch.no_grad():
-        torch.testing.assert_close(features, head.features(pooled, layer), rtol=1e-5, atol=1e-5)
+        expected = head.features(pool_cells(maps, where, PYRAMID.levels), layer)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
     assert features.shape == (count, {"pool": 42, "fc6": 9, "fc7": 6}[layer])
 
 
 @pytest.mark.parametrize("layer", ["fc6", "fc7"])
 def test_half_precision_gives_float32_features_nearby(layer):
-    head, pooled = small_head(), torch.randn(50, 42, generator=torch.Generator().manual_seed(0))
-    exact = FrozenHead(head).features(pooled, layer)
-    rough = FrozenHead(head, "bfloat16").features(pooled, layer)
+    head, where = small_head(), some_windows(THREE, 50)
+    exact = FrozenHead(head, PYRAMID.levels).features(THREE, where, layer)
+    rough = FrozenHead(head, PYRAMID.levels, "bfloat16").features(THREE, where, layer)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).norm() / exact.norm() < 0.02
 
 
 def test_a_frozen_head_does_not_follow_later_training():
-    head, pooled = small_head(), torch.ones(2, 42)
-    frozen = FrozenHead(head)
-    before = frozen.features(pooled, "fc7")
+    head, where = small_head(), some_windows(ONE, 2)
+    frozen = FrozenHead(head, PYRAMID.levels)
+    before = frozen.features(ONE, where, "fc7")
     with torch.no_grad():
         head.fc6.weight.mul_(2)
         head.input_scale.mul_(3)
-    assert torch.equal(frozen.features(pooled, "fc7"), before)
+    assert torch.equal(frozen.features(ONE, where, "fc7"), before)

@@ -19,7 +19,7 @@ from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearDetectors
 from sppnet.detection.nms import nms_per_class
 from sppnet.detection.proposals import Proposer, make_proposer
-from sppnet.detection.window_features import FrozenHead, pool_cells, window_cells
+from sppnet.detection.window_features import FrozenHead, WindowCells, window_cells
 from sppnet.network.sppnet import SPPHead, build_head
 from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.records import Detections
@@ -33,11 +33,11 @@ _OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Scores (R, K) of windows, with the pooled features (U, D) of the distinct ones and each window's row there."""
+    """Scores (R, K) of windows, and where they lie on the maps, for the features that box regression asks for."""
 
     scores: NDArray[np.float32]
-    pooled: Tensor
-    rows: NDArray[np.int64]
+    maps: FeatureMaps
+    where: WindowCells  # (R,)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class SPPDetector:
         )
         boxes, scores = windows[index], scored.scores[index, label]
         if self.regressors is not None and len(index):
-            features = scored.pooled[torch.from_numpy(scored.rows[index]).to(scored.pooled.device)]
-            boxes = self.regressors.refine(self._regression_features(features), boxes, label)
+            boxes = self.regressors.refine(self._regression_features(scored, index), boxes, label)
         boxes = clip_boxes(boxes, image_size)
         solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         boxes, scores, label = boxes[solid], scores[solid], label[solid]
@@ -163,17 +162,20 @@ class SPPDetector:
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
         config = self.config
-        where, rows = window_cells(maps, windows, self.trunk.geometry, config.pyramid, config.maps).merged()
-        pooled = pool_cells(maps, where, config.pyramid.levels)
-        features = self._frozen_head.features(pooled, config.svm.layer)
-        return WindowScores(self.detectors.score(features).cpu().numpy()[rows], pooled, rows)
+        where = window_cells(maps, windows, self.trunk.geometry, config.pyramid, config.maps)
+        distinct, rows = where.merged()
+        features = self._frozen_head.features(maps, distinct, config.svm.layer)
+        return WindowScores(self.detectors.score(features).cpu().numpy()[rows], maps, where)
 
     @cached_property
     def _frozen_head(self) -> FrozenHead:
-        return FrozenHead(self.head, self.config.detect.precision)
+        return FrozenHead(self.head, self.config.pyramid.levels, self.config.detect.precision)
 
-    def _regression_features(self, pooled: Tensor) -> Tensor:
-        return self._frozen_head.features(pooled, self.config.boxes.layer)
+    def _regression_features(self, scored: WindowScores, index: NDArray[np.int64]) -> Tensor:
+        """(S, D) of the windows `index` (S,), computed once for each: few survive, so pooling them again is cheap."""
+        distinct, rows = scored.where.rows(index).merged()
+        features = self._frozen_head.features(scored.maps, distinct, self.config.boxes.layer)
+        return features[torch.from_numpy(rows).to(features.device)]
 
     def _nothing(self) -> Detections:
         return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from sppnet.detection.training_windows import (
     pool_box_examples,
     sample_norms,
 )
-from sppnet.detection.window_features import FrozenHead
+from sppnet.detection.window_features import Features, FrozenHead, pool_cells
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.network.sppnet import (
     Layer,
@@ -51,8 +51,6 @@ from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.network.weights import load_weight_file, torchvision_state
 from sppnet.records import ImageRecord
 from sppnet.store import read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors, write_text
-
-Features = Callable[[Tensor], Tensor]  # from pyramid vectors (R, D) to the features wanted
 
 log = logging.getLogger("sppnet")
 
@@ -340,9 +338,9 @@ class Training:
 
     def _features(self, layer: Layer) -> Features:
         if layer == "pool":
-            return lambda pooled: pooled
-        frozen = FrozenHead(self.head(), self.config.detect.precision)
-        return lambda pooled: frozen.features(pooled, layer)
+            return lambda maps, where: pool_cells(maps, where, self.config.pyramid.levels)
+        frozen = FrozenHead(self.head(), self.config.pyramid.levels, self.config.detect.precision)
+        return lambda maps, where: frozen.features(maps, where, layer)
 
     def _width(self, layer: Layer) -> int:
         sizes = {"fc6": self.config.head.fc6, "fc7": self.config.head.fc7}

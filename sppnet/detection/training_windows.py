@@ -6,7 +6,7 @@ number of images beyond the rows of the windows that may be drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.hard_negatives import MiningImage
 from sppnet.detection.proposals import read_windows
 from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows
-from sppnet.detection.window_features import WindowCells, cells_at, pool_cells, window_cells
+from sppnet.detection.window_features import Features, WindowCells, cells_at, pool_cells, window_cells
 from sppnet.detection.windows import merge_windows
 from sppnet.network.geometry import Geometry
 from sppnet.records import Annotation, ImageRecord
@@ -102,7 +102,7 @@ class FinetuneWindows:
 class MiningWindows:
     """Windows for mining: the objects of an image, then its proposals on distinct cells; see `MiningImages`."""
 
-    def __init__(self, source: TrainingWindows, features: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, source: TrainingWindows, features: Features) -> None:
         self._source, self._features = source, features
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class MiningWindows:
         proposals = source.cells(maps, found.windows[count:])
         kept, _ = merge_windows(proposals.scale_index, proposals.cells)
         rows = np.concatenate([np.arange(count), count + kept])
-        features = self._features(source.pool(maps, source.cells(maps, found.windows[rows])))
+        features = self._features(maps, source.cells(maps, found.windows[rows]))
         labels = np.concatenate([found.objects, np.full(len(kept), -1)]).astype(np.int64)
         return MiningImage(features, found.overlaps[rows], labels, found.windows[rows])
 
@@ -125,12 +125,10 @@ class MiningWindows:
         annotation = source.annotation(index)
         labels = np.array([source.classes.index(name) for name in annotation.names], np.int64)
         maps = source.maps(index)
-        return self._features(source.pool(maps, source.cells(maps, annotation.boxes))), labels
+        return self._features(maps, source.cells(maps, annotation.boxes)), labels
 
 
-def sample_norms(
-    source: TrainingWindows, features: Callable[[Tensor], Tensor], images: int, windows: int
-) -> NDArray[np.float32]:
+def sample_norms(source: TrainingWindows, features: Features, images: int, windows: int) -> NDArray[np.float32]:
     """Norms of the features of the first `windows` proposals of `images` images, spread over all; (0,) without any."""
     count = min(images, len(source.records))
     norms = [np.zeros(0, np.float32)]
@@ -139,7 +137,7 @@ def sample_norms(
         proposals = read_windows(source.windows_folder, source.records[index])[:windows]
         if len(proposals):
             maps = source.maps(index)
-            norms.append(features(source.pool(maps, source.cells(maps, proposals))).norm(dim=1).cpu().numpy())
+            norms.append(features(maps, source.cells(maps, proposals)).norm(dim=1).cpu().numpy())
     return np.concatenate(norms)
 
 
@@ -172,15 +170,13 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
     return [_drawn(parts, settings.max_examples, rng) for parts in found]
 
 
-def pool_box_examples(
-    source: TrainingWindows, examples: BoxExamples, width: int, features: Callable[[Tensor], Tensor]
-) -> Tensor:
+def pool_box_examples(source: TrainingWindows, examples: BoxExamples, width: int, features: Features) -> Tensor:
     """Features (N, `width`) float32 of the examples, on the CPU, image after image."""
     pooled = torch.zeros(len(examples.images), width)
     for index in np.unique(examples.images):
         rows = np.flatnonzero(examples.images == index)
         maps = source.maps(int(index))
-        own = features(source.pool(maps, source.cells(maps, examples.windows[rows])))
+        own = features(maps, source.cells(maps, examples.windows[rows]))
         pooled[torch.from_numpy(rows)] = own.cpu()
     return pooled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,14 @@ from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
 from sppnet.detection.windows import choose_scales, merge_windows, project_windows
 from sppnet.network.geometry import Geometry
-from sppnet.network.pyramid import pool_windows
+from sppnet.network.pyramid import bin_columns, bin_count, pool_windows, pool_windows_by_bin
 from sppnet.network.sppnet import Layer, SPPHead, pooled_size
 
+# Maps, and windows (R,) on them, to the features wanted: (R, F) float32.
+Features = Callable[["FeatureMaps", "WindowCells"], Tensor]
 Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
 
-BATCH = 512  # windows converted and multiplied together: small enough that the allocator reuses the memory
+BATCH = 512  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,13 @@ class WindowCells:
     scale_index: NDArray[np.int64]
     cells: NDArray[np.int64]
 
+    def rows(self, index: NDArray[np.int64]) -> WindowCells:
+        return WindowCells(self.scale_index[index], self.cells[index])
+
     def merged(self) -> tuple[WindowCells, NDArray[np.int64]]:
         """The distinct ones, in order of first occurrence, and for every window the row of its own."""
         kept, inverse = merge_windows(self.scale_index, self.cells)
-        return WindowCells(self.scale_index[kept], self.cells[kept]), inverse.astype(np.int64, copy=False)
+        return self.rows(kept.astype(np.int64, copy=False)), inverse.astype(np.int64, copy=False)
 
 
 def window_cells(
@@ -77,26 +83,36 @@ def pool_cells(maps: FeatureMaps, where: WindowCells, levels: tuple[int, ...]) -
 
 
 class FrozenHead:
-    """fc6 and fc7 ready for many windows: in `precision` once and for all, the input scale folded into fc6.
+    """Pyramid, fc6 and fc7 ready for many windows, in `precision` once and for all.
 
-    A copy: later changes of `head` do not reach it.
+    Windows are pooled bin by bin, straight into that precision; the columns of fc6 are turned into the same order, and
+    the input scale is folded into them. A copy: later changes of `head` do not reach it.
     """
 
-    def __init__(self, head: SPPHead, precision: str = "float32") -> None:
+    def __init__(self, head: SPPHead, levels: tuple[int, ...], precision: str = "float32") -> None:
         kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self._fc6 = _products(head.products("fc6"), kind, head.input_scale)
+        first, *others = _products(head.products("fc6"), kind, head.input_scale)
+        weight, bias = first
+        columns = bin_columns(weight.shape[1] // bin_count(levels), levels).to(weight.device)
+        self._fc6: Products = ((weight[:, columns], bias), *others)
         self._fc7 = _products(head.products("fc7"), kind)
-        self._kind = kind
+        self._levels, self._kind = levels, kind
 
     @torch.inference_mode()
-    def features(self, pooled: Tensor, layer: Layer) -> Tensor:
-        """Pyramid vectors (R, D) -> float32 features of `layer`, (R, D) or (R, 4096 or so), in batches."""
+    def features(self, maps: FeatureMaps, where: WindowCells, layer: Layer) -> Tensor:
+        """Float32 features of `layer` of windows on the maps: (R, 4096 or so), for "pool" (R, C · Σn²)."""
         if layer == "pool":
-            return pooled
-        parts = [self._features(batch.to(self._kind), layer).float() for batch in pooled.split(BATCH)]
-        return torch.cat(parts)
+            return pool_cells(maps, where, self._levels)
+        width = (self._fc6 if layer == "fc6" else self._fc7)[-1][0].shape[0]
+        features = maps.maps[0].new_empty((len(where.cells), width))
+        for index, feature_map in enumerate(maps.maps):
+            own = np.flatnonzero(where.scale_index == index)
+            for rows in np.split(own, range(BATCH, len(own), BATCH)):
+                pooled = pool_windows_by_bin(feature_map, where.cells[rows], self._levels, self._kind)
+                features[torch.from_numpy(rows)] = self._multiplied(pooled, layer).float()
+        return features
 
-    def _features(self, pooled: Tensor, layer: Layer) -> Tensor:
+    def _multiplied(self, pooled: Tensor, layer: Layer) -> Tensor:
         hidden = _multiply(pooled, self._fc6).relu_()
         return hidden if layer == "fc6" else _multiply(hidden, self._fc7).relu_()
 
