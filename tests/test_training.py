@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sppnet.config import Config, load_config, parse_config
 from sppnet.data.voc import write_annotation
-from sppnet.detection import finetuning, proposals, training
+from sppnet.detection import finetuning, proposals, training, training_networks
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.stages import STAGES, StageError, StageStatus, describe_stage, duration
@@ -251,7 +251,7 @@ def test_mining_goes_on_with_the_scale_it_began_with(small_run, tmp_path, monkey
     with pytest.raises(Interruption):
         train(run.config, run.root)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "sample_norms", lambda *a: pytest.fail("the scale is in the checkpoint"))
+    monkeypatch.setattr(training_networks, "sample_norms", lambda *a: pytest.fail("the scale is in the checkpoint"))
     assert train(run.config, run.root, "svm") is not None
 
 
@@ -264,7 +264,7 @@ def test_interrupted_box_regression_keeps_the_classes_that_are_done(small_run, d
 def test_box_regression_goes_on_with_the_scale_it_began_with(small_run, digest, tmp_path, monkeypatch):
     run = copied(small_run, tmp_path / "run")
     next(run.root.glob("boxes-*/class-003*")).unlink()
-    monkeypatch.setattr(training, "sample_norms", lambda *a: pytest.fail("the scale is in the other classes"))
+    monkeypatch.setattr(training_networks, "sample_norms", lambda *a: pytest.fail("the scale is in the other classes"))
     assert train(run.config, run.root, "boxes").digest() == digest
 
 
@@ -410,15 +410,15 @@ def test_weights_that_do_not_fit_are_an_error_before_the_first_stage(small_run, 
 
 def test_imagenets_fc_layers_come_from_the_file_only_where_the_trunk_does(small_run, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(training, "torchvision_state", lambda name: asked.append(name) or {})
-    monkeypatch.setattr(training, "load_weight_file", lambda path: asked.append(path) or {})
-    monkeypatch.setattr(training, "load_pretrained_fc", lambda *a: None)
+    monkeypatch.setattr(training_networks, "torchvision_state", lambda name: asked.append(name) or {})
+    monkeypatch.setattr(training_networks, "load_weight_file", lambda path: asked.append(path) or {})
+    monkeypatch.setattr(training_networks, "load_pretrained_fc", lambda *a: None)
     for source in ("random", "file"):
         weights = {"source": source, "file": str(tmp_path / "own.npz")}
         config = changed(small_run, head__init="imagenet", trunk__weights=weights)
-        run = Training(config, tmp_path, torch.device("cpu"))
-        run.trunk = Training(small_run.config, tmp_path, torch.device("cpu")).trunk
-        run._started_head()
+        networks = Training(config, tmp_path, torch.device("cpu")).networks
+        networks.trunk = Training(small_run.config, tmp_path, torch.device("cpu")).trunk
+        networks.started_head()
     assert asked == ["tiny5", tmp_path / "own.npz"]
 
 
@@ -436,7 +436,8 @@ def test_proposals_need_no_weights(small_run, tmp_path):
 
 
 def test_the_status_reads_no_weights_and_writes_nothing(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "build_trunk", lambda *a: pytest.fail("the status needs no network"))
+    for module in (training, training_networks):
+        monkeypatch.setattr(module, "build_trunk", lambda *a: pytest.fail("the status needs no network"))
     status = Training(changed(small_run, trunk__name="alexnet"), tmp_path / "run", torch.device("cpu")).status()
     assert [stage.done for stage in status] == [0] * 6
     assert list(tmp_path.iterdir()) == []

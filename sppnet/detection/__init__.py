@@ -15,6 +15,7 @@
     detector              rooms 1 to 4 and 6 to 8 at test time, on one screen
     plan                  which data a run uses, and where each stage keeps its artifacts
     stages                what is there of each stage, and what would be done
+    training_networks     the trunk and the head of a training run, as far as its stages have made them
     training              rooms 1 to 7, on one screen; every stage resumes
     testing               a split: detections, evaluation, files
     folder_detection      any images: pictures, detections.json, detections.csv

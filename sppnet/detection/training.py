@@ -9,46 +9,28 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.classification.multisize import pretrain_network
-from sppnet.config import Config, SVMSettings, dump_config
+from sppnet.config import Config, dump_config
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import extract_images, maps_path
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MiningState, mine_detectors
-from sppnet.detection.linear_svm import LinearDetectors, mean_norm_scale
+from sppnet.detection.linear_svm import LinearDetectors
 from sppnet.detection.plan import RunPlan, load_run_data
 from sppnet.detection.proposals import make_proposer, propose_images, read_windows, windows_path
 from sppnet.detection.stages import STAGES, StageError, StageReport, StageStatus, duration, stage_status, stage_table
-from sppnet.detection.training_windows import (
-    FinetuneWindows,
-    MiningWindows,
-    TrainingWindows,
-    find_box_examples,
-    pool_box_examples,
-    sample_norms,
-)
-from sppnet.detection.window_features import Features, FrozenHead, pool_cells
+from sppnet.detection.training_networks import TrainingNetworks
+from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.evaluation.proposals import proposal_recall
-from sppnet.network.sppnet import (
-    Layer,
-    SPPHead,
-    build_head,
-    copy_fc,
-    load_head_checkpoint,
-    load_pretrained_fc,
-    pooled_size,
-)
+from sppnet.network.sppnet import SPPHead
 from sppnet.network.trunks import Trunk, build_trunk
-from sppnet.network.weights import load_weight_file, torchvision_state
 from sppnet.records import ImageRecord
 from sppnet.store import read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors, write_text
 
@@ -91,6 +73,15 @@ class Training:
         self.config, self.device, self.progress = config, device, progress
         self.plan = RunPlan(root, config, load_run_data(config))
         self.classes = self.plan.data.classes
+        self.networks = TrainingNetworks(self.plan, device)
+
+    @property
+    def trunk(self) -> Trunk:
+        return self.networks.trunk
+
+    def head(self) -> SPPHead:
+        """The head whose features are used: fine-tuned, or as it was initialised."""
+        return self.networks.head()
 
     def status(self) -> list[StageStatus]:
         """The stages in order, with what is there of each. Reads no weights and writes nothing."""
@@ -105,9 +96,9 @@ class Training:
         regressors = [self._regressor_path(label) for label in range(len(self.classes))]
         return [
             stage_status("propose", plan.windows, windows),
-            stage_status("pretrain", plan.pretrain, [self._network_path], no_pretrain),
+            stage_status("pretrain", plan.pretrain, [self.networks.pretrained_path], no_pretrain),
             stage_status("extract", plan.maps, maps),
-            stage_status("finetune", plan.finetune, [self._head_path], no_head, "checkpoint.safetensors"),
+            stage_status("finetune", plan.finetune, [self.networks.head_path], no_head, "checkpoint.safetensors"),
             stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
             stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
@@ -121,10 +112,10 @@ class Training:
             return
         if not self.config.pretrain.enabled:
             _ = self.trunk
-        elif not self._network_path.exists():
+        elif not self.networks.pretrained_path.exists():
             build_trunk(self.config.trunk)
-        if self.config.head.init != "random" and not self._head_path.exists():
-            self._started_head()
+        if self.config.head.init != "random" and not self.networks.head_path.exists():
+            self.networks.started_head()
 
     def redone(self, only: Sequence[str], force: Sequence[str]) -> tuple[str, ...]:
         """The stages to delete before `only` run: those in `force` among them, and all that rest on these."""
@@ -185,38 +176,39 @@ class Training:
 
     # 0. a trunk without pretrained weights learns from crops of the objects
     def _pretrain(self) -> str:
-        if self._network_path.exists():
+        if self.networks.pretrained_path.exists():
             return "reused"
         trunk = build_trunk(self.config.trunk, self.config.pretrain.seed).to(self.device)
         network, summary = pretrain_network(trunk, self.plan.data.train, self.classes, self.config, self.progress)
         if distributed.is_main():
-            write_tensors(self._network_path, network.state_dict())
+            write_tensors(self.networks.pretrained_path, network.state_dict())
         distributed.barrier()
         return summary
 
     # 2. the map of every image, and of its mirror image for fine-tuning
     def _extract(self) -> str:
-        plan, settings = self.plan, self.config.maps
+        plan, settings, trunk = self.plan, self.config.maps, self.trunk
         flipped = {record.id for record in self._flipped()}
         straight = [r for r in [*plan.data.train, *plan.validation] if r.id not in flipped]
-        done = [extract_images(straight, self.trunk, settings, plan.maps, False, self.progress)] if straight else []
+        done = [extract_images(straight, trunk, settings, plan.maps, False, self.progress)] if straight else []
         if flipped:
-            done.append(extract_images(self._flipped(), self.trunk, settings, plan.maps, True, self.progress))
+            done.append(extract_images(self._flipped(), trunk, settings, plan.maps, True, self.progress))
         computed, reused = sum(d.computed for d in done), sum(d.reused for d in done)
         return f"{computed} maps computed, {reused} reused, {sum(d.gigabytes for d in done):.2f} GB"
 
     # 5. fc6 and fc7
     def _finetune(self) -> str:
-        if self._head_path.exists():
+        networks = self.networks
+        if networks.head_path.exists():
             return "reused"
-        head = self._initial_head()
-        train = FinetuneWindows(self._source(train=True), self.config.finetune.flip)
-        validation = FinetuneWindows(self._source(train=False), flips=False)
+        head = networks.initial_head()
+        train = FinetuneWindows(networks.windows(train=True), self.config.finetune.flip)
+        validation = FinetuneWindows(networks.windows(train=False), flips=False)
         done = finetune_head(
             head, train, validation, len(self.classes), self.config.finetune, self.plan.finetune, self.progress
         )
         if distributed.is_main():
-            write_tensors(self._head_path, head.state_dict())
+            write_tensors(networks.head_path, head.state_dict())
             (self.plan.finetune / "checkpoint.safetensors").unlink(missing_ok=True)
         distributed.barrier()
         return (
@@ -230,10 +222,10 @@ class Training:
         if target.exists():
             return "reused"
         if distributed.is_main():
-            settings = self.config.svm
-            source, features = self._source(train=True), self._features(settings.layer)
+            settings, networks = self.config.svm, self.networks
+            source, features = networks.windows(train=True), networks.features(settings.layer)
             state = MiningState.from_arrays(read_arrays(checkpoint)) if checkpoint.exists() else None
-            scale = state.scale if state is not None else self._scale(features, settings.feature_norm, settings)
+            scale = state.scale if state is not None else networks.scale(features, settings.feature_norm, settings)
             mined = mine_detectors(
                 MiningWindows(source, features),
                 self.classes,
@@ -258,112 +250,23 @@ class Training:
         done = next((path for path in paths if path.exists()), None)
         counts = []
         if distributed.is_main() and missing:
-            settings = self.config.boxes
-            source, features = self._source(train=True), self._features(settings.layer)
+            settings, networks = self.config.boxes, self.networks
+            source, features = networks.windows(train=True), networks.features(settings.layer)
             # On a GPU the mean norm may differ in its last digits, but all classes must have the same.
-            scale = float(read_tensors(done)["scale"]) if done else self._scale(features, settings.feature_norm)
+            scale = float(read_tensors(done)["scale"]) if done else networks.scale(features, settings.feature_norm)
             examples = find_box_examples(source)
             for label in tqdm(missing, desc="box regression", unit="class", disable=None if self.progress else True):
                 own = examples[label]
-                rows = pool_box_examples(source, own, self._width(settings.layer), features)
+                rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor: BoxRegressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
                 write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
                 counts.append(len(rows))
         distributed.barrier()
         return f"{len(missing)} classes fitted on {sum(counts)} windows, {len(self.classes) - len(missing)} reused"
 
-    @cached_property
-    def trunk(self) -> Trunk:
-        settings = self.config.trunk
-        if not self.config.pretrain.enabled:
-            return build_trunk(settings).to(self.device)
-        weights = settings.weights.model_copy(update={"source": "random"})
-        trunk = build_trunk(settings.model_copy(update={"weights": weights}))
-        state = self._pretrained()
-        trunk.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("trunk.")})
-        return trunk.to(self.device)
-
-    def head(self) -> SPPHead:
-        """The head whose features are used: fine-tuned, or as it was initialised."""
-        if not self.plan.uses_trained_head:
-            return self._initial_head()
-        head = self._new_head()
-        head.load_state_dict(read_tensors(self._need(self._head_path, "finetune")))
-        return head.to(self.device)
-
-    def _initial_head(self) -> SPPHead:
-        head = self._started_head()
-        if self.config.head.input_norm is not None:
-            head.input_scale.fill_(self._scale(self._features("pool"), self.config.head.input_norm))
-        return head.to(self.device)
-
-    def _started_head(self) -> SPPHead:
-        """A new head with fc6 and fc7 from where head.init says, on the CPU."""
-        config, head = self.config, self._new_head()
-        if config.pretrain.enabled and config.head.init == "random":
-            copy_fc(head, self._pretrained(), "the pretrained network")
-        elif config.head.init == "checkpoint":
-            load_head_checkpoint(head, config.head)
-        elif config.head.init == "imagenet":
-            weights = config.trunk.weights
-            file = weights.file if weights.source == "file" else None
-            state = load_weight_file(file) if file is not None else torchvision_state(config.trunk.name)
-            load_pretrained_fc(head, state, config.trunk.name, self.trunk.channels, config.pyramid.levels)
-        return head
-
-    def _new_head(self) -> SPPHead:
-        config, outputs = self.config, len(self.classes) + 1
-        return build_head(self.trunk.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed)
-
-    def _pretrained(self) -> dict[str, Tensor]:
-        return read_tensors(self._need(self._network_path, "pretrain"))
-
-    def _need(self, path: Path, stage: str) -> Path:
-        if not path.exists():
-            raise StageError(
-                f"{path}: the {stage} stage is not complete for these settings; "
-                f"run `sppnet train` without --only, or {stage} first"
-            )
-        return path
-
-    def _source(self, train: bool) -> TrainingWindows:
-        records = self.plan.data.train if train else self.plan.validation
-        return TrainingWindows(
-            records, self.classes, self.plan.windows, self.plan.maps, self.trunk.geometry, self.config, self.device
-        )
-
     def _flipped(self) -> list[ImageRecord]:
         """The training images whose mirror images fine-tuning needs too."""
         return self.plan.data.train if self.plan.uses_trained_head and self.config.finetune.flip else []
-
-    def _features(self, layer: Layer) -> Features:
-        if layer == "pool":
-            return lambda maps, where: pool_cells(maps, where, self.config.pyramid.levels)
-        frozen = FrozenHead(self.head(), self.config.pyramid.levels, self.config.detect.precision)
-        return lambda maps, where: frozen.features(maps, where, layer)
-
-    def _width(self, layer: Layer) -> int:
-        sizes = {"fc6": self.config.head.fc6, "fc7": self.config.head.fc7}
-        return sizes.get(layer) or pooled_size(self.trunk.channels, self.config.pyramid.levels)
-
-    def _scale(self, features: Features, target: float, sample: SVMSettings | None = None) -> float:
-        """The factor that gives features the mean norm `target`, from a sample of images and windows.
-
-        `sample` gives its size; by default it is the release's, so that only the SVMs depend on svm.norm_*.
-        """
-        size = sample or SVMSettings()
-        norms = sample_norms(self._source(train=True), features, size.norm_images, size.norm_windows)
-        if not len(norms):
-            raise StageError("no training image has a window; check proposals.min_side and the images")
-        return mean_norm_scale(norms, target)
-
-    @property
-    def _network_path(self) -> Path:
-        return self.plan.pretrain / "network.safetensors"
-
-    @property
-    def _head_path(self) -> Path:
-        return self.plan.finetune / "head.safetensors"
 
     def _regressor_path(self, label: int) -> Path:
         return self.plan.boxes / f"class-{label:03d}.safetensors"
