@@ -1,0 +1,382 @@
+"""Compression: the nearest layers of a rank, in a detector that is saved, loaded and tested like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from doubles import random_maps
+from pipeline import SmallRun, copied, modified, random_windows, refused, run_command
+
+import sppnet
+from sppnet.config import HeadSettings
+from sppnet.detection import compression
+from sppnet.detection.compression import (
+    CompressionError,
+    compress_detector,
+    compress_head,
+    compress_run,
+    energy_kept,
+    factorise,
+)
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.window_features import FrozenHead, WindowCells, pool_cells
+from sppnet.network.sppnet import SPPHead, build_head
+from sppnet.store import StoreError
+
+LEVELS = (1, 2, 3)
+FC6, FC7 = 12, 7  # ranks of `head()`, below the largest useful ones
+
+
+def random_matrix(*size: int, seed: int = 0) -> torch.Tensor:
+    """Singular values that fall, as those of a trained layer do."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator) * 0.8 ** torch.arange(size[1])
+
+
+def head(seed: int = 0) -> SPPHead:
+    """42 pooled features -> 20 -> 16, with weights and biases that matter."""
+    made = build_head(3, LEVELS, 4, HeadSettings(fc6=20, fc7=16), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    made.input_scale.fill_(0.5)
+    return made
+
+
+def of_rank(made: SPPHead, fc6: int, fc7: int) -> SPPHead:
+    """The same head with weights that have these ranks exactly."""
+    with torch.no_grad():
+        for layer, rank in ((made.fc6, fc6), (made.fc7, fc7)):
+            u, s, vt = torch.linalg.svd(layer.weight, full_matrices=False)
+            layer.weight.copy_(u[:, :rank] * s[:rank] @ vt[:rank])
+    return made
+
+
+def pooled(count: int = 30) -> torch.Tensor:
+    return torch.randn(count, 42, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def run(small_run, tmp_path) -> SmallRun:
+    return copied(small_run, tmp_path / "run")
+
+
+# ---- the factors ---------------------------------------------------------------------------------------------------
+
+SIZES = [(8, 30), (30, 8), (12, 12)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_the_product_of_the_factors_is_that_of_the_truncated_svd(size, rank):
+    weight = random_matrix(*size)
+    first, second = factorise(weight, rank)
+    assert (first.shape, second.shape) == ((rank, size[1]), (size[0], rank))
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    expected = (u[:, :rank] * s[:rank] @ vt[:rank]).float()
+    torch.testing.assert_close(second @ first, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_the_error_is_the_tail_of_the_singular_values_and_the_energy_their_head(size, rank):
+    weight = random_matrix(*size).double()
+    first, second = factorise(weight, rank)
+    squares = torch.linalg.svdvals(weight).square()
+    assert float((weight - second @ first).square().sum()) == pytest.approx(float(squares[rank:].sum()))
+    assert energy_kept(weight, first, second) == pytest.approx(float(squares[:rank].sum() / squares.sum()))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_full_rank_gives_the_matrix_back(size):
+    weight = random_matrix(*size)
+    first, second = factorise(weight, min(size))
+    torch.testing.assert_close(second @ first, weight, rtol=1e-5, atol=1e-6)
+    assert energy_kept(weight, first, second) == pytest.approx(1)
+
+
+def test_singular_values_over_six_decades_lose_nothing_in_float32():
+    """Gram matrices square them, to twelve decades; float64 has sixteen."""
+    u, v = (torch.linalg.qr(random_matrix(40, 40, seed=seed).double())[0] for seed in (1, 2))
+    values = torch.logspace(0, -6, 40, dtype=torch.float64)
+    weight = (u * values) @ v.T
+    first, second = factorise(weight, 39)
+    assert float(torch.linalg.matrix_norm(weight - second @ first)) == pytest.approx(float(values[-1]), rel=1e-3)
+
+
+def test_a_layer_of_zeros_keeps_its_zeros():
+    first, second = factorise(torch.zeros(5, 9), 2)
+    assert torch.equal(second @ first, torch.zeros(5, 9))
+    assert energy_kept(torch.zeros(5, 9), first, second) == 1
+
+
+# ---- the head ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [{"fc6": FC6}, {"fc7": FC7}, {"fc6": FC6, "fc7": FC7}], ids=str)
+def test_layers_that_have_the_rank_already_compute_the_same(ranks):
+    whole = of_rank(head(), FC6, FC7)
+    thin = compress_head(whole, **ranks)
+    assert thin.ranks == ranks
+    with torch.no_grad():
+        for layer in ("pool", "fc6", "fc7"):
+            torch.testing.assert_close(thin.features(pooled(), layer), whole.features(pooled(), layer))
+        torch.testing.assert_close(thin(pooled()), whole(pooled()))
+
+
+def test_lower_ranks_are_two_products_without_a_nonlinearity_between():
+    whole = head()
+    thin = compress_head(whole, 5, 4)
+    with torch.no_grad():
+        hidden = 0.5 * pooled()
+        for linear, rank in ((whole.fc6, 5), (whole.fc7, 4)):
+            u, s, vt = torch.linalg.svd(linear.weight)
+            weight = u[:, :rank] * s[:rank] @ vt[:rank]
+            hidden = torch.relu(hidden @ weight.T + linear.bias)
+        torch.testing.assert_close(thin.features(pooled(), "fc7"), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_the_original_head_stays_as_it_is_and_shares_nothing():
+    whole = head()
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    thin = compress_head(whole, FC6, 0)
+    with torch.no_grad():
+        for parameter in thin.parameters():
+            parameter.add_(1)
+    assert whole.ranks == {}
+    assert whole.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_compression_leaves_the_random_numbers_of_others_alone():
+    state = torch.random.get_rng_state()
+    compress_head(head(), FC6, FC7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+MAPS = random_maps((8, 9), (15, 14), sides=(96.0, 192.0), image_size=(120, 100))
+
+
+def cells(count: int) -> WindowCells:
+    """Windows on either map, some of them of one cell."""
+    rng = np.random.default_rng(count)
+    corner = rng.integers(0, 4, (count, 2))
+    return WindowCells(np.arange(count) % 2, np.concatenate([corner, corner + rng.integers(1, 5, (count, 2))], axis=1))
+
+
+@pytest.mark.parametrize("layer", ["pool", "fc6", "fc7"])
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_a_frozen_compressed_head_computes_what_the_head_does(layer, count):
+    thin = compress_head(head(), FC6, FC7)
+    features = FrozenHead(thin, LEVELS).features(MAPS, cells(count), layer)
+    with torch.no_grad():
+        expected = thin.features(pool_cells(MAPS, cells(count), LEVELS), layer)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    rough = FrozenHead(thin, LEVELS, "bfloat16").features(MAPS, cells(count), layer)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, features, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"fc6": FC6, "fc7": FC7}], ids=str)
+def test_a_frozen_head_does_not_follow_any_later_change(ranks):
+    made = compress_head(head(), **ranks) if ranks else head()
+    frozen = FrozenHead(made, LEVELS)
+    before = frozen.features(MAPS, cells(9), "fc7")
+    with torch.no_grad():
+        for tensor in made.state_dict().values():
+            tensor.mul_(2)
+    assert torch.equal(frozen.features(MAPS, cells(9), "fc7"), before)
+
+
+def test_ranks_up_to_the_one_that_saves_work_are_taken():
+    """fc7 of 20 inputs and 16 outputs: 320 products whole, 36 a rank, so 8 saves work and 9 does not."""
+    assert compress_head(head(), fc7=8).ranks == {"fc7": 8}
+    for rank in (9, 16, 17, 10**9):
+        with pytest.raises(CompressionError, match=rf"--fc7 {rank}: expected 1 to 8, the largest rank that saves work"):
+            compress_head(head(), fc7=rank)
+    with pytest.raises(CompressionError, match=r"--fc6 -1: expected 1 to 13, .*42 inputs and 20 outputs; 0 leaves it"):
+        compress_head(head(), fc6=-1)
+
+
+def test_a_square_rank_that_costs_as_much_as_the_layer_is_refused():
+    made = build_head(3, LEVELS, 4, HeadSettings(fc6=16, fc7=16))
+    with pytest.raises(CompressionError, match="--fc7 8: expected 1 to 7"):  # 8 · (16 + 16) = 16 · 16
+        compress_head(made, fc7=8)
+
+
+def test_a_layer_too_small_for_any_rank_is_named():
+    tiny = build_head(3, (1,), 4, HeadSettings(fc6=9, fc7=1))
+    with pytest.raises(CompressionError, match=r"fc7 \(9 -> 1\) is too small to compress; leave out --fc7"):
+        compress_head(tiny, fc7=1)
+
+
+@pytest.mark.parametrize("ranks", [(None, None), (0, 0), (None, 0)])
+def test_at_least_one_layer_must_be_named(ranks):
+    with pytest.raises(CompressionError, match="no layer to compress; give --fc6 RANK, --fc7 RANK or both"):
+        compress_head(head(), *ranks)
+
+
+def test_a_compressed_layer_is_not_compressed_again():
+    once = compress_head(head(), fc6=5)
+    with pytest.raises(CompressionError, match="fc6 is compressed already, to rank 5; compress the detector it was"):
+        compress_head(once, fc6=3)
+    assert compress_head(once, fc7=4).ranks == {"fc6": 5, "fc7": 4}
+
+
+# ---- the detector --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [(6, 5), (6, 0), (0, 5)])
+def test_a_compressed_run_is_loaded_as_it_was_made(run, ranks):
+    detector = SPPDetector.load(run.root)
+    done = compress_run(run.root, *ranks)
+    again = SPPDetector.load(done.folder)
+    assert again.head.ranks == {name: rank for name, rank in zip(("fc6", "fc7"), ranks, strict=True) if rank}
+    assert json.loads((done.folder / "detector/detector.json").read_text())["ranks"] == again.head.ranks
+    assert again.digest() == compress_detector(detector, *ranks).digest() != detector.digest()
+    assert again.config == detector.config
+    image = sppnet.read_image(run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+    windows = random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
+    maps = detector.embed(image)
+    scores = detector.score(maps, windows)
+    assert np.array_equal(again.score(maps, windows), compress_detector(detector, *ranks).score(maps, windows))
+    assert not np.array_equal(again.score(maps, windows), scores)
+    assert all(map(torch.equal, again.regressors.to_tensors().values(), detector.regressors.to_tensors().values()))
+
+
+def test_a_detector_with_layers_of_low_rank_scores_the_same_compressed(run):
+    detector = SPPDetector.load(run.root)
+    of_rank(detector.head, 6, 5)
+    image = sppnet.read_image(run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+    windows = random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
+    maps = detector.embed(image)
+    thin = compress_detector(detector, 6, 5)
+    np.testing.assert_allclose(thin.score(maps, windows), detector.score(maps, windows), rtol=1e-3, atol=1e-4)
+
+
+def test_whole_detectors_are_described_as_before(run):
+    assert "ranks" not in json.loads((run.root / "detector/detector.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [7, None, [6], {"fc6": "6"}, {"fc6": 0}, {"fc6": True}, {"fc6": 5}, {}])
+def test_damaged_ranks_are_refused(run, ranks):
+    folder = compress_run(run.root, fc6=6).folder
+    path = folder / "detector/detector.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": ranks}))
+    with pytest.raises(StoreError, match=r"detector\.json: damaged, or from another version of sppnet"):
+        SPPDetector.load(folder)
+
+
+def test_layers_that_the_detector_does_not_use_are_not_compressed(run):
+    detector = SPPDetector.load(run.root)
+    for layer, names, used in (
+        ("pool", ("fc6", "fc7"), "pool features"),
+        ("fc6", ("fc7",), "fc6 and pool features"),
+    ):
+        svm = detector.config.svm.model_copy(update={"layer": layer})
+        object.__setattr__(detector, "config", detector.config.model_copy(update={"svm": svm}))
+        for name in names:
+            with pytest.raises(
+                CompressionError, match=f"{name} is not used by this detector, which takes {used}; leave out --{name}"
+            ):
+                compress_detector(detector, **{name: 5})
+    assert compress_detector(detector, fc6=5).head.ranks == {"fc6": 5}
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_run_stays_as_it_is_and_its_windows_are_not_searched_again(run, tmp_path):
+    before = modified(run.root)
+    folder = compress_run(run.root, 6, 5, tmp_path / "thin").folder
+    assert modified(run.root) == before
+    windows = {path for path in before if path.startswith("propose-") and path.endswith(".npz")}
+    assert windows
+    assert {path for path in modified(folder) if not path.startswith("detector/")} == windows
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_windows_are_copied_where_they_cannot_be_linked(run, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(compression.os, "link", refuse)
+    folder = compress_run(run.root, 6, 5, tmp_path / "thin").folder
+    for path in folder.glob("propose-*/**/*.npz"):
+        assert path.read_bytes() == (run.root / path.relative_to(folder)).read_bytes()
+    assert len(list(folder.glob("propose-*/**/*.npz"))) == len(list(run.root.glob("propose-*/**/*.npz"))) > 0
+
+
+def test_an_interrupted_compression_leaves_no_folder_and_can_be_repeated(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "_share_windows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress_run(run.root, 6, 5, tmp_path / "thin")
+    assert not (tmp_path / "thin").exists()
+    compress_run(run.root, 6, 5, tmp_path / "thin")
+    assert SPPDetector.load(tmp_path / "thin").head.ranks == {"fc6": 6, "fc7": 5}
+
+
+def test_a_folder_that_holds_something_is_refused_and_an_empty_one_taken(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert compress_run(run.root, 6, 5, tmp_path / "empty").folder == tmp_path / "empty"
+    (tmp_path / "file").touch()
+    for taken in (tmp_path / "empty", run.root, tmp_path / "file"):
+        with pytest.raises(CompressionError, match=rf"{taken.name}: exists already; delete it or choose another --out"):
+            compress_run(run.root, 6, 5, taken)
+
+
+def test_the_detector_folder_alone_can_be_compressed(run, tmp_path):
+    shutil.copytree(run.root / "detector", tmp_path / "elsewhere")
+    assert SPPDetector.load(compress_run(tmp_path / "elsewhere", fc7=5).folder).head.ranks == {"fc7": 5}
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_was_kept_and_what_is_saved(run):
+    inputs = SPPDetector.load(run.root).head.fc6.in_features
+    result = run_command("compress", run.root, "--fc6", 6, "--fc7", 5, "--device", "cpu")
+    folder = run.root / "compressed-fc6-6-fc7-5"
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].startswith(f"fc6 ({inputs} -> 16): rank 6 keeps ")
+    assert lines[1].startswith("fc7 (16 -> 16): rank 5 keeps ")
+    whole, thin = 16 * (inputs + 16), 6 * (inputs + 16) + 5 * 32
+    assert lines[2] == f"fc6 and fc7: {whole + 32:,} -> {thin + 32:,} parameters"
+    assert lines[3] == f"{whole:,} -> {thin:,} multiply-adds a window, {whole / thin:.1f} times fewer"
+    assert lines[4] == f"compressed detector in {folder}; next: sppnet eval {folder}"
+
+
+def test_a_layer_left_out_or_zero_stays_whole(run):
+    for options, name in ((["--fc7", 5], "compressed-fc7-5"), (["--fc6", 0, "--fc7", 4], "compressed-fc7-4")):
+        result = run_command("compress", run.root, *options)
+        assert "-> 16): whole\n" in result.out
+        assert set(SPPDetector.load(run.root / name).head.ranks) == {"fc7"}
+
+
+def test_eval_and_detect_take_the_compressed_folder_for_a_run(run, tmp_path):
+    run_command("compress", run.root, "--fc6", 6, "--fc7", 5, "--out", tmp_path / "thin")
+    before = modified(run.root)
+    result = run_command("eval", tmp_path / "thin")
+    assert result.status == 0, result.err
+    assert result.out.startswith("windows: 38 an image")  # those that were imported for the run
+    assert (tmp_path / "thin/results/SHAPES-test/metrics.json").is_file()
+    picture = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
+    assert run_command("detect", tmp_path / "thin", picture, "--out", tmp_path / "found").status == 0
+    assert (tmp_path / "found/detections.json").is_file()
+    assert modified(run.root) == before
+
+
+def test_mistakes_on_the_command_line_are_named(run, tmp_path):
+    assert refused("compress", run.root) == "no layer to compress; give --fc6 RANK, --fc7 RANK or both"
+    assert refused("compress", run.root, "--fc7", 8).startswith("--fc7 8: expected 1 to 7, the largest rank")
+    assert "holds no trained detector" in refused("compress", tmp_path / "none", "--fc7", 5)
+    assert refused("compress", run.root, "--fc7", 5, "--out", run.root).endswith("choose another --out")
