@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sppnet import distributed
+from sppnet.benchmark import run_benchmark
 from sppnet.config import Config, ConfigError, load_config
 from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
@@ -116,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--metric", choices=("11point", "area"), default="11point")
     score.add_argument("--iou", type=float, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    bench = _command(commands, "benchmark", "how fast it is here: a profile of detection, and peers", _benchmark)
+    bench.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a trained run (default: random AlexNet)")
+    bench.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="default: one generated picture")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each image (default: 5)")
+    bench.add_argument("--rcnn", type=int, default=0, metavar="N", help="the trunk on N windows too, as in R-CNN")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_device(bench)
 
     demo = _command(commands, "demo", "train, evaluate and detect on generated pictures, in minutes", _demo)
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR")
@@ -245,6 +254,12 @@ def _score(options: argparse.Namespace) -> int:
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
     print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    result = run_benchmark(options.run, options.images, _device(options), options.rounds, options.rcnn)
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
     return 0
 
 

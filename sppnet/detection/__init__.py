@@ -20,6 +20,7 @@
     testing               a split: detections, evaluation, files
     folder_detection      any images: pictures, detections.json, detections.csv
     compression           truncated SVD of fc6 and fc7: a faster detector
+    profiling             where the time of one image goes
 
 Boxes and windows are numpy arrays, features are torch tensors.
 """
