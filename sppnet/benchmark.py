@@ -53,7 +53,7 @@ class Comparison:
     def row(self, name: str) -> str:
         equal = {None: "", True: "  bit-equal", False: "  RESULTS DIFFER"}[self.equal]
         pair = f"{1e3 * self.ours:9.1f} ms {1e3 * self.peer:9.1f} ms"
-        return f"{name:<48}{pair} {self.ratio:8.1f} × ({self.lowest:.1f} to {self.highest:.1f}){equal}"
+        return f"{name:<50}{pair} {self.ratio:8.1f} × ({self.lowest:.1f} to {self.highest:.1f}){equal}"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class WarpedTrunk:
     timed: int
     windows: int
 
-    def row(self) -> str:
-        name = f"maps; trunk on windows of {RCNN_SIDE} px, as R-CNN"
-        return f"{self.comparison.row(name)}, {self.timed} of {self.windows} windows timed and scaled up"
+    def rows(self) -> list[str]:
+        note = f"{self.timed:,} of {self.windows:,} timed and scaled up; without a head, so a lower bound"
+        row = self.comparison.row("maps; trunk alone on every window, as R-CNN does")
+        return [row, f"{'':<8}(windows warped to {RCNN_SIDE} px, {note})"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Benchmark:
 
     def table(self) -> str:
         p = self.profile
-        windows = f"{p.images} × {p.rounds} runs; {p.windows:,.0f} windows, {p.distinct:,.0f} on different cells"
+        windows = f"{p.rounds} runs of each; {p.windows:,.0f} windows, {p.distinct:,.0f} on different cells"
         parts = (self.machine.rows(), [self.detector, f"{self.images}, {windows}"], p.rows(), _peer_rows(self))
         return "\n\n".join("\n".join(part) for part in parts)
 
@@ -127,7 +128,7 @@ def measure(
     pooling = compare_pooling(detector, image, windows, rounds) if len(windows) else None
     search = compare_search(detector, image, rounds)
     warped = time_warped(detector, image, windows, rcnn, rounds) if rcnn and len(windows) else None
-    return Benchmark(measure_machine(detector.device, __version__, rounds), *names, profile, pooling, search, warped)
+    return Benchmark(measure_machine(detector.device, __version__), *names, profile, pooling, search, warped)
 
 
 def compare_pooling(
@@ -274,10 +275,10 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 
 def _peer_rows(benchmark: Benchmark) -> list[str]:
     """One line for each comparison, on the first image."""
-    rows = [f"{'the first image':<48}{'sppnet':>12} {'peer':>12} {'ratio':>10}"]
+    rows = [f"{'the first image':<50}{'sppnet':>12} {'peer':>12} {'ratio':>10}"]
     if benchmark.pooling is not None:
         rows.append(benchmark.pooling.row("pooling; torchvision's roi_pool, once per level"))
     rows.append(benchmark.search.row("selective search; OpenCV's, one core each"))
     if benchmark.rcnn is not None:
-        rows.append(benchmark.rcnn.row())
+        rows += benchmark.rcnn.rows()
     return rows

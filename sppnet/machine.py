@@ -39,7 +39,7 @@ class Machine:
         ]
 
 
-def measure_machine(device: torch.device, sppnet_version: str, rounds: int = 5) -> Machine:
+def measure_machine(device: torch.device, sppnet_version: str, rounds: int = 7) -> Machine:
     """Measured on `device`, each figure the median of `rounds` after one to warm up."""
     side, copied = ON_GPU if device.type == "cuda" else ON_CPU
     source = torch.ones(copied // 4, device=device)

@@ -164,7 +164,17 @@ def test_an_image_without_windows_has_a_profile_but_no_pooling(detector, photo):
 def test_the_command_prints_a_table_or_json(small_run, photo):
     shown = run_command("benchmark", small_run.root, "--images", photo, "--rounds", 1, "--rcnn", 2, "--device", "cpu")
     assert shown.status == 0, shown.err
-    for text in ("GFLOP/s", "feature maps", "fc6", "file to detections", "bit-equal", "OpenCV's", "as R-CNN", "1 × 1"):
+    for text in (
+        "GFLOP/s",
+        "feature maps",
+        "fc6",
+        "file to detections",
+        "bit-equal",
+        "OpenCV's",
+        "as R-CNN",
+        "2 of",
+        "1 runs of each",
+    ):
         assert text in shown.out
     printed = run_command("benchmark", small_run.root, "--images", photo, "--rounds", 1, "--json", "--device", "cpu")
     values = json.loads(printed.out)
