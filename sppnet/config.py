@@ -183,6 +183,9 @@ class SVMSettings(Settings):
     bias_multiplier: Rate = 10.0  # release
     positive_weight: Rate = 2.0  # release
     negative_overlap: Overlap = 0.3  # sec. 4.1: negatives have IoU < 0.3 with every object of the class
+    # sec. 4.1: 1, only the objects' own windows are positives. Below 1 (ours) proposals with at least this IoU are too:
+    # box regression then finds better placed windows at the top.
+    positive_overlap: Overlap = 1.0
     duplicates: Literal["cells", "overlap"] = "cells"  # release; paper: drop negatives above 0.7
     duplicate_overlap: Overlap = 0.7  # sec. 4.1, where duplicates = "overlap"
     feature_norm: Rate = 20.0  # release: mean norm of the scaled features
@@ -193,10 +196,19 @@ class SVMSettings(Settings):
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
     epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
     cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the cached features of all classes
-    max_positives: int = Field(20_000, ge=1)  # ours: bound on the objects per class, drawn evenly
+    max_positives: int = Field(20_000, ge=1)  # ours: bound on the positives per class, drawn evenly
     tolerance: float = Field(1e-3, gt=0)  # ours: liblinear stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _positives_are_no_negatives(self) -> SVMSettings:
+        if self.positive_overlap < self.negative_overlap:
+            raise ValueError(
+                f"positive_overlap={self.positive_overlap} makes positives of windows that negative_overlap="
+                f"{self.negative_overlap} makes negatives of; set positive_overlap to at least negative_overlap"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evicts_below_what_it_mines(self) -> SVMSettings:

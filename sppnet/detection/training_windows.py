@@ -63,8 +63,10 @@ class TrainingWindows:
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
-        labels = np.array([self.classes.index(name) for name in annotation.names], np.int64)
-        return ImageWindows(windows, labels, class_overlaps(windows, annotation, self.classes))
+        return ImageWindows(windows, self.labels(annotation), class_overlaps(windows, annotation, self.classes))
+
+    def labels(self, annotation: Annotation) -> NDArray[np.int64]:
+        return np.array([self.classes.index(name) for name in annotation.names], np.int64)
 
     def maps(self, index: int, flip: bool = False) -> FeatureMaps:
         return read_maps(self.maps_folder, self.records[index], flip).to(self.device)
@@ -110,22 +112,38 @@ class MiningWindows:
 
     def read(self, index: int) -> MiningImage:
         source = self._source
-        found = source.image_windows(index)
         maps = source.maps(index)
-        count = len(found.objects)
-        proposals = source.cells(maps, found.windows[count:])
-        kept, _ = merge_windows(proposals.scale_index, proposals.cells)
-        rows = np.concatenate([np.arange(count), count + kept])
-        features = self._features(maps, source.cells(maps, found.windows[rows]))
-        labels = np.concatenate([found.objects, np.full(len(kept), -1)]).astype(np.int64)
-        return MiningImage(features, found.overlaps[rows], labels, found.windows[rows])
+        found = self._distinct(source.image_windows(index), maps)
+        features = self._features(maps, source.cells(maps, found.windows))
+        labels = np.full(len(found.windows), -1, np.int64)
+        labels[: len(found.objects)] = found.objects
+        return MiningImage(features, found.overlaps, labels, found.windows)
 
     def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64]]:
-        source = self._source
-        annotation = source.annotation(index)
-        labels = np.array([source.classes.index(name) for name in annotation.names], np.int64)
+        """The objects' own windows; where svm.positive_overlap is below 1, then the proposals that cover one so far."""
+        source, threshold = self._source, self._source.config.svm.positive_overlap
         maps = source.maps(index)
-        return self._features(maps, source.cells(maps, annotation.boxes)), labels
+        if threshold == 1:
+            annotation = source.annotation(index)
+            return self._features(maps, source.cells(maps, annotation.boxes)), source.labels(annotation)
+        found = self._distinct(source.image_windows(index), maps)
+        rows, labels = positive_rows(found, threshold)
+        return self._features(maps, source.cells(maps, found.windows[rows])), labels
+
+    def _distinct(self, found: ImageWindows, maps: FeatureMaps) -> ImageWindows:
+        """The objects, and one of the proposals on each distinct window of cells."""
+        count = len(found.objects)
+        proposals = self._source.cells(maps, found.windows[count:])
+        kept, _ = merge_windows(proposals.scale_index, proposals.cells)
+        rows = np.concatenate([np.arange(count), count + kept])
+        return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows])
+
+
+def positive_rows(found: ImageWindows, threshold: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and classes of the objects' own windows, then of the proposals with IoU >= `threshold` with an object."""
+    count = len(found.objects)
+    near, classes = np.nonzero(found.overlaps[count:] >= threshold)
+    return np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
 
 
 def sample_norms(source: TrainingWindows, features: Features, images: int, windows: int) -> NDArray[np.float32]:
