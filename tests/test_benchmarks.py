@@ -1,0 +1,152 @@
+"""What the benchmarks compute beside their timings is right; none of them is timed here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """A benchmark as a module; they are scripts, not a package."""
+    own = f"benchmark_{name}"
+    if own not in sys.modules:
+        spec = importlib.util.spec_from_file_location(own, FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[own] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[own])
+    return sys.modules[own]
+
+
+# growth
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_law_is_found(power: float) -> None:
+    sizes = [100, 300, 1000]
+    assert load("growth").exponent(sizes, [3 * n**power for n in sizes]) == pytest.approx(power)
+
+
+def test_one_size_has_no_exponent() -> None:
+    assert math.isnan(load("growth").exponent([100], [2.0]))
+
+
+def test_growth_is_drawn_for_every_part_and_told_in_words(tmp_path: Path) -> None:
+    growth = load("growth")
+    points = {
+        part: [growth.Point(job, size, (1.0, 3.0, 2.0), 1.5, 1.0) for job in jobs for size in (100, 200)]
+        for part, jobs in growth.JOBS.items()
+    }
+    growth.draw(points, tmp_path / "new" / "growth.png")
+    assert (tmp_path / "new" / "growth.png").read_bytes().startswith(b"\x89PNG")
+    text = growth.table("windows", points["windows"])
+    assert "| detect | 100 | 2 (1 – 3) | 3 | 1.50 | 1.00 |" in text
+    assert "time grows as windows^0.00; from 100 to 200, 1.0 × the time and +0 MB at the peak" in text
+
+
+def test_without_a_run_the_part_images_is_left_out_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("growth").main(["--parts", "images"]) == 0
+    assert "part images is left out: it needs --config CONFIG and --run DIR" in capsys.readouterr().err
+
+
+def test_random_windows_are_distinct_solid_and_inside() -> None:
+    windows = load("growth_points").random_windows(300, 120, 90)
+    assert len(np.unique(windows, axis=0)) == 300
+    assert (windows[:, 2:] - windows[:, :2] >= 20).all()
+    assert windows.min() >= 0
+    assert (windows.max(axis=0) <= [120, 90, 120, 90]).all()
+
+
+# finetuning
+
+
+def test_the_products_of_a_step_leave_out_the_gradient_of_the_pooled_features() -> None:
+    finetuning = load("finetuning")
+    shapes = dict(finetuning.products(128, (12800, 4096, 4096, 21)))
+    assert shapes["layer 1"] == (128, 12800, 4096)
+    assert shapes["layer 1, gradient of the weight"] == (4096, 128, 12800)
+    assert "layer 1, gradient of the input" not in shapes
+    weights = 12800 * 4096 + 4096 * 4096 + 4096 * 21
+    expected = 128 * (2 * weights + 4096 * 4096 + 4096 * 21)
+    assert finetuning.multiply_adds(list(shapes.values())) == expected
+
+
+def test_the_products_have_the_shapes_that_they_are_counted_with() -> None:
+    finetuning = load("finetuning")
+    shapes = finetuning.products(3, (5, 4, 2))
+    alone = finetuning.Products(shapes, torch.float32)
+    assert [(a.shape[0], a.shape[1], b.shape[1]) for a, b, _ in alone._jobs] == [shape for _, shape in shapes]
+    assert len(alone.times()) == len(shapes)
+
+
+def test_a_step_of_the_trainer_equals_the_one_written_out(tmp_path: Path) -> None:
+    finetuning = load("finetuning")
+    right, worst = finetuning.step_is_right(argparse.Namespace(batch=8, fc=16), tmp_path)
+    assert right
+    assert worst < 1e-3
+
+
+def test_a_step_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetuning = load("finetuning")
+    monkeypatch.setattr(finetuning._Trainer, "_rate", lambda *_: 2e-3)
+    assert not finetuning.step_is_right(argparse.Namespace(batch=8, fc=16), tmp_path)[0]
+
+
+def test_the_parts_of_a_step_add_up(tmp_path: Path) -> None:
+    finetuning = load("finetuning")
+    trainer = finetuning.make_trainer(argparse.Namespace(batch=8, fc=16), "float32", 0.5, tmp_path)
+    times = finetuning.Stopwatch(trainer).step(0, *finetuning.batch_of(8, seed=0))
+    assert min(times.forward, times.backward, times.optimiser, times.rest) > 0
+    assert times.forward + times.backward + times.optimiser + times.rest == pytest.approx(times.total)
+
+
+# mining
+
+
+def test_weights_agree_by_class_and_a_class_trained_on_one_side_alone_does_not() -> None:
+    before = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    now = np.array([[2.0, 0.0], [1.0, -1.0], [0.0, 0.0], [3.0, 0.0]])
+    np.testing.assert_allclose(load("mining").class_cosines(before, now), [1, 0, 1, 0], atol=1e-12)
+
+
+def test_detectors_that_differ_end_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    mining = load("mining")
+    a, b = (mining.Mined(1.0, 1.0, np.array(weight), (1, 1)) for weight in ([[1.0, 0], [0, 1]], [[1.0, 0], [1, 0]]))
+    assert mining.check([{"before": a, "now": a}], ("cat", "dog")) == 0
+    assert mining.check([{"before": a, "now": a}, {"before": a, "now": b}], ("cat", "dog")) == 1
+    assert capsys.readouterr().out.endswith("DIFFERENT: dog\n")
+
+
+def test_chosen_images_are_spread_over_all() -> None:
+    mining = load("mining")
+    assert mining.spread(10, 4) == [0, 2, 5, 7]
+    assert mining.spread(3, 100) == [0, 1, 2]
+
+
+# proposals
+
+
+def test_windows_of_small_sides_are_left_out_before_the_first_ones_are_taken() -> None:
+    windows = np.array([[0, 0, 16, 40], [0, 0, 20, 20], [5, 5, 45, 25], [0, 0, 99, 99]], np.float32)
+    assert load("proposals").selected(windows, 20, 2).tolist() == windows[1:3].tolist()
+
+
+def test_one_search_of_the_peer_serves_every_least_side() -> None:
+    proposals = load("proposals")
+    image = proposals.generated_image(60, 80)
+    settings = proposals.ProposalSettings(min_side=8, max_windows=10**6)
+    everything = proposals.opencv_search(image, settings)
+    strict = settings.model_copy(update={"min_side": 16, "max_windows": 20})
+    expected = proposals.opencv_search(image, strict)
+    assert len(expected) > 5
+    np.testing.assert_array_equal(proposals.selected(everything, 16, 20), expected)
