@@ -88,7 +88,7 @@ class Benchmark:
 
     def table(self) -> str:
         p = self.profile
-        windows = f"{p.rounds} runs of each; {p.windows:,.0f} windows, {p.distinct:,.0f} on different cells"
+        windows = f"rounds: {p.rounds}; windows: {p.windows:,.0f}, on different cells: {p.distinct:,.0f}"
         parts = (self.machine.rows(), [self.detector, f"{self.images}, {windows}"], p.rows(), _peer_rows(self))
         return "\n\n".join("\n".join(part) for part in parts)
 
@@ -112,7 +112,9 @@ def run_benchmark(
     name = f"{'random weights' if run is None else run}: {describe(detector)}"
     if images:
         paths = find_images(images)
-        return measure(detector, paths, rounds, rcnn, (name, f"{len(paths)} images"), progress)
+        return measure(
+            detector, paths, rounds, rcnn, (name, f"{len(paths)} image{'s' if len(paths) > 1 else ''}"), progress
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = write_picture(Path(folder) / "generated.jpg")
         return measure(detector, [path], rounds, rcnn, (name, "a generated picture of 500 × 375 pixels"), progress)

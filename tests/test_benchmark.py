@@ -173,7 +173,7 @@ def test_the_command_prints_a_table_or_json(small_run, photo):
         "OpenCV's",
         "as R-CNN",
         "2 of",
-        "1 runs of each",
+        "rounds: 1",
     ):
         assert text in shown.out
     printed = run_command("benchmark", small_run.root, "--images", photo, "--rounds", 1, "--json", "--device", "cpu")
