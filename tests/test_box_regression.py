@@ -148,6 +148,22 @@ def test_each_window_is_refined_by_the_regressor_of_its_label():
     np.testing.assert_allclose(stacked.refine(features, windows, 1), fitted["dog"].refine(features, windows))
 
 
+def test_windows_that_share_features_name_their_rows():
+    stacked = BoxRegressors.stack({name: fit_box_regressor(*examples(seed=k)) for k, name in enumerate(["cat", "dog"])})
+    features, windows, _ = examples(4, seed=5)
+    rows, labels = np.array([3, 0, 3, 1, 2, 0]), np.array([0, 1, 1, 0, 0, 0])
+    expected = stacked.refine(features[torch.from_numpy(rows)], windows[rows], labels)
+    np.testing.assert_array_equal(stacked.refine(features, windows[rows], labels, rows), expected)
+
+
+def test_in_single_precision_the_boxes_are_nearly_the_same():
+    fitted = BoxRegressors.stack({"cat": fit_box_regressor(*examples())})
+    features, windows, _ = examples(30, seed=1)
+    exact, single = fitted.refine(features, windows, 0), fitted.single().refine(features, windows, 0)
+    assert 0 < np.abs(exact - single).max() < 1e-3
+    assert fitted.weight.dtype == torch.float64
+
+
 def test_regressors_survive_the_store(tmp_path):
     fitted = {name: fit_box_regressor(*examples(seed=seed), scale=0.3) for seed, name in enumerate(["sofa", "vélo"])}
     stacked = BoxRegressors.stack(fitted)

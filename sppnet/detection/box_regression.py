@@ -8,7 +8,7 @@ and fitted by ridge regression on the features with a column of ones, which is r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ EXACT_SIDE = 2048  # systems up to this side are formed from float64 products
 
 @dataclass(frozen=True)
 class BoxRegressor:
-    """The regressor of one class, float64: weight (4, D) and bias (4,) in whitened space, and the way back."""
+    """The regressor of one class: weight (4, D) and bias (4,) in whitened space, and the way back; all float64.
+
+    A weight in float32 multiplies the features in float32, see `BoxRegressors.single`.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -39,7 +42,7 @@ class BoxRegressor:
         """Unscaled features (R, D) -> predicted (dx, dy, log dw, log dh), (R, 4)."""
         rows = _as_tensor(features, self.weight.shape[1])
         weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
-        whitened = rows.double() @ weight.T * self.scale + bias
+        whitened = (rows.to(weight.dtype) @ weight.T).double() * self.scale + bias
         return (whitened.cpu() @ self.target_unwhiten + self.target_mean).numpy()
 
     def refine(self, features: Features, windows: Boxes) -> NDArray[np.float64]:
@@ -50,7 +53,7 @@ class BoxRegressor:
 
 @dataclass(frozen=True)
 class BoxRegressors:
-    """The regressors of all classes, stacked along a first axis of length K; float64."""
+    """The regressors of all classes, stacked along a first axis of length K; float64, the weight perhaps float32."""
 
     weight: Tensor  # (K, 4, D)
     bias: Tensor  # (K, 4)
@@ -73,17 +76,28 @@ class BoxRegressors:
         parts = (self.weight[label], self.bias[label], self.target_mean[label], self.target_unwhiten[label])
         return BoxRegressor(*parts, scale=self.scale)
 
-    def refine(self, features: Features, windows: Boxes, labels: ArrayLike) -> NDArray[np.float64]:
-        """Each window (R, 4) with features (R, D) by the regressor of its label: (R,) into classes, or one for all."""
-        features, corners = _as_tensor(features), _matching_boxes(windows, len(features), "windows")
+    def single(self) -> BoxRegressors:
+        """The same with the weight in float32: at test time enough, and the conversion of wide features is saved."""
+        return replace(self, weight=self.weight.float())
+
+    def refine(
+        self, features: Features, windows: Boxes, labels: ArrayLike, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
+        """Each window (R, 4) by the regressor of its label, an index (R,) into classes, or one for all.
+
+        features (R, D); where windows share features, (U, D) with the row of each window in `rows` (R,).
+        """
+        features = _as_tensor(features)
+        rows = np.arange(len(features)) if rows is None else rows
+        corners = _matching_boxes(windows, len(rows), "windows")
         per_window = np.broadcast_to(np.asarray(labels, dtype=np.int64), len(corners))
         if not np.isin(per_window, np.arange(len(self.classes))).all():
             raise ValueError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
         refined = corners.copy()
         for label in np.unique(per_window):
-            rows = np.flatnonzero(per_window == label)
-            own = features[torch.from_numpy(rows).to(features.device)]
-            refined[rows] = self.of(int(label)).refine(own, corners[rows])
+            own = np.flatnonzero(per_window == label)
+            inputs = features[torch.from_numpy(rows[own]).to(features.device)]
+            refined[own] = self.of(int(label)).refine(inputs, corners[own])
         return refined
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -84,8 +84,10 @@ class SPPDetector:
             windows, scored.scores, settings.nms_overlap, settings.score_threshold, settings.max_per_class
         )
         boxes, scores = windows[index], scored.scores[index, label]
-        if self.regressors is not None and len(index):
-            boxes = self.regressors.refine(self._regression_features(scored, index), boxes, label)
+        if self._fast_regressors is not None and len(index):
+            distinct, rows = scored.where.rows(index).merged()  # few survive, so pooling them again is cheap
+            features = self._frozen_head.features(scored.maps, distinct, self.config.boxes.layer)
+            boxes = self._fast_regressors.refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, image_size)
         solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         boxes, scores, label = boxes[solid], scores[solid], label[solid]
@@ -171,11 +173,9 @@ class SPPDetector:
     def _frozen_head(self) -> FrozenHead:
         return FrozenHead(self.head, self.config.pyramid.levels, self.config.detect.precision)
 
-    def _regression_features(self, scored: WindowScores, index: NDArray[np.int64]) -> Tensor:
-        """(S, D) of the windows `index` (S,), computed once for each: few survive, so pooling them again is cheap."""
-        distinct, rows = scored.where.rows(index).merged()
-        features = self._frozen_head.features(scored.maps, distinct, self.config.boxes.layer)
-        return features[torch.from_numpy(rows).to(features.device)]
+    @cached_property
+    def _fast_regressors(self) -> BoxRegressors | None:
+        return None if self.regressors is None else self.regressors.single()
 
     def _nothing(self) -> Detections:
         return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
