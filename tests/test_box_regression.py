@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,10 +5,8 @@ import torch
 from sppnet.config import BoxRegressionSettings
 from sppnet.detection.box_regression import (
     BoxRegressors,
-    ExampleReservoir,
     apply_targets,
     fit_box_regressor,
-    fit_box_regressors,
     regression_targets,
 )
 from sppnet.store import read_tensors, write_tensors
@@ -46,10 +41,8 @@ def naive_fit(features, windows, boxes, settings, scale=1.0):
 
 
 @pytest.mark.shared_data
-def test_weights_and_predictions_equal_those_of_the_release():
-    if "SPPNET_SHARED" not in os.environ:
-        pytest.skip("SPPNET_SHARED does not name the folder with the conformance data")
-    with np.load(Path(os.environ["SPPNET_SHARED"]) / "golden/box_regression.npz", allow_pickle=False) as golden:
+def test_weights_and_predictions_equal_those_of_the_release(shared):
+    with np.load(shared / "golden/box_regression.npz", allow_pickle=False) as golden:
         features = torch.from_numpy(golden["features"])
         settings = BoxRegressionSettings(ridge=float(golden["ridge_lambda"]))
         regressor = fit_box_regressor(features, golden["examples"], golden["ground_truth"], settings)
@@ -108,9 +101,6 @@ def test_arrays_that_cannot_be_written_to_are_features_too():
     regressor = fit_box_regressor(*frozen)
     np.testing.assert_array_equal(regressor.refine(*frozen[:2]), expected)
     np.testing.assert_array_equal(BoxRegressors.stack({"cat": regressor}).refine(*frozen[:2], 0), expected)
-    reservoir = ExampleReservoir(9)
-    reservoir.add(*frozen)
-    assert len(reservoir) == 9
 
 
 def test_targets_and_their_application_are_inverse():
@@ -174,29 +164,13 @@ def test_regressors_survive_the_store(tmp_path):
     np.testing.assert_array_equal(again.refine(features, windows, 1), stacked.refine(features, windows, 1))
 
 
-def test_a_reservoir_keeps_features_windows_and_boxes_together():
-    features, windows, boxes = examples(300)
-    reservoir = ExampleReservoir(40, seed=1)
-    for start in range(0, 300, 70):
-        rows = slice(start, start + 70)
-        reservoir.add(features[rows], windows[rows], boxes[rows])
-    reservoir.add(features[:0], windows[:0], boxes[:0])
-    assert (len(reservoir), reservoir.seen) == (40, 300)
-    kept, kept_windows, kept_boxes = reservoir.examples()
-    positions = [int(np.flatnonzero((windows == window).all(axis=1))[0]) for window in kept_windows]
-    assert max(positions) > 200  # not only the first ones
-    torch.testing.assert_close(kept, features[positions])
-    np.testing.assert_array_equal(kept_boxes, boxes[positions])
-
-
 def test_a_class_without_examples_keeps_its_windows():
-    reservoirs = {"cat": ExampleReservoir(100), "dog": ExampleReservoir(100, dtype=torch.float16)}
     features, windows, boxes = examples()
-    reservoirs["cat"].add(features, windows, boxes)
-    stacked = fit_box_regressors(reservoirs, width=6, scale=0.5)
+    fitted = fit_box_regressor(features, windows, boxes, scale=0.5)
+    idle = fit_box_regressor(features[:0], windows[:0], boxes[:0], scale=0.5)
+    stacked = BoxRegressors.stack({"cat": fitted, "dog": idle})
     np.testing.assert_allclose(stacked.refine(features, windows, 1), windows)
-    expected = fit_box_regressor(features, windows, boxes, scale=0.5).refine(features, windows)
-    np.testing.assert_allclose(stacked.refine(features, windows, 0), expected)
+    np.testing.assert_allclose(stacked.refine(features, windows, 0), fitted.refine(features, windows))
 
 
 def test_errors_say_what_was_expected():
@@ -215,7 +189,7 @@ def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match=r"features must have shape \(R, 6\), got \(3, 5\)"):
         regressor.refine(features[:, :5], windows)
     with pytest.raises(ValueError, match="expected one of windows for each of the 3 feature rows"):
-        ExampleReservoir(5).add(features, windows[:1], boxes)
+        fit_box_regressor(features, windows[:1], boxes)
     with pytest.raises(ValueError, match=r"labels must lie in 0 … 0, got \[1\]"):
         BoxRegressors.stack({"cat": regressor}).refine(features, windows, 1)
     with pytest.raises(ValueError, match="share one feature width and scale"):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sppnet.boxes import Boxes, as_boxes
 from sppnet.config import BoxRegressionSettings
-from sppnet.detection.reservoir import Reservoir
 
 Features = NDArray[np.floating] | Tensor
 
@@ -121,36 +120,6 @@ class BoxRegressors:
         return cls(**{name: tensors[name] for name in names}, scale=float(tensors["scale"]), classes=classes)
 
 
-class ExampleReservoir:
-    """Examples of one class for its regressor: at most `max_examples`, drawn evenly from all that were added."""
-
-    def __init__(self, max_examples: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype` of the kept features: float16 halves the memory of wide pooled features (ours)."""
-        self._rows = Reservoir(max_examples, seed)
-        self._dtype = dtype
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def seen(self) -> int:
-        """How many examples were offered."""
-        return self._rows.seen
-
-    def add(self, features: Features, windows: Boxes, boxes: Boxes) -> None:
-        """Features (R, D) of windows (R, 4) that cover the objects in boxes (R, 4), one box per window."""
-        corners = [_matching_boxes(windows, len(features), "windows"), _matching_boxes(boxes, len(features), "boxes")]
-        if len(features):
-            self._rows.add(_as_tensor(features).to(self._dtype), *(torch.from_numpy(c.copy()) for c in corners))
-
-    def examples(self) -> tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]:
-        """(features (N, D), windows (N, 4), boxes (N, 4)); D is 0 where nothing was ever added."""
-        if not len(self):
-            return torch.empty(0, 0, dtype=self._dtype), np.empty((0, 4)), np.empty((0, 4))
-        features, windows, boxes = self._rows.columns()
-        return features, windows.numpy(), boxes.numpy()
-
-
 def fit_box_regressor(
     features: Features,
     windows: Boxes,
@@ -176,22 +145,6 @@ def fit_box_regressor(
     device = torch.device(device) if device is not None else features.device
     weight, bias = solve(features, torch.from_numpy(whitened).to(device), settings.ridge, scale)
     return BoxRegressor(weight.cpu(), bias.cpu(), torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
-
-
-def fit_box_regressors(
-    reservoirs: Mapping[str, ExampleReservoir],
-    width: int,
-    settings: BoxRegressionSettings | None = None,
-    scale: float = 1.0,
-    device: torch.device | str | None = None,
-) -> BoxRegressors:
-    """One regressor per class name; features are `width` wide. A class without examples keeps its windows."""
-    regressors = {}
-    for name, reservoir in reservoirs.items():
-        features, windows, boxes = reservoir.examples()
-        features = features if len(features) else features.reshape(0, width)
-        regressors[name] = fit_box_regressor(features, windows, boxes, settings, scale, device)
-    return BoxRegressors.stack(regressors)
 
 
 def regression_targets(windows: Boxes, boxes: Boxes) -> NDArray[np.float64]:

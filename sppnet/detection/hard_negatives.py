@@ -282,7 +282,7 @@ def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings
         for label in np.unique(labels):
             rows = torch.from_numpy(np.flatnonzero(labels == label)).to(features.device)
             samples[label].add(features.detach()[rows].float() * scale)
-    return [sample.columns()[0] if len(sample) else torch.empty(0, width) for sample in samples]
+    return [sample.rows() if len(sample) else torch.empty(0, width) for sample in samples]
 
 
 def _check_image(image: MiningImage, index: int, classes: int, width: int) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 class Reservoir:
     """At most `capacity` rows, each row ever added being equally likely to be among them.
 
-    A row is one entry of several parallel columns (features, box, …), which stay together. The same rows in the
-    same order with the same seed give the same sample, however they were split into calls of `add`. Columns lie
-    in CPU memory; pages are touched only as rows arrive.
+    The same rows in the same order with the same seed give the same sample, however they were split into calls of
+    `add`. Rows lie in CPU memory; pages are touched only as they arrive.
     """
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
@@ -21,26 +20,24 @@ class Reservoir:
         self.capacity = capacity
         self.seen = 0
         self._generator = np.random.default_rng(seed)
-        self._columns: tuple[Tensor, ...] = ()
+        self._rows: Tensor | None = None
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
 
-    def add(self, *columns: Tensor) -> None:
-        """Offer rows: tensors of one length and, at every call, the same widths. Only kept rows are copied."""
-        lengths = {len(column) for column in columns}
-        if len(lengths) != 1 or (self._columns and len(columns) != len(self._columns)):
-            shapes = [tuple(column.shape) for column in columns]
-            raise ValueError(f"a reservoir takes the same number of columns of one length at each call, got {shapes}")
-        if not self._columns:
-            self._columns = tuple(_lazy_rows(self.capacity, column) for column in columns)
-        rows, slots = self._choose(lengths.pop())
-        for own, column in zip(self._columns, columns, strict=True):
-            own[slots] = column.detach()[rows.to(column.device)].to("cpu", own.dtype)
+    def add(self, rows: Tensor) -> None:
+        """Offer rows (R, D), D being the same at every call. Only those that are kept are copied."""
+        width = "D" if self._rows is None else self._rows.shape[1]
+        if rows.ndim != 2 or width not in ("D", rows.shape[1]):
+            raise ValueError(f"a reservoir takes rows of shape (R, {width}), got {tuple(rows.shape)}; add no others")
+        if self._rows is None:
+            self._rows = _lazy_rows(self.capacity, rows)
+        chosen, slots = self._choose(len(rows))
+        self._rows[slots] = rows.detach()[chosen.to(rows.device)].to("cpu", self._rows.dtype)
 
-    def columns(self) -> tuple[Tensor, ...]:
-        """The sample so far, as views; empty where nothing was ever added."""
-        return tuple(column[: len(self)] for column in self._columns)
+    def rows(self) -> Tensor:
+        """The sample so far (N, D), as a view; (0, 0) where nothing was ever added."""
+        return torch.empty(0, 0) if self._rows is None else self._rows[: len(self)]
 
     def _choose(self, count: int) -> tuple[Tensor, Tensor]:
         """Which of the next `count` rows enter, and where (algorithm R: row t replaces slot u, u uniform in 0…t)."""

@@ -146,11 +146,21 @@ def _prioritised(trees: Iterator[NDArray[np.int32]]) -> tuple[NDArray[np.int64],
 
 def _pseudo_random(boxes: NDArray[np.int32], number: int) -> NDArray[np.float64]:
     """(R,) in [0, 1), a hash of the corners and the number."""
-    key = np.full(len(boxes), number, np.uint64)
-    for part in (*boxes.T.astype(np.uint64), np.uint64(0)):
-        key = (key ^ part) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: mixes upwards
-        key ^= key >> np.uint64(32)  # and back down
+    key = _mixed(box_hash(boxes, number))  # a last round without a corner
     return (key >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def box_hash(boxes: NDArray[np.integer], number: int = 0) -> NDArray[np.uint64]:
+    """(R,) a hash of whole corners (R, 4) and the number: an order without preference, the same on every machine."""
+    key = np.full(len(boxes), number, np.uint64)
+    for corner in boxes.T.astype(np.uint64):
+        key = _mixed(key ^ corner)
+    return key
+
+
+def _mixed(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    key = key * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: mixes upwards
+    return key ^ (key >> np.uint64(32))  # and back down
 
 
 def _distinct(boxes: NDArray[np.int64], priorities: NDArray[np.float64]) -> NDArray[np.int64]:
