@@ -1,6 +1,4 @@
 import logging
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +18,8 @@ from sppnet.store import read_tensors, write_tensors
 
 
 @pytest.fixture
-def golden():
-    if "SPPNET_SHARED" not in os.environ:
-        pytest.skip("SPPNET_SHARED does not name the folder with the conformance data")
-    with np.load(Path(os.environ["SPPNET_SHARED"]) / "golden/svm.npz", allow_pickle=False) as archive:
+def golden(shared):
+    with np.load(shared / "golden/svm.npz", allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -50,10 +47,8 @@ def test_a_limit_gives_the_first_of_what_the_full_suppression_keeps(seed, count,
 
 
 @pytest.mark.shared_data
-def test_kept_indices_equal_those_of_the_release():
-    if "SPPNET_SHARED" not in os.environ:
-        pytest.skip("SPPNET_SHARED does not name the folder with the conformance data")
-    with np.load(Path(os.environ["SPPNET_SHARED"]) / "golden/nms_overlap.npz", allow_pickle=False) as golden:
+def test_kept_indices_equal_those_of_the_release(shared):
+    with np.load(shared / "golden/nms_overlap.npz", allow_pickle=False) as golden:
         boxes = golden["boxes"] - [1, 1, 0, 0]  # 1-based inclusive corners -> half-open
         kept = nms(boxes, golden["scores"], float(golden["nms_threshold"]))
         np.testing.assert_array_equal(kept, golden["keep_order"])

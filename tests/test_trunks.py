@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,12 +317,6 @@ def test_the_map_is_in_channels_last_memory() -> None:
 # the real weights and their preprocessing
 
 
-def shared(name: str) -> Path:
-    if "SPPNET_SHARED" not in os.environ:
-        pytest.skip("SPPNET_SHARED does not name the shared data")
-    return Path(os.environ["SPPNET_SHARED"]) / name
-
-
 SQUEEZENET: dict[str, Any] = {"channel_order": "bgr", "mean": (104.0, 117.0, 123.0), "std": (1.0, 1.0, 1.0)}
 MOBILENET: dict[str, Any] = {"channel_order": "rgb", "mean": (128.0,) * 3, "std": (128.0,) * 3}
 REAL = {
@@ -335,12 +328,12 @@ REAL = {
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize("name", REAL)
-def test_the_shared_weights_build_a_trunk(name: str) -> None:
+def test_the_shared_weights_build_a_trunk(shared: Path, name: str) -> None:
     file, preprocessing = REAL[name]
-    weights = WeightsSettings(source="file", file=shared("weights") / file, **preprocessing)
+    weights = WeightsSettings(source="file", file=shared / "weights" / file, **preprocessing)
     trunk = build_trunk(TrunkSettings(name=name, weights=weights))
     assert trunk.weights == weights
-    image = read_image(shared("caltech20") / "llama" / "image_0001.jpg")
+    image = read_image(shared / "caltech20" / "llama" / "image_0001.jpg")
     with torch.inference_mode():
         features = trunk(prepare(image, (224, 224), weights.channel_order, weights.mean, weights.std))
     assert torch.isfinite(features).all()
@@ -349,21 +342,21 @@ def test_the_shared_weights_build_a_trunk(name: str) -> None:
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize("name", ["squeezenet1_0", "mobilenet_v2"])
-def test_the_shared_weights_recognise_flamingos_and_llamas(name: str) -> None:
+def test_the_shared_weights_recognise_flamingos_and_llamas(shared: Path, name: str) -> None:
     file, preprocessing = REAL[name]
     model = torchvision.models.get_model(name).eval()
-    model.load_state_dict(load_weight_file(shared("weights") / file))
+    model.load_state_dict(load_weight_file(shared / "weights" / file))
     wrong_order = preprocessing | {"channel_order": "rgb" if preprocessing["channel_order"] == "bgr" else "bgr"}
-    hits = recognised(model, preprocessing)
+    hits = recognised(model, shared / "caltech20", preprocessing)
     assert hits >= 13
-    assert hits > recognised(model, wrong_order)
+    assert hits > recognised(model, shared / "caltech20", wrong_order)
 
 
-def recognised(model: nn.Module, preprocessing: dict[str, Any]) -> int:
+def recognised(model: nn.Module, images: Path, preprocessing: dict[str, Any]) -> int:
     """How many of 24 pictures have their ImageNet class among the first five."""
     hits = 0
     for folder, label in (("flamingo", 130), ("llama", 355)):
-        paths = sorted((shared("caltech20") / folder).glob("*.jpg"))[:12]
+        paths = sorted((images / folder).glob("*.jpg"))[:12]
         with torch.inference_mode():
             scores = model(torch.cat([prepare(read_image(path), (224, 224), **preprocessing) for path in paths]))
         hits += int((scores.topk(5).indices == label).sum())

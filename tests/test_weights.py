@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -160,16 +159,10 @@ def test_networks_that_torchvision_lacks_need_a_file_or_random_weights(name: str
 # the real files
 
 
-def shared(name: str) -> Path:
-    if "SPPNET_SHARED" not in os.environ:
-        pytest.skip("SPPNET_SHARED does not name the shared data")
-    return Path(os.environ["SPPNET_SHARED"]) / name
-
-
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("name", "tensors"),
     [("squeezenet_v1_0.npz", 52), ("squeezenet_v1_1_body.npz", 50), ("mobilenet_v2_1.0_from_uint8.npz", 314)],
 )
-def test_the_shared_weight_files_are_read(name: str, tensors: int) -> None:
-    assert len(load_weight_file(shared("weights") / name)) == tensors
+def test_the_shared_weight_files_are_read(shared: Path, name: str, tensors: int) -> None:
+    assert len(load_weight_file(shared / "weights" / name)) == tensors

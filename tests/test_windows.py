@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,11 +28,8 @@ def random_boxes(count: int, height: int, width: int, seed: int = 0) -> np.ndarr
 
 
 @pytest.fixture(scope="module")
-def golden():
-    folder = os.environ.get("SPPNET_SHARED")
-    if not folder:
-        pytest.skip("SPPNET_SHARED does not name the conformance data")
-    with np.load(Path(folder) / "golden/windows.npz", allow_pickle=False) as file:
+def golden(shared: Path):
+    with np.load(shared / "golden/windows.npz", allow_pickle=False) as file:
         values = dict(file)
     values["boxes"] = values["boxes_1based"] - [1, 1, 0, 0]
     values["size"] = (int(values["image_height"]), int(values["image_width"]))
