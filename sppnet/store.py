@@ -2,7 +2,8 @@
 
 A stage folder is ``<root>/<stage>-<digest>``; the digest covers the stage's settings and the digests of
 its inputs, so a changed setting leads to another folder and nothing stale is ever reused. A file appears
-under its final name only when it is complete. Nothing here writes or reads pickle.
+under its final name only when it is complete and on the disk, so that neither a killed process nor a power cut leaves
+half of one; `cache_arrays` alone does not wait for the disk. Nothing here writes or reads pickle.
 """
 
 from __future__ import annotations
@@ -54,17 +55,26 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` for the block to fill; it becomes `path` if the block succeeds, else goes."""
+def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` for the block to fill; it becomes `path` if the block succeeds, else goes.
+
+    Where it is `durable`, its content is on the disk before it takes the name, and the name before the block is left.
+    """
     temporary = None
     try:
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
+        if durable:
+            for folder in (path.parent, *(folder.parent for folder in made)):
+                _sync_folder(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"{path}: cannot write ({reason}); free some space or choose another --run") from error
@@ -73,9 +83,23 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system and file system can do this for folders
+        _sync(folder)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
     """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`; StoreError if that fails."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with _replacing(path, durable) as temporary, temporary.open("wb") as file:
         write(file)
 
 
@@ -96,11 +120,29 @@ def read_json(path: Path) -> Any:
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled."""
+    _write_arrays(path, arrays, durable=True)
+
+
+def cache_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """`write_arrays` without waiting for the disk: for thousands of files, each of which can be computed again.
+
+    Waiting takes 10 to 40 ms for 2 to 6 MB. A killed process leaves no half of a file; after a power cut those of the
+    last seconds may be cut short: `has_arrays` finds these, and `read_arrays` refuses them.
+    """
+    _write_arrays(path, arrays, durable=False)
+
+
+def has_arrays(path: Path) -> bool:
+    """Whether there is an .npz with its end, which is written last; reads no more than the end."""
+    return zipfile.is_zipfile(path)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], durable: bool) -> None:
     named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in named.items():
         if array.dtype.hasobject:
             raise ValueError(f"{path}: {name} holds Python objects, expected numbers or text; give it such a dtype")
-    write_atomically(path, lambda file: np.savez(file, **named))
+    write_atomically(path, lambda file: np.savez(file, **named), durable)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -123,8 +165,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises its own class, which has no public base
         raise StoreError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
-
-
-def stage_folder(root: Path, stage: str, *parts: Any) -> Path:
-    """The folder of a stage's artifacts; `parts` are everything its content depends on."""
-    return root / f"{stage}-{digest_of(stage, *parts)}"

@@ -1,22 +1,25 @@
 """Artifacts on disk: complete or not there, named by content, and never pickled."""
 
 import hashlib
+import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sppnet.config import Config
 from sppnet.store import (
     StoreError,
+    cache_arrays,
     digest_of,
     file_digest,
+    has_arrays,
     read_arrays,
     read_json,
     read_tensors,
-    stage_folder,
     tensors_digest,
     write_arrays,
     write_atomically,
@@ -27,6 +30,12 @@ from sppnet.store import (
 
 ARRAYS = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.array([0.5], np.float16), "none": np.zeros((0, 4))}
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "empty": torch.zeros(0, 4)}
+WRITERS = {
+    "text": lambda path: write_text(path, "x"),
+    "json": lambda path: write_json(path, 1),
+    "arrays": lambda path: write_arrays(path, a=np.zeros(2)),
+    "tensors": lambda path: write_tensors(path, TENSORS),
+}
 
 
 def test_arrays_come_back_with_their_types_and_shapes(tmp_path):
@@ -91,20 +100,11 @@ def test_a_full_disk_is_reported_with_the_next_step(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: write_text(path, "x"),
-        lambda path: write_json(path, 1),
-        lambda path: write_arrays(path, a=np.zeros(2)),
-        lambda path: write_tensors(path, TENSORS),
-    ],
-    ids=["text", "json", "arrays", "tensors"],
-)
-def test_a_folder_that_cannot_be_made_is_reported(tmp_path, write):
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path, kind):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError, match=r"x: cannot write \((File exists|Not a directory)\); free some space"):
-        write(tmp_path / "file" / "x")
+        WRITERS[kind](tmp_path / "file" / "x")
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path):
@@ -118,6 +118,63 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert done.returncode == -9
     assert path.read_bytes() == b"old"
+
+
+class Steps(list):
+    """What happened, in order: the inode and the name of what was synchronised, and renames."""
+
+    def watch(self, monkeypatch):
+        fsync, replace = os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda handle: (self.append(("sync", os.fstat(handle).st_ino)), fsync(handle)))
+        monkeypatch.setattr(Path, "replace", lambda own, new: (self.append(("name", new)), replace(own, new)))
+        return self
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_are_new_folders(tmp_path, monkeypatch, kind):
+    steps = Steps().watch(monkeypatch)
+    path = tmp_path / "stage" / "VOC2007" / "x"
+    WRITERS[kind](path)
+    folders = [path.parent, path.parent.parent, tmp_path]
+    assert steps == [("sync", path.stat().st_ino), ("name", path), *(("sync", f.stat().st_ino) for f in folders)]
+
+
+def test_a_folder_that_cannot_be_synchronised_is_no_error_but_a_file_is(tmp_path, monkeypatch):
+    def refuse(folders):
+        def fsync(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode) == folders:
+                raise OSError(22, "Invalid argument")
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(folders=True))
+    write_text(tmp_path / "x", "new")
+    monkeypatch.setattr(os, "fsync", refuse(folders=False))
+    with pytest.raises(StoreError, match=r"x: cannot write \(Invalid argument\); free some space"):
+        write_text(tmp_path / "x", "newer")
+    assert (tmp_path / "x").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_cached_arrays_are_the_same_without_waiting_for_the_disk(tmp_path, monkeypatch):
+    steps = Steps().watch(monkeypatch)
+    cache_arrays(tmp_path / "x.npz", **ARRAYS)
+    assert steps == [("name", tmp_path / "x.npz")]
+    found = read_arrays(tmp_path / "x.npz")
+    assert all(np.array_equal(found[name], ARRAYS[name]) for name in ARRAYS)
+    with pytest.raises(ValueError, match=r"x\.npz: bad holds Python objects, expected numbers or text"):
+        cache_arrays(tmp_path / "x.npz", bad=np.array([None, {}]))
+
+
+def test_an_archive_without_its_end_is_none(tmp_path):
+    path = tmp_path / "x.npz"
+    assert not has_arrays(path)
+    write_arrays(path, **ARRAYS)
+    assert has_arrays(path)
+    whole = path.read_bytes()
+    for left in (b"", whole[:100], whole[:-1], whole[:-100] + bytes(100)):
+        path.write_bytes(left)
+        assert not has_arrays(path)
 
 
 def test_an_array_of_python_objects_is_refused_because_it_would_be_pickled(tmp_path):
@@ -188,15 +245,6 @@ def test_a_digest_depends_on_every_value_but_not_on_the_order_of_keys():
     others = [{"a": 2, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [2, 1]}}, {"a": "1", "b": {"c": [1, 2]}}, {"a": 1}]
     assert len({digest_of(value), *map(digest_of, others)}) == 5
     assert digest_of("a", "b") != digest_of("ab")
-
-
-def test_the_folder_of_a_stage_carries_its_name_and_the_digest_of_its_settings(tmp_path):
-    first = stage_folder(tmp_path, "svm", Config().svm.model_dump(mode="json"))
-    again = stage_folder(tmp_path, "svm", Config().svm.model_dump(mode="json"))
-    other = stage_folder(tmp_path, "boxes", Config().svm.model_dump(mode="json"))
-    assert first == again
-    assert first.name.startswith("svm-")
-    assert first.name.removeprefix("svm-") != other.name.removeprefix("boxes-")
 
 
 def test_the_digest_of_a_file_is_that_of_its_content(tmp_path):

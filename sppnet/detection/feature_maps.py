@@ -21,7 +21,7 @@ from sppnet.distributed import barrier, is_main, shard
 from sppnet.images import flip_image, prepare, read_image, scaled_size
 from sppnet.network.trunks import Trunk, TrunkError
 from sppnet.records import ImageRecord
-from sppnet.store import StoreError, read_arrays, write_arrays
+from sppnet.store import StoreError, cache_arrays, has_arrays, read_arrays
 
 # Images of many sizes must not fill the memory. oneDNN, torch's convolutions on a CPU, keeps what it prepared for the
 # last 1024 of them, megabytes each at large sizes: 2 GB more after 300 images, where 64 take no longer. It reads this
@@ -85,12 +85,12 @@ def extract_images(
     flips: bool,
     progress: bool = True,
 ) -> ExtractSummary:
-    """Write the maps of every record, and of its mirror image when `flips`, to `folder`; existing ones stay.
+    """Write the maps of every record, and of its mirror image when `flips`, to `folder`; complete ones stay.
 
     Under torchrun every process does its share of the records.
     """
     jobs = [(record, flip) for record in shard(records) for flip in ((False, True) if flips else (False,))]
-    missing = [job for job in jobs if not maps_path(folder, *job).exists()]
+    missing = [job for job in jobs if not has_arrays(maps_path(folder, *job))]
     disable = None if progress and is_main() else True
     for record, flip in tqdm(missing, desc="maps", unit="map", disable=disable):
         image = read_image(record.path)
@@ -116,7 +116,7 @@ def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
     arrays = {
         f"map_{i}": m.permute(1, 2, 0).cpu().numpy().clip(-limit, limit).astype(dtype) for i, m in enumerate(maps.maps)
     }
-    write_arrays(path, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
+    cache_arrays(path, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
 
 
 def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureMaps:
