@@ -178,8 +178,25 @@ def test_the_line_about_the_data_counts_images_skips_and_leaks(small_run, tmp_pa
     assert line.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc, square, star, triangle)")
     assert "1 × zero-area box" in line
     assert "1 × box outside the image" in line
+    assert "without objects" not in line
     leak = changed(small_run, data__val=["SHAPES/trainval"])
     assert "8 validation images are training images too" in str(load_run_data(leak))
+
+
+def test_the_line_about_the_data_counts_images_without_objects_of_the_classes(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    for split, stars in (("train", 6), ("val", 2)):
+        for number in range({"train": 8, "val": 3}[split]):
+            names = ["star" if number < stars else "owl"]
+            write_annotation(
+                devkit / f"SHAPES/Annotations/{split}_{number:05d}.xml", (50, 60), [[5, 5, 40, 40]], names, [False]
+            )
+    write_annotation(devkit / "SHAPES/Annotations/train_00001.xml", (50, 60), [], [], [])
+    data = load_run_data(changed(small_run, data__root=str(devkit), data__classes=["star"]))
+    assert str(data).endswith(
+        "; 3 × training image without objects (background for the SVMs alone); "
+        "1 × validation image without objects (no part of the error)"
+    )
 
 
 def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path):

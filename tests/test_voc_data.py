@@ -104,6 +104,15 @@ def test_zero_area_boxes_are_skipped_and_counted(tmp_path):
     assert skips.counts == {"zero-area box": 3}
 
 
+def test_a_side_of_one_pixel_counts_as_no_area_and_one_of_two_as_a_box(tmp_path):
+    path = tmp_path / "a.xml"
+    write_annotation(path, (100, 200), [[7, 5, 8, 40], [7, 5, 40, 6], [7, 5, 9, 7]], ["cat"] * 3, [False] * 3)
+    assert "<xmin>8</xmin><ymin>6</ymin><xmax>8</xmax><ymax>40</ymax>" in path.read_text()
+    found, skips = read_annotation(path, (100, 200))
+    np.testing.assert_array_equal(found.boxes, [[7, 5, 9, 7]])
+    assert skips.counts == {"zero-area box": 2}
+
+
 def test_boxes_beyond_the_edge_are_clipped_or_skipped_and_counted(tmp_path):
     boxes = ((0, 0, 20, 20), (150, 50, 250, 130), (201, 1, 220, 10), (-30, -30, 0, 0), (1, 1, 200, 100))
     found, skips = annotated(tmp_path, xml_of(*(thing("cat", *box) for box in boxes)))
@@ -298,7 +307,8 @@ def test_asking_for_classes_ignores_the_objects_of_all_others(tmp_path):
 def test_a_test_split_may_lack_annotations(tmp_path):
     make_devkit(tmp_path)
     (tmp_path / "VOC2007/Annotations/a.xml").unlink()
-    records, _ = load_split(tmp_path, "VOC2007/train", classes=("cat",), require_annotations=False)
+    records, skips = load_split(tmp_path, "VOC2007/train", classes=("cat",), require_annotations=False)
+    assert skips.counts == {"image without annotation, not evaluated": 1}
     assert records[0].annotation is None
     assert records[1].annotation is not None
     with pytest.raises(DatasetError, match=r"a\.xml: no such annotation file"):

@@ -39,6 +39,7 @@ ZERO_AREA = "zero-area box"
 CLIPPED = "box clipped to the image"
 OUTSIDE = "box outside the image"
 WRONG_SIZE = "annotation size disagrees with the image"
+NO_ANNOTATION = "image without annotation, not evaluated"
 
 
 class DatasetError(ValueError):
@@ -53,10 +54,10 @@ def stated_size(path: Path) -> tuple[int, int] | None:
 def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[Annotation, SkipCounts]:
     """The objects of an annotation file, in an image of `size` (height, width).
 
-    Documented skips, counted: boxes with xmax <= xmin or ymax <= ymin ("zero-area box": a click, not an
-    object) and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a
-    <size> that differs from `size` is only counted, `size` wins. Without `size` boxes are clipped at
-    the left and top edges alone. A missing <difficult> means 0. No object at all is ordinary.
+    Documented skips, counted: boxes with xmax <= xmin or ymax <= ymin ("zero-area box": a click or a slip)
+    and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a <size> that
+    differs from `size` is only counted, `size` wins. Without `size` boxes are clipped at the left and top
+    edges alone. A missing <difficult> means 0. No object at all is ordinary.
     Raises DatasetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
@@ -64,6 +65,7 @@ def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[An
     corners = as_boxes([corners for _, corners, _ in objects])
     limit = size or (math.inf, math.inf)
     boxes = np.clip(corners - INWARD, 0, np.array([limit[1], limit[0]] * 2))
+    # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
     zero_area = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
     outside = ~zero_area & (areas(boxes) <= 0)
     keep = ~zero_area & ~outside
@@ -164,7 +166,7 @@ def load_split(
     """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
 
     `classes` ignores the objects of every other class. A missing annotation file is an error, or with
-    ``require_annotations=False`` (a test split) gives a record whose annotation is None. Raises
+    ``require_annotations=False`` (a test split) is counted and gives a record without one. Raises
     DatasetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
     """
     set_file = _set_file(Path(root), split)
@@ -209,7 +211,7 @@ def _load_record(name: str, path: Path, require_annotation: bool) -> tuple[Image
     record = ImageRecord(f"{folder.name}/{name}", path, size, digest)
     xml = folder / "Annotations" / f"{name}.xml"
     if not require_annotation and not xml.exists():
-        return record, SkipCounts()
+        return record, SkipCounts({NO_ANNOTATION: 1})
     annotation, skips = read_annotation(xml, size)
     return replace(record, annotation=annotation), skips
 

@@ -19,6 +19,11 @@ from sppnet.data.voc import DatasetError, annotations_digest, choose_classes, ho
 from sppnet.records import ImageRecord, SkipCounts
 from sppnet.store import digest_of, file_digest
 
+BARE = {
+    "training": "without objects (background for the SVMs alone)",
+    "validation": "without objects (no part of the error)",
+}
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -30,9 +35,12 @@ class RunData:
     skips: SkipCounts
 
     def __str__(self) -> str:
-        """One line: how many images, which classes, what was skipped, and whether the two overlap."""
+        """One line: images, classes, what was skipped, images that have no object, and whether the two overlap."""
         images = f"{len(self.train)} training and {len(self.validation)} validation images"
         skips = [f"{count} × {reason}" for reason, count in self.skips.counts.items()]
+        kinds = {"training": self.train, "validation": self.validation}
+        bare = {kind: sum(not _has_objects(record) for record in records) for kind, records in kinds.items()}
+        skips += [f"{count} × {kind} image {BARE[kind]}" for kind, count in bare.items() if count]
         shared = len({record.id for record in self.train} & {record.id for record in self.validation})
         if shared:
             skips.append(f"{shared} validation images are training images too, so validation errors look too good")
@@ -58,6 +66,10 @@ def load_run_data(config: Config) -> RunData:
         train, validation = hold_out(train, settings.holdout, settings.seed)
     classes = choose_classes(train, settings.classes)
     return RunData(restrict(train, classes), restrict(validation, classes), classes, skips)
+
+
+def _has_objects(record: ImageRecord) -> bool:
+    return record.annotation is not None and len(record.annotation.boxes) > 0
 
 
 def splits_to_test(config: Config, splits: tuple[str, ...] = ()) -> tuple[str, ...]:
