@@ -9,6 +9,7 @@ from sppnet.boxes import pairwise_iou
 from sppnet.classification import multisize
 from sppnet.classification.multisize import cut_crops, pretrain_network
 from sppnet.config import PretrainSettings, WeightsSettings, parse_config
+from sppnet.store import read_tensors
 
 CLASSES = ("stripes", "bars")
 BOXES = {"stripes": (10, 12, 42, 44), "bars": (60, 30, 92, 62)}
@@ -196,6 +197,43 @@ def test_pretraining_is_the_same_twice_and_leaves_the_global_generator_alone(rec
     again, _ = pretrain_network(random_trunk(), records, CLASSES, config_of(steps=4), progress=False)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+class Interruption(BaseException):
+    """Stands for Ctrl-C: nothing in the program may catch it."""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_interrupted_pretraining_goes_on_from_its_checkpoint_to_the_same_weights(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(multisize, "SAVE_EVERY", 3)
+    config, checkpoint = config_of(steps=10, dropout=0.5), tmp_path / "pretrain-1/checkpoint.safetensors"
+    whole, summary = pretrain_network(random_trunk(), records, CLASSES, config, progress=False)
+    original, steps = multisize._Trainer.train_step, []
+
+    def interrupted(self, step, *batch):
+        steps.append(step)
+        if len(steps) == 9:
+            raise Interruption
+        original(self, step, *batch)
+
+    monkeypatch.setattr(multisize._Trainer, "train_step", interrupted)
+    with pytest.raises(Interruption):
+        pretrain_network(random_trunk(), records, CLASSES, config, False, checkpoint)
+    resumed, again = pretrain_network(random_trunk(), records, CLASSES, config, False, checkpoint)
+    assert steps == [*range(9), *range(6, 10)]
+    assert again == summary.replace("10 steps", "10 steps, 6 of them from before,")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(multisize, "SAVE_EVERY", 1)
+    config = config_of(steps=50, learning_rate=1e20)
+    with pytest.raises(ValueError, match=r"the loss of pre-training is not finite; lower"):
+        pretrain_network(random_trunk(), records, CLASSES, config, False, tmp_path / "checkpoint.safetensors")
+    again = tmp_path / "checkpoint.safetensors"
+    assert not again.exists() or torch.isfinite(read_tensors(again)["sums"][0])
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -14,6 +14,7 @@ import torch
 from pipeline import copied, merged, modified, small_settings
 from safetensors.torch import save_file
 
+from sppnet.classification import multisize
 from sppnet.config import Config, load_config, parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.detection import finetuning, proposals, training, training_networks
@@ -25,7 +26,7 @@ from sppnet.detection.training_windows import MiningWindows
 from sppnet.images import ImageError, read_image
 from sppnet.network.sppnet import HeadError
 from sppnet.network.weights import WeightsError
-from sppnet.store import StoreError
+from sppnet.store import StoreError, file_digest
 
 
 class Interruption(BaseException):
@@ -164,10 +165,27 @@ def test_a_stage_whose_inputs_are_missing_says_which_stage_comes_first(small_run
         train(changed(small_run, pretrain__enabled=True), tmp_path, "extract")
 
 
+def test_a_map_cut_short_by_a_power_cut_is_computed_again(small_run, digest, tmp_path):
+    run = copied(small_run, tmp_path / "run")
+    path = next(run.root.glob("extract-*/SHAPES/train_00004*flip*"))
+    before = stage_files(run.root)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    shutil.rmtree(next(run.root.glob("finetune-*")))
+    assert train(run.config, run.root).digest() == digest
+    assert path.read_bytes() == whole
+    after = stage_files(run.root)
+    assert {name for name in after if after[name] != before.get(name) and name.startswith("extract")} == {
+        str(path.relative_to(run.root))
+    }
+
+
 def test_a_damaged_artifact_is_named_and_can_be_deleted(small_run, digest, tmp_path):
     run = copied(small_run, tmp_path / "run")
     path = next(run.root.glob("extract-*/SHAPES/train_00004*flip*"))
-    path.write_bytes(path.read_bytes()[:100])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
     shutil.rmtree(next(run.root.glob("finetune-*")))
     with pytest.raises(StoreError, match=rf"{path.name}: cannot read this artifact .*; delete it and run"):
         train(run.config, run.root)
@@ -231,6 +249,25 @@ def test_interrupted_fine_tuning_goes_on_from_its_checkpoint(small_run, digest, 
     )  # validates, and saves, after 4 steps and at the end
     left = resumed(small_run, tmp_path, digest, monkeypatch)
     assert any(name.endswith("checkpoint.safetensors") for name in left)
+
+
+def test_interrupted_pretraining_goes_on_from_its_checkpoint_and_leaves_none(small_run, tmp_path, monkeypatch):
+    config = changed(small_run, pretrain={"enabled": True, "steps": 4, "batch": 8, "sizes": [48, 64]})
+    monkeypatch.setattr(multisize, "SAVE_EVERY", 2)
+    interrupt_at(monkeypatch, multisize._Trainer, "train_step", 4)
+    with pytest.raises(Interruption):
+        train(config, tmp_path / "run", "pretrain")
+    status = Training(config, tmp_path / "run", torch.device("cpu")).status()[1]
+    assert describe_stage(status).split(maxsplit=2)[1:] == [
+        "resume",
+        f"from {status.folder.name}/checkpoint.safetensors",
+    ]
+    train(config, tmp_path / "run", "pretrain")
+    monkeypatch.undo()
+    train(config, tmp_path / "whole", "pretrain")
+    names = {path.name: file_digest(path) for path in (tmp_path / "run").glob("pretrain-*/*")}
+    assert names == {path.name: file_digest(path) for path in (tmp_path / "whole").glob("pretrain-*/*")}
+    assert names.keys() == {"network.safetensors"}
 
 
 def test_interrupted_mining_goes_on_from_its_checkpoint(small_run, digest, tmp_path, monkeypatch):
@@ -335,7 +372,8 @@ def test_windows_are_searched_where_none_are_imported(small_run, tmp_path):
 # ---- data that have little to teach --------------------------------------------------------------------------------
 
 
-def test_images_without_objects_or_windows_train_and_detect_fine(small_run, devkit, tmp_path):
+def test_images_without_objects_or_windows_train_and_detect_fine_and_are_counted(small_run, devkit, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sppnet")
     for stem in ("train_00001", "val_00000"):
         write_annotation(devkit / f"SHAPES/Annotations/{stem}.xml", (10, 10), [], [], [])
     with np.load(small_run.config.proposals.import_from[0]) as archive:
@@ -348,6 +386,8 @@ def test_images_without_objects_or_windows_train_and_detect_fine(small_run, devk
     path = next((tmp_path / "run").glob("propose-*/SHAPES/train_00002*"))
     with np.load(path) as archive:
         assert archive["windows"].shape == (0, 4)
+    assert "1 × training image without objects (background for the SVMs alone)" in caplog.text
+    assert "2 × image without windows (its objects alone are used)" in caplog.text
 
 
 def test_no_window_in_any_image_is_an_error_that_names_the_setting(small_run, tmp_path):

@@ -7,6 +7,7 @@ the training objects themselves, and windows of the background. All sizes share 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,17 +23,26 @@ from sppnet.images import prepare, read_image
 from sppnet.network.sppnet import SPPNet, build_head
 from sppnet.network.trunks import Trunk
 from sppnet.records import Annotation, ImageRecord
+from sppnet.store import read_tensors, write_tensors
 
 CONTEXT = 1.4  # side of a stored crop over the longer side of its object: room for shifts and other scales
 BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this
+SAVE_EVERY = 200  # steps from one checkpoint to the next
 
 
 def pretrain_network(
-    trunk: Trunk, records: Sequence[ImageRecord], classes: Sequence[str], config: Config, progress: bool = True
+    trunk: Trunk,
+    records: Sequence[ImageRecord],
+    classes: Sequence[str],
+    config: Config,
+    progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> tuple[SPPNet, str]:
     """Train `trunk` and a new head on crops of the records; returns the network, frozen in eval mode, and a summary.
 
-    The trunk is trained in place. Raises ValueError where no record holds an object of the classes.
+    The trunk is trained in place. With a file `checkpoint` the state is saved there now and then, and a later call goes
+    on from it, with the same result as without the interruption; the file is the caller's to delete.
+    Raises ValueError where no record holds an object of the classes.
     """
     settings = config.pretrain
     difficult = config.data.train_on_difficult
@@ -41,9 +51,12 @@ def pretrain_network(
     head.dropout = settings.dropout
     device = next(trunk.parameters()).device
     network = SPPNet(trunk.requires_grad_(True), config.pyramid.levels, head.to(device)).train()
-    accuracy = _train(network, crops, labels, settings, progress)
+    trainer = _Trainer(network, settings)
+    done = trainer.restore(checkpoint) if checkpoint is not None and checkpoint.exists() else 0
+    _train(trainer, crops, labels, done, progress, checkpoint)
     network.requires_grad_(False).eval()
-    return network, f"{settings.steps} steps on {len(crops)} crops, training accuracy {accuracy:.3f}"
+    steps = f"{settings.steps} steps, {done} of them from before," if done else f"{settings.steps} steps"
+    return network, f"{steps} on {len(crops)} crops, training accuracy {trainer.accuracy:.3f}"
 
 
 def cut_crops(
@@ -75,46 +88,89 @@ def cut_crops(
     return torch.stack(crops).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
-def _train(network: SPPNet, crops: Tensor, labels: Tensor, settings: PretrainSettings, progress: bool) -> float:
-    """SGD with a rate that falls linearly to zero; one epoch at one size, the next at another (sec. 2.3)."""
-    optimiser = torch.optim.SGD(
-        network.parameters(),
-        settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    parameters = list(network.parameters())
-    device = parameters[0].device
-    rng = np.random.default_rng((settings.seed, distributed.rank()))
+def _train(
+    trainer: _Trainer, crops: Tensor, labels: Tensor, done: int, progress: bool, checkpoint: Path | None
+) -> None:
+    """One epoch at one size, the next at another (sec. 2.3). Every step has random numbers of its own, for resuming."""
+    settings = trainer.settings
     epoch_steps = max(1, len(crops) // settings.batch)
     shares = _equal_shares(labels)
-    right, total = torch.zeros((), device=device), torch.zeros((), device=device)
     disable = None if progress and distributed.is_main() else True
+    steps = tqdm(
+        range(done, settings.steps), initial=done, total=settings.steps, desc="pretrain", unit="step", disable=disable
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        for step in tqdm(range(settings.steps), desc="pretrain", unit="step", disable=disable):
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * (1 - step / settings.steps)
+        for step in steps:
+            rng = np.random.default_rng((settings.seed, step, distributed.rank()))
+            torch.manual_seed(int(rng.integers(1 << 62)))  # of dropout
             size = settings.sizes[step // epoch_steps % len(settings.sizes)]
             chosen = rng.choice(len(crops), size=settings.batch, p=shares)
             views = _random_views(crops, chosen, size, max(settings.sizes), rng)
-            pixels = _prepared(views, network.trunk.weights).to(device)
-            wanted = labels[torch.from_numpy(chosen)].to(device)
-            logits = network(pixels)
-            optimiser.zero_grad()
-            loss = F.cross_entropy(logits, wanted)
-            loss.backward()
-            total += loss.detach()
-            distributed.average_gradients(parameters)
-            optimiser.step()
-            if step >= settings.steps * 3 // 4:
-                right += (logits.argmax(1) == wanted).float().mean()
-    if not torch.isfinite(total):
-        raise ValueError(
-            f"the loss of pre-training is not finite; lower pretrain.learning_rate={settings.learning_rate}"
+            trainer.train_step(step, views, labels[torch.from_numpy(chosen)])
+            if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:
+                trainer.save(checkpoint, step + 1)
+    trainer.check_loss()
+
+
+class _Trainer:
+    """The network, its optimiser, SGD with a rate that falls linearly to zero, and their state on disk."""
+
+    def __init__(self, network: SPPNet, settings: PretrainSettings) -> None:
+        self.network, self.settings = network, settings
+        self.parameters = list(network.parameters())
+        self.device = self.parameters[0].device
+        self.optimiser = torch.optim.SGD(
+            self.parameters,
+            settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
-    return float(right) / (settings.steps - settings.steps * 3 // 4)
+        self.sums = torch.zeros(2, device=self.device)  # loss; shares of right answers in the last quarter of the steps
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.sums[1]) / (self.settings.steps - self.settings.steps * 3 // 4)
+
+    def train_step(self, step: int, views: Tensor, labels: Tensor) -> None:
+        settings = self.settings
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * (1 - step / settings.steps)
+        logits = self.network(_prepared(views, self.network.trunk.weights).to(self.device))
+        labels = labels.to(self.device)
+        self.optimiser.zero_grad()
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        distributed.average_gradients(self.parameters)
+        self.optimiser.step()
+        right = (logits.detach().argmax(1) == labels).float().mean()
+        self.sums += torch.stack([loss.detach(), right * (step >= settings.steps * 3 // 4)])
+
+    def check_loss(self) -> None:
+        if not torch.isfinite(self.sums[0]):
+            raise ValueError(
+                f"the loss of pre-training is not finite; lower pretrain.learning_rate={self.settings.learning_rate}"
+            )
+
+    def save(self, path: Path, step: int) -> None:
+        self.check_loss()
+        if not distributed.is_main():
+            return
+        states = [self.optimiser.state[parameter].get("momentum_buffer") for parameter in self.parameters]
+        momentum = {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
+        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        write_tensors(path, {**momentum, **network, "step": torch.tensor(step), "sums": self.sums})
+
+    def restore(self, path: Path) -> int:
+        """Go on from a saved state; returns the steps done."""
+        state = read_tensors(path)
+        self.network.load_state_dict({n[8:]: t for n, t in state.items() if n.startswith("network.")})
+        for i, parameter in enumerate(self.parameters):
+            if f"momentum.{i}" in state:  # in the memory format of the parameter, which the fused step relies on
+                buffer = torch.empty_like(parameter.detach()).copy_(state[f"momentum.{i}"])
+                self.optimiser.state[parameter]["momentum_buffer"] = buffer
+        self.sums = state["sums"].to(self.device)
+        return int(state["step"])
 
 
 def _equal_shares(labels: Tensor) -> NDArray[np.float64]:

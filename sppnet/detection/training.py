@@ -96,7 +96,9 @@ class Training:
         regressors = [self._regressor_path(label) for label in range(len(self.classes))]
         return [
             stage_status("propose", plan.windows, windows),
-            stage_status("pretrain", plan.pretrain, [self.networks.pretrained_path], no_pretrain),
+            stage_status(
+                "pretrain", plan.pretrain, [self.networks.pretrained_path], no_pretrain, "checkpoint.safetensors"
+            ),
             stage_status("extract", plan.maps, maps),
             stage_status("finetune", plan.finetune, [self.networks.head_path], no_head, "checkpoint.safetensors"),
             stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
@@ -167,11 +169,13 @@ class Training:
         records = [*self.plan.data.train, *self.plan.validation]
         done = propose_images(records, self.config.proposals, self.plan.windows, self.progress)
         windows = {r.id: read_windows(self.plan.windows, r) for r in records}
+        bare = sum(not len(found) for found in windows.values())
         quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
         return (
             f"{done.computed} images searched, {done.imported} imported, {done.reused} reused; "
             f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
             f"mean best overlap {quality.mean_best_overlap:.3f}"
+            + (f"; {bare} × image without windows (its objects alone are used)" if bare else "")
         )
 
     # 0. a trunk without pretrained weights learns from crops of the objects
@@ -179,9 +183,11 @@ class Training:
         if self.networks.pretrained_path.exists():
             return "reused"
         trunk = build_trunk(self.config.trunk, self.config.pretrain.seed).to(self.device)
-        network, summary = pretrain_network(trunk, self.plan.data.train, self.classes, self.config, self.progress)
+        data, checkpoint = self.plan.data, self.plan.pretrain / "checkpoint.safetensors"
+        network, summary = pretrain_network(trunk, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
             write_tensors(self.networks.pretrained_path, network.state_dict())
+            checkpoint.unlink(missing_ok=True)
         distributed.barrier()
         return summary
 
