@@ -249,6 +249,15 @@ def test_positives_beyond_their_bound_are_drawn_evenly(caplog):
     assert "positives cat 4, dog 4, cow 4;" in caplog.text
 
 
+def test_positives_take_no_more_bytes_than_the_cache_of_negatives_may(caplog):
+    images = MemoryImages()
+    width = images.read(0).features.shape[1]
+    room = 4 * (4 * width * len(CLASSES)) / 1e9  # four positives of every class
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(images, CLASSES, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}))
+    assert "positives cat 4, dog 4, cow 4;" in caplog.text
+
+
 def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
     with caplog.at_level(logging.INFO, logger="sppnet"):
         mine_detectors(MemoryImages(), CLASSES, QUICK)

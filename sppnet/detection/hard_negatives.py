@@ -269,7 +269,7 @@ def distinct_negatives(
 
 def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings, scale: float) -> list[Tensor]:
     """Scaled features of the ground-truth windows of each class: K tensors (P, D) float32 on the CPU."""
-    samples = [Reservoir(settings.max_positives, settings.seed) for _ in range(classes)]
+    samples: list[Reservoir] = []
     width = 0
     for index in tqdm(range(len(images)), desc="positives", unit="image", disable=None):
         features, labels = images.read_positives(index)
@@ -278,11 +278,19 @@ def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings
                 f"positives of image {index}: expected features (G, D) and labels (G,) in 0 … {classes - 1}, "
                 f"got {tuple(features.shape)} and {labels.tolist()}; leave out objects of other classes"
             )
-        width = width or features.shape[1]
+        if not samples:
+            width = features.shape[1]
+            limit = _positives_that_fit(width, classes, settings)
+            samples = [Reservoir(limit, settings.seed) for _ in range(classes)]
         for label in np.unique(labels):
             rows = torch.from_numpy(np.flatnonzero(labels == label)).to(features.device)
             samples[label].add(features.detach()[rows].float() * scale)
     return [sample.rows() if len(sample) else torch.empty(0, width) for sample in samples]
+
+
+def _positives_that_fit(width: int, classes: int, settings: SVMSettings) -> int:
+    """How many positives of a class are kept: as many bytes for all classes as the cache may hold of negatives."""
+    return min(settings.max_positives, max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes))))
 
 
 def _check_image(image: MiningImage, index: int, classes: int, width: int) -> None:
