@@ -220,6 +220,10 @@ def test_local_response_normalisation_follows_its_formula() -> None:
         around = x[c, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
         expected[c, i, j] = x[c, i, j] * (1 + 5e-5 * (around**2).sum() / 9) ** -0.75
     np.testing.assert_allclose(LocalResponseNorm()(torch.tensor(x)[None])[0], expected, rtol=1e-10)
+    with torch.inference_mode():  # another way of computing it, in place
+        image = torch.tensor(x)[None]
+        np.testing.assert_allclose(LocalResponseNorm()(image)[0], expected, rtol=1e-10)
+        np.testing.assert_array_equal(image[0], x)
 
 
 # weights

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
-        return x * (1 + self.alpha * mean).pow(-self.beta)
+        if self.beta != 0.75 or torch.is_grad_enabled():
+            return x * (1 + self.alpha * mean).pow(-self.beta)
+        # z^-0.75 = z^-½ · z^-¼ in place: a third of the time of the power, and half of the memory traffic
+        root = mean.mul_(self.alpha).add_(1).rsqrt_()
+        return root.sqrt().mul_(root).mul_(x)
 
 
 def zf5() -> Plan:
