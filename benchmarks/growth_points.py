@@ -150,12 +150,14 @@ def prepare_images(job: str, size: int, config: str, run: str, overrides: list[s
     training = Training(load_config(config, overrides), Path(run), torch.device("cpu"), progress=False)
     records, settings = training.plan.data.train, training.config
     count = min(size, len(records))
-    source = replace(training._source(train=True), records=[records[i * len(records) // count] for i in range(count)])
+    source = replace(
+        training.networks.windows(train=True), records=[records[i * len(records) // count] for i in range(count)]
+    )
     objects = sum(len(source.annotation(i).boxes) for i in range(count))
     if job == "finetune-setup":
         return lambda: FinetuneWindows(source, settings.finetune.flip), count, lambda _: f"{objects:,} objects"
     layer = settings.svm.layer if job == "svm" else settings.boxes.layer
-    features, width = training._features(layer), training._width(layer)
+    features, width = training.networks.features(layer), training.networks.width(layer)
     if job == "svm":
         return lambda: train_svms(source, features), count, lambda fits: f"{objects:,} objects, {fits} fits"
     return lambda: fit_boxes(source, features, width), count, lambda rows: f"{rows:,} windows to train on"

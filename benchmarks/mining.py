@@ -51,15 +51,7 @@ checkout = Path(task["checkout"]).resolve()
 assert checkout in Path(sppnet.__file__).resolve().parents, f"{sppnet.__file__} is not of {checkout}"
 torch.set_num_threads(task["threads"])
 
-def known(values, settings):
-    # Settings that the other commit does not have yet are left out.
-    fields = settings.model_fields
-    own = {name: fields[name].annotation for name in values if name in fields}
-    return {
-        name: known(values[name], kind) if hasattr(kind, "model_fields") else values[name] for name, kind in own.items()
-    }
-
-config = Config.model_validate(known(task["config"], Config))
+config = Config.model_validate(task["config"])
 data = load_run_data(config)
 records = [data.train[i] for i in task["images"]]
 trunk = build_trunk(config.trunk)
@@ -84,6 +76,19 @@ seconds = time.monotonic() - start
 
 weight = mined.detectors.weight.numpy()
 write_arrays(Path(task["out"]), weight=weight, seconds=[seconds], retrains=list(mined.retrains))
+"""
+
+
+# The names of all settings of a checkout, section by section.
+NAMES = """
+import json
+from sppnet.config import Config
+
+def names(settings):
+    kinds = {name: field.annotation for name, field in settings.model_fields.items()}
+    return {name: names(kind) if hasattr(kind, "model_fields") else None for name, kind in kinds.items()}
+
+print(json.dumps(names(Config)))
 """
 
 
@@ -113,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         task = json.loads((Path(folder) / "prepared.json").read_text())
         classes, images = tuple(task["classes"]), len(task["images"])
+        task["config"] = shared_settings(task["config"], [setting_names(path) for path in checkouts.values()])
         print(f"{images} images, {len(classes)} classes, {options.threads} threads", file=sys.stderr)
         pairs = [measure_pair(number, task, checkouts, Path(folder)) for number in range(options.rounds)]
     report(pairs, images, {name: revision(path) for name, path in checkouts.items()})
@@ -166,10 +172,37 @@ def feature_scale(training: Any, images: list[int]) -> float:
     from sppnet.detection.linear_svm import mean_norm_scale
     from sppnet.detection.training_windows import sample_norms
 
-    settings, everything = training.config.svm, training._source(train=True)
+    settings, everything = training.config.svm, training.networks.windows(train=True)
     source = replace(everything, records=[everything.records[i] for i in images])
-    norms = sample_norms(source, training._features(settings.layer), settings.norm_images, settings.norm_windows)
+    norms = sample_norms(
+        source, training.networks.features(settings.layer), settings.norm_images, settings.norm_windows
+    )
     return mean_norm_scale(norms, settings.feature_norm)
+
+
+def setting_names(checkout: Path) -> dict[str, Any]:
+    command = [sys.executable, "-P", "-c", NAMES]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        sys.exit(
+            f"{checkout}: its settings cannot be read; give a checkout whose sppnet/config.py has the class Config"
+        )
+    return json.loads(found.stdout)
+
+
+def shared_settings(values: dict[str, Any], known: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+    """Only the settings that every side knows, so that both do the same; the others, named on stderr, are left at their
+    defaults, which are to be what the older side does."""
+    shared = {}
+    for name, value in values.items():
+        if not all(name in names for names in known):
+            print(f"{prefix}{name}={value} is not known to both sides: left at its default", file=sys.stderr)
+        elif isinstance(value, dict):
+            shared[name] = shared_settings(value, [names[name] or {} for names in known], f"{prefix}{name}.")
+        else:
+            shared[name] = value
+    return shared
 
 
 def spread(total: int, count: int) -> list[int]:

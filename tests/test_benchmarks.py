@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from sppnet.config import Config
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -125,6 +127,18 @@ def test_detectors_that_differ_end_with_status_1(capsys: pytest.CaptureFixture[s
     assert mining.check([{"before": a, "now": a}], ("cat", "dog")) == 0
     assert mining.check([{"before": a, "now": a}, {"before": a, "now": b}], ("cat", "dog")) == 1
     assert capsys.readouterr().out.endswith("DIFFERENT: dog\n")
+
+
+def test_settings_that_one_side_does_not_know_are_left_at_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"svm": {"C": 0.1, "positive_overlap": 0.6}, "proposals": {"mode": "fast"}}
+    known = [{"svm": {"C": None}, "data": {}}, {"svm": {"C": None, "positive_overlap": None}, "proposals": {}}]
+    assert load("mining").shared_settings(values, known) == {"svm": {"C": 0.1}}
+    assert "svm.positive_overlap=0.6 is not known to both sides: left at its default" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_checkout_are_read_from_it() -> None:
+    names = load("mining").setting_names(FOLDER.parent)
+    assert set(names["svm"]) == set(Config.model_fields["svm"].annotation.model_fields)
 
 
 def test_chosen_images_are_spread_over_all() -> None:
