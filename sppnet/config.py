@@ -158,14 +158,10 @@ class FinetuneSettings(Settings):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _negatives_span_overlaps(self) -> FinetuneSettings:
+    def _consistent(self) -> FinetuneSettings:
         low, high = self.negative_overlap
         if low >= high:
             raise ValueError(f"negative_overlap must be [low, high] with low < high, got [{low}, {high}]")
-        return self
-
-    @model_validator(mode="after")
-    def _one_rate_per_phase(self) -> FinetuneSettings:
         if len(self.steps) != len(self.learning_rates):
             raise ValueError(
                 f"steps has {len(self.steps)} phases but learning_rates has {len(self.learning_rates)}; "
@@ -183,9 +179,7 @@ class SVMSettings(Settings):
     bias_multiplier: Rate = 10.0  # release
     positive_weight: Rate = 2.0  # release
     negative_overlap: Overlap = 0.3  # sec. 4.1: negatives have IoU < 0.3 with every object of the class
-    # sec. 4.1: 1, only the objects' own windows are positives. Below 1 (ours) proposals with at least this IoU are too:
-    # box regression then finds better placed windows at the top.
-    positive_overlap: Overlap = 1.0
+    positive_overlap: Overlap = 1.0  # sec. 4.1: only objects are positives; below 1 (ours) proposals of that IoU too
     duplicates: Literal["cells", "overlap"] = "cells"  # release; paper: drop negatives above 0.7
     duplicate_overlap: Overlap = 0.7  # sec. 4.1, where duplicates = "overlap"
     feature_norm: Rate = 20.0  # release: mean norm of the scaled features
@@ -195,25 +189,19 @@ class SVMSettings(Settings):
     evict_below: float = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
     epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
-    cache_gigabytes: float = Field(
-        2.0, gt=0
-    )  # ours: bound on the cached negatives, and on the positives, of all classes
+    cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives kept, and on proposals as positives
     max_positives: int = Field(20_000, ge=1)  # ours: bound on the positives per class, drawn evenly
     tolerance: float = Field(1e-3, gt=0)  # ours: liblinear stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _positives_are_no_negatives(self) -> SVMSettings:
+    def _consistent(self) -> SVMSettings:
         if self.positive_overlap < self.negative_overlap:
             raise ValueError(
                 f"positive_overlap={self.positive_overlap} makes positives of windows that negative_overlap="
                 f"{self.negative_overlap} makes negatives of; set positive_overlap to at least negative_overlap"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _evicts_below_what_it_mines(self) -> SVMSettings:
         if self.evict_below > self.mine_above:
             raise ValueError(
                 f"evict_below={self.evict_below} would throw out negatives mined above mine_above={self.mine_above}; "

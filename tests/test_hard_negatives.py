@@ -53,7 +53,7 @@ class MemoryImages:
     def read_positives(self, index):
         image = self.items[index]
         rows = np.flatnonzero(image.labels >= 0)
-        return image.features[rows], image.labels[rows]
+        return image.features[rows], image.labels[rows], len(rows)
 
 
 def naive_negatives(images, label, settings):
@@ -249,13 +249,32 @@ def test_positives_beyond_their_bound_are_drawn_evenly(caplog):
     assert "positives cat 4, dog 4, cow 4;" in caplog.text
 
 
-def test_positives_take_no_more_bytes_than_the_cache_of_negatives_may(caplog):
-    images = MemoryImages()
-    width = images.read(0).features.shape[1]
-    room = 4 * (4 * width * len(CLASSES)) / 1e9  # four positives of every class
+class WithCloseProposals(MemoryImages):
+    """Nine proposals of each image are positives of "dog" besides its objects."""
+
+    def read_positives(self, index):
+        features, labels, count = super().read_positives(index)
+        close = self.items[index].features[-9:]
+        return torch.cat([features, close]), np.append(labels, np.full(9, CLASSES.index("dog"))), count
+
+
+def kept_positives(images, settings, caplog):
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_detectors(images, CLASSES, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}))
-    assert "positives cat 4, dog 4, cow 4;" in caplog.text
+        mine_detectors(images, CLASSES, settings)
+    return {name: int(count) for name, count in re.findall(r"(\w+) (\d+)[,;]", caplog.text.split("positives ")[1])}
+
+
+def test_proposals_among_the_positives_take_no_more_bytes_than_the_cache_and_no_object_its_place(caplog):
+    images, room = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
+    objects = {name: sum(int((image.labels == k).sum()) for image in images.items) for k, name in enumerate(CLASSES)}
+    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}), caplog)
+    assert found == objects | {"dog": objects["dog"] + 4}
+
+
+def test_proposals_among_the_positives_are_used_where_there_is_room(caplog):
+    images = WithCloseProposals()
+    dogs = sum(int((image.labels == CLASSES.index("dog")).sum()) for image in images.items)
+    assert kept_positives(images, QUICK, caplog)["dog"] == dogs + 9 * len(images)
 
 
 def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
@@ -305,7 +324,9 @@ def test_errors_say_what_was_expected():
         mine_with(replace(good, overlaps=good.overlaps[:, :2]))
     with pytest.raises(ValueError, match="image 1: features must be finite"):
         mine_with(replace(good, features=torch.cat([good.features[:-1], torch.full((1, 8), torch.nan)])))
-    with pytest.raises(ValueError, match=r"positives of image 1: expected .* leave out objects of other classes"):
+    with pytest.raises(
+        ValueError, match=r"positives of image 1: expected features .* and 3; leave out objects of other classes"
+    ):
         mine_with(replace(good, labels=np.where(good.labels == -1, -1, 3)))
     images.items = []
     with pytest.raises(ValueError, match="expected at least one image to mine, got none"):

@@ -43,14 +43,16 @@ def mining(source):
 
 
 def test_by_default_the_objects_alone_are_positives(source):
-    features, labels = mining(source(1)).read_positives(0)
+    features, labels, objects = mining(source(1)).read_positives(0)
+    assert objects == 2
     assert labels.tolist() == [1, 0]
     assert torch.equal(features, pooled(source(1), OBJECTS))
 
 
 def test_below_one_the_proposals_that_cover_an_object_are_positives_too_once_for_each_window_of_cells(source):
     own = source(0.7)
-    features, labels = mining(own).read_positives(0)
+    features, labels, objects = mining(own).read_positives(0)
+    assert objects == 2
     assert labels.tolist()[:2] == [1, 0]
     assert set(labels.tolist()[2:]) == {1}
     near = pooled(own, np.concatenate([NEAR, NEAR[:1] + 0.1]))

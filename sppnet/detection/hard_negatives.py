@@ -1,9 +1,10 @@
 """Room 6: hard-negative mining, one pass over the images for the detectors of all classes (sec. 4.1; the release).
 
-Ground-truth windows are the positives. Negatives of a class are the windows whose overlap with all its objects is
-below 0.3. All negatives of the first image train the first detector; later only those that score above −1.0001
-enter the cache. A class is fitted again after 2,000 new negatives and at the end, and after each fit those cached
-that score below −1.2 leave. Features are read image by image and never stored beyond the bounded cache.
+Ground-truth windows are the positives, and proposals close to them where the images give these too. Negatives of a
+class are the windows whose overlap with all its objects is below 0.3. All negatives of the first image train the first
+detector; later only those that score above −1.0001 enter the cache. A class is fitted again after 2,000 new negatives
+and at the end, and after each fit those cached that score below −1.2 leave. Features are read image by image and never
+stored beyond the bounded cache.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class MiningImages(Protocol):
 
     def read(self, index: int) -> MiningImage: ...
 
-    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64]]:
-        """Only the ground-truth windows: features (G, D), unscaled, and labels (G,)."""
+    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64], int]:
+        """Only the positives: features (P, D), unscaled, labels (P,), how many are ground truth: the first."""
         ...
 
 
@@ -116,7 +117,8 @@ def mine_detectors(
     `scale` multiplies all features, here and in the detectors (see `mean_norm_scale`). `save` receives a state after
     every `save_every` images; passed back as `state`, with the same images and settings, mining goes on from there
     and ends with the same detectors. A class without positives or negatives is reported and never fires.
-    Memory: the cache, the positives (at most ``max_positives`` of a class), one image, and one fit.
+    Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
+    the cache), one image, and one fit.
     Raises ValueError for no images, for values of wrong shapes, and for a state of other images or classes.
     """
     if len(images) == 0:
@@ -268,29 +270,36 @@ def distinct_negatives(
 
 
 def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings, scale: float) -> list[Tensor]:
-    """Scaled features of the ground-truth windows of each class: K tensors (P, D) float32 on the CPU."""
-    samples: list[Reservoir] = []
+    """Scaled features of the positives of each class: K tensors (P, D) float32 on the CPU.
+
+    Proposals among them take, over all classes, no more bytes than the cache of negatives; ground truth is apart.
+    """
+    objects = [Reservoir(settings.max_positives, settings.seed) for _ in range(classes)]
+    proposals: list[Reservoir] = []
     width = 0
     for index in tqdm(range(len(images)), desc="positives", unit="image", disable=None):
-        features, labels = images.read_positives(index)
-        if features.ndim != 2 or labels.shape != (len(features),) or not np.isin(labels, np.arange(classes)).all():
-            raise ValueError(
-                f"positives of image {index}: expected features (G, D) and labels (G,) in 0 … {classes - 1}, "
-                f"got {tuple(features.shape)} and {labels.tolist()}; leave out objects of other classes"
-            )
-        if not samples:
+        features, labels, count = images.read_positives(index)
+        _check_positives(features, labels, count, index, classes)
+        if not proposals:
             width = features.shape[1]
-            limit = _positives_that_fit(width, classes, settings)
-            samples = [Reservoir(limit, settings.seed) for _ in range(classes)]
-        for label in np.unique(labels):
-            rows = torch.from_numpy(np.flatnonzero(labels == label)).to(features.device)
-            samples[label].add(features.detach()[rows].float() * scale)
-    return [sample.rows() if len(sample) else torch.empty(0, width) for sample in samples]
+            limit = max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes)))
+            proposals = [Reservoir(min(settings.max_positives, limit), settings.seed) for _ in range(classes)]
+        for samples, rows in ((objects, np.arange(count)), (proposals, np.arange(count, len(labels)))):
+            for label in np.unique(labels[rows]):
+                own = torch.from_numpy(rows[labels[rows] == label]).to(features.device)
+                samples[label].add(features.detach()[own].float() * scale)
+    nothing = torch.empty(0, width)
+    kept = [[sample.rows() for sample in pair if len(sample)] for pair in zip(objects, proposals, strict=True)]
+    return [torch.cat([nothing, *parts]) if len(parts) != 1 else parts[0] for parts in kept]
 
 
-def _positives_that_fit(width: int, classes: int, settings: SVMSettings) -> int:
-    """How many positives of a class are kept: as many bytes for all classes as the cache may hold of negatives."""
-    return min(settings.max_positives, max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes))))
+def _check_positives(features: Tensor, labels: NDArray[np.int64], count: int, index: int, classes: int) -> None:
+    fit = features.ndim == 2 and labels.shape == (len(features),) and 0 <= count <= len(labels)
+    if not fit or not np.isin(labels, np.arange(classes)).all():
+        raise ValueError(
+            f"positives of image {index}: expected features (P, D), labels (P,) in 0 … {classes - 1} and how many are "
+            f"objects, got {tuple(features.shape)}, {labels.tolist()} and {count}; leave out objects of other classes"
+        )
 
 
 def _check_image(image: MiningImage, index: int, classes: int, width: int) -> None:

@@ -119,16 +119,17 @@ class MiningWindows:
         labels[: len(found.objects)] = found.objects
         return MiningImage(features, found.overlaps, labels, found.windows)
 
-    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64]]:
+    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64], int]:
         """The objects' own windows; where svm.positive_overlap is below 1, then the proposals that cover one so far."""
         source, threshold = self._source, self._source.config.svm.positive_overlap
         maps = source.maps(index)
         if threshold == 1:
             annotation = source.annotation(index)
-            return self._features(maps, source.cells(maps, annotation.boxes)), source.labels(annotation)
+            features = self._features(maps, source.cells(maps, annotation.boxes))
+            return features, source.labels(annotation), len(features)
         found = self._distinct(source.image_windows(index), maps)
         rows, labels = positive_rows(found, threshold)
-        return self._features(maps, source.cells(maps, found.windows[rows])), labels
+        return self._features(maps, source.cells(maps, found.windows[rows])), labels, len(found.objects)
 
     def _distinct(self, found: ImageWindows, maps: FeatureMaps) -> ImageWindows:
         """The objects, and one of the proposals on each distinct window of cells."""
