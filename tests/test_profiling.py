@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_the_functions_are_themselves_again_afterwards_errors_included(detector,
     before = [getattr(owner, name) for _, owner, name in PROBES]
     with pytest.raises(TrunkError, match=r"test_00000\.jpg: an image of 3 × 400 pixels is too narrow"):
         detect_timed(detector, photo, Clock(CPU))
+    assert [getattr(owner, name) for _, owner, name in PROBES] == before
+
+
+def test_probes_of_two_threads_wait_for_each_other_and_leave_nothing_behind():
+    before = [getattr(owner, name) for _, owner, name in PROBES]
+    inside, leave = threading.Event(), threading.Event()
+
+    def probe() -> None:
+        with Clock(CPU).probing():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=probe)
+    with Clock(CPU).probing():
+        thread.start()
+        overlapped = inside.wait(0.2)
+    assert inside.wait(10)
+    leave.set()
+    thread.join()
+    assert not overlapped
     assert [getattr(owner, name) for _, owner, name in PROBES] == before
 
 

@@ -7,6 +7,7 @@ there is no second pipeline that could differ from the first.
 from __future__ import annotations
 
 import statistics
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
 )
 STEPS = (READ, SEARCH, "feature maps", CELLS, "pooling", "fc6", "fc7", "SVM scores", SELECT)
 BAR = 24  # characters for 100 %
+_PROBED = threading.Lock()  # overlapping probes would restore each other's wrappers and leave them in the library
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,20 @@ class Clock:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """Wrap the functions of PROBES meanwhile; AttributeError where there is one no longer."""
-        originals = [(step, owner, name, getattr(owner, name)) for step, owner, name in PROBES]
-        try:
-            for step, owner, name, original in originals:
-                setattr(owner, name, self.wrap(step, original))
-            yield
-        finally:
-            for _, owner, name, original in originals:
-                setattr(owner, name, original)
+        """Wrap the functions of PROBES meanwhile; AttributeError where there is one no longer.
+
+        The wrapped functions are the whole process's: no other thread may detect meanwhile, or its calls count here.
+        Probes of several threads wait for each other; within one thread they cannot be nested.
+        """
+        with _PROBED:
+            originals = [(step, owner, name, getattr(owner, name)) for step, owner, name in PROBES]
+            try:
+                for step, owner, name, original in originals:
+                    setattr(owner, name, self.wrap(step, original))
+                yield
+            finally:
+                for _, owner, name, original in originals:
+                    setattr(owner, name, original)
 
 
 def detect_timed(detector: SPPDetector, path: Path, clock: Clock) -> Detections:
