@@ -72,7 +72,10 @@ class WarpedTrunk:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that `run_benchmark` measured; `pooling` is None where the first image has no windows."""
+    """Everything that `run_benchmark` measured.
+
+    `pooling` is None on a GPU, where it is the peer itself, and where the first image has no windows.
+    """
 
     machine: Machine
     detector: str
@@ -81,6 +84,7 @@ class Benchmark:
     pooling: Comparison | None
     search: Comparison
     rcnn: WarpedTrunk | None
+    device: str = "cpu"  # its type
 
     def to_dict(self) -> dict[str, Any]:
         """Seconds throughout."""
@@ -127,22 +131,28 @@ def measure(
     profile = profile_images(detector, images, rounds, progress)
     image = read_image(images[0])
     windows = detector.proposer(image)
-    pooling = compare_pooling(detector, image, windows, rounds) if len(windows) else None
+    pooling = compare_pooling(detector, image, windows, rounds)
     search = compare_search(detector, image, rounds)
     warped = time_warped(detector, image, windows, rcnn, rounds) if rcnn and len(windows) else None
-    return Benchmark(measure_machine(detector.device, __version__), *names, profile, pooling, search, warped)
+    machine, device = measure_machine(detector.device, __version__), detector.device.type
+    return Benchmark(machine, *names, profile, pooling, search, warped, device)
 
 
 def compare_pooling(
     detector: SPPDetector, image: NDArray[np.uint8], windows: NDArray[np.floating], rounds: int
-) -> Comparison:
-    """`pool_windows` against torchvision's roi_pool, once per level, on the scale of the maps that has most windows."""
+) -> Comparison | None:
+    """`pool_windows` against torchvision's roi_pool, once per level, on the scale of the maps that has most windows.
+
+    None without windows, and on a GPU, where `pool_windows` is roi_pool: a comparison would say nothing.
+    """
+    if len(windows) == 0 or detector.device.type != "cpu":
+        return None
     config, maps = detector.config, detector.embed(image)
     where = window_cells(maps, windows, detector.trunk.geometry, config.pyramid, config.maps).merged()[0]
     scale = int(np.bincount(where.scale_index).argmax())
     feature_map, cells = maps.maps[scale], where.cells[where.scale_index == scale]
     inclusive = torch.from_numpy(cells - np.array([0, 0, 1, 1])).float()
-    regions = torch.cat([torch.zeros(len(cells), 1), inclusive], dim=1).to(feature_map.device)
+    regions = torch.cat([torch.zeros(len(cells), 1), inclusive], dim=1)
     levels = config.pyramid.levels
 
     def peer() -> Tensor:
@@ -278,7 +288,9 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 def _peer_rows(benchmark: Benchmark) -> list[str]:
     """One line for each comparison, on the first image."""
     rows = [f"{'the first image':<50}{'sppnet':>12} {'peer':>12} {'ratio':>10}"]
-    if benchmark.pooling is not None:
+    if benchmark.device != "cpu":
+        rows.append("pooling: on a GPU it is torchvision's roi_pool")
+    elif benchmark.pooling is not None:
         rows.append(benchmark.pooling.row("pooling; torchvision's roi_pool, once per level"))
     rows.append(benchmark.search.row("selective search; OpenCV's, one core each"))
     if benchmark.rcnn is not None:

@@ -121,6 +121,18 @@ def test_half_precision_gives_float32_features_nearby(layer):
     assert 0 < (rough - exact).norm() / exact.norm() < 0.02
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_half_precision_at_several_scales_one_of_them_without_windows(device):
+    everything = some_windows(THREE, 60)
+    where = everything.rows(np.flatnonzero(everything.scale_index != 1))
+    assert set(where.scale_index.tolist()) == {0, 2}
+    found = FrozenHead(small_head().to(device), PYRAMID.levels, "bfloat16").features(THREE.to(device), where, "fc7")
+    with torch.no_grad():
+        expected = small_head().features(pool_cells(THREE, where, PYRAMID.levels), "fc7")
+    assert (found.device.type, found.dtype) == (device, torch.float32)
+    assert 0 < (found.cpu() - expected).norm() / expected.norm() < 0.02
+
+
 def test_a_frozen_head_does_not_follow_later_training():
     head, where = small_head(), some_windows(ONE, 2)
     frozen = FrozenHead(head, PYRAMID.levels)
