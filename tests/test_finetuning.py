@@ -116,6 +116,12 @@ def test_training_is_the_same_twice_and_leaves_the_global_generator_alone(tmp_pa
     assert not same(first, other)
 
 
+def test_training_on_the_cpu_opens_no_context_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked {device} for its state"))
+    train(tmp_path, settings=SETTINGS.model_copy(update={"steps": (1, 1), "validate_every": 1}))
+
+
 def test_a_step_is_sgd_with_momentum_decay_on_weights_and_double_rate_on_biases(tmp_path):
     settings = SETTINGS.model_copy(
         update={"steps": (3,), "learning_rates": (0.1,), "weight_decay": 0.2, "validate_every": 3}

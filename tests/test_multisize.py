@@ -199,6 +199,13 @@ def test_pretraining_is_the_same_twice_and_leaves_the_global_generator_alone(rec
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_pretraining_on_the_cpu_opens_no_context_on_a_gpu(records, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked {device} for its state"))
+    pretrain_network(random_trunk(), records, CLASSES, config_of(steps=1), progress=False)
+
+
 class Interruption(BaseException):
     """Stands for Ctrl-C: nothing in the program may catch it."""
 

@@ -99,7 +99,8 @@ def _train(
     steps = tqdm(
         range(done, settings.steps), initial=done, total=settings.steps, desc="pretrain", unit="step", disable=disable
     )
-    with torch.random.fork_rng():
+    devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
+    with torch.random.fork_rng(devices=devices):
         for step in steps:
             rng = np.random.default_rng((settings.seed, step, distributed.rank()))
             torch.manual_seed(int(rng.integers(1 << 62)))  # of dropout

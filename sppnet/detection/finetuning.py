@@ -80,7 +80,8 @@ def finetune_head(
     trainer = _Trainer(head, settings, folder)
     done = trainer.restore()
     total = sum(settings.steps)
-    with ThreadPoolExecutor(1) as loader, _tensorboard(folder, done) as board, torch.random.fork_rng():
+    devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
+    with ThreadPoolExecutor(1) as loader, _tensorboard(folder, done) as board, torch.random.fork_rng(devices=devices):
         labels, pooled = loader.submit(_validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, usable, background, settings, range(done, total))
         disable = None if progress and distributed.is_main() else True
