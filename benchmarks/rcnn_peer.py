@@ -16,13 +16,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sppnet.config import WeightsSettings
 from sppnet.images import prepare
-from sppnet.network.architectures import LocalResponseNorm
 from sppnet.network.trunks import Trunk
 
 SIDE, GRID = 227, 6  # R-CNN's input, and the map after its pool5
@@ -48,26 +46,11 @@ class Layout:
 
     channels_last: bool = True
     autocast: bool = False  # in bfloat16: autocast, or a model in bfloat16
-    quick_norm: bool = False  # ZF-5: local response normalisation in place, by square roots
     batch: int = 16
 
     def __str__(self) -> str:
         words = ["channels last" if self.channels_last else "contiguous", f"batch {self.batch}"]
-        return ", ".join(words + ["autocast"] * self.autocast + ["quick norm"] * self.quick_norm)
-
-
-class QuickNorm(nn.Module):
-    """The same as `LocalResponseNorm` with beta 0.75, in fewer passes over memory and without powers."""
-
-    def __init__(self, norm: LocalResponseNorm) -> None:
-        super().__init__()
-        assert norm.beta == 0.75
-        self.size, self.alpha = norm.size, norm.alpha
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
-        root = mean.mul_(self.alpha).add_(1).rsqrt_()
-        return root.sqrt().mul_(root).mul_(x)
+        return ", ".join(words + ["autocast"] * self.autocast)
 
 
 class RCNN:
@@ -82,7 +65,7 @@ class RCNN:
         self.weights, self.dtype, self.layout = trunk.weights, dtype, layout
         memory = torch.channels_last if layout.channels_last else torch.contiguous_format
         kind = torch.float32 if layout.autocast else dtype
-        self.convolutions = _convolutions(trunk, layout.quick_norm).to(dtype=kind).to(memory_format=memory)
+        self.convolutions = _convolutions(trunk).to(dtype=kind).to(memory_format=memory)
         self.fully_connected = fully_connected.to(dtype)
         self._memory, self._kind = memory, kind
         self._warped = np.empty((layout.batch, SIDE, SIDE, 3), np.float32)
@@ -145,11 +128,9 @@ def _resize(
         cv2.resize(pixels[y1:y2, x1:x2], (SIDE, SIDE), dst=out[row], interpolation=cv2.INTER_LINEAR)
 
 
-def _convolutions(trunk: Trunk, quick_norm: bool) -> nn.Sequential:
+def _convolutions(trunk: Trunk) -> nn.Sequential:
     """A copy of the trunk's layers, which stand in a row, and the pool5 that the pyramid replaces."""
     layers = [copy.deepcopy(layer) for layer in trunk.modules() if not list(layer.children())]
-    if quick_norm:
-        layers = [QuickNorm(layer) if isinstance(layer, LocalResponseNorm) else layer for layer in layers]
     return nn.Sequential(*layers, nn.MaxPool2d(3, stride=2))  # 13 × 13 cells -> 6 × 6
 
 
@@ -164,8 +145,7 @@ def fully_connected(channels: int, width: int, classes: int) -> nn.Sequential:
 
 
 def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout, str]:
-    """The layout whose convolutions take least time: first memory format and precision, then norm, then batch."""
-    has_norm = any(isinstance(layer, LocalResponseNorm) for layer in trunk.modules())
+    """The layout whose convolutions take least time: first memory format and precision, then batch."""
     autocasts = (False, True) if dtype == torch.bfloat16 else (False,)
     images = torch.randn(count, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     times: dict[Layout, float] = {}
@@ -176,7 +156,6 @@ def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout
         return min(layouts, key=lambda layout: times[layout])
 
     layout = best([Layout(last, cast) for last in (True, False) for cast in autocasts])
-    layout = best([replace(layout, quick_norm=quick) for quick in sorted({False, has_norm})])
     layout = best([replace(layout, batch=batch) for batch in BATCHES if batch <= count])
     others = "; ".join(f"{tried} {1e3 * seconds:.1f}" for tried, seconds in times.items() if tried != layout)
     return layout, f"{layout}: {1e3 * times[layout]:.1f} ms a window ({others})"
