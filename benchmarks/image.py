@@ -38,7 +38,7 @@ TOLERANCE = 0.1  # of the range of the scores in float32
 
 
 def voc_images(root: Path, count: int) -> list[Path]:
-    """The first `count` images of SIZE below `root`, drawn evenly from all files."""
+    """The first `count` images of SIZE below `root`, drawn evenly from all files; ends the program without any."""
     files = sorted(root.glob("VOC*/JPEGImages/*.jpg"))
     mixed = [files[index] for index in np.random.default_rng(0).permutation(len(files))]
     chosen: list[Path] = []
@@ -47,6 +47,11 @@ def voc_images(root: Path, count: int) -> list[Path]:
             break
         if image_size(path) == SIZE:
             chosen.append(path)
+    if not chosen:
+        sys.exit(
+            f"{root}: expected VOC*/JPEGImages/*.jpg, some of {SIZE[1]} × {SIZE[0]} pixels, found none among "
+            f"{len(files)} files; correct SPPNET_SHARED, or unset it to measure generated images"
+        )
     return chosen
 
 
@@ -105,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
+    if min(options.images, options.rounds, options.threads) < 1:
+        parser.error("--images, --rounds and --threads must be at least 1")
     torch.set_num_threads(options.threads)
     shared = os.environ.get("SPPNET_SHARED")
     with tempfile.TemporaryDirectory() as folder:

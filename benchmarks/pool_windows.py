@@ -33,7 +33,10 @@ def proposals() -> tuple[np.ndarray, tuple[int, int], str]:
     """(2000, 4) boxes, the image's (height, width), and where they are from."""
     folder = os.environ.get("SPPNET_SHARED")
     if folder:
-        with np.load(Path(folder) / "voc/proposals/selective_search_fast_VOC2007.npz", allow_pickle=False) as file:
+        windows = Path(folder) / "voc/proposals/selective_search_fast_VOC2007.npz"
+        if not windows.is_file():
+            sys.exit(f"{windows}: no such file; correct SPPNET_SHARED, or unset it to measure random boxes")
+        with np.load(windows, allow_pickle=False) as file:
             ids, offsets, boxes = file["ids"], file["offsets"], file["boxes"]
         for image in np.flatnonzero(np.diff(offsets) >= COUNT):
             found = boxes[offsets[image] : offsets[image + 1]]

@@ -6,7 +6,8 @@
 R-CNN warps every window to 227 × 227 pixels and runs the whole network on it; sppnet computes the maps once. Weights
 are random: times do not depend on them. All variants run one after the other in every round, so that a busy machine
 slows all of them; ratios are taken pair by pair. R-CNN runs in the fastest layout that a sweep finds first.
-Reduced variants must agree with the float32 ones. With SPPNET_SHARED set the image and its windows are VOC's.
+Reduced variants must agree with the float32 ones. With SPPNET_SHARED set the image and its windows are VOC's, random
+ones otherwise.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def spread(rows: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
 
 def _voc_example(voc: Path) -> Example | None:
-    with np.load(voc / "proposals/selective_search_fast_VOC2007.npz", allow_pickle=False) as file:
+    windows = voc / "proposals/selective_search_fast_VOC2007.npz"
+    if not windows.is_file():
+        sys.exit(f"{windows}: no such file; correct SPPNET_SHARED, or unset it to measure random boxes")
+    with np.load(windows, allow_pickle=False) as file:
         ids, offsets, boxes = file["ids"], file["offsets"], file["boxes"]
     for index in np.flatnonzero(np.diff(offsets) >= PROPOSALS):
         path = voc / f"VOCdevkit/VOC2007/JPEGImages/{ids[index]}.jpg"

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from sppnet.benchmark import (
 )
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.proposals import FixedWindows
+from sppnet.detection.window_features import window_cells
 from sppnet.images import image_size, read_image
+from sppnet.network.pyramid import pool_windows
 
 WINDOWS = np.array([[0, 0, 100, 80], [30.4, 20.2, 90.6, 70.7], [5, 5, 60, 60], [100, 10, 200, 160]], np.float32)
 
@@ -74,6 +77,10 @@ def test_pooling_equals_the_peer_on_one_scale_and_on_several(detector, image):
     maps = detector.config.maps.model_copy(update={"scales": (96, 200)})
     several = replace(detector, config=detector.config.model_copy(update={"maps": maps}))
     assert compare_pooling(several, image, WINDOWS, 1).equal is True
+
+
+def test_on_a_gpu_pooling_is_not_compared_with_itself(image):
+    assert compare_pooling(SimpleNamespace(device=torch.device("cuda")), image, WINDOWS, 1) is None
 
 
 def test_pooling_that_differs_is_noticed(detector, image, monkeypatch):
@@ -159,6 +166,8 @@ def test_an_image_without_windows_has_a_profile_but_no_pooling(detector, photo):
     result = benchmark.measure(blind, [photo], 1, 5, ("detector", "image"), progress=False)
     assert (result.pooling, result.rcnn) == (None, None)
     assert "selective search; OpenCV's" in result.table()
+    assert "roi_pool" not in result.table()
+    assert "\npooling: on a GPU it is torchvision's roi_pool\n" in replace(result, device="cuda").table()
 
 
 def test_the_command_prints_a_table_or_json(small_run, photo):
@@ -203,9 +212,19 @@ def test_wrong_runs_images_and_counts_are_refused(small_run, photo, tmp_path):
 def test_the_benchmark_runs_on_a_gpu(small_run, photo, monkeypatch):
     monkeypatch.setattr(machine, "ON_GPU", (256, 2**20))
     result = run_benchmark(small_run.root, [photo], "cuda", rounds=2, rcnn=2, progress=False)
-    assert result.pooling is not None
-    assert result.pooling.equal is True
+    assert result.pooling is None
+    assert "pooling: on a GPU it is torchvision's roi_pool" in result.table()
     assert result.machine.device == torch.cuda.get_device_name()
+
+
+@pytest.mark.gpu
+def test_pooling_on_a_gpu_equals_pooling_on_the_cpu(detector, image):
+    config, maps = detector.config, detector.embed(image)
+    cells = window_cells(maps, WINDOWS, detector.trunk.geometry, config.pyramid, config.maps).cells
+    expected = pool_windows(maps.maps[0], cells, config.pyramid.levels)
+    found = pool_windows(maps.maps[0].cuda(), cells, config.pyramid.levels)
+    assert found.device.type == "cuda"
+    assert torch.equal(found.cpu(), expected)
 
 
 # ---- benchmarks/image.py -------------------------------------------------------------------------------------------
@@ -241,6 +260,12 @@ def test_scores_that_differ_are_measured_against_their_range(script, detector, p
     assert script.score_difference(exact, exact, photo) == 0
     blind = replace(detector, proposer=FixedWindows(np.zeros((0, 4))))
     assert script.score_difference(blind, blind, photo) == 0
+
+
+def test_images_that_are_not_there_are_an_error_with_a_next_step(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPPNET_SHARED", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"VOCdevkit: expected .* found none among 0 files; correct SPPNET_SHARED"):
+        script.main(["--images", "1", "--threads", "1", "--trunks"])
 
 
 def test_only_images_of_the_papers_size_are_taken(script, tmp_path):

@@ -18,7 +18,7 @@ from sppnet.images import prepare
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import rcnn
-from rcnn_peer import RCNN, SIDE, Layout, QuickNorm, fully_connected, normalised, whole_pixels
+from rcnn_peer import RCNN, SIDE, Layout, fully_connected, normalised, whole_pixels
 
 WINDOWS = np.array([[0, 0, 60, 40], [10, 5, 11, 6], [3, 7, 40, 39], [0, 0, 1, 40], [59, 39, 60, 40]], np.int64)
 
@@ -49,7 +49,7 @@ def test_a_warped_window_is_the_resized_crop(alexnet, threads):
         assert torch.allclose(warped[row], naive[0], atol=1e-3), row
 
 
-@pytest.mark.parametrize(("name", "layout"), [("alexnet", Layout()), ("zf5", Layout(False, quick_norm=True))])
+@pytest.mark.parametrize(("name", "layout"), [("alexnet", Layout()), ("zf5", Layout(False))])
 def test_a_window_of_the_whole_image_scores_as_the_network_does(name, layout):
     trunk, image = random_trunk(name), picture(SIDE, SIDE)
     network = peer(trunk, layout)
@@ -58,12 +58,6 @@ def test_a_window_of_the_whole_image_scores_as_the_network_does(name, layout):
     expected = direct(trunk, network, prepare(image, (SIDE, SIDE), "rgb", weights.mean, weights.std))
     assert np.allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert split.total == pytest.approx(split.maps + split.windows + split.head)
-
-
-def test_quick_norm_is_the_norm_of_the_trunk():
-    norm = random_trunk("zf5").norm1
-    x = 300 * torch.randn(2, 5, 9, 8)
-    assert torch.allclose(QuickNorm(norm)(x), norm(x), rtol=1e-5)
 
 
 def test_windows_of_several_batches_score_as_one_by_one(alexnet):
@@ -115,6 +109,14 @@ def test_a_reduced_variant_that_disagrees_is_noticed(capsys):
     assert not rcnn.check([exact, wrong])
     assert not rcnn.check([exact, broken])
     assert "scores of wrong and exact: DISAGREE, largest difference 20.00% of their range" in capsys.readouterr().out
+
+
+def test_windows_that_are_not_there_are_an_error_with_a_next_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPPNET_SHARED", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"VOC2007\.npz: no such file; correct SPPNET_SHARED, or unset it"):
+        rcnn.example(10)
+    monkeypatch.delenv("SPPNET_SHARED")
+    assert (rcnn.example(10).origin, rcnn.example(10).windows.shape) == ("random boxes", (10, 4))
 
 
 def test_ratios_are_taken_pair_by_pair(capsys):

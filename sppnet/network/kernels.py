@@ -1,8 +1,9 @@
-"""The compiled CPU loop behind ``pool_windows``: the one module that knows numba.
+"""The compiled CPU loops behind ``pool_windows``; with ``detection.segmentation`` one of the two doors to numba.
 
 The map lies channels last, (H, W, C), so that the inner loop runs over the channels of a cell, which are
-neighbours in memory, and becomes vector instructions. A window's bins go to a scratch buffer (M, C) first
-and are transposed into the order of the pyramid vector from there.
+neighbours in memory, and becomes vector instructions. In ``pool_cells`` a window's bins go to a scratch buffer
+(M, C) first and are transposed into the order of the pyramid vector from there; ``pool_bins`` writes them where
+they are computed.
 
 Bins are floor / ceil of exact fractions, so level n is the exact maximum over blocks of level m wherever n
 divides m. Only levels that divide no other one read the map: (1, 2, 3, 6) is a single pass over a window.
