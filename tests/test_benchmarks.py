@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import logging
 import math
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pipeline import SmallRun, modified
 
 from sppnet.config import Config
+from sppnet.detection.detector import SPPDetector
+from sppnet.store import read_tensors
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """Puts the level of our logger back."""
+    log = logging.getLogger("sppnet")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 def load(name: str) -> ModuleType:
@@ -59,6 +76,18 @@ def test_growth_is_drawn_for_every_part_and_told_in_words(tmp_path: Path) -> Non
 def test_without_a_run_the_part_images_is_left_out_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("growth").main(["--parts", "images"]) == 0
     assert "part images is left out: it needs --config CONFIG and --run DIR" in capsys.readouterr().err
+
+
+def test_the_jobs_of_the_part_images_run_on_a_training(small_run: SmallRun, quiet_log: None) -> None:
+    growth, points = load("growth"), load("growth_points")
+    run = {"config": str(small_run.root / "config.yaml"), "run": str(small_run.root), "overrides": []}
+    before = modified(small_run.root)
+    for job, unit in zip(growth.JOBS["images"], ("fits", "windows to train on", "objects"), strict=True):
+        result = points.work("images", job, 2, threads=1, rounds=1, **run)
+        assert result["size"] == 2
+        assert len(result["seconds"]) == 1
+        assert int(re.search(rf"([\d,]+) {unit}", result["note"])[1].replace(",", "")) > 0
+    assert modified(small_run.root) == before
 
 
 def test_random_windows_are_distinct_solid_and_inside() -> None:
@@ -139,6 +168,38 @@ def test_settings_that_one_side_does_not_know_are_left_at_their_defaults(capsys:
 def test_the_settings_of_a_checkout_are_read_from_it() -> None:
     names = load("mining").setting_names(FOLDER.parent)
     assert set(names["svm"]) == set(Config.model_fields["svm"].annotation.model_fields)
+
+
+@pytest.fixture(scope="module")
+def prepared(small_run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `prepare` tells both sides about all training images of the small run."""
+    mining, folder = load("mining"), tmp_path_factory.mktemp("mining")
+    options = mining.parse([str(small_run.root / "config.yaml"), "--run", str(small_run.root), "--before", "unused"])
+    mining.prepare(options, folder)
+    return json.loads((folder / "prepared.json").read_text())
+
+
+def test_both_sides_are_told_the_images_folders_and_scale_of_the_training(
+    prepared: dict[str, Any], small_run: SmallRun
+) -> None:
+    detector = SPPDetector.load(small_run.root)
+    assert prepared["images"] == list(range(8))
+    assert tuple(prepared["classes"]) == detector.classes
+    assert prepared["scale"] == pytest.approx(detector.detectors.scale)
+    assert all(Path(prepared[name]).is_relative_to(small_run.root) for name in ("windows", "maps"))
+    assert torch.equal(read_tensors(Path(prepared["head"]))["fc6.weight"], detector.head.fc6.weight)
+
+
+@pytest.mark.slow
+def test_one_side_mines_the_weights_of_the_training(
+    prepared: dict[str, Any], small_run: SmallRun, tmp_path: Path
+) -> None:
+    mining = load("mining")
+    settings = mining.shared_settings(prepared["config"], [mining.setting_names(mining.NOW)])
+    mined = mining.mine({**prepared, "config": settings, "threads": 1}, mining.NOW, tmp_path)
+    expected = SPPDetector.load(small_run.root).detectors.weight.numpy()
+    assert mining.class_cosines(expected, mined.weight).min() > mining.AGREES
+    assert min(mined.seconds, mined.gigabytes, *mined.retrains) > 0
 
 
 def test_chosen_images_are_spread_over_all() -> None:
