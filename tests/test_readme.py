@@ -111,6 +111,13 @@ def _modules(row: str) -> set[str]:
     return found
 
 
+def test_every_benchmark_is_in_the_layout_and_among_the_things_to_run() -> None:
+    layout = "".join(line for line in section("How it works").splitlines() if line.startswith("benchmarks/"))
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert re.search(rf"\b{path.stem}\b", layout), path.name
+        assert path.name in section("Develop")
+
+
 def test_every_dependency_has_its_line() -> None:
     own = project()["project"]
     wanted = [*own["dependencies"], *(name for name in own["optional-dependencies"]["dev"] if "types-" not in name)]
