@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,15 @@ class StepTimes:
 
 
 class Stopwatch:
-    """Times the parts of `_Trainer.train_step` from outside, with hooks on the head and on the optimiser."""
+    """Times the parts of `_Trainer.train_step` from outside, around its gradients and its optimiser."""
 
     def __init__(self, trainer: _Trainer) -> None:
         self._trainer = trainer
         self._at: dict[str, float] = {}
-        trainer.head.register_forward_pre_hook(lambda *_: self._mark("forward"))
-        trainer.head.register_forward_hook(lambda *_: self._mark("backward"))
+        gradients = trainer._gradients
+        assert gradients is not None  # on a CPU
+        gradients._backward = self._marked("backward", gradients._backward)  # type: ignore[method-assign]
+        trainer._gradients = self._marked("forward", gradients)
         trainer.optimiser.register_step_pre_hook(lambda *_: self._mark("optimiser"))
         trainer.optimiser.register_step_post_hook(lambda *_: self._mark("end"))
 
@@ -70,6 +73,13 @@ class Stopwatch:
         return StepTimes(
             total, at["backward"] - at["forward"], at["optimiser"] - at["backward"], at["end"] - at["optimiser"]
         )
+
+    def _marked(self, name: str, function: Callable[..., Any]) -> Any:
+        def marked(*given: Tensor) -> Any:
+            self._mark(name)
+            return function(*given)
+
+        return marked
 
     def _mark(self, name: str) -> None:
         self._at[name] = time.perf_counter()

@@ -1,0 +1,65 @@
+"""The written-out gradients against autograd's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sppnet.config import HeadSettings
+from sppnet.detection.head_gradients import HeadGradients
+from sppnet.network.sppnet import build_head
+
+
+def make_head(dropout):
+    head = build_head(3, (1, 2), 4, HeadSettings(fc6=24, fc7=16, dropout=dropout))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    head.input_scale.fill_(0.7)
+    return head.train()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(32, 15, generator=generator), torch.randint(4, (32,), generator=generator)
+
+
+def autograd(head, pooled, labels, precision):
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = head(pooled).float()
+    loss = F.cross_entropy(logits, labels)
+    return logits, dict(zip(dict(head.named_parameters()), torch.autograd.grad(loss, head.parameters()), strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_gradients_are_those_of_autograd_with_the_same_dropout(precision, tolerance, dropout):
+    head, (pooled, labels) = make_head(dropout), batch()
+    expected_logits, expected = autograd(head, pooled, labels, precision)
+    gradients = HeadGradients(head, precision)
+    torch.manual_seed(5)
+    logits = gradients(pooled, labels)
+    torch.testing.assert_close(logits, expected_logits, rtol=tolerance, atol=tolerance)
+    for name, parameter in head.named_parameters():
+        assert (parameter.grad - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_changed_weight_is_seen_by_the_next_step_and_memory_stays(precision):
+    head, (pooled, labels) = make_head(0.0), batch()
+    gradients = HeadGradients(head, precision)
+    before = gradients(pooled, labels)
+    places = [parameter.grad.data_ptr() for parameter in head.parameters()]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.5)
+    after = gradients(pooled, labels)
+    expected, _ = autograd(head, pooled, labels, precision)
+    torch.testing.assert_close(after, expected, rtol=0.02, atol=0.02)
+    assert not torch.allclose(after, before, atol=0.1)
+    assert [parameter.grad.data_ptr() for parameter in head.parameters()] == places
+
+
+def test_a_compressed_head_is_refused():
+    head = build_head(3, (1, 2), 4, HeadSettings(fc6=24, fc7=16), ranks={"fc7": 4})
+    with pytest.raises(ValueError, match=r"a compressed head cannot be trained, got ranks .* train the whole one"):
+        HeadGradients(head)
