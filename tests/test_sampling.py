@@ -90,6 +90,16 @@ def test_a_crowded_image_gives_no_more_than_the_others():
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_balanced_every_class_of_an_image_is_as_likely_and_every_window_of_a_class():
+    images = [labelled(range(10), [0] * 7 + [1] * 2 + [2], range(10, 12))]
+    settings = SETTINGS.model_copy(update={"batch": 12_000, "positive_share": 0.5, "balance": True})
+    rows = draw_batch(images, 3, settings, np.random.default_rng(0)).row
+    counts = np.bincount(rows, minlength=10)[:10]
+    assert counts.sum() == 6000
+    expected = 2000 / np.array([7] * 7 + [2] * 2 + [1])
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
 def test_every_window_of_an_image_is_as_likely():
     images = [labelled(range(4), None, range(4, 8))]
     settings = SETTINGS.model_copy(update={"batch": 8000, "positive_share": 0.5})

@@ -58,7 +58,8 @@ def draw_batch(
 ) -> Batch:
     """`settings.batch` windows from these images, `positive_share` of them positive, with replacement.
 
-    Every image gives the same number where it can, so that one crowded image does not fill the batch. Where the images
+    Every image gives the same number where it can, so that one crowded image does not fill the batch. With
+    `settings.balance` so does, within an image, every class: of a small object few windows are positives. Where the images
     hold no positives (or no negatives) at all the batch is made of the others; it is empty if there are neither.
     """
     wanted = round(settings.batch * settings.positive_share)
@@ -68,16 +69,20 @@ def draw_batch(
         wanted = 0
     elif not has_negatives:
         wanted = settings.batch
-    rows = [_draw_positive(images, i, rng) for i in _spread(has_positives, wanted, rng)]
+    rows = [_draw_positive(images, i, settings.balance, rng) for i in _spread(has_positives, wanted, rng)]
     others = settings.batch - wanted
     rows += [(i, rng.choice(images[i].negatives), background) for i in _spread(has_negatives, others, rng)]
     image, row, label = np.array(rows, np.int64).reshape(-1, 3).T
     return Batch(image, row, label)
 
 
-def _draw_positive(images: Sequence[LabelledWindows], index: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    chosen = rng.integers(len(images[index].positives))
-    return index, int(images[index].positives[chosen]), int(images[index].labels[chosen])
+def _draw_positive(
+    images: Sequence[LabelledWindows], index: int, balance: bool, rng: np.random.Generator
+) -> tuple[int, int, int]:
+    labels = images[index].labels
+    candidates = np.flatnonzero(labels == rng.choice(np.unique(labels))) if balance else np.arange(len(labels))
+    chosen = candidates[rng.integers(len(candidates))]
+    return index, int(images[index].positives[chosen]), int(labels[chosen])
 
 
 def _spread(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
