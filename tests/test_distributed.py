@@ -73,7 +73,7 @@ def run_processes(folder, what):
         )
         for rank in range(2)
     ]
-    results = [process.communicate(timeout=240) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors
     return [output.split() for output, _ in results]
