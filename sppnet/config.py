@@ -145,9 +145,7 @@ class FinetuneSettings(Settings):
     positive_share: float = Field(0.25, ge=0, le=1)  # sec. 4.1
     positive_overlap: Overlap = 0.5  # sec. 4.1: positives have IoU in [0.5, 1]
     negative_overlap: tuple[Overlap, Overlap] = (0.1, 0.5)  # sec. 4.1
-    balance: bool = (
-        False  # ours: positives drawn evenly over the classes in an image
-    )
+    balance: bool = False  # ours: positives drawn evenly over the classes in an image
     flip: bool = True  # release
     steps: tuple[Count, ...] = Field((30_000, 30_000, 30_000), min_length=1)  # release (sec. 4.1: 250k then 50k)
     learning_rates: tuple[Rate, ...] = (1e-3, 1e-4, 1e-5)  # release (sec. 4.1: 1e-4 then 1e-5)
