@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.action(options) or 0)
     except EXPECTED as error:
         if options.verbose:
-            raise
+            traceback.print_exc()
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

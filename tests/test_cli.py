@@ -388,9 +388,11 @@ def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
     assert "Traceback" not in result.err
 
 
-def test_verbose_gives_the_traceback_of_an_error(tmp_path):
-    with pytest.raises(ValueError, match="cannot read the configuration"):
-        run_command("train", tmp_path / "none.yaml", "--verbose")
+def test_verbose_gives_the_traceback_of_an_error_and_the_same_exit_status(tmp_path):
+    result = run_command("train", tmp_path / "none.yaml", "--verbose")
+    assert result.status == 2
+    assert "Traceback (most recent call last)" in result.err
+    assert "cannot read the configuration" in result.err.splitlines()[-1]
 
 
 def test_a_mistake_in_the_software_is_not_dressed_up_as_bad_input(config, tmp_path, monkeypatch):
