@@ -3,6 +3,9 @@ import logging
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
@@ -46,9 +49,13 @@ def naive_objective(weight, bias, features, labels, settings):
     return total
 
 
+SOLVERS = ["descent", "liblinear"]
+
+
 @pytest.mark.shared_data
-def test_the_objective_is_within_a_thousandth_of_the_release_for_any_seed(golden):
-    settings = golden_settings(golden)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_objective_is_within_a_thousandth_of_the_release_for_any_seed(golden, solver):
+    settings = golden_settings(golden).model_copy(update={"solver": solver})
     for seed in range(5):
         svm = fit_linear_svm(golden["X"], golden["y"], settings.model_copy(update={"seed": seed}))
         reached = svm_objective(svm, golden["X"], golden["y"], settings).total
@@ -77,6 +84,41 @@ def test_a_general_minimiser_finds_no_better_weights(settings):
     start = np.append(svm.weight, svm.bias)
     better = min(minimize(value, s, method="Nelder-Mead", options={"maxiter": 4000}).fun for s in (start, start * 0.9))
     assert reached <= better * (1 + 1e-3)
+
+
+@settings_of_hypothesis(max_examples=40, deadline=None)
+@given(
+    count=st.integers(2, 150),
+    dimension=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    cost=st.sampled_from([1e-3, 0.03, 1.0]),
+    weight=st.sampled_from([0.5, 1.0, 2.0]),
+    multiplier=st.sampled_from([1.0, 10.0]),
+    double=st.booleans(),
+)
+def test_coordinate_descent_ends_no_higher_than_liblinear(count, dimension, seed, cost, weight, multiplier, double):
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random(count) < 0.3, 1, -1)
+    labels[:2] = 1, -1
+    features = rng.standard_normal((count, dimension)) + 0.5 * labels[:, None]
+    features[rng.random(count) < 0.1] = 0  # a row without features still has its bias
+    features = features if double else features.astype(np.float32)
+    settings = SVMSettings(
+        C=cost, positive_weight=weight, bias_multiplier=multiplier, tolerance=1e-5, max_iterations=20_000
+    )
+    own, other = (
+        fit_linear_svm(features, labels, settings.model_copy(update={"solver": solver})) for solver in SOLVERS
+    )
+    reached, expected = (svm_objective(svm, features, labels, settings).total for svm in (own, other))
+    assert reached <= expected * (1 + 1e-4)  # no weights have less than the minimum, so above is all it can fail by
+
+
+def test_coordinate_descent_leaves_the_features_and_labels_as_they_are():
+    features, labels = two_clouds()
+    before = features.copy(), labels.copy()
+    fit_linear_svm(features, labels)
+    np.testing.assert_array_equal(features, before[0])
+    np.testing.assert_array_equal(labels, before[1])
 
 
 def test_the_parts_of_the_objective_sum_to_the_definition():
@@ -108,15 +150,19 @@ def test_two_points_have_the_closed_form_solution():
 def test_the_same_problem_gives_the_same_weights_as_tensor_and_as_array():
     features, labels = two_clouds()
     first = fit_linear_svm(features, labels)
-    second = fit_linear_svm(torch.from_numpy(features), labels.astype(np.int8))
-    np.testing.assert_array_equal(first.weight, second.weight)
-    assert first.bias == second.bias
+    for same in (torch.from_numpy(features), np.asfortranarray(features), np.repeat(features, 2, axis=0)[::2]):
+        again = fit_linear_svm(same, labels.astype(np.int8))
+        np.testing.assert_array_equal(first.weight, again.weight)
+        assert first.bias == again.bias
+    half = torch.from_numpy(features).bfloat16()
+    np.testing.assert_array_equal(fit_linear_svm(half, labels).weight, fit_linear_svm(half.float(), labels).weight)
 
 
-def test_a_fit_that_does_not_converge_is_logged_and_used(caplog):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_fit_that_does_not_converge_is_logged_and_used(caplog, solver):
     features, labels = two_clouds()
     with caplog.at_level(logging.WARNING, logger="sppnet"):
-        svm = fit_linear_svm(features, labels, SVMSettings(C=10, tolerance=1e-12, max_iterations=2))
+        svm = fit_linear_svm(features, labels, SVMSettings(C=10, tolerance=1e-12, max_iterations=2, solver=solver))
     assert "stopped at 2 iterations before it reached tolerance 1e-12" in caplog.text
     assert svm.weight.shape == (5,)
 
@@ -125,7 +171,8 @@ def test_the_convergence_warning_of_the_solver_still_reaches_others():
     from sklearn.svm import LinearSVC
 
     features, labels = two_clouds()
-    fit_linear_svm(features, labels, SVMSettings(C=10, tolerance=1e-12, max_iterations=2))
+    settings = SVMSettings(C=10, tolerance=1e-12, max_iterations=2, solver="liblinear")
+    fit_linear_svm(features, labels, settings)
     with pytest.warns(ConvergenceWarning):
         LinearSVC(loss="hinge", dual=True, tol=1e-12, max_iter=2).fit(features, labels)
 
@@ -182,6 +229,9 @@ def test_errors_say_what_was_expected():
         mean_norm_scale([0.0])
     with pytest.raises(ValueError, match="2 classes need weight"):
         LinearDetectors(torch.zeros(3, 4), torch.zeros(3), 1.0, ("a", "b"))
+    features[7, 2] = np.nan
+    with pytest.raises(ValueError, match="features must be finite, row 7 is not"):
+        fit_linear_svm(features, labels)
     detectors = LinearDetectors(torch.zeros(1, 4), torch.zeros(1), 1.0, ("a",))
     with pytest.raises(ValueError, match=r"features must have shape \(R, 4\), got \(2, 5\)"):
         detectors.score(torch.zeros(2, 5))

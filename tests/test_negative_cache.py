@@ -48,7 +48,7 @@ def test_no_window_enters_twice_but_another_class_may_join():
 def test_what_scores_below_the_limit_leaves_only_its_class():
     cache = NegativeCache(WIDTH, CLASSES, 100 * ONE)
     cache.add(0, features(3), all_of(3, 0, 1), scores(0, 0, 0))
-    cache.rescore(0, torch.tensor([1.0, 0, 0]), -4.0)  # scores -4, -1, 2
+    cache.rescore(0, np.array([-4.0, -1, 2], np.float32))
     assert cache.evict(0, below=-1.0) == 1
     assert cache.counts().tolist() == [2, 3]
     assert cache.evict(1, below=-1.0) == 0
@@ -64,6 +64,16 @@ def test_a_slot_that_nobody_holds_is_used_again():
     assert held(cache) == {(0, 0), (1, 0), (0, 2)}
     assert torch.equal(cache.features_of(0), torch.stack([features(3)[0], features(1, 50)[0], features(3)[2]]))
     assert cache.displaced == 0
+
+
+def test_the_negatives_of_a_class_come_after_the_rows_given_first():
+    cache = NegativeCache(WIDTH, CLASSES, 6 * ONE * 1.01)
+    cache.add(
+        0, features(3), np.array([[True, False], [False, True], [True, True]]), np.zeros((3, CLASSES), np.float32)
+    )
+    positives = features(2, start=50)
+    assert torch.equal(cache.features_of(1, first=positives), torch.cat([positives, features(3)[1:]]))
+    assert torch.equal(cache.features_of(1, first=positives[:0]), features(3)[1:])
 
 
 def test_a_full_cache_gives_up_the_lowest_scores_first():
@@ -105,7 +115,7 @@ def test_a_restored_cache_equals_the_saved_one():
 def test_no_windows_are_no_change():
     cache = NegativeCache(WIDTH, CLASSES, 6 * ONE)
     assert cache.add(0, features(0), all_of(0), np.zeros((0, CLASSES), np.float32)).tolist() == [0, 0]
-    cache.rescore(0, torch.zeros(WIDTH), 0.0)
+    cache.rescore(0, np.zeros(0, np.float32))
     assert cache.evict(0, 0) == len(cache) == 0
     assert cache.features_of(1).shape == (0, WIDTH)
     again = NegativeCache(WIDTH, CLASSES, 6 * ONE)

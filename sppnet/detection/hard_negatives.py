@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.config import SVMSettings
-from sppnet.detection.linear_svm import LinearDetectors, fit_linear_svm, svm_objective
+from sppnet.detection.linear_svm import LinearDetectors, fit_linear_svm, objective_of_scores
 from sppnet.detection.negative_cache import CachedKeys, NegativeCache
 from sppnet.detection.reservoir import Reservoir
 
@@ -232,14 +232,14 @@ class _Miner:
         return negatives
 
     def _fit(self, label: int) -> None:
-        positives, negatives = self.positives[label], self.cache.features_of(label)
-        signs = np.repeat([1, -1], [len(positives), len(negatives)])
-        examples = torch.cat([positives, negatives])
+        positives = len(self.positives[label])
+        examples = self.cache.features_of(label, first=self.positives[label])
+        negatives = len(examples) - positives
+        signs = np.repeat([1, -1], [positives, negatives])
         svm = fit_linear_svm(examples, signs, self.settings)
-        objective = svm_objective(svm, examples, signs, self.settings)
-        self.weight[label] = torch.from_numpy(svm.weight).float()
-        self.bias[label] = svm.bias
-        self.cache.rescore(label, self.weight[label], svm.bias)
+        self.weight[label], self.bias[label] = torch.from_numpy(svm.weight), svm.bias
+        scores = (examples @ self.weight[label] + svm.bias).numpy()
+        self.cache.rescore(label, scores[positives:])
         evicted = self.cache.evict(label, self.settings.evict_below)
         self.retrains[label] += 1
         self.fresh[label] = 0
@@ -247,9 +247,9 @@ class _Miner:
             "svm %s retrain %d: %s | cache %d pos %d neg, evicted %d",
             self.classes[label],
             self.retrains[label],
-            objective,
-            len(positives),
-            len(negatives) - evicted,
+            objective_of_scores(svm, scores, signs, self.settings),
+            positives,
+            negatives - evicted,
             evicted,
         )
 

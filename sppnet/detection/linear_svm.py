@@ -4,8 +4,8 @@ The problem of one class, over scaled features x with labels y in {-1, +1}:
 
     1/2 |w|² + 1/2 (b/B)² + C (p Σ_{y=+1} max(0, 1 − f(x)) + Σ_{y=−1} max(0, 1 + f(x))),    f(x) = w·x + b
 
-with B the bias multiplier and p the weight of positives. scikit-learn's liblinear solves it; this is the
-only module of detection that imports scikit-learn.
+with B the bias multiplier and p the weight of positives. `dual_descent` solves it, or scikit-learn's liblinear
+where svm.solver says so; this is the only module of detection that imports scikit-learn.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sppnet.config import SVMSettings
+from sppnet.detection.dual_descent import minimise_hinge
 
 logger = logging.getLogger("sppnet")
 
-BLOCK = 4096  # rows scored at once in double precision
+BLOCK_BYTES = 1 << 26  # of rows scored at once in double precision
 
 Features = NDArray[np.floating] | Tensor
 
@@ -42,7 +43,8 @@ class LinearSVM:
     def score(self, features: Features) -> NDArray[np.float64]:
         """(R, D) -> (R,) float64, computed in double precision."""
         rows = _as_array(features)
-        blocks = [rows[start : start + BLOCK] @ self.weight + self.bias for start in range(0, len(rows), BLOCK)]
+        block = max(1, BLOCK_BYTES // (8 * max(1, rows.shape[1])))
+        blocks = [rows[start : start + block] @ self.weight + self.bias for start in range(0, len(rows), block)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
 
@@ -107,14 +109,44 @@ class LinearDetectors:
 def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings | None = None) -> LinearSVM:
     """The minimum of the problem above. features (N, D), already scaled; labels (N,) in {-1, +1}.
 
-    The same features, labels and settings give the same weights. While it runs, liblinear holds the features in
-    double precision and once more as index and value: up to six times their float32 size.
-    A fit that stops at ``max_iterations`` is used and logged as a warning. Fits must not run in parallel threads:
-    liblinear's random numbers are global to the process, so the results would change from run to run.
-    Raises ValueError for other shapes and labels, and where positives or negatives are missing.
+    The same features, labels and settings give the same weights. Features in float32 or float64 are read where they
+    lie; with ``solver="liblinear"`` they are held in double precision and once more as index and value, up to six
+    times their float32 size, and fits must not run in parallel threads, since its random numbers are global.
+    A fit that stops at ``max_iterations`` is used and logged as a warning.
+    Raises ValueError for other shapes and labels, where positives or negatives are missing, and where a feature is
+    not finite.
     """
     settings = settings or SVMSettings()
     rows, signs = _as_array(features), _checked_labels(labels, len(features))
+    svm, converged = (_descend if settings.solver == "descent" else _liblinear)(rows, signs, settings)
+    if not converged:
+        logger.warning(
+            "linear SVM of %d x %d stopped at %d iterations before it reached tolerance %g; its weights are used, "
+            "raise svm.max_iterations or svm.tolerance",
+            *rows.shape,
+            settings.max_iterations,
+            settings.tolerance,
+        )
+    return svm
+
+
+def _descend(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
+    """The solution, and whether it reached the tolerance."""
+    own = rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float32)
+    solution = minimise_hinge(
+        np.ascontiguousarray(own),
+        signs,
+        settings.C * np.where(signs > 0, settings.positive_weight, 1.0),
+        settings.bias_multiplier,
+        settings.tolerance,
+        settings.max_iterations,
+        settings.seed,
+    )
+    return LinearSVM(solution.weight, solution.bias), solution.converged
+
+
+def _liblinear(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
+    """The same by scikit-learn."""
     solver = LinearSVC(
         loss="hinge",
         dual=True,
@@ -126,26 +158,25 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
         random_state=settings.seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the line below, once and in our words
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the caller, once and in our words
         solver.fit(rows, signs)
-    if int(solver.n_iter_) >= settings.max_iterations:
-        logger.warning(
-            "linear SVM of %d x %d stopped at %d iterations before it reached tolerance %g; its weights are used, "
-            "raise svm.max_iterations or svm.tolerance",
-            *rows.shape,
-            settings.max_iterations,
-            settings.tolerance,
-        )
-    return LinearSVM(solver.coef_[0].astype(np.float64), float(solver.intercept_[0]))
+    svm = LinearSVM(solver.coef_[0].astype(np.float64), float(solver.intercept_[0]))
+    return svm, int(solver.n_iter_) < settings.max_iterations
 
 
 def svm_objective(
     svm: LinearSVM, features: Features, labels: ArrayLike, settings: SVMSettings | None = None
 ) -> SVMObjective:
     """The value that `fit_linear_svm` minimises, for any weights. features (N, D) scaled, labels (N,) in {-1, +1}."""
-    settings = settings or SVMSettings()
     signs = _checked_labels(labels, len(features), both=False)
-    loss = np.maximum(0, 1 - signs * svm.score(features))
+    return objective_of_scores(svm, svm.score(features), signs, settings or SVMSettings())
+
+
+def objective_of_scores(
+    svm: LinearSVM, scores: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings
+) -> SVMObjective:
+    """The same where the examples have been scored already: scores (N,), signs (N,) in {-1, +1}."""
+    loss = np.maximum(0, 1 - signs * scores.astype(np.float64))
     norm = svm.weight @ svm.weight + (svm.bias / settings.bias_multiplier) ** 2
     return SVMObjective(
         positive=float(settings.C * settings.positive_weight * loss[signs > 0].sum()),
@@ -170,7 +201,11 @@ def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
 
 
 def _as_array(features: Features) -> NDArray[np.floating]:
-    array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    if isinstance(features, Tensor):
+        whole = features.detach().cpu()
+        array = (whole if whole.dtype == torch.float64 else whole.float()).numpy()
+    else:
+        array = np.asarray(features)
     if array.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {array.shape}; pass features[None] for one window")
     return array

@@ -14,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 8192  # rows scored at once
-
 
 @dataclass(frozen=True)
 class CachedKeys:
@@ -81,16 +79,19 @@ class NegativeCache:
         self._fill(image, entering, features, wanted, scores, scale)
         return new.sum(axis=0) + wanted[entering].sum(axis=0)
 
-    def features_of(self, label: int) -> Tensor:
-        """The negatives of a class, (N, D) float32, in the order of their slots."""
-        return self._features[torch.from_numpy(self._slots_of(label))]
+    def features_of(self, label: int, first: Tensor | None = None) -> Tensor:
+        """The negatives of a class, (N, D) float32, in the order of their slots; after the rows of `first` (P, D)."""
+        slots = torch.from_numpy(self._slots_of(label))
+        count = 0 if first is None else len(first)
+        rows = torch.from_numpy(np.empty((count + len(slots), self._features.shape[1]), np.float32))
+        if first is not None:
+            rows[:count] = first
+        torch.index_select(self._features, 0, slots, out=rows[count:])
+        return rows
 
-    def rescore(self, label: int, weight: Tensor, bias: float) -> None:
-        """Score the negatives of a class with its new detector: weight (D,) float32."""
-        slots = self._slots_of(label)
-        for start in range(0, len(slots), BLOCK):
-            block = slots[start : start + BLOCK]
-            self._scores[block, label] = (self._features[torch.from_numpy(block)] @ weight + bias).numpy()
+    def rescore(self, label: int, scores: NDArray[np.float32]) -> None:
+        """Take over what the new detector of a class gives its negatives: (N,), in the order of their slots."""
+        self._scores[self._slots_of(label), label] = scores
 
     def evict(self, label: int, below: float) -> int:
         """Drop the negatives of a class that score below; returns how many."""

@@ -5,7 +5,7 @@ Edges are visited by weight: two regions become one where the edge is no heavier
 inside, plus k / its pixels. Weights are counted in steps of 1 / STEPS, so that a counting sort orders them in linear
 time; edges of equal weight keep the order of the pixels. Both make the result one and the same on every machine.
 
-The second and last door to numba next to ``network.kernels``, which may not know about windows; ``regions`` and
+A door to numba next to ``network.kernels``, which may not know about windows; ``regions`` and
 ``grouping`` come through it too.
 """
 

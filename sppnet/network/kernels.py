@@ -1,4 +1,5 @@
-"""The compiled CPU loops behind ``pool_windows``; with ``detection.segmentation`` one of the two doors to numba.
+"""The compiled CPU loops behind ``pool_windows``: one of three doors to numba, with ``detection.segmentation`` and
+``detection.dual_descent``.
 
 The map lies channels last, (H, W, C), so that the inner loop runs over the channels of a cell, which are
 neighbours in memory, and becomes vector instructions. In ``pool_cells`` a window's bins go to a scratch buffer
