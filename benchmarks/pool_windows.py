@@ -23,6 +23,7 @@ import torch
 import torchvision
 
 from sppnet.detection.windows import project_windows
+from sppnet.machine import copy_bandwidth
 from sppnet.network.pyramid import pool_windows
 
 CHANNELS, MAP_SIZE, LEVELS, COUNT, SCALE = 256, (43, 57), (1, 2, 3, 6), 2000, 688
@@ -63,13 +64,6 @@ def timed(function: Callable[[], object]) -> float:
     return seconds
 
 
-def copy_bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
-    """Bytes read plus bytes written per second by a copy between two resident arrays, with all threads."""
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source)) for _ in range(rounds))
-
-
 def traffic(windows: np.ndarray) -> tuple[int, int]:
     """Bytes that one pass over the windows must read (each cell of each window once) and write."""
     cells = int(((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).sum())
@@ -102,7 +96,7 @@ def main() -> int:
     ours, ours_last, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratios = sorted(peer / mine for mine, _, peer in rounds)
     read, written = traffic(windows)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cpu"))
     mean_cells = read / (4 * CHANNELS * len(windows))
 
     print(f"{len(windows)} windows ({origin}), {mean_cells:.0f} cells each on average, {options.threads} threads")

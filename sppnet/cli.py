@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sppnet import distributed
+from sppnet import __version__, distributed
 from sppnet.benchmark import run_benchmark
 from sppnet.config import Config, ConfigError, load_config
 from sppnet.data.folder import FolderError
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sppnet", description="SPP-net object detection: train, evaluate, detect.")
     parser.set_defaults(verbose=False)
+    parser.add_argument("--version", action="version", version=f"sppnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = _command(commands, "train", "train a detector; every stage resumes", _train)
@@ -167,6 +168,8 @@ def _train(options: argparse.Namespace) -> int:
         training = Training(config, root, _device(options))
         redone = training.redone(only, force)
         print("\n".join([str(training.plan.data), *(describe_stage(s, only, redone) for s in training.status())]))
+        for setting, path in training.missing_files():
+            print(f"missing: {path} ({setting}); training would end there", file=sys.stderr)
         return 0
     return _run_training(config, root, options, only, force)
 
@@ -228,6 +231,8 @@ def _detect(options: argparse.Namespace) -> int:
     result = detect_files(detector, options.images, options.out, options.threshold)
     count = sum(len(found) for found in result.detections.values())
     print(f"{count} detections in {len(result.detections)} images, written to {options.out}")
+    if result.detections and not count:
+        print(f"nothing scores above --threshold {options.threshold:g}; a lower one shows less certain detections")
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if result.skipped else 0

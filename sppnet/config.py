@@ -267,6 +267,23 @@ class Config(Settings):
         return self
 
 
+# In the words of a YAML file, where pydantic's are those of Python.
+EXPECTED = {
+    "tuple_type": "expected a list in square brackets, e.g. [a, b]",
+    "too_short": "expected a list with something in it",
+    "model_type": "expected a section of settings",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "string_type": "expected text",
+    "path_type": "expected a path",
+}
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML configuration and apply ``section.key=value`` overrides (values in YAML syntax).
 
@@ -300,7 +317,8 @@ def parse_config(values: Mapping[str, Any], origin: str) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "value_error":  # settings that do not go together: the message names them
             raise ConfigError(": ".join(filter(None, (origin, key, str(first["ctx"]["error"]))))) from None
-        raise ConfigError(f"{origin}: {key}: {first['msg']}, got {first['input']!r}") from None
+        message = EXPECTED.get(first["type"], first["msg"])
+        raise ConfigError(f"{origin}: {key}: {message}, got {first['input']!r}") from None
 
 
 def dump_config(config: Config) -> str:

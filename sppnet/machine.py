@@ -41,15 +41,20 @@ class Machine:
 
 def measure_machine(device: torch.device, sppnet_version: str, rounds: int = 7) -> Machine:
     """Measured on `device`, each figure the median of `rounds` after one to warm up."""
-    side, copied = ON_GPU if device.type == "cuda" else ON_CPU
-    source = torch.ones(copied // 4, device=device)
-    target = torch.zeros_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), device, rounds)
+    side = (ON_GPU if device.type == "cuda" else ON_CPU)[0]
     float32, bfloat16 = (_matrix_gflops(side, kind, device, rounds) for kind in (torch.float32, torch.bfloat16))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     versions = {"sppnet": sppnet_version, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    bandwidth = 2 * copied / copy / 1e9
+    bandwidth = copy_bandwidth(device, rounds) / 1e9
     return Machine(_device_name(device), cores, torch.get_num_threads(), versions, float32, bfloat16, bandwidth)
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 7) -> float:
+    """Bytes read plus bytes written per second by a copy between two resident arrays, with all threads."""
+    copied = (ON_GPU if device.type == "cuda" else ON_CPU)[1]
+    source = torch.ones(copied // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * copied / _median_seconds(lambda: target.copy_(source), device, rounds)
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pipeline import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
-from sppnet import cli
+from sppnet import __version__, cli
 from sppnet.config import load_config
 from sppnet.data.proposal_files import import_windows
 from sppnet.data.voc import read_comp4, write_annotation
@@ -180,6 +180,29 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
     assert modified(tmp_path) == before
 
 
+def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path):
+    overrides = ["trunk.weights.source=file", "trunk.weights.file=no.npz", "proposals.import_from=[gone.npz]"]
+    overrides += ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
+    result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides)
+    assert result.status == 0
+    expected = [
+        ("gone.npz", "proposals.import_from"),
+        ("no.npz", "trunk.weights.file"),
+        ("head.safetensors", "head.checkpoint"),
+    ]
+    assert result.err.splitlines() == [
+        f"missing: {path} ({setting}); training would end there" for path, setting in expected
+    ]
+    assert run_command("train", config, "--run", tmp_path / "new", "--dry-run").err == ""
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sppnet {__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("options", "again"),
     [
@@ -339,7 +362,9 @@ def test_detect_shows_scores_from_zero_unless_told_otherwise(run, tmp_path):
     image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
     scores = {}
     for name, options in (("default", []), ("low", ["--threshold", "-1.2"]), ("high", ["--threshold", "1e6"])):
-        assert run_command("detect", run.root, image, "--out", tmp_path / name, *options).status == 0
+        result = run_command("detect", run.root, image, "--out", tmp_path / name, *options)
+        assert result.status == 0
+        assert ("nothing scores above --threshold 1e+06; a lower one" in result.out) == (name == "high")
         entries = json.loads((tmp_path / name / "detections.json").read_text())
         scores[name] = [found["score"] for found in entries[0]["detections"]]
     assert all(score >= 0 for score in scores["default"])

@@ -86,7 +86,7 @@ def test_the_last_override_counts_and_leaves_its_section_alone(file):
         ("svm.C=[", r"--set svm\.C=\[: the value is not valid YAML"),
         ("name.x=3", r"--set name\.x=3: name is not a section"),
         ("svm.epoch=3", r"unknown setting svm\.epoch; did you mean svm\.epochs\?"),
-        ("svm.C=much", r"svm\.C: Input should be a valid number.*, got 'much'"),
+        ("svm.C=much", r"svm\.C: expected a number, got 'much'"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(file, override, message):
@@ -113,7 +113,7 @@ def test_a_bad_override_says_what_is_wrong(file, override, message):
         ("maps: 688", r"settings\.yaml: maps: .*, got 688"),
         ("head: {dropout: 1}", r"head\.dropout: Input should be less than 1, got 1"),
         ("maps: {scales: [8]}", r"maps\.scales\.0: Input should be greater than or equal to 16, got 8"),
-        ("pyramid: {levels: []}", r"pyramid\.levels: .* at least 1 item"),
+        ("pyramid: {levels: []}", r"pyramid\.levels: expected a list with something in it"),
         ("finetune: {steps: [5]}", r"steps has 1 phases but learning_rates has 3; give one learning rate per phase"),
         ("trunk: {weights: {source: file}}", r"source is 'file' but no file is named; set trunk\.weights\.file=PATH"),
     ],

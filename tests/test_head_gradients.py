@@ -22,6 +22,16 @@ def batch():
     return torch.randn(32, 15, generator=generator), torch.randint(4, (32,), generator=generator)
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers(monkeypatch):
+    """Autograd's head drops the units that the same uniform numbers drop."""
+
+    def dropout(hidden, share, training):
+        return hidden * ((torch.rand(hidden.shape) < 1 - share) / (1 - share)) if training else hidden
+
+    monkeypatch.setattr(F, "dropout", dropout)
+
+
 def autograd(head, pooled, labels, precision):
     torch.manual_seed(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
@@ -57,6 +67,13 @@ def test_a_changed_weight_is_seen_by_the_next_step_and_memory_stays(precision):
     torch.testing.assert_close(after, expected, rtol=0.02, atol=0.02)
     assert not torch.allclose(after, before, atol=0.1)
     assert [parameter.grad.data_ptr() for parameter in head.parameters()] == places
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    gradients = HeadGradients(make_head(0.3))
+    mask = gradients._mask(torch.zeros(400, 500))
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_compressed_head_is_refused():

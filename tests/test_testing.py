@@ -119,8 +119,21 @@ def test_the_area_rule_is_taken_where_it_is_asked_for(run, detector):
 
 def test_figures_of_earlier_detections_do_not_stay_beside_new_ones(run, detector):
     testing.test_run(detector, run.root)
-    output = testing.test_run(detector, run.root, evaluate=False)
+    fewer = detector.config.model_copy(
+        update={"detect": detector.config.detect.model_copy(update={"nms_overlap": 0.1})}
+    )
+    output = testing.test_run(replace(detector, config=fewer), run.root, evaluate=False)
     assert {path.name for path in output.folder.iterdir()} == {f"comp4_det_test_{name}.txt" for name in CLASSES}
+
+
+def test_figures_of_the_same_detections_stay_where_these_are_written_again(run, detector):
+    before = testing.test_run(detector, run.root)
+    kept = {path.name: path.read_bytes() for path in before.folder.iterdir()}
+    testing.test_run(detector, run.root, evaluate=False)
+    assert {path.name: path.read_bytes() for path in before.folder.iterdir()} == kept
+    (before.folder / "curves.json").unlink()  # what is not whole goes
+    testing.test_run(detector, run.root, evaluate=False)
+    assert {path.name for path in before.folder.iterdir()} == {f"comp4_det_test_{name}.txt" for name in CLASSES}
 
 
 def test_another_folder_gets_results_and_windows_of_its_own(run, detector, tmp_path, caplog):

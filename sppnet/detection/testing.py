@@ -27,7 +27,7 @@ from sppnet.records import Annotation, Detections, ImageRecord
 from sppnet.report.contact_sheet import Picture, contact_sheet
 from sppnet.report.curves import draw_precision_recall
 from sppnet.report.drawing import save_image
-from sppnet.store import digest_of, read_arrays, write_arrays, write_json
+from sppnet.store import digest_of, read_arrays, read_json, write_arrays, write_json
 
 log = logging.getLogger("sppnet")
 
@@ -45,6 +45,7 @@ class TestResult:
     evaluation: VOCEvaluation | None
     proposals: ProposalQuality | None
     seconds_per_image: float | None  # of the images detected now, without proposals; None if all were reused
+    origin: str  # names the detector and the windows by their content
 
 
 def test_detector(
@@ -67,7 +68,7 @@ def test_detector(
     distributed.barrier()
     detections = {r.id: _read(_path(folder, r), detector.classes) for r in records}
     evaluation, quality = _evaluate(detector, records, detections, windows_folder)
-    return TestResult(detections, evaluation, quality, seconds)
+    return TestResult(detections, evaluation, quality, seconds, folder.name)
 
 
 def _detect(detector: SPPDetector, record: ImageRecord, windows: NDArray[np.float32]) -> Detections:
@@ -116,8 +117,9 @@ def test_run(
         result = replace(result, evaluation=None)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
-        for name in FIGURES:  # of earlier detections
-            (folder / name).unlink(missing_ok=True)
+        if evaluate or not _describe(folder, result, names):
+            for name in FIGURES:  # of earlier detections
+                (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, detector.classes)
         if result.evaluation is not None:
             tested = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
@@ -125,6 +127,15 @@ def test_run(
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()
     return TestOutput(result, folder)
+
+
+def _describe(folder: Path, result: TestResult, splits: tuple[str, ...]) -> bool:
+    """Whether the figures in the folder are those of these very detections, with nothing missing among them."""
+    if not all((folder / name).is_file() for name in FIGURES):
+        return False
+    metrics = read_json(folder / "metrics.json")
+    expected = {"detections": result.origin, "images": len(result.detections), "splits": list(splits) or [HELD_OUT]}
+    return isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in expected.items())
 
 
 def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Path:
@@ -168,7 +179,12 @@ def _write_comp4(
 
 
 def _metrics(result: TestResult, evaluation: VOCEvaluation) -> dict[str, Any]:
-    values = {**evaluation.to_dict(), "images": len(result.detections), "seconds_per_image": result.seconds_per_image}
+    values = {
+        **evaluation.to_dict(),
+        "images": len(result.detections),
+        "seconds_per_image": result.seconds_per_image,
+        "detections": result.origin,
+    }
     if result.proposals is not None:
         values["proposals"] = {
             "recall": result.proposals.recall,

@@ -105,6 +105,16 @@ class Training:
             stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
 
+    def missing_files(self) -> list[tuple[str, Path]]:
+        """(setting, file) of every file that the settings name and that is not there. Downloads are not looked for."""
+        config = self.config
+        named = [("proposals.import_from", path) for path in config.proposals.import_from]
+        if config.trunk.weights.source == "file" and config.trunk.weights.file is not None:
+            named.append(("trunk.weights.file", config.trunk.weights.file))
+        if config.head.init == "checkpoint" and config.head.checkpoint is not None:
+            named.append(("head.checkpoint", config.head.checkpoint))
+        return [(setting, path) for setting, path in named if not path.is_file()]
+
     def check_files(self, stages: Sequence[str]) -> None:
         """Raise now what would end one of these stages hours later: files that are missing or do not fit."""
         for path in self.config.proposals.import_from:

@@ -10,6 +10,7 @@ window equals the pyramid of the cropped map.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def pool_windows_by_bin(
         last = channels_last(feature_map.float().numpy())
         if not has_nan(last):
             return _pool_by_bin_compiled(last, cells, levels, dtype)
-    columns = bin_columns(feature_map.shape[0], levels).to(feature_map.device)
+    columns = _columns_on(feature_map.device, feature_map.shape[0], levels)
     return pool_windows(feature_map, cells, levels)[:, columns].to(dtype)
 
 
@@ -92,6 +93,13 @@ def bin_columns(channels: int, levels: Sequence[int]) -> Tensor:
     grids = np.split(np.arange(channels * bin_count(levels)), np.cumsum([channels * n * n for n in levels])[:-1])
     by_bin = np.concatenate([grid.reshape(channels, -1).T for grid in grids])
     return torch.from_numpy(by_bin[bin_order(levels)].ravel())
+
+
+@functools.lru_cache(maxsize=16)
+def _columns_on(device: torch.device, channels: int, levels: tuple[int, ...]) -> Tensor:
+    """The same on a device, made once: every batch of windows needs it."""
+    with torch.inference_mode(False):  # the first caller's mode is not that of the next
+        return bin_columns(channels, levels).to(device)
 
 
 class SpatialPyramidPool(nn.Module):
