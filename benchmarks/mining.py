@@ -193,7 +193,7 @@ def setting_names(checkout: Path) -> dict[str, Any]:
 
 def shared_settings(values: dict[str, Any], known: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
     """Only the settings that every side knows, so that both do the same; the others, named on stderr, are left at their
-    defaults, which are to be what the older side does."""
+    defaults. Those are what the older side does, but for svm.solver: before it was a setting, liblinear solved."""
     shared = {}
     for name, value in values.items():
         if not all(name in names for names in known):

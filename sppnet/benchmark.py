@@ -84,7 +84,7 @@ class Benchmark:
     pooling: Comparison | None
     search: Comparison
     rcnn: WarpedTrunk | None
-    device: str = "cpu"  # its type
+    device: str  # its type
 
     def to_dict(self) -> dict[str, Any]:
         """Seconds throughout."""

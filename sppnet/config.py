@@ -191,7 +191,7 @@ class SVMSettings(Settings):
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
     epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
     cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives kept, and on proposals as positives
-    max_positives: int = Field(20_000, ge=1)  # ours: bound on the positives per class, drawn evenly
+    max_positives: int = Field(20_000, ge=1)  # ours: bound on a class's objects, and on its proposals
     solver: Literal["descent", "liblinear"] = "descent"  # ours: liblinear's method without its copies of the features
     tolerance: float = Field(1e-3, gt=0)  # ours: liblinear stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default

@@ -156,8 +156,10 @@ def test_without_momentum_the_state_is_saved_and_read_too(tmp_path):
 
 
 def test_half_precision_learns_too(tmp_path):
-    _, done = train(tmp_path, settings=SETTINGS.model_copy(update={"precision": "bfloat16"}))
+    head, done = train(tmp_path / "half", settings=SETTINGS.model_copy(update={"precision": "bfloat16"}))
     assert done.best_error < 0.02
+    whole, _ = train(tmp_path / "whole")
+    assert (head.fc6.weight - whole.fc6.weight).norm() > 1e-4 * whole.fc6.weight.norm()
 
 
 def test_a_loss_that_is_not_finite_is_an_error_with_the_settings_to_change(tmp_path):

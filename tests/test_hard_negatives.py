@@ -277,6 +277,34 @@ def test_proposals_among_the_positives_are_used_where_there_is_room(caplog):
     assert kept_positives(images, QUICK, caplog)["dog"] == dogs + 9 * len(images)
 
 
+def test_proposals_among_the_positives_are_bounded_by_their_number_too(caplog):
+    found = kept_positives(WithCloseProposals(), QUICK.model_copy(update={"max_positives": 4}), caplog)
+    assert found == {"cat": 4, "dog": 8, "cow": 4}
+
+
+def test_the_objective_that_is_logged_is_that_of_the_fit(caplog, monkeypatch):
+    totals = []
+
+    def watched(examples, signs, settings):
+        svm = fit_linear_svm(examples, signs, settings)
+        totals.append(svm_objective(svm, examples, signs, settings).total)
+        return svm
+
+    monkeypatch.setattr("sppnet.detection.hard_negatives.fit_linear_svm", watched)
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
+    logged = [float(total) for total in re.findall(r"retrain \d+: (\d+\.\d+) = ", caplog.text)]
+    assert logged == pytest.approx(totals, abs=2e-3)
+
+
+def test_positives_that_are_not_finite_name_their_image():
+    images = MemoryImages()
+    row = int(np.flatnonzero(images.items[2].labels >= 0)[0])
+    images.items[2].features[row] = float("nan")
+    with pytest.raises(ValueError, match="positives of image 2: features must be finite"):
+        mine_detectors(images, CLASSES, QUICK)
+
+
 def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
     with caplog.at_level(logging.INFO, logger="sppnet"):
         mine_detectors(MemoryImages(), CLASSES, QUICK)

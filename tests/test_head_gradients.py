@@ -49,6 +49,11 @@ def test_gradients_are_those_of_autograd_with_the_same_dropout(precision, tolera
     torch.manual_seed(5)
     logits = gradients(pooled, labels)
     torch.testing.assert_close(logits, expected_logits, rtol=tolerance, atol=tolerance)
+    if precision == "bfloat16":  # and not float32, which is close to both
+        torch.manual_seed(5)
+        assert (HeadGradients(head)(pooled, labels) - logits).abs().max() > 1e-3
+        torch.manual_seed(5)
+        gradients(pooled, labels)
     for name, parameter in head.named_parameters():
         assert (parameter.grad - expected[name]).norm() <= tolerance * expected[name].norm(), name
 

@@ -3,13 +3,15 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
 from sppnet.config import SVMSettings
+from sppnet.detection import linear_svm
+from sppnet.detection.dual_descent import minimise_hinge
 from sppnet.detection.linear_svm import (
     LinearDetectors,
     LinearSVM,
@@ -86,6 +88,10 @@ def test_a_general_minimiser_finds_no_better_weights(settings):
     assert reached <= better * (1 + 1e-3)
 
 
+# At first these converge without the examples set aside, far from the minimum of all.
+@example(count=59, dimension=14, seed=24, cost=1.0, weight=1.0, multiplier=10.0, double=True)
+@example(count=17, dimension=14, seed=35, cost=1.0, weight=1.0, multiplier=10.0, double=True)
+@example(count=119, dimension=24, seed=59, cost=1.0, weight=2.0, multiplier=10.0, double=False)
 @settings_of_hypothesis(max_examples=40, deadline=None)
 @given(
     count=st.integers(2, 150),
@@ -111,6 +117,60 @@ def test_coordinate_descent_ends_no_higher_than_liblinear(count, dimension, seed
     )
     reached, expected = (svm_objective(svm, features, labels, settings).total for svm in (own, other))
     assert reached <= expected * (1 + 1e-4)  # no weights have less than the minimum, so above is all it can fail by
+
+
+@pytest.mark.parametrize(("count", "dimension", "seed"), [(60, 14, 15), (100, 20, 4), (60, 14, 36)])
+def test_coordinate_descent_says_whether_it_converged_and_what_it_had_by_then(count, dimension, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random(count) < 0.3, 1, -1)
+    labels[:2] = 1, -1
+    features, costs = rng.standard_normal((count, dimension)) + 0.5 * labels[:, None], np.where(labels > 0, 2.0, 1.0)
+    found = minimise_hinge(features, labels, costs, 10.0, 1e-5, 20_000, 0)
+    assert found.converged
+    early = minimise_hinge(features, labels, costs, 10.0, 1e-5, found.rounds - 1, 0)
+    assert not early.converged
+    assert early.rounds == found.rounds - 1
+    assert early.bias == pytest.approx(found.bias, rel=0.05, abs=1e-3)
+
+
+def test_examples_set_aside_come_back_and_the_solver_still_ends():
+    features, labels = two_clouds(count=120, dimension=20)
+    found = minimise_hinge(features, labels, np.full(120, 1.0), 10.0, 1e-5, 20_000, 0)
+    assert found.converged
+
+
+def test_double_precision_and_whole_numbers_are_kept():
+    features, labels = two_clouds()
+    exact = fit_linear_svm(features.astype(np.float64) * (1 + 1e-9), labels)
+    assert np.abs(exact.weight - fit_linear_svm(features, labels).weight).max() > 0
+    double = torch.from_numpy(features.astype(np.float64) * (1 + 1e-9))
+    np.testing.assert_array_equal(fit_linear_svm(double, labels).weight, exact.weight)
+    whole = np.array([[2**25 + 1], [-(2**25) - 1]])
+    np.testing.assert_array_equal(
+        fit_linear_svm(whole, [1, -1]).weight, fit_linear_svm(whole.astype(float), [1, -1]).weight
+    )
+
+
+def test_examples_without_features_or_bias_are_no_division_by_zero():
+    svm = fit_linear_svm(np.zeros((4, 3)), [1, -1, 1, -1], SVMSettings(bias_multiplier=1e-200))
+    assert svm.weight.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_solver_is_the_one_asked_for(solver, monkeypatch):
+    called = []
+    for name in ("_descend", "_liblinear"):
+        own = getattr(linear_svm, name)
+        monkeypatch.setattr(linear_svm, name, lambda *a, own=own, name=name: called.append(name) or own(*a))
+    fit_linear_svm(*two_clouds(), SVMSettings(solver=solver, seed=2**40))
+    assert called == [f"_{solver if solver == 'liblinear' else 'descend'}"]
+
+
+def test_rows_of_several_blocks_score_as_one_by_one(monkeypatch):
+    features, _ = two_clouds()
+    svm = LinearSVM(np.arange(5.0), 0.5)
+    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 7 * 8 * 5)
+    np.testing.assert_allclose(svm.score(features), features.astype(float) @ svm.weight + 0.5)
 
 
 def test_coordinate_descent_leaves_the_features_and_labels_as_they_are():
@@ -230,7 +290,7 @@ def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="2 classes need weight"):
         LinearDetectors(torch.zeros(3, 4), torch.zeros(3), 1.0, ("a", "b"))
     features[7, 2] = np.nan
-    with pytest.raises(ValueError, match="features must be finite, row 7 is not"):
+    with pytest.raises(ValueError, match=r"features must be finite, .* row 7 is not"):
         fit_linear_svm(features, labels)
     detectors = LinearDetectors(torch.zeros(1, 4), torch.zeros(1), 1.0, ("a",))
     with pytest.raises(ValueError, match=r"features must have shape \(R, 4\), got \(2, 5\)"):

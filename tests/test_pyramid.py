@@ -53,15 +53,95 @@ def crop_by_crop(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[i
     height=st.integers(1, 30),
     width=st.integers(1, 30),
     levels=st.sampled_from(LEVELS),
+    count=st.sampled_from([1, 12, 200]),  # of many the maxima of squares are computed first
     seed=st.integers(0, 10_000),
+    double=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
-def test_windows_equal_adaptive_max_pooling_of_the_crop_bit_for_bit(channels, height, width, levels, seed):
-    feature_map = random_map(channels, height, width, seed)
-    windows = random_windows(5, height, width, seed)
+@settings(deadline=None, max_examples=80)
+def test_windows_equal_adaptive_max_pooling_of_the_crop_bit_for_bit(
+    channels, height, width, levels, count, seed, double
+):
+    feature_map = random_map(channels, height, width, seed, torch.float64 if double else torch.float32)
+    windows = random_windows(count, height, width, seed)
     expected = crop_by_crop(feature_map, windows, levels)
     assert torch.equal(pool_windows(feature_map, windows, levels), expected)
     assert torch.equal(pyramid._pool_windows_roi(feature_map, windows, levels), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(43, 57), (1, 60), (60, 3), (17, 16)])
+def test_maxima_of_squares_are_those_of_their_cells(height, width):
+    cells = random_map(5, height, width).permute(1, 2, 0).contiguous().numpy()
+    squares = kernels._squares(cells, random_windows(2000, height, width), threads=2)
+    assert len(squares) == min(4, min(height, width).bit_length())
+    for k in range(len(squares)):
+        side = 1 << k
+        for y in range(height - side + 1):
+            for x in range(width - side + 1):
+                expected = cells[y : y + side, x : x + side].max(axis=(0, 1))
+                np.testing.assert_array_equal(squares[k, y, x], expected)
+    assert len(kernels._squares(cells, np.array([[0, 0, 1, 1]]), threads=2)) == 1  # not worth it for one window
+
+
+def test_a_result_beyond_the_caches_is_the_same():
+    feature_map, windows = random_map(256, 20, 30), random_windows(700, 20, 30)
+    pooled = pool_windows(feature_map, windows, (1, 2, 3, 6))
+    assert pooled.nbytes >= kernels.BEYOND_CACHES
+    assert pooled.data_ptr() % 64 == 0
+    assert torch.equal(pooled, crop_by_crop(feature_map, windows, (1, 2, 3, 6)))
+    columns = bin_columns(256, (1, 2, 3, 6))
+    assert torch.equal(pool_windows_by_bin(feature_map, windows, (1, 2, 3, 6)), pooled[:, columns])
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), kind=st.sampled_from([np.float32, np.float64, np.int16]))
+def test_a_transposition_is_numpys(rows, columns, kind):
+    values = np.arange(rows * columns).astype(kind).reshape(rows, columns)
+    found = np.full((columns, rows), -1, kind)
+    kernels._transpose(values, found)
+    np.testing.assert_array_equal(found, values.T)
+
+
+def test_memory_of_a_result_is_used_again_when_nobody_holds_it():
+    memory = kernels.ResultMemory(smallest=1000, largest=100_000)
+    first = memory.array((50, 10), np.float32)
+    place = first.ctypes.data
+    assert place % 64 == 0
+    other = memory.array((50, 10), np.float32)  # the first is held: the second must lie elsewhere
+    assert not np.shares_memory(first, other)
+    row = other[3:4]
+    del first, other
+    third = memory.array((50, 10), np.float32)  # a row of the second is held
+    assert not np.shares_memory(row, third)
+    tensor = torch.from_numpy(third)[2]
+    del third
+    fourth = memory.array((50, 10), np.float32)  # and here a tensor
+    assert fourth.ctypes.data != tensor.data_ptr() - 2 * 40
+    place = fourth.ctypes.data
+    del fourth
+    assert memory.array((25, 10), np.float64).ctypes.data == place
+    assert memory.array((50, 9), np.float32).ctypes.data == place
+    assert memory.array((5, 100), np.float32).shape == (5, 100)
+
+
+def test_a_small_result_does_not_hold_the_memory_of_a_large_one():
+    memory = kernels.ResultMemory(smallest=1000, largest=100_000)
+    large = memory.array((90_000,), np.uint8)
+    place = large.ctypes.data
+    del large
+    small = memory.array((2000,), np.uint8)
+    assert small.base.nbytes < 3000
+    assert memory.array((200_000,), np.uint8).base is None  # too large to stay
+    assert memory.array((900,), np.uint8).base is None  # too small to matter
+    assert place
+
+
+def test_results_that_are_held_do_not_change_with_the_next_call():
+    windows = random_windows(300, 20, 30)
+    first = pool_windows(random_map(64, 20, 30, 1), windows, (1, 2, 3, 6))
+    kept, row = first.clone(), first[7]
+    del first
+    pool_windows(random_map(64, 20, 30, 2), windows, (1, 2, 3, 6))
+    pool_windows(random_map(64, 20, 30, 3), windows, (1, 2, 3, 6))
+    assert torch.equal(row, kept[7])
 
 
 @given(height=st.integers(1, 20), width=st.integers(1, 20), levels=st.sampled_from(LEVELS), seed=st.integers(0, 999))

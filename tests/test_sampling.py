@@ -100,6 +100,14 @@ def test_balanced_every_class_of_an_image_is_as_likely_and_every_window_of_a_cla
     assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
+def test_unbalanced_every_positive_of_an_image_is_as_likely_whatever_its_class():
+    images = [labelled(range(10), [0] * 7 + [1] * 2 + [2], range(10, 12))]
+    settings = SETTINGS.model_copy(update={"batch": 12_000, "positive_share": 0.5})
+    counts = np.bincount(draw_batch(images, 3, settings, np.random.default_rng(0)).row, minlength=10)[:10]
+    assert counts.sum() == 6000
+    assert (abs(counts - 600) < 5 * np.sqrt(600)).all()
+
+
 def test_every_window_of_an_image_is_as_likely():
     images = [labelled(range(4), None, range(4, 8))]
     settings = SETTINGS.model_copy(update={"batch": 8000, "positive_share": 0.5})

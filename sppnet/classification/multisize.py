@@ -20,7 +20,7 @@ from sppnet import distributed
 from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.config import Config, PretrainSettings, WeightsSettings
 from sppnet.images import prepare, read_image
-from sppnet.network.sppnet import SPPNet, build_head
+from sppnet.network.sppnet import SPPNet, build_head, seed_dropout
 from sppnet.network.trunks import Trunk
 from sppnet.records import Annotation, ImageRecord
 from sppnet.store import read_tensors, write_tensors
@@ -103,7 +103,7 @@ def _train(
     with torch.random.fork_rng(devices=devices):
         for step in steps:
             rng = np.random.default_rng((settings.seed, step, distributed.rank()))
-            torch.manual_seed(int(rng.integers(1 << 62)))  # of dropout
+            seed_dropout(trainer.device, int(rng.integers(1 << 62)))
             size = settings.sizes[step // epoch_steps % len(settings.sizes)]
             chosen = rng.choice(len(crops), size=settings.batch, p=shares)
             views = _random_views(crops, chosen, size, max(settings.sizes), rng)

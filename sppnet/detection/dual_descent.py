@@ -13,12 +13,12 @@ The dual of the problem in `linear_svm`, one α for each example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from sppnet.compiling import compiled
 
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
 
@@ -52,7 +52,9 @@ def minimise_hinge(
     _squared_norms(features, norms)
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        raise ValueError(f"features must be finite, row {row} is not; check the images and the network's weights")
+        raise ValueError(
+            f"features must be finite, and their norms too: row {row} is not; check the images and the weights"
+        )
     order = np.random.default_rng(seed)
     weight, bias, rounds, converged = _descend(
         features, signs, costs, norms, bias_multiplier, tolerance, max_rounds, np.uint64(order.integers(2**63))
@@ -60,13 +62,8 @@ def minimise_hinge(
     return Solution(weight, float(bias), int(rounds), bool(converged))
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile a loop on its first call, cached on disk. Sums may be reordered (so they become vector instructions)."""
-    reordered = {"reassoc", "contract"}
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=reordered)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in every process
-        return numba.njit(nogil=True, fastmath=reordered)(function)
+# Sums may be reordered: so they become vector instructions.
+_compiled = compiled(fastmath={"reassoc", "contract"})
 
 
 @_compiled
@@ -103,8 +100,9 @@ def _shuffle(order, count, state):  # type: ignore[no-untyped-def]
 def _descend(features, signs, costs, norms, multiplier, tolerance, max_rounds, state):  # type: ignore[no-untyped-def]
     """One example after the other takes the α that is best for it alone, in a new random order every round.
 
-    Shrinking: an α at its bound whose gradient points outwards by more than any did in the last round is set aside.
-    Once the others have converged, all take part again until a full round finds nothing beyond the tolerance.
+    Shrinking: an α at its bound whose gradient points outwards by more than the largest violation of the last round is
+    set aside. Once the others have converged all take part again, until a full round finds nothing beyond the
+    tolerance.
     """
     count, width = features.shape
     weight, bias = np.zeros(width), 0.0  # bias is that of the feature `multiplier`: b / B
@@ -135,7 +133,10 @@ def _descend(features, signs, costs, norms, multiplier, tolerance, max_rounds, s
             highest, lowest = max(highest, projected), min(lowest, projected)
             if abs(projected) > ZERO_GRADIENT:
                 curvature = norms[i] + multiplier * multiplier
-                moved = min(max(alphas[i] - gradient / curvature, 0.0), costs[i])
+                if curvature == 0.0:  # no feature and no bias to speak of: as far as it goes
+                    moved = 0.0 if gradient > 0 else costs[i]
+                else:
+                    moved = min(max(alphas[i] - gradient / curvature, 0.0), costs[i])
                 step = (moved - alphas[i]) * signs[i]
                 alphas[i] = moved
                 _add(step, features[i], weight)

@@ -25,7 +25,7 @@ from sppnet import distributed
 from sppnet.config import FinetuneSettings
 from sppnet.detection.head_gradients import HeadGradients
 from sppnet.detection.sampling import Batch, LabelledWindows, draw_batch
-from sppnet.network.sppnet import SPPHead
+from sppnet.network.sppnet import SPPHead, seed_dropout
 from sppnet.store import read_tensors, write_tensors, write_text
 
 log = logging.getLogger("sppnet")
@@ -123,7 +123,7 @@ class _Trainer:
         rate = self._rate(step)
         for group, factor in zip(self.optimiser.param_groups, (1.0, self.settings.bias_rate), strict=True):
             group["lr"] = rate * factor
-        torch.manual_seed(_seed(self.settings.seed, step, distributed.rank()))  # dropout is the same after a resume
+        seed_dropout(self.device, _seed(self.settings.seed, step, distributed.rank()))  # the same after a resume
         pooled, labels = pooled.to(self.device), labels.to(self.device)
         logits = self._gradients(pooled, labels) if self._gradients is not None else self._autograd(pooled, labels)
         distributed.average_gradients(self.parameters)

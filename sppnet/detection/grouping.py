@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sppnet.compiling import compiled
 from sppnet.detection.regions import COLOUR_BINS, Regions
-from sppnet.detection.segmentation import compiled
 
 ONE = 1 << 18  # a similarity of 1
 PAIR_BITS = 42  # of a heap entry, for the number of the pair; the similarity, at most 4 · ONE, lies above
@@ -85,7 +85,7 @@ def _chains(pairs: NDArray[np.int32], total: int) -> _Chains:
     return chains
 
 
-@compiled
+@compiled(error_model="numpy")
 def _link(pairs: Any, chains: Any) -> None:
     for link in range(chains.neighbour.shape[0]):
         region = pairs[link >> 1, link & 1]
@@ -97,7 +97,7 @@ def _link(pairs: Any, chains: Any) -> None:
         chains.last[region] = link
 
 
-@compiled
+@compiled(error_model="numpy")
 def _living(merged_into: Any, region: int) -> int:
     """The region that this one is part of by now; halves the path to it."""
     while merged_into[region] != region:
@@ -106,7 +106,7 @@ def _living(merged_into: Any, region: int) -> int:
     return region
 
 
-@compiled
+@compiled(error_model="numpy")
 def _neighbours(a: int, b: int, new: int, chains: Any, seen: Any, found: Any) -> int:
     """Make the chains of a and b that of `new`, every neighbour once; the neighbours, unordered, and their number."""
     chains.following[chains.last[a]] = chains.first[b]
@@ -129,7 +129,7 @@ def _neighbours(a: int, b: int, new: int, chains: Any, seen: Any, found: Any) ->
     return count
 
 
-@compiled
+@compiled(error_model="numpy")
 def _share(tree: Any, region: int, channels: int) -> None:
     factor = np.float32(ONE) / np.float32(tree.sizes[region] * channels)
     counts, shares = tree.counts[region], tree.shares[region]
@@ -137,7 +137,7 @@ def _share(tree: Any, region: int, channels: int) -> None:
         shares[i] = np.int32(np.float32(counts[i]) * factor)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _combine(tree: Any, a: int, b: int, new: int, channels: int) -> None:
     tree.sizes[new] = tree.sizes[a] + tree.sizes[b]
     for corner in range(2):
@@ -149,7 +149,7 @@ def _combine(tree: Any, a: int, b: int, new: int, channels: int) -> None:
     _share(tree, new, channels)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _similarity(tree: Any, a: int, b: int, terms: Any) -> Any:
     """Sum of the terms in 1 / ONE: intersection of histograms, 1 - size of both, 1 - what fills the common box."""
     ours, theirs, common = tree.shares[a], tree.shares[b], np.int32(0)
@@ -165,7 +165,7 @@ def _similarity(tree: Any, a: int, b: int, terms: Any) -> Any:
     return value
 
 
-@compiled
+@compiled(error_model="numpy")
 def _with_room(array: Any, length: int) -> Any:
     if length <= len(array):
         return array
@@ -174,7 +174,7 @@ def _with_room(array: Any, length: int) -> Any:
     return larger
 
 
-@compiled
+@compiled(error_model="numpy")
 def _push(heap: Any, length: int, entry: int) -> None:
     place = length
     while place > 0 and heap[(place - 1) >> 1] < entry:
@@ -183,7 +183,7 @@ def _push(heap: Any, length: int, entry: int) -> None:
     heap[place] = entry
 
 
-@compiled
+@compiled(error_model="numpy")
 def _pop(heap: Any, length: int) -> int:
     """The largest entry; the last one sinks into its place."""
     top, entry, place, child = heap[0], heap[length - 1], 0, 1
@@ -198,7 +198,7 @@ def _pop(heap: Any, length: int) -> int:
     return top
 
 
-@compiled
+@compiled(error_model="numpy")
 def _merge(tree: Any, chains: Any, pairs: Any, terms: Any, mergers: Any) -> None:
     """A heap holds all pairs that ever touched: similarity above, below it the number of the pair, earlier ones larger.
 

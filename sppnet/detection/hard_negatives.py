@@ -294,12 +294,15 @@ def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings
 
 
 def _check_positives(features: Tensor, labels: NDArray[np.int64], count: int, index: int, classes: int) -> None:
+    labels = np.asarray(labels)
     fit = features.ndim == 2 and labels.shape == (len(features),) and 0 <= count <= len(labels)
     if not fit or not np.isin(labels, np.arange(classes)).all():
         raise ValueError(
             f"positives of image {index}: expected features (P, D), labels (P,) in 0 … {classes - 1} and how many are "
             f"objects, got {tuple(features.shape)}, {labels.tolist()} and {count}; leave out objects of other classes"
         )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"positives of image {index}: features must be finite; check the image and the weights")
 
 
 def _check_image(image: MiningImage, index: int, classes: int, width: int) -> None:

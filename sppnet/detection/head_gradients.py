@@ -30,9 +30,10 @@ class HeadGradients:
 
     @torch.no_grad()
     def __call__(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Pyramid vectors (R, D), labels (R,) -> logits (R, K + 1) float32, with the head's dropout.
+        """Pyramid vectors (R, D), labels (R,) -> logits (R, K + 1) float32.
 
-        Afterwards every parameter's ``grad`` is that of the mean cross-entropy.
+        Dropout is as in training, whatever the head's mode. Afterwards every parameter's ``grad`` is that of the mean
+        cross-entropy.
         """
         for own, layer in zip(self._weights, self._layers, strict=True):
             if own.data_ptr() != layer.weight.data_ptr():
@@ -47,8 +48,10 @@ class HeadGradients:
         return logits
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        """What dropout multiplies with: 0, or the inverse of the share kept. (``bernoulli_`` takes five times as long.)"""
+        """What dropout multiplies with: 0, or the inverse of the share kept. (``bernoulli_`` takes 5 × as long.)"""
         kept = 1 - self._head.dropout
+        if kept == 1:
+            return torch.ones((), dtype=hidden.dtype)
         return (torch.rand(hidden.shape) < kept).to(hidden.dtype).div_(kept)
 
     def _backward(self, inputs: list[Tensor], masks: list[Tensor], gradient: Tensor) -> None:
@@ -65,5 +68,6 @@ class HeadGradients:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None  # made with the object; nothing here sets it to None
+    if parameter.grad is None:
+        raise RuntimeError("a gradient of the head is gone; keep the parameters and call no zero_grad while it trains")
     return parameter.grad

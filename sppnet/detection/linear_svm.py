@@ -110,8 +110,8 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
     """The minimum of the problem above. features (N, D), already scaled; labels (N,) in {-1, +1}.
 
     The same features, labels and settings give the same weights. Features in float32 or float64 are read where they
-    lie; with ``solver="liblinear"`` they are held in double precision and once more as index and value, up to six
-    times their float32 size, and fits must not run in parallel threads, since its random numbers are global.
+    lie, others as float64. With ``solver="liblinear"`` they are held in double precision and once more as index and
+    value, up to six times their float32 size, and fits must not run in parallel threads: its random numbers are global.
     A fit that stops at ``max_iterations`` is used and logged as a warning.
     Raises ValueError for other shapes and labels, where positives or negatives are missing, and where a feature is
     not finite.
@@ -132,7 +132,7 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
 
 def _descend(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
     """The solution, and whether it reached the tolerance."""
-    own = rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float32)
+    own = rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float64)
     solution = minimise_hinge(
         np.ascontiguousarray(own),
         signs,
@@ -155,7 +155,7 @@ def _liblinear(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: S
         class_weight={1: settings.positive_weight, -1: 1.0},
         tol=settings.tolerance,
         max_iter=settings.max_iterations,
-        random_state=settings.seed,
+        random_state=settings.seed % 2**32,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the caller, once and in our words

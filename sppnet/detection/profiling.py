@@ -44,7 +44,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
 )
 STEPS = (READ, SEARCH, "feature maps", CELLS, "pooling", "fc6", "fc7", "SVM scores", SELECT)
 BAR = 24  # characters for 100 %
-_PROBED = threading.Lock()  # overlapping probes would restore each other's wrappers and leave them in the library
+_PROBED = threading.RLock()  # overlapping probes would restore each other's wrappers and leave them in the library
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Clock:
         """Wrap the functions of PROBES meanwhile; AttributeError where there is one no longer.
 
         The wrapped functions are the whole process's: no other thread may detect meanwhile, or its calls count here.
-        Probes of several threads wait for each other; within one thread they cannot be nested.
+        Probes of several threads wait for each other; nested ones of one thread count in both.
         """
         with _PROBED:
             originals = [(step, owner, name, getattr(owner, name)) for step, owner, name in PROBES]

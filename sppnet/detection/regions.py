@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.detection.segmentation import compiled
+from sppnet.compiling import compiled
 
 COLOUR_BINS = 25  # per channel, sec. 3.2
 ORIENTATIONS, MAGNITUDES = 8, 10  # texture bins per channel, sec. 3.2
@@ -66,7 +66,7 @@ def _gradient_bins() -> NDArray[np.uint16]:
     return (orientation * MAGNITUDES + magnitude).astype(np.uint16)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _find_bins(image: Any, gradient_bins: Any, bins: Any) -> None:
     height, width, channels = image.shape
     for y in range(height):
@@ -82,7 +82,7 @@ def _find_bins(image: Any, gradient_bins: Any, bins: Any) -> None:
                 bins[y, x, channels + c] = c * ORIENTATIONS * MAGNITUDES + gradient_bins[row, column]
 
 
-@compiled
+@compiled(error_model="numpy")
 def _count(labels: Any, bins: Any, colours: Any, textures: Any) -> None:
     height, width, channels = bins.shape[0], bins.shape[1], bins.shape[2] // 2
     for y in range(height):
@@ -93,7 +93,7 @@ def _count(labels: Any, bins: Any, colours: Any, textures: Any) -> None:
                 textures[region, bins[y, x, channels + c]] += 1
 
 
-@compiled
+@compiled(error_model="numpy")
 def _measure(labels: Any, sizes: Any, boxes: Any) -> None:
     height, width = labels.shape
     for region in range(sizes.shape[0]):
@@ -108,7 +108,7 @@ def _measure(labels: Any, sizes: Any, boxes: Any) -> None:
             boxes[region, 3] = max(boxes[region, 3], y + 1)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _note_pair(a: Any, b: Any, latest: Any, pairs: Any, found: Any) -> Any:
     """Append the pair, unless it is the one that its smaller region noted last; how many there are now."""
     low, high = min(a, b), max(a, b)
@@ -119,7 +119,7 @@ def _note_pair(a: Any, b: Any, latest: Any, pairs: Any, found: Any) -> Any:
     return found + 1
 
 
-@compiled
+@compiled(error_model="numpy")
 def _border_pairs(labels: Any, latest: Any, pairs: Any) -> int:
     height, width = labels.shape
     found = 0

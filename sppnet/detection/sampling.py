@@ -59,7 +59,7 @@ def draw_batch(
     """`settings.batch` windows from these images, `positive_share` of them positive, with replacement.
 
     Every image gives the same number where it can, so that one crowded image does not fill the batch. With
-    `settings.balance` so does, within an image, every class: of a small object few windows are positives. Where the
+    `settings.balance` every class of an image is as likely: of a small object few windows are positives. Where the
     images hold no positives (or no negatives) at all the batch is made of the others; it is empty if there are neither.
     """
     wanted = round(settings.batch * settings.positive_share)

@@ -4,30 +4,19 @@ A pixel is joined to its right and its lower neighbour; an edge weighs the Eucli
 Edges are visited by weight: two regions become one where the edge is no heavier than what either holds together
 inside, plus k / its pixels. Weights are counted in steps of 1 / STEPS, so that a counting sort orders them in linear
 time; edges of equal weight keep the order of the pixels. Both make the result one and the same on every machine.
-
-A door to numba next to ``network.kernels``, which may not know about windows; ``regions`` and
-``grouping`` come through it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from sppnet.compiling import compiled
+
 STEPS = 16  # weights are whole numbers of 1 / STEPS grey levels
 NO_EDGE = 65535  # beyond every weight: sqrt(3) · 255 · STEPS = 7066
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a loop on its first call, cached on disk; IEEE arithmetic in source order (no fastmath)."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in every process
-        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def sorted_edges(image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
@@ -60,7 +49,7 @@ def segment(
     return labels.reshape(height, width), _number(parents, labels)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _weight(image: Any, y: int, x: int, v: int, u: int) -> Any:
     squares: Any = 0
     for c in range(image.shape[2]):
@@ -69,7 +58,7 @@ def _weight(image: Any, y: int, x: int, v: int, u: int) -> Any:
     return np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
 
 
-@compiled
+@compiled(error_model="numpy")
 def _weigh(image: Any, weights: Any, histogram: Any) -> None:
     height, width = image.shape[:2]
     for y in range(height):
@@ -83,7 +72,7 @@ def _weigh(image: Any, weights: Any, histogram: Any) -> None:
                 histogram[weights[edge + 1]] += 1
 
 
-@compiled
+@compiled(error_model="numpy")
 def _counting_sort(weights: Any, counts: Any, edges: Any, ordered: Any) -> None:
     first = 0
     for q in range(counts.shape[0]):
@@ -98,7 +87,7 @@ def _counting_sort(weights: Any, counts: Any, edges: Any, ordered: Any) -> None:
             counts[q] += 1
 
 
-@compiled
+@compiled(error_model="numpy")
 def _root(parents: Any, pixel: int) -> int:
     """The pixel that stands for the region; halves the path to it."""
     while parents[pixel] != pixel:
@@ -107,14 +96,14 @@ def _root(parents: Any, pixel: int) -> int:
     return pixel
 
 
-@compiled
+@compiled(error_model="numpy")
 def _ends(edge: int, width: int, parents: Any) -> tuple[int, int]:
     """The regions at the two ends of an edge."""
     pixel = edge >> 1
     return _root(parents, pixel), _root(parents, pixel + (width if edge & 1 else 1))
 
 
-@compiled
+@compiled(error_model="numpy")
 def _unite(a: int, b: int, parents: Any, sizes: Any) -> int:
     """Make two regions one, under the root of the larger (a, where they are equal)."""
     if sizes[a] < sizes[b]:
@@ -124,7 +113,7 @@ def _unite(a: int, b: int, parents: Any, sizes: Any) -> int:
     return a
 
 
-@compiled
+@compiled(error_model="numpy")
 def _join(edges: Any, weights: Any, width: int, k: float, min_size: int, parents: Any) -> None:
     sizes = np.ones(parents.shape[0], np.int32)
     bounds = np.full(parents.shape[0], k, np.float32)  # a region's heaviest inner edge + k / its pixels
@@ -147,7 +136,7 @@ def _join(edges: Any, weights: Any, width: int, k: float, min_size: int, parents
             _unite(a, b, parents, sizes)
 
 
-@compiled
+@compiled(error_model="numpy")
 def _number(parents: Any, labels: Any) -> int:
     count = 0
     for pixel in range(parents.shape[0]):

@@ -94,6 +94,15 @@ def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
     return channels * sum(n * n for n in levels)
 
 
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """From here on dropout on a device draws what `seed` says. (torch.manual_seed changes every GPU's numbers.)"""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def build_head(
     channels: int,
     levels: tuple[int, ...],
