@@ -240,7 +240,7 @@ def test_the_cache_stays_within_its_bound_and_says_what_left(caplog):
     states = []
     mined = mine_detectors(MemoryImages(), CLASSES, settings, save=states.append, save_every=1)
     assert max(len(state.keys.slots) for state in states) == 40
-    assert f"{mined.displaced} negatives left it, lowest scores first" in caplog.text
+    assert f"{mined.displaced} negatives left it, the lowest scores of the largest classes first" in caplog.text
 
 
 def test_positives_beyond_their_bound_are_drawn_evenly(caplog):

@@ -82,16 +82,24 @@ def test_a_full_cache_gives_up_the_lowest_scores_first():
     cache.add(1, features(3), all_of(3, 0), scores(0.7, -0.9, 0.3))
     assert held(cache) == {(0, 0), (1, 0), (1, 2), (0, 2)}
     assert cache.displaced == 2
-    cache.add(2, features(9), all_of(9, 1), scores(*np.arange(9)))
+    cache.add(2, features(9), all_of(9, 0), scores(*np.arange(9)))
     assert held(cache) == {(2, 5), (2, 6), (2, 7), (2, 8)}
     assert cache.displaced == 11
 
 
-def test_a_window_is_worth_its_highest_score_among_the_classes_that_hold_it():
-    cache = NegativeCache(WIDTH, CLASSES, 1 * ONE * 1.01)
-    wanted = np.array([[True, False], [True, True]])
-    cache.add(0, features(2), wanted, np.array([[0.0, 9.0], [-1.0, 2.0]], np.float32))
-    assert held(cache) == {(0, 1)}
+def test_a_full_cache_leaves_each_class_its_highest_scores_however_low_they_are():
+    cache = NegativeCache(WIDTH, CLASSES, 4 * ONE * 1.01)
+    cache.add(0, features(3), all_of(3, 0), scores(-0.9, -0.8, -1.0))
+    cache.add(1, features(9), all_of(9, 1), scores(*np.arange(9)))
+    assert cache.counts().tolist() == [2, 2]
+    assert held(cache) == {(0, 1), (0, 0), (1, 8), (1, 7)}
+
+
+def test_a_window_stands_where_its_best_class_puts_it():
+    cache = NegativeCache(WIDTH, CLASSES, 2 * ONE * 1.01)
+    wanted = np.array([[True, False], [True, False], [True, True]])
+    cache.add(0, features(3), wanted, np.array([[3.0, 9.0], [2.0, 9.0], [1.0, 0.5]], np.float32))
+    assert held(cache) == {(0, 0), (0, 2)}  # the last of the first class is the first of the second
 
 
 def test_a_restored_cache_equals_the_saved_one():

@@ -173,7 +173,8 @@ class _Miner:
             logger.warning("svm %s has %s in the training images; its detector never fires", name, reason)
         if self.cache.displaced:
             logger.warning(
-                "the cache of %g GB was full: %d negatives left it, lowest scores first; svm.cache_gigabytes raises it",
+                "the cache of %g GB was full: %d negatives left it, the lowest scores of the largest classes first; "
+                "svm.cache_gigabytes raises it",
                 self.settings.cache_gigabytes,
                 self.cache.displaced,
             )

@@ -65,8 +65,9 @@ class NegativeCache:
         """Let the windows of an image enter: features (R, D) on any device, wanted and scores (R, K).
 
         Returns how many negatives are new to each class, (K,); what a class holds already does not enter twice.
-        Where the cache is full, the windows with the lowest scores leave, or do not enter, first; the score of a
-        window is the highest among the classes that hold it. Only entering rows are copied, times `scale`.
+        Where the cache is full, the window goes first, or does not enter, that is furthest down the list of scores of
+        every class that holds it: so the largest classes give way, and none is left without its hardest negatives.
+        (Scores of two classes say nothing about each other.) Only entering rows are copied, times `scale`.
         """
         wanted = wanted.copy()
         slots = np.flatnonzero((self._images[: self._used] == image) & self._members[: self._used].any(axis=1))
@@ -134,9 +135,9 @@ class NegativeCache:
         excess = len(occupied) + len(entering) - self.capacity
         if excess <= 0:
             return entering
-        held = _highest(self._scores[occupied], self._members[occupied])
-        priority = np.concatenate([held, _highest(scores[entering], wanted[entering])])
-        leaving = np.argsort(priority, kind="stable")[:excess]
+        members = np.concatenate([self._members[occupied], wanted[entering]])
+        places = _best_places(np.concatenate([self._scores[occupied], scores[entering]]), members)
+        leaving = np.argsort(-places, kind="stable")[:excess]
         self._members[occupied[leaving[leaving < len(occupied)]]] = False
         self.displaced += excess
         return np.delete(entering, leaving[leaving >= len(occupied)] - len(occupied))
@@ -164,5 +165,11 @@ def _copied(features: Tensor, rows: NDArray[np.int64], scale: float) -> Tensor:
     return chosen.float().mul(scale).cpu()
 
 
-def _highest(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDArray[np.float32]:
-    return np.where(members, scores, -np.inf).max(axis=1, initial=-np.inf)
+def _best_places(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(M,): the place of each window in the list of scores, highest first, of the class where it stands highest."""
+    places = np.full(len(scores), len(scores))
+    for label in range(members.shape[1]):
+        own = np.flatnonzero(members[:, label])
+        order = own[np.argsort(-scores[own, label], kind="stable")]
+        places[order] = np.minimum(places[order], np.arange(len(own)))
+    return places

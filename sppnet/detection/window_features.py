@@ -105,12 +105,20 @@ class FrozenHead:
             return pool_cells(maps, where, self._levels)
         width = (self._fc6 if layer == "fc6" else self._fc7)[-1][0].shape[0]
         features = maps.maps[0].new_empty((len(where.cells), width))
-        for index, feature_map in enumerate(maps.maps):
-            own = np.flatnonzero(where.scale_index == index)
-            for rows in np.split(own, range(BATCH, len(own), BATCH)):
-                pooled = pool_windows_by_bin(feature_map, where.cells[rows], self._levels, self._kind)
-                features[torch.from_numpy(rows)] = self._multiplied(pooled, layer).float()
+        if not len(where.cells):
+            return features
+        by_scale = np.argsort(where.scale_index, kind="stable")  # batches are full, whatever the number of scales
+        for rows in np.split(by_scale, range(BATCH, len(by_scale), BATCH)):
+            features[torch.from_numpy(rows)] = self._multiplied(self._pooled(maps, where.rows(rows)), layer).float()
         return features
+
+    def _pooled(self, maps: FeatureMaps, where: WindowCells) -> Tensor:
+        """Windows in the order of their scales."""
+        parts = []
+        for index in np.unique(where.scale_index):
+            cells = where.cells[where.scale_index == index]
+            parts.append(pool_windows_by_bin(maps.maps[index], cells, self._levels, self._kind))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _multiplied(self, pooled: Tensor, layer: Layer) -> Tensor:
         hidden = _multiply(pooled, self._fc6).relu_()
