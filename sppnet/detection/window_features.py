@@ -22,7 +22,7 @@ from sppnet.network.sppnet import Layer, SPPHead, pooled_size
 Features = Callable[["FeatureMaps", "WindowCells"], Tensor]
 Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
 
-BATCH = 512  # windows pooled and multiplied together: small enough that the allocator reuses the memory
+BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
 
 @dataclass(frozen=True)
