@@ -80,7 +80,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("maps=480", "maps: expected a section of settings, got 480"),
         ("finetune.images_per_batch=many", "finetune.images_per_batch: expected a whole number, got 'many'"),
         ("finetune.images_per_batch=1.5", "finetune.images_per_batch: expected a whole number, got 1.5"),
-        ("finetune.flips=perhaps", "finetune.flips: expected true or false, got 'perhaps'"),
+        ("finetune.flip=perhaps", "finetune.flip: expected true or false, got 'perhaps'"),
         ("trunk.name=[zf5]", "trunk.name: expected text, got ['zf5']"),
         ("data.root=[a]", "data.root: expected a path, got ['a']"),
         ("maps.scales=[]", "maps.scales: expected a list with something in it, got []"),
