@@ -1,13 +1,20 @@
-"""Loops compiled by numba, with the machine code kept on disk: the door to it, next to `network.vectors`."""
+"""The door to numba, as `network.vectors`: loops compiled to machine code that is kept on disk, and their threads.
+
+Threads are plain Python threads around a loop that releases the interpreter lock: unlike numba's own
+threading layers they survive fork and may be used from several threads at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 
 Function = Callable[..., Any]
+
+PARTS_PER_THREAD = 4  # parts take different times: several per thread even out the work
 
 
 def compiled(**options: Any) -> Callable[[Function], Any]:
@@ -23,3 +30,14 @@ def compiled(**options: Any) -> Callable[[Function], Any]:
             return numba.njit(nogil=True, **options)(function)
 
     return decorate
+
+
+def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
+    """Call run(start, stop) over `count` things, in parts of at least `least` shared by the threads."""
+    parts = max(1, min(threads * PARTS_PER_THREAD if threads > 1 else 1, count // least))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    if parts == 1:
+        run(0, count)
+        return
+    with ThreadPoolExecutor(min(threads, parts)) as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))

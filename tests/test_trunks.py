@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sppnet.config import TrunkSettings, WeightsSettings
 from sppnet.images import prepare, read_image, scaled_size
-from sppnet.network.architectures import LocalResponseNorm
 from sppnet.network.trunks import TRUNKS, Trunk, TrunkError, WeightsError, build_trunk
 from sppnet.network.weights import load_weight_file
 
@@ -211,19 +210,6 @@ def test_an_unknown_trunk_or_layer_lists_the_known_ones() -> None:
         TrunkError, match=r"unknown trunk\.layer=layer5 of resnet18; known: conv1, bn1, relu, maxpool, lay"
     ):
         random_trunk("resnet18", "layer5")
-
-
-def test_local_response_normalisation_follows_its_formula() -> None:
-    x = np.random.default_rng(0).normal(0, 100, (2, 4, 5))
-    expected = np.empty_like(x)
-    for c, i, j in np.ndindex(*x.shape):
-        around = x[c, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
-        expected[c, i, j] = x[c, i, j] * (1 + 5e-5 * (around**2).sum() / 9) ** -0.75
-    np.testing.assert_allclose(LocalResponseNorm()(torch.tensor(x)[None])[0], expected, rtol=1e-10)
-    with torch.inference_mode():  # another way of computing it, in place
-        image = torch.tensor(x)[None]
-        np.testing.assert_allclose(LocalResponseNorm()(image)[0], expected, rtol=1e-10)
-        np.testing.assert_array_equal(image[0], x)
 
 
 # weights

@@ -10,10 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+from sppnet.network.normalisation import LocalResponseNorm
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,6 @@ class ConvReLU(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(super().forward(input))
-
-
-class LocalResponseNorm(nn.Module):
-    """Normalisation over a spatial neighbourhood within each channel (release: size 3, alpha 5e-5, beta 0.75).
-
-    y = x · (1 + alpha · mean(x²))^(-beta), the mean over the size × size cells around x; cells beyond the border
-    count as zeros.
-    """
-
-    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta = size, alpha, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
-        if self.beta != 0.75 or torch.is_grad_enabled():
-            return x * (1 + self.alpha * mean).pow(-self.beta)
-        # z^-0.75 = z^-½ · z^-¼ in place: a third of the time of the power, and half of the memory traffic
-        root = mean.mul_(self.alpha).add_(1).rsqrt_()
-        return root.sqrt().mul_(root).mul_(x)
 
 
 def zf5() -> Plan:

@@ -16,6 +16,8 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.squeezenet import Fire
 
+from sppnet.network.normalisation import LocalResponseNorm
+
 SHRINK = 6.5  # release: pixels by which a window is narrowed on each side before rounding, at stride 16
 _MAIN_PATH = {  # blocks with branches -> the children that decide stride and centre, in order
     BasicBlock: ("conv1", "conv2"),
@@ -65,8 +67,15 @@ class Step:
 
 
 def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
-    """The convolutions and pools that an input passes through, residual and fire blocks by their main path."""
-    return [_step(layer) for module in modules for layer in _main_path(module)]
+    """The convolutions, pools and normalisations that an input passes through, blocks by their main path."""
+    return [step for _, step in path_steps(modules)]
+
+
+def path_steps(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Step]]:
+    """The same, each with its layer. (A normalisation over neighbours moves no centre, but it sees them.)"""
+    for module in modules:
+        for layer in _main_path(module):
+            yield layer, _step(layer)
 
 
 def geometry_of(steps: Sequence[Step]) -> Geometry:
@@ -94,6 +103,8 @@ def limit_stride(modules: Iterable[nn.Module], limit: int) -> None:
     stride, dilation = 1, 1
     for module in modules:
         for layer in _main_path(module):
+            if isinstance(layer, LocalResponseNorm):
+                continue
             if dilation > 1 and _int(layer.kernel_size) > 1:
                 _set(layer, "padding", _int(layer.padding) * dilation)
                 _set(layer, "dilation", _int(layer.dilation) * dilation)
@@ -113,8 +124,8 @@ def channels_of(modules: Sequence[nn.Module]) -> int:
     return last.out_channels
 
 
-def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
-    if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | LocalResponseNorm]:
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocalResponseNorm):
         yield module
         return
     if hasattr(module, "kernel_size"):
@@ -126,7 +137,9 @@ def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
         yield from _main_path(child)
 
 
-def _step(layer: nn.Conv2d | nn.MaxPool2d) -> Step:
+def _step(layer: nn.Conv2d | nn.MaxPool2d | LocalResponseNorm) -> Step:
+    if isinstance(layer, LocalResponseNorm):
+        return Step(kernel=layer.size, stride=1, padding=layer.size // 2, dilation=1, ceil=False)
     return Step(
         kernel=_int(layer.kernel_size),
         stride=_int(layer.stride),

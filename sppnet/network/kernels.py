@@ -11,9 +11,6 @@ divides m. Only levels that divide no other one read the map: (1, 2, 3, 6) is a 
 Thousands of windows read every cell hundreds of times. So the maxima of all squares of 2, 4 and 8 cells a side are
 computed first (a sparse table), and a bin is covered by the largest squares that fit into it, overlapping where they
 must: a maximum does not notice. A bin of 5 × 7 cells takes 4 reads instead of 35.
-
-Threads are plain Python threads around a loop that releases the interpreter lock: unlike numba's own
-threading layers they survive fork and may be used from several threads at once.
 """
 
 from __future__ import annotations
@@ -21,20 +18,18 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from sppnet.compiling import compiled
+from sppnet.compiling import compiled, in_parts
 from sppnet.network.vectors import EIGHT, LINE, store_line, stores_done, transpose_eight
 
 SIDES = 3  # squares of 2, 4 and 8 cells; the bins of few windows are larger
 READS_PER_SQUARE = 4  # that many reads of cells saved pay for the maximum of a square
 BEYOND_CACHES = 2**25  # bytes of a result that no cache holds until it is read
-PARTS_PER_THREAD = 4  # windows differ in size: several parts per thread even out the work
 WINDOWS_PER_PART = 32  # fewer than this are not worth a thread
 
 
@@ -79,7 +74,7 @@ def pool_cells(
     channels, count = cells.shape[2], len(windows)
     pooled = result_memory.array((count, channels * sum(n * n for n in levels)), cells.dtype)
     plan, squares = level_plan(levels), _squares(cells, windows, threads)
-    _in_parts(lambda start, stop: _pool_range(squares, windows, plan, pooled, start, stop), count, threads)
+    in_parts(lambda a, b: _pool_range(squares, windows, plan, pooled, a, b), count, threads, WINDOWS_PER_PART)
     return pooled
 
 
@@ -92,7 +87,7 @@ def pool_bins(cells: NDArray[Any], windows: NDArray[np.int64], levels: Sequence[
     pooled = result_memory.array((len(windows), sum(n * n for n in levels), cells.shape[2]), cells.dtype)
     plan, squares = level_plan(levels), _squares(cells, windows, threads)
     fill = _pool_codes_range if cells.dtype == np.int16 else _pool_bins_range
-    _in_parts(lambda start, stop: fill(squares, windows, plan, pooled, start, stop), len(windows), threads)
+    in_parts(lambda a, b: fill(squares, windows, plan, pooled, a, b), len(windows), threads, WINDOWS_PER_PART)
     return pooled
 
 
@@ -124,19 +119,8 @@ def _squares(cells: NDArray[Any], windows: NDArray[np.int64], threads: int) -> N
     squares[0] = cells
     for k in range(1, sides + 1):
         rows = height - (1 << k) + 1
-        _in_parts(lambda start, stop, k=k: _double(squares, k, start, stop), rows, threads)  # type: ignore[misc]
+        in_parts(lambda a, b, k=k: _double(squares, k, a, b), rows, threads, WINDOWS_PER_PART)  # type: ignore[misc]
     return squares
-
-
-def _in_parts(run: Callable[[int, int], None], count: int, threads: int) -> None:
-    """Call run(start, stop) over `count` windows, in parts shared by the threads."""
-    parts = max(1, min(threads * PARTS_PER_THREAD if threads > 1 else 1, count // WINDOWS_PER_PART))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    if parts == 1:
-        run(0, count)
-        return
-    with ThreadPoolExecutor(min(threads, parts)) as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
 
 
 def level_plan(levels: Sequence[int]) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sppnet.config import TrunkSettings, WeightsSettings
 from sppnet.network.architectures import TRUNKS, Plan
 from sppnet.network.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.network.strips import fine_layers, pays, run_in_strips
 from sppnet.network.weights import WeightsError, load_weight_file, load_weights, torchvision_state
 
 __all__ = ["TRUNKS", "Geometry", "Trunk", "TrunkError", "WeightsError", "build_trunk"]
@@ -44,6 +45,7 @@ class Trunk(nn.Module):
         self._steps = steps_of(layers.values())
         self.geometry: Geometry = geometry_of(self._steps)
         self.channels: int = sum(channels_of(_up_to(layers, output)) for output in outputs)
+        self._fine = fine_layers(_up_to(layers, outputs[0])[:-1])  # whole maps of these are never wanted
         self._check_joined(layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,7 +53,12 @@ class Trunk(nn.Module):
         self.map_size((images.shape[2], images.shape[3]))
         x = images.contiguous(memory_format=torch.channels_last)
         maps = []
-        for name in self._order:
+        fine = [self.get_submodule(name) for name in self._order[: self._fine]]
+        if not self.training and pays(fine, x):
+            x = run_in_strips(fine, x)
+        else:
+            fine = []
+        for name in self._order[len(fine) :]:
             x = self.get_submodule(name)(x)
             if name in self._outputs:
                 maps.append(x if name == self._order[-1] else x.clone())  # the next layer may work in place

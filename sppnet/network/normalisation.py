@@ -1,0 +1,88 @@
+"""Local response normalisation over space within each channel, as the paper's networks have it; one pass on a CPU.
+
+Written as five operations of torch it takes 40 % of ZF-5's time on a CPU: each of them reads and writes the finest maps
+of the network. The loop here keeps a row of sums of squares and reads the map once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sppnet.compiling import compiled, in_parts
+
+ROWS_PER_PART = 4  # fewer are not worth a thread
+
+
+class LocalResponseNorm(nn.Module):
+    """Normalisation over a spatial neighbourhood within each channel (release: size 3, alpha 5e-5, beta 0.75).
+
+    y = x · (1 + alpha · mean(x²))^(-beta), the mean over the size × size cells around x; cells beyond the border
+    count as zeros. `size` is odd. (N, C, H, W) -> the same shape.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
+        super().__init__()
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size must be odd, so that a cell has as many neighbours on either side, got {size}")
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel():
+            return self._compiled(x)
+        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
+        return x * (1 + self.alpha * mean).pow(-self.beta)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        exact = x if x.dtype == torch.float64 else x.float()  # 16-bit floats are rounded once, at the end
+        cells = exact.detach().permute(0, 2, 3, 1).contiguous().numpy()
+        normalised = normalise(cells, self.size, self.alpha, self.beta, torch.get_num_threads())
+        return torch.from_numpy(normalised).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def normalise(cells: NDArray[Any], size: int, alpha: float, beta: float, threads: int = 1) -> NDArray[Any]:
+    """The same of C-contiguous (N, H, W, C) maps in float32 or float64."""
+    normalised = np.empty_like(cells)
+    rows = cells.shape[0] * cells.shape[1]
+
+    def run(start: int, stop: int) -> None:
+        _normalise_rows(cells, normalised, size // 2, cells.dtype.type(alpha / size**2), beta, start, stop)
+
+    in_parts(run, rows, threads, ROWS_PER_PART)
+    return normalised
+
+
+@compiled()
+def _normalise_rows(cells: Any, normalised: Any, reach: int, alpha: Any, beta: float, start: int, stop: int) -> None:
+    """Rows `start` … `stop` - 1 of all images. `alpha` is that of a sum of squares, in the type of the cells."""
+    height, width, channels = cells.shape[1], cells.shape[2], cells.shape[3]
+    columns = np.zeros((width + 2 * reach, channels), cells.dtype)  # sums down the columns, zeros beyond the border
+    inner = columns[reach : reach + width].reshape(-1)
+    total = np.empty(channels, cells.dtype)
+    one, power = cells.dtype.type(1), cells.dtype.type(-beta)
+    for row in range(start, stop):
+        image, y = row // height, row % height
+        inner[:] = 0
+        for other in range(max(0, y - reach), min(height, y + reach + 1)):
+            line = cells[image, other].reshape(-1)
+            for i in range(line.shape[0]):
+                inner[i] += line[i] * line[i]
+        for x in range(width):
+            total[:] = columns[x]
+            for k in range(1, 2 * reach + 1):
+                column = columns[x + k]
+                for c in range(channels):
+                    total[c] += column[c]
+            cell, result = cells[image, y, x], normalised[image, y, x]
+            if beta == 0.75:  # a third of the time of the power
+                for c in range(channels):
+                    root = np.sqrt(one + alpha * total[c])
+                    result[c] = cell[c] / (root * np.sqrt(root))
+            else:
+                for c in range(channels):
+                    result[c] = cell[c] * (one + alpha * total[c]) ** power
