@@ -1,7 +1,7 @@
 """Detection time of one image without proposals: R-CNN against sppnet, on the same trunk and windows.
 
     python benchmarks/rcnn.py [--trunks alexnet zf5] [--scales 1|5|both] [--rounds 5] [--windows 2000]
-                              [--rcnn-windows 2000] [--ranks 1024 256] [--threads N]
+                              [--rcnn-windows 2000] [--ranks 1024 256] [--precisions float32] [--threads N]
 
 R-CNN warps every window to 227 × 227 pixels and runs the whole network on it; sppnet computes the maps once. Weights
 are random: times do not depend on them. All variants run one after the other in every round, so that a busy machine
@@ -169,7 +169,8 @@ def variants_of(trunk: str, what: Example, options: argparse.Namespace) -> tuple
     rcnn_windows = spread(what.windows, options.rcnn_windows)
     factor = len(what.windows) / len(rcnn_windows)
     variants = []
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for name in options.precisions:
+        dtype = getattr(torch, name)
         layout, report = fastest_layout(detector.trunk, dtype, min(SWEPT, len(rcnn_windows)))
         print(f"R-CNN {name}: {report}", flush=True)
         torch.manual_seed(0)
@@ -190,8 +191,9 @@ def variants_of(trunk: str, what: Example, options: argparse.Namespace) -> tuple
     ]
     if any(options.ranks):
         thin = replace(detector, head=compress_head(detector.head, *options.ranks))
-        ours.append(("ours SVD float32", thin, "float32", None))
-        ours.append(("ours SVD reduced", thin, "bfloat16", "ours SVD float32"))
+        ours.append(("ours thin float32", thin, "float32", None))
+        ours.append(("ours thin reduced", thin, "bfloat16", "ours thin float32"))
+    ours = [own for own in ours if own[2] in options.precisions]
 
     pairs = []
     for scales in SCALES if options.scales == "both" else [options.scales]:
@@ -201,7 +203,7 @@ def variants_of(trunk: str, what: Example, options: argparse.Namespace) -> tuple
             )
             suffix = f", {scales} scale{'s' * (scales != '1')}"
             variants.append(Variant(name + suffix, run, like and like + suffix))
-            peers = ("R-CNN float32",) if precision == "float32" else ("R-CNN float32", "R-CNN bfloat16")
+            peers = [f"R-CNN {name}" for name in options.precisions if name in ("float32", precision)]
             pairs += [(peer, name + suffix) for peer in peers]
     return variants, pairs
 
@@ -262,12 +264,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=PROPOSALS)
     parser.add_argument("--rcnn-windows", type=int, default=PROPOSALS, help="fewer: its times are scaled up")
-    parser.add_argument("--ranks", type=int, nargs=2, default=[1024, 256], help="truncated SVD of fc6, fc7; 0 0: none")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[1024, 256], help="of compressed fc6, fc7; 0 0: none")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32", "bfloat16"],
+        help="float32 alone where the processor has no bfloat16",
+    )
     parser.add_argument("--fc", type=int, default=FC, help="width of fc6 and fc7; a small one for a quick trial")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.windows, options.rcnn_windows, options.threads) < 1:
         parser.error("--rounds, --windows, --rcnn-windows and --threads must be at least 1")
+    if "float32" not in options.precisions:
+        parser.error("--precisions must name float32, with which the others are compared")
     return options
 
 

@@ -25,6 +25,7 @@ from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.proposals import ProposalError, read_windows
+from sppnet.detection.responses import IMAGES
 from sppnet.detection.stages import STAGES, describe_stage
 from sppnet.detection.testing import TestOutput, test_run
 from sppnet.detection.training import Training, train_detector
@@ -102,12 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--threshold", type=float, default=0.0, help="lowest score shown (default: 0)")
     _add_device(detect)
 
-    compress = _command(commands, "compress", "a faster detector: truncated SVD of fc6 and fc7", _compress)
+    compress = _command(commands, "compress", "a faster detector: fc6 and fc7 of low rank", _compress)
     compress.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run, which stays as it is")
     for layer in ("fc6", "fc7"):
         compress.add_argument(
             f"--{layer}", type=int, default=0, metavar="RANK", help=f"rank of {layer} (default: 0, whole)"
         )
+    compress.add_argument(
+        "--method",
+        choices=("responses", "weights"),
+        default="responses",
+        help="keep what the layers' answers to training images need (default), or what their weights do (SVD)",
+    )
+    compress.add_argument(
+        "--images", type=int, default=IMAGES, metavar="N", help=f"training images to ask (default: {IMAGES})"
+    )
     compress.add_argument("--out", type=Path, metavar="DIR", help="the new folder (default: RUN/compressed-…)")
     _add_device(compress)
 
@@ -240,7 +250,11 @@ def _detect(options: argparse.Namespace) -> int:
 
 def _compress(options: argparse.Namespace) -> int:
     if distributed.is_main():
-        done = compress_run(options.run, options.fc6, options.fc7, options.out, _device(options))
+        if options.images < 1:
+            raise ConfigError(f"--images {options.images}: expected at least 1")
+        done = compress_run(
+            options.run, options.fc6, options.fc7, options.out, _device(options), options.method, options.images
+        )
         print(f"{done}\ncompressed detector in {done.folder}; next: sppnet eval {done.folder}")
     return 0
 

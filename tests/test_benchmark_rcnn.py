@@ -128,7 +128,9 @@ def test_ratios_are_taken_pair_by_pair(capsys):
 
 def test_every_variant_has_its_pair(monkeypatch):
     monkeypatch.setattr(rcnn, "fastest_layout", lambda *_: (Layout(), "not swept"))
-    options = Namespace(rcnn_windows=2, windows=4, scales="both", fc=8, ranks=[2, 2], threads=1)
+    options = Namespace(
+        rcnn_windows=2, windows=4, scales="both", fc=8, ranks=[2, 2], threads=1, precisions=["float32", "bfloat16"]
+    )
     what = rcnn.Example(picture(40, 60), WINDOWS.astype(np.float64), "a test")
     variants, pairs = rcnn.variants_of("alexnet", what, options)
     names = [variant.name for variant in variants]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -225,3 +226,39 @@ def test_one_search_of_the_peer_serves_every_least_side() -> None:
     expected = proposals.opencv_search(image, strict)
     assert len(expected) > 5
     np.testing.assert_array_equal(proposals.selected(everything, 16, 20), expected)
+
+
+# compression
+
+
+def test_detections_of_all_variants_are_those_of_their_detectors(small_run: SmallRun) -> None:
+    compression = load("compression")
+    detector = SPPDetector.load(small_run.root)
+    config = detector.config
+    records = compression.load_test_data(config)[0]
+    folder = compression.windows_folder(small_run.root, config.proposals)
+    compression.propose_images(records, config.proposals, folder, progress=False)
+    responses = compression.sample_responses(detector, small_run.root, 8, 20, progress=False)
+    heads = compression.variants(detector.head, responses, [(6, 5)], ["responses", "weights"])
+    assert [compression.products(head) for head in heads.values()] == sorted(
+        (compression.products(head) for head in heads.values()), reverse=True
+    )
+    for record in records:
+        image, windows = compression.read_image(record.path), compression.read_windows(folder, record)
+        for name, found in compression.detect_with_all(detector, heads, record, folder).items():
+            expected = dataclasses.replace(detector, head=heads[name]).detect(image, windows)
+            np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-3, atol=1e-2)
+
+
+def test_the_compression_table_starts_with_the_whole_detector(
+    small_run: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = modified(small_run.root)
+    compression = load("compression")
+    assert compression.main([str(small_run.root), "--ranks", "6,5", "--images", "8", "--limit", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 images, 5 classes, 11point")
+    assert [line.split()[0] for line in lines[2:]] == ["whole", "responses", "weights"]
+    assert lines[2].split()[-1] == "0.00"
+    assert {path: when for path, when in modified(small_run.root).items() if path in before} == before

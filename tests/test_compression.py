@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from doubles import random_maps
+from doubles import annotated, random_maps
 from pipeline import SmallRun, copied, modified, random_windows, refused, run_command
 
 import sppnet
@@ -21,10 +24,15 @@ from sppnet.detection.compression import (
     compress_run,
     energy_kept,
     factorise,
+    variance_kept,
 )
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.window_features import FrozenHead, WindowCells, pool_cells
+from sppnet.detection.plan import load_run_data, windows_folder
+from sppnet.detection.proposals import read_windows
+from sppnet.detection.responses import draw_windows, linear_responses, principal_directions, sample_responses
+from sppnet.detection.window_features import FrozenHead, WindowCells, pool_cells, window_cells
 from sppnet.network.sppnet import SPPHead, build_head
+from sppnet.records import ImageRecord
 from sppnet.store import StoreError
 
 LEVELS = (1, 2, 3)
@@ -112,6 +120,149 @@ def test_a_layer_of_zeros_keeps_its_zeros():
     first, second = factorise(torch.zeros(5, 9), 2)
     assert torch.equal(second @ first, torch.zeros(5, 9))
     assert energy_kept(torch.zeros(5, 9), first, second) == 1
+
+
+# ---- by what fc6 answers -------------------------------------------------------------------------------------------
+
+
+def answers(made: SPPHead, count: int = 200) -> torch.Tensor:
+    """fc6 before its rectification, of pooled features that lie near a space of a few dimensions, away from zero."""
+    generator = torch.Generator().manual_seed(2)
+    space = torch.randn(6, 42, generator=generator)
+    features = torch.randn(count, 6, generator=generator) @ space + 0.1 * torch.randn(count, 42, generator=generator)
+    return linear_responses(made, features + 3).detach()
+
+
+def test_answers_in_few_directions_survive_a_rank_at_which_the_weights_do_not():
+    whole = head()
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(100, 6, generator=generator) @ torch.randn(6, 42, generator=generator)
+    by_answers = compress_head(whole, 6, 0, linear_responses(whole, features).detach())
+    with torch.no_grad():
+        expected = whole.features(features, "fc7")
+        torch.testing.assert_close(by_answers.features(features, "fc7"), expected, rtol=1e-3, atol=1e-3)
+        assert float((compress_head(whole, 6, 0).features(features, "fc7") - expected).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_no_other_layer_of_the_rank_comes_closer_to_the_answers(rank):
+    """The best approximation of the centred answers is their truncated SVD."""
+    whole = head()
+    given = answers(whole)
+    thin = compress_head(whole, rank, 0, given)
+    mean = given.mean(0)
+    u, s, vt = torch.linalg.svd((given - mean).double(), full_matrices=False)
+    expected = (u[:, :rank] * s[:rank] @ vt[:rank]).float() + mean
+    found = torch.nn.functional.linear((given - whole.fc6.bias) @ thin.fc6.weight, thin.fc6.weight, thin.fc6.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    kept = float(s[:rank].square().sum() / s.square().sum())
+    assert variance_kept(whole, thin, given)["fc6"] == pytest.approx(kept, abs=1e-5)
+    assert principal_directions(given, rank)[2] == pytest.approx(kept, abs=1e-6)
+
+
+def test_the_thin_layers_give_the_approximated_answers_to_pooled_features():
+    whole, features = head(), pooled(50)
+    given = linear_responses(whole, features).detach()
+    thin = compress_head(whole, 9, 5, given)
+    mean, directions, _ = principal_directions(given, 9)
+    with torch.no_grad():
+        approximated = ((given.double() - mean) @ directions @ directions.T + mean).float()
+        torch.testing.assert_close(linear_responses(thin, features), approximated, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(thin.features(features, "fc6"), approximated.relu(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [(13, 0), (0, 8), (13, 8), (4, 3)])
+def test_the_variance_that_is_kept_is_that_of_the_heads_themselves(ranks):
+    whole, features = head(), pooled(60)
+    given = linear_responses(whole, features).detach()
+    thin = compress_head(whole, *ranks, given)
+    kept = variance_kept(whole, thin, given)
+    with torch.no_grad():
+        for name in ("fc6", "fc7"):
+            inputs = [features * 0.5 if name == "fc6" else made.features(features, "fc6") for made in (whole, thin)]
+            own = [run_layers(made.products(name), x) for made, x in zip((whole, thin), inputs, strict=True)]
+            lost = (own[0] - own[1]).square().sum() / (own[0] - own[0].mean(0)).square().sum()
+            assert kept[name] == pytest.approx(1 - float(lost), abs=1e-4)
+
+
+def run_layers(layers, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def test_fc7_can_be_compressed_after_fc6_by_answers_too():
+    whole = head()
+    given = answers(whole)
+    once = compress_head(whole, fc6=9, responses=given)
+    again = compress_head(once, fc7=4, responses=given)
+    assert again.ranks == {"fc6": 9, "fc7": 4}
+    assert variance_kept(once, again, given)["fc6"] == pytest.approx(1)
+
+
+def test_constant_answers_are_kept_whole():
+    whole = head()
+    given = torch.ones(30, 20)
+    thin = compress_head(whole, 2, 0, given)
+    assert variance_kept(whole, thin, given)["fc6"] == 1
+    assert torch.isfinite(thin.fc6.weight).all()
+
+
+def test_fewer_answers_than_directions_are_refused():
+    whole = head()
+    with pytest.raises(CompressionError, match=r"5 windows of training images cannot tell 6 directions apart; take mo"):
+        compress_head(whole, 6, 0, answers(whole, 5))
+    with pytest.raises(ValueError, match="expected a rank from 1 to 5 for 5 responses of 20 numbers, got 6; sample mo"):
+        principal_directions(answers(whole, 5), 6)
+
+
+def test_windows_are_drawn_half_close_to_objects_and_the_same_again():
+    record = ImageRecord("TOY/1", Path("none.jpg"), (200, 200), "0", annotated(("cat", (10, 10, 60, 60))))
+    rng = np.random.default_rng(0)
+    near = np.array([10, 10, 60, 60]) + rng.integers(-4, 5, (20, 4))
+    far = np.array([100, 100, 150, 150]) + rng.integers(-4, 5, (30, 4))
+    windows = np.concatenate([near, far]).astype(np.float32)
+
+    def drawn(count: int, classes: tuple[str, ...] = ("cat",)) -> np.ndarray:
+        return draw_windows(record, windows, classes, count, np.random.default_rng(1))
+
+    assert len(drawn(16)) == len(np.unique(drawn(16), axis=0)) == 16
+    assert (drawn(16)[:, 0] < 80).sum() >= 8
+    assert np.array_equal(drawn(16), drawn(16))
+    assert len(drawn(500)) == 50  # all there are
+    assert (drawn(48)[:, 0] < 80).sum() in range(18, 21)  # no more objects than there are
+    assert len(drawn(16, ("dog",))) == 16  # no object of these classes
+    bare = dataclasses.replace(record, annotation=None)
+    assert len(draw_windows(bare, windows, ("cat",), 16, np.random.default_rng(1))) == 16
+    assert draw_windows(record, windows[:0], ("cat",), 16, np.random.default_rng(1)).shape == (0, 4)
+
+
+def test_answers_are_those_of_the_runs_own_windows_and_the_same_again(run):
+    detector = SPPDetector.load(run.root)
+    sampled = sample_responses(detector, run.root, images=5, windows=12, progress=False)
+    assert sampled.shape == (60, detector.head.fc6.out_features)
+    assert torch.equal(sample_responses(detector, run.root, images=5, windows=12, progress=False), sampled)
+    assert len(sample_responses(detector, run.root, images=99, windows=12, progress=False)) == 8 * 12  # all there are
+    record = load_run_data(detector.config).train[0]
+    windows = read_windows(windows_folder(run.root, detector.config.proposals), record)
+    own = draw_windows(record, windows, detector.classes, 12, np.random.default_rng(0))
+    maps = detector.embed(sppnet.read_image(record.path))
+    cells = window_cells(maps, own, detector.trunk.geometry, detector.config.pyramid, detector.config.maps)
+    with torch.no_grad():
+        rectified = detector.head.features(pool_cells(maps, cells, detector.config.pyramid.levels), "fc6")
+    torch.testing.assert_close(sampled[:12].relu(), rectified)
+
+
+def test_without_training_images_the_weights_can_still_be_compressed(run, tmp_path):
+    shutil.copytree(run.root / "detector", tmp_path / "moved")
+    path = tmp_path / "moved/detector.json"
+    description = json.loads(path.read_text())
+    description["config"]["data"]["root"] = str(tmp_path / "gone")
+    path.write_text(json.dumps(description))
+    message = refused("compress", tmp_path / "moved", "--fc7", 5)
+    assert "gone: no such data folder" in message
+    assert message.endswith("--method weights needs no images")
+    assert run_command("compress", tmp_path / "moved", "--fc7", 5, "--method", "weights").status == 0
 
 
 # ---- the head ------------------------------------------------------------------------------------------------------
@@ -231,19 +382,22 @@ def test_a_compressed_layer_is_not_compressed_again():
 
 
 @pytest.mark.parametrize("ranks", [(6, 5), (6, 0), (0, 5)])
-def test_a_compressed_run_is_loaded_as_it_was_made(run, ranks):
+@pytest.mark.parametrize("method", ["responses", "weights"])
+def test_a_compressed_run_is_loaded_as_it_was_made(run, ranks, method):
     detector = SPPDetector.load(run.root)
-    done = compress_run(run.root, *ranks)
+    done = compress_run(run.root, *ranks, method=method)
+    assert (done.responses is None) == (method == "weights")
     again = SPPDetector.load(done.folder)
     assert again.head.ranks == {name: rank for name, rank in zip(("fc6", "fc7"), ranks, strict=True) if rank}
     assert json.loads((done.folder / "detector/detector.json").read_text())["ranks"] == again.head.ranks
-    assert again.digest() == compress_detector(detector, *ranks).digest() != detector.digest()
+    expected = compress_detector(detector, *ranks, done.responses)
+    assert again.digest() == expected.digest() != detector.digest()
     assert again.config == detector.config
     image = sppnet.read_image(run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
     windows = random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
     maps = detector.embed(image)
     scores = detector.score(maps, windows)
-    assert np.array_equal(again.score(maps, windows), compress_detector(detector, *ranks).score(maps, windows))
+    assert np.array_equal(again.score(maps, windows), expected.score(maps, windows))
     assert not np.array_equal(again.score(maps, windows), scores)
     assert all(map(torch.equal, again.regressors.to_tensors().values(), detector.regressors.to_tensors().values()))
 
@@ -335,20 +489,30 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_taken(run, tm
 
 def test_the_detector_folder_alone_can_be_compressed(run, tmp_path):
     shutil.copytree(run.root / "detector", tmp_path / "elsewhere")
-    assert SPPDetector.load(compress_run(tmp_path / "elsewhere", fc7=5).folder).head.ranks == {"fc7": 5}
+    for method in ("weights", "responses"):  # whose windows come from the imported file again
+        folder = compress_run(tmp_path / "elsewhere", fc7=5, out=tmp_path / method, method=method).folder
+        assert SPPDetector.load(folder).head.ranks == {"fc7": 5}
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_was_kept_and_what_is_saved(run):
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [
+        ("responses", r"keeps \d+\.\d\d% of the variance of its answers to [1-9]\d\d windows of training images"),
+        ("weights", r"keeps \d+\.\d\d% of the energy \(squared singular values\)"),
+    ],
+)
+def test_the_command_says_what_was_kept_and_what_is_saved(run, method, kept):
     inputs = SPPDetector.load(run.root).head.fc6.in_features
-    result = run_command("compress", run.root, "--fc6", 6, "--fc7", 5, "--device", "cpu")
+    options = ("--fc6", 6, "--fc7", 5, "--device", "cpu", "--method", method)
+    result = run_command("compress", run.root, *options)
     folder = run.root / "compressed-fc6-6-fc7-5"
     assert result.status == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0].startswith(f"fc6 ({inputs} -> 16): rank 6 keeps ")
-    assert lines[1].startswith("fc7 (16 -> 16): rank 5 keeps ")
+    assert re.fullmatch(rf"fc6 \({inputs} -> 16\): rank 6 {kept}", lines[0])
+    assert re.fullmatch(rf"fc7 \(16 -> 16\): rank 5 {kept}", lines[1])
     whole, thin = 16 * (inputs + 16), 6 * (inputs + 16) + 5 * 32
     assert lines[2] == f"fc6 and fc7: {whole + 32:,} -> {thin + 32:,} parameters"
     assert lines[3] == f"{whole:,} -> {thin:,} multiply-adds a window, {whole / thin:.1f} times fewer"
@@ -378,5 +542,6 @@ def test_eval_and_detect_take_the_compressed_folder_for_a_run(run, tmp_path):
 def test_mistakes_on_the_command_line_are_named(run, tmp_path):
     assert refused("compress", run.root) == "no layer to compress; give --fc6 RANK, --fc7 RANK or both"
     assert refused("compress", run.root, "--fc7", 8).startswith("--fc7 8: expected 1 to 7, the largest rank")
+    assert refused("compress", run.root, "--fc7", 5, "--images", 0) == "--images 0: expected at least 1"
     assert "holds no trained detector" in refused("compress", tmp_path / "none", "--fc7", 5)
     assert refused("compress", run.root, "--fc7", 5, "--out", run.root).endswith("choose another --out")

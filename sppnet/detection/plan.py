@@ -7,6 +7,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from sppnet.config import Config, ProposalSettings
 from sppnet.data.voc import DatasetError, annotations_digest, choose_classes, hold_out, load_splits, restrict
 from sppnet.records import ImageRecord, SkipCounts
 from sppnet.store import digest_of, file_digest
+
+log = logging.getLogger("sppnet")
 
 BARE = {
     "training": "without objects (background for the SVMs alone)",
@@ -93,6 +96,15 @@ def load_test_data(
         return load_splits(folder, names, require_annotations=False)
     train, skips = load_splits(folder, settings.train)
     return hold_out(train, settings.holdout, settings.seed)[1], skips
+
+
+def usable_config(config: Config) -> Config:
+    """A detector outlives the files that its training windows came from; images are searched then."""
+    kept = tuple(path for path in config.proposals.import_from if path.is_file())
+    if kept == config.proposals.import_from:
+        return config
+    log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
+    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": kept})})
 
 
 def windows_folder(root: Path, settings: ProposalSettings) -> Path:

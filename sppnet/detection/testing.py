@@ -17,7 +17,7 @@ from sppnet import distributed
 from sppnet.config import Config
 from sppnet.data.voc import restrict, write_comp4
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.plan import load_test_data, splits_to_test, windows_folder
+from sppnet.detection.plan import load_test_data, splits_to_test, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
@@ -104,7 +104,7 @@ def test_run(
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
-    config = _without_imports(config) if other else _without_lost_imports(config)
+    config = _without_imports(config) if other else usable_config(config)
     detector = replace(detector, config=config)
     records, skips = load_test_data(config, data, splits)
     for reason, count in skips.counts.items():
@@ -152,15 +152,6 @@ def _without_imports(config: Config) -> Config:
     if config.proposals.import_from:
         log.info("proposals.import_from belongs to %s; the images of other data are searched", config.data.root)
     return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": ()})})
-
-
-def _without_lost_imports(config: Config) -> Config:
-    """A detector outlives the files that its training windows came from; new images are searched then."""
-    kept = tuple(path for path in config.proposals.import_from if path.is_file())
-    if kept == config.proposals.import_from:
-        return config
-    log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
-    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": kept})})
 
 
 def _write_comp4(
