@@ -57,7 +57,7 @@ def normalise(cells: NDArray[Any], size: int, alpha: float, beta: float, threads
     return normalised
 
 
-@compiled()
+@compiled(error_model="numpy")  # a check for zero before every division would keep it from being a vector's
 def _normalise_rows(cells: Any, normalised: Any, reach: int, alpha: Any, beta: float, start: int, stop: int) -> None:
     """Rows `start` … `stop` - 1 of all images. `alpha` is that of a sum of squares, in the type of the cells."""
     height, width, channels = cells.shape[1], cells.shape[2], cells.shape[3]

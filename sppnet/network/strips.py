@@ -17,7 +17,7 @@ from sppnet.network.geometry import geometry_of, map_side, path_steps, steps_of
 
 COARSE = 4  # the stride from which on maps are small
 LARGE = 2**25  # bytes: from here on glibc takes every map from the system, and gives it back
-PIXELS = 64  # rows of the image in a strip; more overlap less, but leave the caches
+PIXELS = 128  # rows of the image in a strip; more overlap less, but leave the caches
 
 
 @dataclass(frozen=True)
