@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from sppnet.data.voc import restrict
-from sppnet.detection.compression import both_responses, compress_head
 from sppnet.detection.detector import SPPDetector, WindowScores
+from sppnet.detection.low_rank import both_responses, compress_head, linear_responses
 from sppnet.detection.plan import load_test_data, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
-from sppnet.detection.responses import IMAGES, linear_responses, sample_responses
+from sppnet.detection.responses import IMAGES, sample_responses
 from sppnet.detection.window_features import pool_cells, window_cells
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image

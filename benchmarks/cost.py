@@ -74,6 +74,8 @@ def command(stage: str, options: argparse.Namespace) -> list[str]:
     if stage == "eval":
         return [*sppnet, str(options.run), "--device", options.device]
     overrides = ["--set", *options.overrides] if options.overrides else []
+    if stage == "compress":  # by itself it is an action on a trained run
+        sppnet, overrides = [*sppnet[:-1], "train"], [*overrides, "--only", stage]
     return [*sppnet, str(options.config), "--run", str(options.run), "--device", options.device, *overrides]
 
 

@@ -33,9 +33,9 @@ from rcnn_peer import RCNN, Split, fastest_layout, fully_connected
 from sppnet.config import parse_config
 from sppnet.detection import detector as detector_module
 from sppnet.detection import window_features
-from sppnet.detection.compression import compress_head
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.linear_svm import LinearDetectors
+from sppnet.detection.low_rank import compress_head
 from sppnet.detection.proposals import FixedWindows
 from sppnet.detection.window_features import WindowCells
 from sppnet.images import image_size, read_image

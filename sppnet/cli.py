@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--only", choices=STAGES, help="run this stage alone")
     train.add_argument("--force", action="store_true", help="do every stage again, whatever is there already")
 
-    for stage in STAGES:
+    for stage in (name for name in STAGES if name != "compress"):  # that name is the action on a trained run
         command = _command(commands, stage, f"run the {stage} stage of training alone", _train_stage)
         _add_training_options(command)
         command.add_argument("--force", action="store_true", help="do it again, whatever is there already")

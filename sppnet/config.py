@@ -171,6 +171,19 @@ class FinetuneSettings(Settings):
         return self
 
 
+class CompressSettings(Settings):
+    """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
+
+    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of each of `images` need.
+    """
+
+    fc6: int = Field(0, ge=0)
+    fc7: int = Field(0, ge=0)
+    images: Count = 256  # 16,384 windows: four for each of 4,096 outputs
+    windows: Count = 64
+    seed: Seed = 0
+
+
 class SVMSettings(Settings):
     """One linear SVM per class with hard-negative mining (sec. 4.1; numbers of the release)."""
 
@@ -252,6 +265,7 @@ class Config(Settings):
     head: HeadSettings = HeadSettings()
     pretrain: PretrainSettings = PretrainSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    compress: CompressSettings = CompressSettings()
     svm: SVMSettings = SVMSettings()
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()

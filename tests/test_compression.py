@@ -12,24 +12,36 @@ import numpy as np
 import pytest
 import torch
 from doubles import annotated, random_maps
-from pipeline import SmallRun, copied, modified, random_windows, refused, run_command
+from pipeline import (
+    SmallRun,
+    copied,
+    merged,
+    modified,
+    random_windows,
+    refused,
+    run_command,
+    small_settings,
+)
 
 import sppnet
-from sppnet.config import HeadSettings
+from sppnet.config import HeadSettings, parse_config
 from sppnet.detection import compression
-from sppnet.detection.compression import (
+from sppnet.detection.compression import compress_detector, compress_run
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.low_rank import (
     CompressionError,
-    compress_detector,
     compress_head,
-    compress_run,
+    draw_windows,
     energy_kept,
     factorise,
+    linear_responses,
+    principal_directions,
     variance_kept,
 )
-from sppnet.detection.detector import SPPDetector
-from sppnet.detection.plan import load_run_data, windows_folder
+from sppnet.detection.plan import RunPlan, load_run_data, windows_folder
 from sppnet.detection.proposals import read_windows
-from sppnet.detection.responses import draw_windows, linear_responses, principal_directions, sample_responses
+from sppnet.detection.responses import sample_responses
+from sppnet.detection.training import train_detector
 from sppnet.detection.window_features import FrozenHead, WindowCells, pool_cells, window_cells
 from sppnet.network.sppnet import SPPHead, build_head
 from sppnet.records import ImageRecord
@@ -347,21 +359,21 @@ def test_ranks_up_to_the_one_that_saves_work_are_taken():
     """fc7 of 20 inputs and 16 outputs: 320 products whole, 36 a rank, so 8 saves work and 9 does not."""
     assert compress_head(head(), fc7=8).ranks == {"fc7": 8}
     for rank in (9, 16, 17, 10**9):
-        with pytest.raises(CompressionError, match=rf"--fc7 {rank}: expected 1 to 8, the largest rank that saves work"):
+        with pytest.raises(CompressionError, match=rf"rank {rank} of fc7: expected 1 to 8, the largest rank that saves work"):
             compress_head(head(), fc7=rank)
-    with pytest.raises(CompressionError, match=r"--fc6 -1: expected 1 to 13, .*42 inputs and 20 outputs; 0 leaves it"):
+    with pytest.raises(CompressionError, match=r"rank -1 of fc6: expected 1 to 13, .*42 inputs and 20 outputs; 0 leaves it"):
         compress_head(head(), fc6=-1)
 
 
 def test_a_square_rank_that_costs_as_much_as_the_layer_is_refused():
     made = build_head(3, LEVELS, 4, HeadSettings(fc6=16, fc7=16))
-    with pytest.raises(CompressionError, match="--fc7 8: expected 1 to 7"):  # 8 · (16 + 16) = 16 · 16
+    with pytest.raises(CompressionError, match="rank 8 of fc7: expected 1 to 7"):  # 8 · (16 + 16) = 16 · 16
         compress_head(made, fc7=8)
 
 
 def test_a_layer_too_small_for_any_rank_is_named():
     tiny = build_head(3, (1,), 4, HeadSettings(fc6=9, fc7=1))
-    with pytest.raises(CompressionError, match=r"fc7 \(9 -> 1\) is too small to compress; leave out --fc7"):
+    with pytest.raises(CompressionError, match=r"fc7 \(9 -> 1\) is too small to compress; leave it whole"):
         compress_head(tiny, fc7=1)
 
 
@@ -541,7 +553,71 @@ def test_eval_and_detect_take_the_compressed_folder_for_a_run(run, tmp_path):
 
 def test_mistakes_on_the_command_line_are_named(run, tmp_path):
     assert refused("compress", run.root) == "no layer to compress; give --fc6 RANK, --fc7 RANK or both"
-    assert refused("compress", run.root, "--fc7", 8).startswith("--fc7 8: expected 1 to 7, the largest rank")
+    assert refused("compress", run.root, "--fc7", 8).startswith("rank 8 of fc7: expected 1 to 7, the largest rank")
     assert refused("compress", run.root, "--fc7", 5, "--images", 0) == "--images 0: expected at least 1"
     assert "holds no trained detector" in refused("compress", tmp_path / "none", "--fc7", 5)
     assert refused("compress", run.root, "--fc7", 5, "--out", run.root).endswith("choose another --out")
+
+
+# ---- as a stage of training ----------------------------------------------------------------------------------------
+
+
+def with_ranks(run, fc6: int = 6, fc7: int = 5, **changes):
+    dotted = {"compress.fc6": fc6, "compress.fc7": fc7, "compress.images": 5, "compress.windows": 12}
+    dotted |= {key.replace("__", "."): value for key, value in changes.items()}
+    return parse_config(merged(small_settings(run.devkit, run.config.proposals.import_from[0]), dotted), "test")
+
+
+def test_svms_are_trained_on_the_features_of_a_head_that_was_compressed_before(run):
+    whole = SPPDetector.load(run.root)
+    detector = train_detector(with_ranks(run), run.root, progress=False)
+    again = SPPDetector.load(run.root)
+    assert again.head.ranks == {"fc6": 6, "fc7": 5}
+    assert again.digest() == detector.digest()
+    assert torch.equal(again.regressors.weight, whole.regressors.weight)  # of pooled features: not fitted again
+    responses = sample_responses(whole, run.root, 5, 12, progress=False)
+    expected = compress_head(whole.head, 6, 5, responses)
+    for name, tensor in expected.state_dict().items():  # maps were stored in half precision
+        torch.testing.assert_close(again.head.state_dict()[name].abs(), tensor.abs(), rtol=0.1, atol=0.05)
+    assert not torch.equal(again.detectors.weight, whole.detectors.weight)
+    summary = json.loads(next(run.root.glob("compress-*/summary.json")).read_text())
+    assert re.fullmatch(
+        r"fc6 \(\d+ -> 16\): rank 6 keeps .*% of the variance of its answers to 60 wi.*", summary["fc6"]
+    )
+
+
+def test_a_compressed_training_is_resumed_and_undone_without_anything_done_twice(run, caplog):
+    train_detector(with_ranks(run), run.root, progress=False)
+    before = modified(run.root)
+    with caplog.at_level("INFO", logger="sppnet"):
+        train_detector(with_ranks(run), run.root, progress=False)
+    assert "compress: reused" in caplog.text
+    stages = {name: when for name, when in modified(run.root).items() if "-" in name.split("/")[0]}
+    assert stages == {name: when for name, when in before.items() if name in stages}
+    train_detector(run.config, run.root, progress=False)
+    assert SPPDetector.load(run.root).head.ranks == {}
+
+
+def test_ranks_that_save_no_work_end_training_before_it_begins(run):
+    before = modified(run.root)
+    with pytest.raises(CompressionError, match="rank 8 of fc7: expected 1 to 7, the largest rank that saves work"):
+        train_detector(with_ranks(run, 6, 8), run.root, progress=False)
+    assert modified(run.root) == before
+
+
+def test_ranks_count_only_where_features_of_the_layers_are_wanted(run):
+    data = load_run_data(run.config)
+
+    def ranks(**changes) -> dict[str, int]:
+        return RunPlan(run.root, with_ranks(run, **changes), data).ranks
+
+    assert ranks() == {"fc6": 6, "fc7": 5}
+    assert ranks(fc7=0) == ranks(svm__layer="fc6", fc7=0) == {"fc6": 6}
+    assert ranks(svm__layer="pool") == {}
+    assert ranks(svm__layer="pool", boxes__layer="fc7") == {"fc6": 6, "fc7": 5}
+
+
+def test_a_head_that_is_not_fine_tuned_can_be_compressed_too(run):
+    config = with_ranks(run, svm__finetuned=False)
+    train_detector(config, run.root, progress=False)
+    assert SPPDetector.load(run.root).head.ranks == {"fc6": 6, "fc7": 5}

@@ -17,7 +17,7 @@ from sppnet.detection.plan import RunPlan, load_run_data, load_test_data, splits
 from sppnet.detection.stages import STAGES
 from sppnet.detection.training import Training
 
-USED = tuple(stage for stage in STAGES if stage != "pretrain")
+USED = tuple(stage for stage in STAGES if stage not in ("pretrain", "compress"))
 
 
 def changed(run, **changes) -> Config:
@@ -74,6 +74,9 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("trunk__weights__mean", [1, 2, 3], "extract finetune svm boxes"),
         ("trunk__name", "zf5", "extract finetune svm boxes"),
         ("pretrain__enabled", True, "pretrain extract finetune svm boxes"),
+        ("compress__fc6", 5, "compress svm"),
+        ("compress__fc7", 5, "compress svm"),
+        ("compress__images", 3, ""),  # without ranks nothing is compressed
     ],
 )
 def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run, setting, value, stages):
@@ -224,6 +227,10 @@ def test_the_stages_in_use_are_five_without_pretraining(small_run):
         ("svm__layer", "pool", "finetune", ""),
         ("svm__finetuned", False, "finetune", ""),
         ("svm__C", 1.0, "svm", ""),
+        ("compress__fc6", 5, "extract", "finetune compress svm boxes"),
+        ("compress__fc6", 5, "finetune", "compress svm"),
+        ("compress__fc6", 5, "compress", "svm"),
+        ("svm__C", 1.0, "compress", ""),
     ],
 )
 def test_the_stages_that_rest_on_another_are_known(small_run, setting, value, stage, stages):

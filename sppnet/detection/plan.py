@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from sppnet.config import Config, ProposalSettings
 from sppnet.data.voc import DatasetError, annotations_digest, choose_classes, hold_out, load_splits, restrict
+from sppnet.network.sppnet import FullyConnected
 from sppnet.records import ImageRecord, SkipCounts
 from sppnet.store import digest_of, file_digest
 
@@ -164,13 +165,32 @@ class RunPlan:
     @property
     def uses_trained_head(self) -> bool:
         """Whether any features that are wanted come from the fine-tuned head."""
-        config = self.config
-        layers = [config.svm.layer, *([config.boxes.layer] if config.boxes.enabled else [])]
-        return config.finetune.enabled and config.svm.finetuned and any(layer != "pool" for layer in layers)
+        return self.config.finetune.enabled and self.config.svm.finetuned and self.uses_fc
 
     @property
     def trained_head(self) -> Path:
         return self.finetune if self.config.finetune.enabled and self.config.svm.finetuned else self.head
+
+    @cached_property
+    def compress(self) -> Path:
+        return self._folder("compress", self.trained_head.name, _dump(self.config.compress), self.windows.name)
+
+    @property
+    def ranks(self) -> dict[FullyConnected, int]:
+        """The layers to compress, by name; none where no features that are wanted come from fc6 or fc7."""
+        settings = self.config.compress
+        wanted: dict[FullyConnected, int] = {"fc6": settings.fc6, "fc7": settings.fc7}
+        return {name: rank for name, rank in wanted.items() if rank and self.uses_fc}
+
+    @property
+    def uses_fc(self) -> bool:
+        """Whether any features that are wanted come from fc6 or fc7, fine-tuned or not."""
+        return any(layer != "pool" for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[str]:
+        config = self.config
+        return [config.svm.layer, *([config.boxes.layer] if config.boxes.enabled else [])]
 
     @cached_property
     def svm(self) -> Path:
@@ -185,12 +205,15 @@ class RunPlan:
         config = self.config
         tuned = config.finetune.enabled and config.svm.finetuned
         layers = {"svm": config.svm.layer, "boxes": config.boxes.layer}
-        trained = ("finetune", "svm", "boxes")
+        on_fc = tuple(name for name, layer in layers.items() if layer != "pool")
+        compress = ("compress",) if self.ranks else ()
+        trained = ("finetune", *compress, "svm", "boxes")
         return {
             "propose": trained,
             "pretrain": ("extract", *trained),
             "extract": trained,
-            "finetune": tuple(name for name, layer in layers.items() if tuned and layer != "pool"),
+            "finetune": (*compress, *on_fc) if tuned else (),
+            "compress": on_fc if self.ranks else (),
         }.get(stage, ())
 
     @property
@@ -219,7 +242,8 @@ class RunPlan:
     def _features(self, layer: str) -> str:
         """What window features of a layer depend on."""
         pooled = [self.maps.name, self.windows.name, _dump(self.config.pyramid), self._train]
-        return digest_of(pooled if layer == "pool" else [*pooled, self.trained_head.name, self.config.detect.precision])
+        head = self.compress if self.ranks else self.trained_head
+        return digest_of(pooled if layer == "pool" else [*pooled, head.name, self.config.detect.precision])
 
     def _folder(self, stage: str, *parts: Any) -> Path:
         return self.root / f"{stage}-{digest_of(stage, *parts)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("propose", "pretrain", "extract", "finetune", "svm", "boxes")
+STAGES = ("propose", "pretrain", "extract", "finetune", "compress", "svm", "boxes")
 
 
 class StageError(ValueError):

@@ -1,6 +1,6 @@
 """Train a detector: rooms 1-7 in order, on one screen; every stage resumes (sec. 4.1).
 
-propose -> (pretrain) -> extract -> finetune -> svm -> boxes -> detector/
+propose -> (pretrain) -> extract -> finetune -> (compress) -> svm -> boxes -> detector/
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sppnet.detection.feature_maps import extract_images, maps_path
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MiningState, mine_detectors
 from sppnet.detection.linear_svm import LinearDetectors
+from sppnet.detection.low_rank import compress_head, describe_layer
 from sppnet.detection.plan import RunPlan, load_run_data
 from sppnet.detection.proposals import make_proposer, propose_images, read_windows, windows_path
 from sppnet.detection.stages import STAGES, StageError, StageReport, StageStatus, duration, stage_status, stage_table
@@ -80,7 +81,7 @@ class Training:
         return self.networks.trunk
 
     def head(self) -> SPPHead:
-        """The head whose features are used: fine-tuned, or as it was initialised."""
+        """The head whose features are used: fine-tuned, or as it was initialised; compressed where ranks are set."""
         return self.networks.head()
 
     def status(self) -> list[StageStatus]:
@@ -92,6 +93,9 @@ class Training:
         maps += [maps_path(plan.maps, record, True) for record in self._flipped()]
         no_pretrain = "" if config.pretrain.enabled else "pretrain.enabled is false"
         no_head = "" if plan.uses_trained_head else "the features wanted need no fine-tuned head"
+        no_ranks = (
+            "" if plan.ranks else "compress.fc6 and compress.fc7 are 0" if plan.uses_fc else "no fc features are wanted"
+        )
         no_boxes = "" if config.boxes.enabled else "boxes.enabled is false"
         regressors = [self._regressor_path(label) for label in range(len(self.classes))]
         return [
@@ -101,6 +105,7 @@ class Training:
             ),
             stage_status("extract", plan.maps, maps),
             stage_status("finetune", plan.finetune, [self.networks.head_path], no_head, "checkpoint.safetensors"),
+            stage_status("compress", plan.compress, [self.networks.compressed_path], no_ranks),
             stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
             stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
@@ -126,6 +131,7 @@ class Training:
             _ = self.trunk
         elif not self.networks.pretrained_path.exists():
             build_trunk(self.config.trunk)
+        self.networks.check_ranks()
         if self.config.head.init != "random" and not self.networks.head_path.exists():
             self.networks.started_head()
 
@@ -231,6 +237,21 @@ class Training:
             f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
         )
+
+    # 5½. fc6 and fc7 of low rank, where that is wanted
+    def _compress(self) -> str:
+        networks = self.networks
+        if networks.compressed_path.exists():
+            return "reused"
+        if distributed.is_main():
+            ranks, whole = self.plan.ranks, networks.whole_head()
+            responses = networks.responses(whole, self.progress)
+            thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses)
+            kept = {name: describe_layer(name, whole, thin, responses) for name in ranks}
+            write_json(self.plan.compress / "summary.json", kept)
+            write_tensors(networks.compressed_path, thin.state_dict())
+        distributed.barrier()
+        return "; ".join(read_json(self.plan.compress / "summary.json").values())
 
     # 6. one linear SVM per class, with hard-negative mining
     def _svm(self) -> str:

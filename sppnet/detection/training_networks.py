@@ -5,16 +5,21 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import mean_norm_scale
+from sppnet.detection.low_rank import check_ranks, draw_windows, linear_responses
 from sppnet.detection.plan import RunPlan
+from sppnet.detection.proposals import read_windows
 from sppnet.detection.stages import StageError
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_cells
 from sppnet.network.sppnet import (
+    FullyConnected,
     Layer,
     SPPHead,
     build_head,
@@ -29,7 +34,7 @@ from sppnet.store import read_tensors
 
 
 class TrainingNetworks:
-    """What the stages pretrain and finetune have made so far, where they are wanted, else what they start from.
+    """What pretrain, finetune and compress have made so far, where they are wanted, else what they start from.
 
     A stage that is wanted but not complete is a StageError that names it.
     """
@@ -58,8 +63,21 @@ class TrainingNetworks:
         trunk.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("trunk.")})
         return trunk.to(self.device)
 
+    @property
+    def compressed_path(self) -> Path:
+        """Where the stage compress leaves the head."""
+        return self.plan.compress / "head.safetensors"
+
     def head(self) -> SPPHead:
-        """The head whose features are used: fine-tuned, or as it was initialised."""
+        """The head whose features are used: the whole one, or what the stage compress made of it."""
+        if not self.plan.ranks:
+            return self.whole_head()
+        head = self._new_head(self.plan.ranks)
+        head.load_state_dict(read_tensors(self._need(self.compressed_path, "compress")))
+        return head.to(self.device)
+
+    def whole_head(self) -> SPPHead:
+        """The head before it is compressed: fine-tuned, or as it was initialised."""
         if not self.plan.uses_trained_head:
             return self.initial_head()
         head = self._new_head()
@@ -118,9 +136,35 @@ class TrainingNetworks:
             records, plan.data.classes, plan.windows, plan.maps, self.trunk.geometry, self.config, self.device
         )
 
-    def _new_head(self) -> SPPHead:
+    def responses(self, whole: SPPHead, progress: bool = True) -> Tensor:
+        """What fc6 of the whole head answers, before its rectification, to windows drawn as `compress` says: (N, fc6).
+
+        They lie in `compress.images` of the training images, spread over all; see `draw_windows`.
+        """
+        settings, source = self.config.compress, self.windows(train=True)
+        count = min(settings.images, len(source.records))
+        rng = np.random.default_rng(settings.seed)
+        parts = [torch.empty(0, whole.fc6.out_features)]
+        for step in tqdm(range(count), desc="responses", unit="image", disable=None if progress else True):
+            index = step * len(source.records) // count
+            record = source.records[index]
+            proposals = read_windows(source.windows_folder, record)
+            drawn = draw_windows(record, proposals, source.classes, settings.windows, rng)
+            if len(drawn):
+                maps = source.maps(index)
+                with torch.inference_mode():
+                    parts.append(linear_responses(whole, source.pool(maps, source.cells(maps, drawn))).cpu())
+        return torch.cat(parts)
+
+    def check_ranks(self) -> None:
+        """CompressionError for ranks that the stage compress would refuse, before anything is trained."""
+        if self.plan.ranks:
+            check_ranks(self._new_head(), self.plan.ranks)
+
+    def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
         config, outputs = self.config, len(self.plan.data.classes) + 1
-        return build_head(self.trunk.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed)
+        thin = {str(name): rank for name, rank in (ranks or {}).items()}
+        return build_head(self.trunk.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, thin)
 
     def _pretrained(self) -> dict[str, Tensor]:
         return read_tensors(self._need(self.pretrained_path, "pretrain"))

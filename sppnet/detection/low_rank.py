@@ -1,0 +1,208 @@
+"""fc6 and fc7 of low rank: two thin layers without a nonlinearity between, in the place of a wide one.
+
+Which directions of a layer are kept is decided by its answers to windows of training images: y = Wx + b becomes
+U(UᵀW)x + b', where U spans the directions in which the answers vary most (Zhang, Zou, He, Sun, "Accelerating Very Deep
+Convolutional Networks for Classification and Detection", 2016, sec. 3.1). Or by its weights alone: then
+W ≈ U_r · (S_r V_rᵀ), the truncated SVD of Fast R-CNN (sec. 3.1 there), which needs no images and keeps much less: a
+fine-tuned layer is a random start and a little of what it learned, so that its singular values hardly fall, but its
+answers to real windows lie close to a space of few dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sppnet.detection.sampling import class_overlaps
+from sppnet.network.sppnet import FullyConnected, SPPHead
+from sppnet.records import ImageRecord
+
+LAYERS: tuple[FullyConnected, ...] = ("fc6", "fc7")
+NEAR = 0.5  # IoU from which on a window shows an object
+
+
+class CompressionError(ValueError):
+    """A compression that cannot be done or would save nothing; the message gives the next step."""
+
+
+def compress_head(
+    head: SPPHead, fc6: int | None = None, fc7: int | None = None, responses: Tensor | None = None
+) -> SPPHead:
+    """A head with the best approximations of these ranks in the place of fc6 and fc7; `head` stays as it is.
+
+    `responses` (N, fc6), what fc6 answers before its rectification (`sample_responses`): the best for these, fc7's for
+    what reaches it; None: the best for the weights. A rank of None or 0 leaves a layer whole. Raises CompressionError
+    where no layer is named, where a rank saves no work or exceeds the number of responses, and where a layer is
+    compressed already.
+    """
+    ranks: dict[FullyConnected, int] = {"fc6": fc6 or 0, "fc7": fc7 or 0}
+    check_ranks(head, ranks)
+    if responses is not None and len(responses) < max(ranks.values()):
+        raise CompressionError(
+            f"{len(responses)} windows of training images cannot tell {max(ranks.values())} directions apart; "
+            "take more --images, a lower rank, or --method weights"
+        )
+    thin = copy.deepcopy(head)
+    if ranks["fc6"]:
+        thin.basis6, thin.fc6 = _thin_layers(head.fc6, ranks["fc6"], responses)
+    if ranks["fc7"]:
+        reached = None if responses is None else _fc7_responses(head, responses)
+        thin.basis7, thin.fc7 = _thin_layers(head.fc7, ranks["fc7"], reached)
+    return thin.train(head.training)
+
+
+def variance_kept(whole: SPPHead, thin: SPPHead, responses: Tensor) -> dict[FullyConnected, float]:
+    """Share of the variance of fc6's and fc7's answers that a head compressed by `responses` still gives: 1 − the
+    squared differences as a share of the squared deviations from the mean. fc7's counts what fc6 lost."""
+    answers, approximations = both_responses(whole, responses), both_responses(thin, responses, whole)
+    return {name: _explained(answers[name], approximations[name]) for name in LAYERS}
+
+
+@torch.inference_mode()
+def both_responses(head: SPPHead, responses: Tensor, whole: SPPHead | None = None) -> dict[FullyConnected, Tensor]:
+    """fc6 and fc7 before their rectification, from `responses` (N, fc6), those of fc6 in `whole` (default: in `head`).
+
+    What a thin fc6 of it gives follows without the pooled features: W ≈ U(UᵀW), so that Wx is all it takes.
+    """
+    if whole is not None and "fc6" in head.ranks and "fc6" not in whole.ranks:
+        own = head.fc6
+        responses = F.linear((responses.to(own.weight) - whole.fc6.bias) @ own.weight, own.weight, own.bias)
+    return {"fc6": responses.cpu(), "fc7": _fc7_responses(head, responses)}
+
+
+def describe_layer(name: FullyConnected, whole: SPPHead, thin: SPPHead, responses: Tensor | None) -> str:
+    """What a compressed head keeps of a layer, in a line."""
+    linear, parts = whole.products(name)[0], thin.products(name)
+    layer = f"{name} ({linear.in_features} -> {linear.out_features})"
+    if len(parts) == 1:
+        return f"{layer}: whole"
+    if responses is not None:
+        kept, sample = variance_kept(whole, thin, responses)[name], f"{len(responses):,} windows of training images"
+        return f"{layer}: rank {parts[0].out_features} keeps {kept:.2%} of the variance of its answers to {sample}"
+    energy = energy_kept(linear.weight, parts[0].weight, parts[1].weight)
+    return f"{layer}: rank {parts[0].out_features} keeps {energy:.2%} of the energy (squared singular values)"
+
+
+def _explained(answers: Tensor, approximations: Tensor) -> float:
+    deviations = float((answers - answers.mean(0)).double().square().sum())
+    lost = float((answers - approximations).double().square().sum())
+    return 1 - lost / deviations if deviations > 0 else 1.0
+
+
+def _fc7_responses(head: SPPHead, responses: Tensor) -> Tensor:
+    """fc7 before its rectification (N, fc7), from the same of fc6."""
+    with torch.no_grad():
+        hidden = responses.to(head.fc6.weight).relu()
+        for layer in head.products("fc7"):
+            hidden = F.linear(hidden, layer.weight, layer.bias)
+        return hidden.cpu()
+
+
+def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, inputs) -> first (rank, inputs) and second (outputs, rank), whose product second · first is the
+    nearest matrix of that rank (Eckart and Young), in the weight's own precision.
+
+    The singular vectors of the smaller side are eigenvectors of its Gram matrix, here in float64: that costs one
+    product and an eigenproblem of the smaller side, and squared rounding errors stay below those of float32.
+    """
+    matrix = weight.detach().double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # eigenvalues ascend
+    first, second = (basis.T @ matrix, basis) if wide else (basis.T, matrix @ basis)
+    return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
+
+
+def energy_kept(weight: Tensor, first: Tensor, second: Tensor) -> float:
+    """Squared norm of second · first as a share of that of `weight`: the squared singular values that were kept."""
+    first, second = first.detach().double(), second.detach().double()
+    total = weight.detach().double().square().sum()
+    kept = ((second.T @ second) * (first @ first.T)).sum()  # without the product itself
+    return float(kept / total) if total > 0 else 1.0
+
+
+def _thin_layers(linear: nn.Linear, rank: int, responses: Tensor | None) -> tuple[nn.Linear, nn.Linear]:
+    bias = linear.bias.detach()
+    if responses is None:
+        first, second = factorise(linear.weight, rank)
+    else:
+        # Wx + b varies around m along U: U(UᵀW)x + m + U Uᵀ(b − m)
+        mean, directions, _ = principal_directions(responses, rank)
+        first = (directions.T @ linear.weight.detach().cpu().double()).to(linear.weight)
+        second = directions.to(linear.weight)
+        bias = (mean + directions @ (directions.T @ (bias.cpu().double() - mean))).to(linear.weight)
+    basis = nn.utils.skip_init(nn.Linear, linear.in_features, rank, bias=False)
+    layer = nn.utils.skip_init(nn.Linear, rank, linear.out_features)
+    basis.weight, layer.weight = nn.Parameter(first.contiguous()), nn.Parameter(second.contiguous())
+    layer.bias = nn.Parameter(bias.clone())
+    return basis, layer
+
+
+def check_ranks(head: SPPHead, ranks: dict[FullyConnected, int]) -> None:
+    if not any(ranks.values()):
+        raise CompressionError("no layer to compress; give --fc6 RANK, --fc7 RANK or both")
+    for name, rank in ranks.items():
+        if rank:
+            _check_rank(name, head.products(name), rank)
+
+
+def _check_rank(name: str, layers: Sequence[nn.Linear], rank: int) -> None:
+    if len(layers) > 1:
+        raise CompressionError(
+            f"{name} is compressed already, to rank {layers[0].out_features}; compress the detector it was made from"
+        )
+    inputs, outputs = layers[0].in_features, layers[0].out_features
+    largest = (inputs * outputs - 1) // (inputs + outputs)  # rank · (inputs + outputs) < inputs · outputs
+    if largest < 1:
+        raise CompressionError(f"{name} ({inputs} -> {outputs}) is too small to compress; leave it whole")
+    if not 1 <= rank <= largest:
+        raise CompressionError(
+            f"rank {rank} of {name}: expected 1 to {largest}, the largest rank that saves work in a layer of {inputs} inputs "
+            f"and {outputs} outputs; 0 leaves it whole"
+        )
+
+
+def draw_windows(
+    record: ImageRecord, windows: NDArray[np.float32], classes: Sequence[str], count: int, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """At most `count` of the windows (R, 4) of an image, half of them with IoU >= 0.5 with an object if there are."""
+    annotation = record.annotation
+    best = np.zeros(len(windows)) if annotation is None else class_overlaps(windows, annotation, classes).max(1)
+    order = rng.permutation(len(windows))
+    near = order[best[order] >= NEAR][: count // 2]
+    others = order[~np.isin(order, near)][: count - len(near)]
+    return windows[np.concatenate([near, others])]
+
+
+def linear_responses(head: SPPHead, pooled: Tensor) -> Tensor:
+    """Pooled features (R, D) -> fc6 of them before its rectification (R, fc6), in a compressed head too."""
+    hidden = pooled * head.input_scale
+    for layer in head.products("fc6"):
+        hidden = F.linear(hidden, layer.weight, layer.bias)
+    return hidden
+
+
+def principal_directions(responses: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Responses (N, F) -> their mean (F,), the orthonormal directions (F, rank) in which they vary most, and the share
+    of their variance along these; all in float64. Raises ValueError for fewer responses than directions."""
+    count, width = responses.shape
+    if not 1 <= rank <= min(count, width):
+        raise ValueError(
+            f"expected a rank from 1 to {min(count, width)} for {count} responses of {width} numbers, got {rank}; "
+            "sample more windows or choose a lower rank"
+        )
+    mean = responses.double().mean(0)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for block in responses.split(4096):  # the whole sample in double precision would be half a gigabyte
+        centred = block.double() - mean
+        covariance += centred.T @ centred
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    total = float(variances.clamp(min=0).sum())
+    kept = float(variances[-rank:].clamp(min=0).sum()) / total if total > 0 else 1.0
+    return mean, directions[:, -rank:].flip(1).contiguous(), kept
