@@ -9,6 +9,9 @@ images with the same maps, windows, head and scale, each in a process of its own
 order changing from pair to pair; the ratio is taken pair by pair. Seconds are those of mining, from the positives to
 the last fit, without the start of the process. The weights of every class must point the same way: exit status 1 where
 a cosine is 0.999 or less. The run folder is read only.
+
+With `--set compress.fc6=… compress.fc7=…` mining is now on the thin layers of that stage (which must be complete),
+before on the whole ones; then the weights point elsewhere, and what that costs is for `sppnet eval` to say.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ config = Config.model_validate(task["config"])
 data = load_run_data(config)
 records = [data.train[i] for i in task["images"]]
 trunk = build_trunk(config.trunk)
-head = build_head(trunk.channels, config.pyramid.levels, len(data.classes) + 1, config.head)
+ranks = {"ranks": task["ranks"]} if task["ranks"] else {}
+head = build_head(trunk.channels, config.pyramid.levels, len(data.classes) + 1, config.head, **ranks)
 head.load_state_dict(read_tensors(Path(task["head"])))
 head.eval()
 folders = Path(task["windows"]), Path(task["maps"])
@@ -122,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{images} images, {len(classes)} classes, {options.threads} threads", file=sys.stderr)
         pairs = [measure_pair(number, task, checkouts, Path(folder)) for number in range(options.rounds)]
     report(pairs, images, {name: revision(path) for name, path in checkouts.items()})
-    return check(pairs, classes)
+    status = check(pairs, classes)
+    return 0 if task["now"]["ranks"] else status
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -149,11 +154,12 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     config = load_config(options.config, options.overrides)
     training = Training(config, options.run, torch.device("cpu"), progress=False)
     for status in training.status():
-        if status.name in ("propose", "extract", "finetune") and not (status.complete or status.skipped):
+        if status.name in ("propose", "extract", "finetune", "compress") and not (status.complete or status.skipped):
             sys.exit(f"{options.run}: {status.name} is not complete; run `sppnet train --only {status.name}` first")
-    write_tensors(folder / "head.safetensors", training.head().state_dict())
+    write_tensors(folder / "head.safetensors", training.networks.whole_head().state_dict())
+    write_tensors(folder / "thin.safetensors", training.head().state_dict())
     images = spread(len(training.plan.data.train), options.images)
-    settings = config.model_dump(mode="json", exclude={"name", "proposals", "evaluate"})
+    settings = config.model_dump(mode="json", exclude={"name", "proposals", "evaluate", "compress"})
     task = {
         "config": settings,
         "images": images,
@@ -161,6 +167,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         "windows": str(training.plan.windows),
         "maps": str(training.plan.maps),
         "head": str(folder / "head.safetensors"),
+        "ranks": {},
+        "now": {"head": str(folder / "thin.safetensors"), "ranks": training.plan.ranks},
         "scale": feature_scale(training, images),
         "threads": options.threads,
     }
@@ -214,7 +222,7 @@ def spread(total: int, count: int) -> list[int]:
 def measure_pair(number: int, task: dict[str, Any], checkouts: dict[str, Path], folder: Path) -> dict[str, Mined]:
     """Both sides, the older first in even pairs."""
     names = list(checkouts) if number % 2 == 0 else list(checkouts)[::-1]
-    pair = {name: mine(task, checkouts[name], folder) for name in names}
+    pair = {name: mine({**task, **task.get(name, {})}, checkouts[name], folder) for name in names}
     seconds = ", ".join(f"{name} {pair[name].seconds:.1f} s" for name in names)
     print(f"pair {number + 1}: {seconds}", file=sys.stderr)
     return pair

@@ -359,9 +359,13 @@ def test_ranks_up_to_the_one_that_saves_work_are_taken():
     """fc7 of 20 inputs and 16 outputs: 320 products whole, 36 a rank, so 8 saves work and 9 does not."""
     assert compress_head(head(), fc7=8).ranks == {"fc7": 8}
     for rank in (9, 16, 17, 10**9):
-        with pytest.raises(CompressionError, match=rf"rank {rank} of fc7: expected 1 to 8, the largest rank that saves work"):
+        with pytest.raises(
+            CompressionError, match=rf"rank {rank} of fc7: expected 1 to 8, the largest rank that saves work"
+        ):
             compress_head(head(), fc7=rank)
-    with pytest.raises(CompressionError, match=r"rank -1 of fc6: expected 1 to 13, .*42 inputs and 20 outputs; 0 leaves it"):
+    with pytest.raises(
+        CompressionError, match=r"rank -1 of fc6: expected 1 to 13, .*42 inputs and 20 outputs; 0 leaves it"
+    ):
         compress_head(head(), fc6=-1)
 
 

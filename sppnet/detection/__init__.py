@@ -19,7 +19,8 @@
     training              rooms 1 to 7, on one screen; every stage resumes
     testing               a split: detections, evaluation, files
     folder_detection      any images: pictures, detections.json, detections.csv
-    compression           truncated SVD of fc6 and fc7: a faster detector
+    low_rank              fc6 and fc7 as thin layers, by what they answer or by their weights
+    compression           the same in a trained detector; responses: what its fc6 answers to training images
     profiling             where the time of one image goes
 
 Boxes and windows are numpy arrays, features are torch tensors.

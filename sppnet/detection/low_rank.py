@@ -163,8 +163,8 @@ def _check_rank(name: str, layers: Sequence[nn.Linear], rank: int) -> None:
         raise CompressionError(f"{name} ({inputs} -> {outputs}) is too small to compress; leave it whole")
     if not 1 <= rank <= largest:
         raise CompressionError(
-            f"rank {rank} of {name}: expected 1 to {largest}, the largest rank that saves work in a layer of {inputs} inputs "
-            f"and {outputs} outputs; 0 leaves it whole"
+            f"rank {rank} of {name}: expected 1 to {largest}, the largest rank that saves work in a layer of {inputs} "
+            f"inputs and {outputs} outputs; 0 leaves it whole"
         )
 
 

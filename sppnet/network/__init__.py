@@ -1,7 +1,9 @@
 """The network: what runs on pixels, and the pyramid that makes one vector of a map of any size (sec. 2).
 
+    normalisation  local response normalisation, in one pass on a CPU
     architectures  the layers of every trunk by name: the paper's four, one of ours, torchvision's
     geometry       stride, first centre and map size, from the layers themselves
+    strips         the finest layers of a trunk, some rows at a time
     weights        files of weights, read without running anything in them
     trunks         a trunk: layers, weights, geometry and preprocessing together
     pyramid        spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
