@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.boxes import as_boxes, pairwise_iou
@@ -22,6 +21,7 @@ from sppnet.config import Config, PretrainSettings, WeightsSettings
 from sppnet.images import prepare, read_image
 from sppnet.network.sppnet import SPPNet, build_head, seed_dropout
 from sppnet.network.trunks import Trunk
+from sppnet.progress import progress_bar
 from sppnet.records import Annotation, ImageRecord
 from sppnet.store import read_tensors, write_tensors
 
@@ -95,10 +95,8 @@ def _train(
     settings = trainer.settings
     epoch_steps = max(1, len(crops) // settings.batch)
     shares = _equal_shares(labels)
-    disable = None if progress and distributed.is_main() else True
-    steps = tqdm(
-        range(done, settings.steps), initial=done, total=settings.steps, desc="pretrain", unit="step", disable=disable
-    )
+    shown = progress and distributed.is_main()
+    steps = progress_bar(range(done, settings.steps), "pretrain", "step", settings.steps, done, shown)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
     with torch.random.fork_rng(devices=devices):
         for step in steps:

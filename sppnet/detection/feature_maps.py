@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, is_main, shard
 from sppnet.images import flip_image, prepare, read_image, scaled_size
 from sppnet.network.trunks import Trunk, TrunkError
+from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 from sppnet.store import StoreError, cache_arrays, has_arrays, read_arrays
 
@@ -91,8 +91,7 @@ def extract_images(
     """
     jobs = [(record, flip) for record in shard(records) for flip in ((False, True) if flips else (False,))]
     missing = [job for job in jobs if not has_arrays(maps_path(folder, *job))]
-    disable = None if progress and is_main() else True
-    for record, flip in tqdm(missing, desc="maps", unit="map", disable=disable):
+    for record, flip in progress_bar(missing, "maps", "map", shown=progress and is_main()):
         image = read_image(record.path)
         write_maps(
             maps_path(folder, record, flip),

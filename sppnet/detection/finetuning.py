@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.config import FinetuneSettings
 from sppnet.detection.head_gradients import HeadGradients
 from sppnet.detection.sampling import Batch, LabelledWindows, draw_batch
 from sppnet.network.sppnet import SPPHead, seed_dropout
+from sppnet.progress import progress_bar
 from sppnet.store import read_tensors, write_tensors, write_text
 
 log = logging.getLogger("sppnet")
@@ -85,17 +85,15 @@ def finetune_head(
     with ThreadPoolExecutor(1) as loader, _tensorboard(folder, done) as board, torch.random.fork_rng(devices=devices):
         labels, pooled = loader.submit(_validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, usable, background, settings, range(done, total))
-        disable = None if progress and distributed.is_main() else True
-        bar = tqdm(total=total, initial=done, desc="finetune", unit="step", disable=disable)
-        for step in range(done, total):
+        shown = progress and distributed.is_main()
+        bar = progress_bar(range(done, total), "finetune", "step", total, done, shown)
+        for step in bar:
             trainer.train_step(step, *next(batches))
-            bar.update()
             if (step + 1) % settings.validate_every == 0 or step + 1 == total:
                 row = trainer.validate(step + 1, pooled, labels, background)
-                bar.set_postfix(loss=f"{row[1]:.3f}", val_error=f"{1 - row[4]:.3f}")
+                bar.set_postfix(loss=f"{row[1]:.3f}", val_error=f"{1 - row[4]:.3f}", refresh=False)
                 for name, value in zip(COLUMNS[1:], row[1:], strict=True):
                     board.add_scalar(name, value, step + 1)
-        bar.close()
     trainer.load_best()
     untrained = float((labels != background).float().mean())
     return FinetuneSummary(trainer.best_step, trainer.best_error, untrained, total, done, time.monotonic() - start)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sppnet.data.folder import FolderError, find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.images import ImageError, read_image
 from sppnet.network.trunks import TrunkError
+from sppnet.progress import progress_bar
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, save_image
 from sppnet.store import StoreError, read_json, write_json, write_text
@@ -43,7 +42,7 @@ def detect_files(
     skipped: dict[Path, str] = {}
     names = _picture_names(_find_inputs(paths, out))
     try:
-        for path, name in tqdm(names.items(), desc="detect", unit="image", disable=None if progress else True):
+        for path, name in progress_bar(names.items(), "detect", "image", len(names), shown=progress):
             try:
                 image = read_image(path)
                 detections = detector.detect(image).above(threshold)

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
-from tqdm import tqdm
 
 from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearDetectors, fit_linear_svm, objective_of_scores
 from sppnet.detection.negative_cache import CachedKeys, NegativeCache
 from sppnet.detection.reservoir import Reservoir
+from sppnet.progress import progress_bar
 
 logger = logging.getLogger("sppnet")
 
@@ -126,8 +126,7 @@ def mine_detectors(
     miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale)
     first = miner.resume(state) if state is not None else 0
     total = len(images) * miner.settings.epochs
-    progress = tqdm(range(first, total), desc="mining", unit="image", initial=first, total=total, disable=None)
-    for position in progress:
+    for position in progress_bar(range(first, total), "mining", "image", total, first):
         miner.visit(position % len(images))
         if save is not None and (position + 1) % save_every == 0:
             save(miner.state(position + 1))
@@ -278,7 +277,7 @@ def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings
     objects = [Reservoir(settings.max_positives, settings.seed) for _ in range(classes)]
     proposals: list[Reservoir] = []
     width = 0
-    for index in tqdm(range(len(images)), desc="positives", unit="image", disable=None):
+    for index in progress_bar(range(len(images)), "positives", "image"):
         features, labels, count = images.read_positives(index)
         _check_positives(features, labels, count, index, classes)
         if not proposals:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sppnet.detection import detector as detection
 from sppnet.detection import window_features
@@ -27,6 +26,7 @@ from sppnet.detection.window_features import FrozenHead, WindowCells
 from sppnet.images import read_image
 from sppnet.machine import timed
 from sppnet.network.trunks import TrunkError
+from sppnet.progress import progress_bar
 from sppnet.records import Detections
 
 READ, SEARCH, CELLS, HEAD = "read file", "candidate windows", "windows to cells", "head"
@@ -138,7 +138,7 @@ def profile_images(detector: SPPDetector, images: Sequence[Path], rounds: int, p
     """Each image goes from file to detections once to warm up, then `rounds` times."""
     steps, totals, counts = defaultdict(list), [], []
     runs = [(path, number) for path in images for number in range(rounds + 1)]
-    for path, number in tqdm(runs, desc="profile", unit="run", disable=None if progress else True):
+    for path, number in progress_bar(runs, "profile", "run", shown=progress):
         clock = Clock(detector.device)
         total, _ = timed(lambda: detect_timed(detector, path, clock), detector.device)  # noqa: B023 - called at once
         if number == 0:

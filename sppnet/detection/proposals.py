@@ -20,7 +20,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
 from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.config import ProposalSettings
@@ -28,6 +27,7 @@ from sppnet.data.proposal_files import match_records
 from sppnet.detection.selective_search import box_hash, selective_search, shrunk
 from sppnet.distributed import barrier, is_main, shard
 from sppnet.images import read_image
+from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 from sppnet.store import StoreError, read_arrays, write_arrays
 
@@ -188,8 +188,8 @@ def _propose_one(record: ImageRecord, settings: ProposalSettings, folder: Path) 
 
 def _search_all(records: Sequence[ImageRecord], settings: ProposalSettings, folder: Path, progress: bool) -> None:
     workers = min(settings.workers or _cores(), len(records))
-    disable = None if progress and is_main() else True  # None: only on a terminal
-    bar = partial(tqdm, total=len(records), desc="proposals", unit="image", disable=disable)
+    shown = progress and is_main()
+    bar = partial(progress_bar, what="proposals", unit="image", total=len(records), shown=shown)
     if workers > 1:
         _search_in_pool(records, settings, folder, workers, bar)
         return

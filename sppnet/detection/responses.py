@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from sppnet.config import CompressSettings
 from sppnet.detection.detector import SPPDetector
@@ -17,6 +16,7 @@ from sppnet.detection.plan import load_run_data, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
 from sppnet.detection.window_features import pool_cells, window_cells
 from sppnet.images import read_image
+from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 
 IMAGES, WINDOWS = CompressSettings().images, CompressSettings().windows
@@ -45,7 +45,7 @@ def sample_responses(
     propose_images(chosen, config.proposals, folder, progress)
     rng = np.random.default_rng(seed)
     parts = [torch.empty(0, detector.head.fc6.out_features)]
-    for record in tqdm(chosen, desc="responses", unit="image", disable=None if progress else True):
+    for record in progress_bar(chosen, "responses", "image", shown=progress):
         own = draw_windows(record, read_windows(folder, record), detector.classes, windows, rng)
         if len(own):
             parts.append(_responses(detector, record, own))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.config import Config
@@ -23,6 +22,7 @@ from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.network.trunks import TrunkError
+from sppnet.progress import progress_bar
 from sppnet.records import Annotation, Detections, ImageRecord
 from sppnet.report.contact_sheet import Picture, contact_sheet
 from sppnet.report.curves import draw_precision_recall
@@ -60,8 +60,7 @@ def test_detector(
     folder = work / f"detections-{digest_of(detector.digest(), windows_folder.name)}"
     own = [r for r in distributed.shard(records) if not _path(folder, r).exists()]
     start = time.monotonic()
-    disable = None if progress and distributed.is_main() else True
-    for record in tqdm(own, desc="detect", unit="image", disable=disable):
+    for record in progress_bar(own, "detect", "image", shown=progress and distributed.is_main()):
         found = _detect(detector, record, read_windows(windows_folder, record))
         write_arrays(_path(folder, record), boxes=found.boxes, scores=found.scores, labels=found.labels)
     seconds = (time.monotonic() - start) / len(own) if own else None

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sppnet import distributed
 from sppnet.classification.multisize import pretrain_network
@@ -32,6 +31,7 @@ from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, fi
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.network.sppnet import SPPHead
 from sppnet.network.trunks import Trunk, build_trunk
+from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 from sppnet.store import read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors, write_text
 
@@ -292,7 +292,7 @@ class Training:
             # On a GPU the mean norm may differ in its last digits, but all classes must have the same.
             scale = float(read_tensors(done)["scale"]) if done else networks.scale(features, settings.feature_norm)
             examples = find_box_examples(source)
-            for label in tqdm(missing, desc="box regression", unit="class", disable=None if self.progress else True):
+            for label in progress_bar(missing, "box regression", "class", shown=self.progress):
                 own = examples[label]
                 rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor: BoxRegressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)

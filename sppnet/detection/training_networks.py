@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import mean_norm_scale
@@ -30,6 +29,7 @@ from sppnet.network.sppnet import (
 )
 from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.network.weights import load_weight_file, torchvision_state
+from sppnet.progress import progress_bar
 from sppnet.store import read_tensors
 
 
@@ -145,7 +145,7 @@ class TrainingNetworks:
         count = min(settings.images, len(source.records))
         rng = np.random.default_rng(settings.seed)
         parts = [torch.empty(0, whole.fc6.out_features)]
-        for step in tqdm(range(count), desc="responses", unit="image", disable=None if progress else True):
+        for step in progress_bar(range(count), "responses", "image", shown=progress):
             index = step * len(source.records) // count
             record = source.records[index]
             proposals = read_windows(source.windows_folder, record)
