@@ -2,8 +2,8 @@
 
     python benchmarks/compression.py RUN --ranks 512,128 256,64 128,64 [--methods responses weights] [--split YEAR/SET]
 
-Every image is searched, embedded and pooled once for all variants; each variant scores its windows and selects its
-detections as `sppnet eval` does. The ranks and multiply-adds of the whole detector stand first.
+Every image is searched, embedded and pooled once for all variants; each variant scores its windows, in float32, and
+selects its detections as `sppnet eval` does. The ranks and multiply-adds of the whole detector stand first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHOLE = "whole"
 
 
 def variants(
-    head: SPPHead, responses: torch.Tensor, ranks: Sequence[tuple[int, int]], methods: Sequence[str]
+    head: SPPHead, responses: torch.Tensor | None, ranks: Sequence[tuple[int, int]], methods: Sequence[str]
 ) -> dict[tuple[str, int, int], SPPHead]:
     """(method, rank of fc6, rank of fc7) -> a head; the whole one first."""
     heads = {(WHOLE, head.fc6.out_features, head.fc7.out_features): head}
@@ -61,7 +61,8 @@ def detect_with_all(
     for name, head in heads.items():
         features = both_responses(head, answers, detector.head)[config.svm.layer].relu()
         scores = detector.detectors.score(features).numpy()[rows]
-        found[name] = detector.select(windows, WindowScores(scores, maps, where), image.shape[:2])
+        own = replace(detector, head=head)
+        found[name] = own.select(windows, WindowScores(scores, maps, where), image.shape[:2])
     return found
 
 
@@ -89,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     if detector.config.svm.layer == "pool" or detector.head.ranks:
         sys.exit(f"{options.run}: expected a detector with whole fc6 and fc7, which its SVMs use")
     detector = replace(detector, config=usable_config(detector.config))
-    heads = variants(detector.head, sample_responses(detector, options.run, options.images), ranks, options.methods)
+    responses = None
+    if "responses" in options.methods:
+        responses = sample_responses(detector, options.run, options.images).chosen
+    heads = variants(detector.head, responses, ranks, options.methods)
     records = load_test_data(detector.config, None, tuple(options.split))[0][: options.limit]
     folder = windows_folder(options.run, detector.config.proposals)
     propose_images(records, detector.config.proposals, folder)

@@ -24,6 +24,7 @@ from sppnet.detection.compression import compress_run
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
+from sppnet.detection.low_rank import CompressionError
 from sppnet.detection.proposals import ProposalError, read_windows
 from sppnet.detection.responses import IMAGES
 from sppnet.detection.stages import STAGES, describe_stage
@@ -180,6 +181,10 @@ def _train(options: argparse.Namespace) -> int:
         print("\n".join([str(training.plan.data), *(describe_stage(s, only, redone) for s in training.status())]))
         for setting, path in training.missing_files():
             print(f"missing: {path} ({setting}); training would end there", file=sys.stderr)
+        try:
+            training.networks.check_ranks()
+        except CompressionError as error:
+            print(f"{error}; training would end there", file=sys.stderr)
         return 0
     return _run_training(config, root, options, only, force)
 

@@ -174,13 +174,13 @@ class FinetuneSettings(Settings):
 class CompressSettings(Settings):
     """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
 
-    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of each of `images` need.
+    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need.
     """
 
     fc6: int = Field(0, ge=0)
     fc7: int = Field(0, ge=0)
-    images: Count = 256  # 16,384 windows: four for each of 4,096 outputs
-    windows: Count = 64
+    images: Count = 256
+    windows: Count = 16_384  # in all, where the images have as many: four for each of 4,096 outputs
     seed: Seed = 0
 
 

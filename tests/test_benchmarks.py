@@ -238,7 +238,7 @@ def test_detections_of_all_variants_are_those_of_their_detectors(small_run: Smal
     records = compression.load_test_data(config)[0]
     folder = compression.windows_folder(small_run.root, config.proposals)
     compression.propose_images(records, config.proposals, folder, progress=False)
-    responses = compression.sample_responses(detector, small_run.root, 8, 20, progress=False)
+    responses = compression.sample_responses(detector, small_run.root, 8, 160, progress=False).chosen
     heads = compression.variants(detector.head, responses, [(6, 5)], ["responses", "weights"])
     assert [compression.products(head) for head in heads.values()] == sorted(
         (compression.products(head) for head in heads.values()), reverse=True

@@ -24,13 +24,15 @@ from pipeline import (
 )
 
 import sppnet
-from sppnet.config import HeadSettings, parse_config
+from sppnet.config import HeadSettings, dump_config, parse_config
 from sppnet.detection import compression
 from sppnet.detection.compression import compress_detector, compress_run
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.low_rank import (
     CompressionError,
+    Responses,
     compress_head,
+    describe_layers,
     draw_windows,
     energy_kept,
     factorise,
@@ -128,6 +130,12 @@ def test_singular_values_over_six_decades_lose_nothing_in_float32():
     assert float(torch.linalg.matrix_norm(weight - second @ first)) == pytest.approx(float(values[-1]), rel=1e-3)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_second_factor_is_of_orthonormal_directions_of_the_outputs(size):
+    second = factorise(random_matrix(*size).double(), 5)[1]
+    torch.testing.assert_close(second.T @ second, torch.eye(5, dtype=torch.float64))
+
+
 def test_a_layer_of_zeros_keeps_its_zeros():
     first, second = factorise(torch.zeros(5, 9), 2)
     assert torch.equal(second @ first, torch.zeros(5, 9))
@@ -222,7 +230,7 @@ def test_constant_answers_are_kept_whole():
 
 def test_fewer_answers_than_directions_are_refused():
     whole = head()
-    with pytest.raises(CompressionError, match=r"5 windows of training images cannot tell 6 directions apart; take mo"):
+    with pytest.raises(CompressionError, match=r"5 windows of training images cannot tell 6 directions apart; take m"):
         compress_head(whole, 6, 0, answers(whole, 5))
     with pytest.raises(ValueError, match="expected a rank from 1 to 5 for 5 responses of 20 numbers, got 6; sample mo"):
         principal_directions(answers(whole, 5), 6)
@@ -240,6 +248,7 @@ def test_windows_are_drawn_half_close_to_objects_and_the_same_again():
 
     assert len(drawn(16)) == len(np.unique(drawn(16), axis=0)) == 16
     assert (drawn(16)[:, 0] < 80).sum() >= 8
+    assert (drawn(16)[:, 0] < 80).sum() < 16  # half of them, and what else is drawn
     assert np.array_equal(drawn(16), drawn(16))
     assert len(drawn(500)) == 50  # all there are
     assert (drawn(48)[:, 0] < 80).sum() in range(18, 21)  # no more objects than there are
@@ -251,10 +260,14 @@ def test_windows_are_drawn_half_close_to_objects_and_the_same_again():
 
 def test_answers_are_those_of_the_runs_own_windows_and_the_same_again(run):
     detector = SPPDetector.load(run.root)
-    sampled = sample_responses(detector, run.root, images=5, windows=12, progress=False)
-    assert sampled.shape == (60, detector.head.fc6.out_features)
-    assert torch.equal(sample_responses(detector, run.root, images=5, windows=12, progress=False), sampled)
-    assert len(sample_responses(detector, run.root, images=99, windows=12, progress=False)) == 8 * 12  # all there are
+    sampled = sample_responses(detector, run.root, images=5, windows=60, progress=False)
+    width = detector.head.fc6.out_features
+    assert sampled.chosen.shape == (48, width)
+    assert sampled.held_out.shape == (12, width)  # of the fifth image
+    again = sample_responses(detector, run.root, images=5, windows=60, progress=False)
+    assert torch.equal(again.chosen, sampled.chosen)
+    assert torch.equal(again.held_out, sampled.held_out)
+    assert len(sample_responses(detector, run.root, images=99, windows=80, progress=False).chosen) == 7 * 10  # 8 images
     record = load_run_data(detector.config).train[0]
     windows = read_windows(windows_folder(run.root, detector.config.proposals), record)
     own = draw_windows(record, windows, detector.classes, 12, np.random.default_rng(0))
@@ -262,7 +275,43 @@ def test_answers_are_those_of_the_runs_own_windows_and_the_same_again(run):
     cells = window_cells(maps, own, detector.trunk.geometry, detector.config.pyramid, detector.config.maps)
     with torch.no_grad():
         rectified = detector.head.features(pool_cells(maps, cells, detector.config.pyramid.levels), "fc6")
-    torch.testing.assert_close(sampled[:12].relu(), rectified)
+    torch.testing.assert_close(sampled.chosen[:12].relu(), rectified)
+
+
+def test_windows_that_are_not_there_are_found_again_and_nothing_is_written(run, tmp_path):
+    shutil.copytree(run.root / "detector", tmp_path / "bare/detector")
+    detector = SPPDetector.load(run.root)
+    expected = sample_responses(detector, run.root, 5, 60, progress=False)
+    before = modified(tmp_path / "bare")
+    imported = sample_responses(detector, tmp_path / "bare", 5, 60, progress=False)
+    assert torch.equal(imported.chosen, expected.chosen)
+    proposals = detector.config.proposals.model_copy(update={"import_from": ()})
+    config = detector.config.model_copy(update={"proposals": proposals})
+    searched = sample_responses(dataclasses.replace(detector, config=config), tmp_path / "bare", 2, 20, progress=False)
+    assert searched.chosen.shape == (20, detector.head.fc6.out_features)
+    assert modified(tmp_path / "bare") == before
+
+
+def test_every_fifth_image_is_held_out_and_an_image_without_windows_is_one():
+    rows = [torch.full((count, 2), float(number)) for number, count in enumerate((1, 0, 2, 1, 3, 1, 1, 1, 1, 2))]
+    made = Responses.of_images(rows, 2)
+    assert made.chosen[:, 0].tolist() == [0, 2, 2, 3, 5, 6, 7, 8]
+    assert made.held_out[:, 0].tolist() == [4, 4, 4, 9, 9]
+    assert Responses.of_images([], 7).chosen.shape == (0, 7)
+
+
+def test_what_is_kept_is_measured_on_other_windows_where_there_are_any():
+    whole = head()
+    given, other = answers(whole, 40), linear_responses(whole, pooled(60)).detach()
+    thin = compress_head(whole, 6, 0, given)
+    kept = {name: f"{share:.2%}" for name, share in variance_kept(whole, thin, other).items()}
+    lines = describe_layers(whole, thin, Responses(given, other))
+    assert (
+        lines["fc6"] == f"fc6 (42 -> 20): rank 6 keeps {kept['fc6']} of the variance of its answers to 60 other windows"
+    )
+    assert lines["fc7"] == "fc7 (20 -> 16): whole"
+    alone = describe_layers(whole, thin, Responses(given, other[:0]))["fc6"]
+    assert f"{variance_kept(whole, thin, given)['fc6']:.2%}" in alone
 
 
 def test_without_training_images_the_weights_can_still_be_compressed(run, tmp_path):
@@ -389,7 +438,7 @@ def test_at_least_one_layer_must_be_named(ranks):
 
 def test_a_compressed_layer_is_not_compressed_again():
     once = compress_head(head(), fc6=5)
-    with pytest.raises(CompressionError, match="fc6 is compressed already, to rank 5; compress the detector it was"):
+    with pytest.raises(CompressionError, match="fc6 is compressed already, to rank 5; compress the one it was"):
         compress_head(once, fc6=3)
     assert compress_head(once, fc7=4).ranks == {"fc6": 5, "fc7": 4}
 
@@ -406,7 +455,7 @@ def test_a_compressed_run_is_loaded_as_it_was_made(run, ranks, method):
     again = SPPDetector.load(done.folder)
     assert again.head.ranks == {name: rank for name, rank in zip(("fc6", "fc7"), ranks, strict=True) if rank}
     assert json.loads((done.folder / "detector/detector.json").read_text())["ranks"] == again.head.ranks
-    expected = compress_detector(detector, *ranks, done.responses)
+    expected = compress_detector(detector, *ranks, done.responses and done.responses.chosen)
     assert again.digest() == expected.digest() != detector.digest()
     assert again.config == detector.config
     image = sppnet.read_image(run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
@@ -516,7 +565,7 @@ def test_the_detector_folder_alone_can_be_compressed(run, tmp_path):
 @pytest.mark.parametrize(
     ("method", "kept"),
     [
-        ("responses", r"keeps \d+\.\d\d% of the variance of its answers to [1-9]\d\d windows of training images"),
+        ("responses", r"keeps -?\d+\.\d\d% of the variance of its answers to \d+ other windows"),
         ("weights", r"keeps \d+\.\d\d% of the energy \(squared singular values\)"),
     ],
 )
@@ -567,7 +616,7 @@ def test_mistakes_on_the_command_line_are_named(run, tmp_path):
 
 
 def with_ranks(run, fc6: int = 6, fc7: int = 5, **changes):
-    dotted = {"compress.fc6": fc6, "compress.fc7": fc7, "compress.images": 5, "compress.windows": 12}
+    dotted = {"compress.fc6": fc6, "compress.fc7": fc7, "compress.images": 5, "compress.windows": 60}
     dotted |= {key.replace("__", "."): value for key, value in changes.items()}
     return parse_config(merged(small_settings(run.devkit, run.config.proposals.import_from[0]), dotted), "test")
 
@@ -579,14 +628,14 @@ def test_svms_are_trained_on_the_features_of_a_head_that_was_compressed_before(r
     assert again.head.ranks == {"fc6": 6, "fc7": 5}
     assert again.digest() == detector.digest()
     assert torch.equal(again.regressors.weight, whole.regressors.weight)  # of pooled features: not fitted again
-    responses = sample_responses(whole, run.root, 5, 12, progress=False)
-    expected = compress_head(whole.head, 6, 5, responses)
+    responses = sample_responses(whole, run.root, 5, 60, progress=False)
+    expected = compress_head(whole.head, 6, 5, responses.chosen)
     for name, tensor in expected.state_dict().items():  # maps were stored in half precision
         torch.testing.assert_close(again.head.state_dict()[name].abs(), tensor.abs(), rtol=0.1, atol=0.05)
     assert not torch.equal(again.detectors.weight, whole.detectors.weight)
     summary = json.loads(next(run.root.glob("compress-*/summary.json")).read_text())
     assert re.fullmatch(
-        r"fc6 \(\d+ -> 16\): rank 6 keeps .*% of the variance of its answers to 60 wi.*", summary["fc6"]
+        r"fc6 \(\d+ -> 16\): rank 6 keeps .*% of the variance of its answers to 12 other windows", summary["fc6"]
     )
 
 
@@ -617,8 +666,70 @@ def test_ranks_count_only_where_features_of_the_layers_are_wanted(run):
 
     assert ranks() == {"fc6": 6, "fc7": 5}
     assert ranks(fc7=0) == ranks(svm__layer="fc6", fc7=0) == {"fc6": 6}
+    assert ranks(svm__layer="fc6") == {"fc6": 6}  # nothing is wanted of fc7
     assert ranks(svm__layer="pool") == {}
     assert ranks(svm__layer="pool", boxes__layer="fc7") == {"fc6": 6, "fc7": 5}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("finetune__seed", 1),
+        ("svm__finetuned", False),
+        ("maps__scales", [96]),
+        ("data__train_on_difficult", False),
+        ("proposals__min_side", 30),
+        ("pyramid__projection", "paper"),
+        ("compress__images", 4),
+        ("compress__windows", 50),
+        ("compress__seed", 1),
+        ("compress__fc6", 4),
+    ],
+)
+def test_whatever_the_thin_layers_rest_on_makes_others_and_other_svms(run, setting, value):
+    data = load_run_data(run.config)
+    plan, changed = (
+        RunPlan(run.root, with_ranks(run), data),
+        RunPlan(run.root, with_ranks(run, **{setting: value}), data),
+    )
+    assert changed.compress != plan.compress
+    assert changed.svm != plan.svm
+    assert plan.svm != RunPlan(run.root, run.config, data).svm
+
+
+def test_svm_settings_leave_the_thin_layers_as_they_are(run):
+    data = load_run_data(run.config)
+    plan, changed = (RunPlan(run.root, with_ranks(run, **own), data) for own in ({}, {"svm__C": 1.0}))
+    assert changed.compress == plan.compress
+    assert changed.svm != plan.svm
+
+
+def test_another_seed_draws_other_windows(run):
+    heads = []
+    for seed in (0, 1):
+        train_detector(with_ranks(run, compress__seed=seed), run.root, progress=False)
+        heads.append(SPPDetector.load(run.root).head.fc6.weight)
+    assert not torch.equal(*heads)
+
+
+def test_a_pretrained_trunk_is_compressed_too(run, tmp_path):
+    config = with_ranks(run, pretrain__enabled=True, pretrain__steps=2, pretrain__batch=4, pretrain__sizes=[32])
+    train_detector(config, tmp_path / "new", progress=False)
+    assert SPPDetector.load(tmp_path / "new").head.ranks == {"fc6": 6, "fc7": 5}
+
+
+def test_too_few_windows_for_a_rank_end_training_before_it_begins(run):
+    with pytest.raises(CompressionError, match=r"compress\.windows=10 cannot tell 6 directions apart; raise it"):
+        train_detector(with_ranks(run, compress__windows=10), run.root, progress=False)
+
+
+def test_a_dry_run_says_that_a_rank_would_be_refused(run, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(with_ranks(run, 6, 8)))
+    result = run_command("train", path, "--run", run.root, "--dry-run")
+    assert result.status == 0
+    assert "rank 8 of fc7: expected 1 to 7" in result.err
+    assert result.err.rstrip().endswith("training would end there")
 
 
 def test_a_head_that_is_not_fine_tuned_can_be_compressed_too(run):

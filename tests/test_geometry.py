@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sppnet.network.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.network.normalisation import LocalResponseNorm
 
 
 def test_the_shrink_is_the_releases_at_stride_16_and_in_proportion_elsewhere() -> None:
@@ -65,3 +66,10 @@ def test_layers_of_unknown_geometry_are_refused() -> None:
         steps_of([nn.AvgPool2d(2)])
     with pytest.raises(TypeError, match="same number for both axes"):
         steps_of([nn.Conv2d(1, 1, (3, 5))])
+
+
+def test_a_normalisation_behind_a_removed_stride_is_refused() -> None:
+    layers = [nn.Conv2d(1, 2, 3, stride=2), nn.MaxPool2d(2), LocalResponseNorm()]
+    limit_stride(layers, 4)
+    with pytest.raises(TypeError, match="a normalisation over neighbours cannot be dilated; raise the limit"):
+        limit_stride(layers, 2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
+from sppnet.network import normalisation
 from sppnet.network.normalisation import LocalResponseNorm, normalise
 
 
@@ -25,6 +28,12 @@ def test_normalisation_follows_its_formula(shape: tuple[int, int, int], size: in
     expected = by_formula(x, size, alpha, beta)
     layer, image = LocalResponseNorm(size, alpha, beta), torch.tensor(x)[None]
     np.testing.assert_allclose(layer(image)[0], expected, rtol=1e-10)  # with gradients: torch's operations
+    with (
+        torch.inference_mode(),
+        mock.patch.object(LocalResponseNorm, "_compiled", None),
+        mock.patch.object(normalisation, "COMPILED_ON", "no device"),
+    ):
+        np.testing.assert_allclose(layer(image)[0], expected, rtol=1e-10)  # as on a GPU
     with torch.inference_mode():
         np.testing.assert_allclose(layer(image)[0], expected, rtol=1e-10)
         np.testing.assert_allclose(layer(image.float())[0], expected, rtol=2e-5)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from sppnet.data.voc import DatasetError
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.low_rank import LAYERS, CompressionError, check_ranks, compress_head, describe_layer
+from sppnet.detection.low_rank import (
+    LAYERS,
+    CompressionError,
+    Responses,
+    check_ranks,
+    compress_head,
+    describe_layers,
+)
 from sppnet.detection.responses import IMAGES, sample_responses
 from sppnet.network.sppnet import SPPHead
 
@@ -31,11 +38,11 @@ class Compression:
     whole: SPPHead
     thin: SPPHead
     folder: Path
-    responses: Tensor | None = None  # those that chose the directions, if they did
+    responses: Responses | None = None  # those that chose the directions, if they did
 
     def __str__(self) -> str:
         """What was kept of each layer, and what is left to store and to compute; a line each."""
-        lines = [describe_layer(name, self.whole, self.thin, self.responses) for name in LAYERS]
+        lines = list(describe_layers(self.whole, self.thin, self.responses).values())
         (parameters, products), (fewer, left) = _cost(self.whole), _cost(self.thin)
         lines.append(f"fc6 and fc7: {parameters:,} -> {fewer:,} parameters")
         lines.append(f"{products:,} -> {left:,} multiply-adds a window, {products / left:.1f} times fewer")
@@ -69,7 +76,7 @@ def compress_run(
             responses = sample_responses(detector, run, images, progress=progress)
         except DatasetError as error:
             raise CompressionError(f"{error}; --method weights needs no images") from None
-    thin = compress_detector(detector, fc6, fc7, responses)
+    thin = compress_detector(detector, fc6, fc7, None if responses is None else responses.chosen)
     partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     thin.save(partial / "detector")

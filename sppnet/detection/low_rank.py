@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +26,30 @@ from sppnet.network.sppnet import FullyConnected, SPPHead
 from sppnet.records import ImageRecord
 
 LAYERS: tuple[FullyConnected, ...] = ("fc6", "fc7")
+T = TypeVar("T")
 NEAR = 0.5  # IoU from which on a window shows an object
+HELD_OUT = 5  # every fifth image says what was kept, and has no part in choosing it
+BLOCK = 4096  # responses in double precision at once
 
 
 class CompressionError(ValueError):
     """A compression that cannot be done or would save nothing; the message gives the next step."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """fc6 before its rectification (N, fc6) float32, of windows that choose directions and of others to judge them."""
+
+    chosen: Tensor
+    held_out: Tensor
+
+    @classmethod
+    def of_images(cls, images: Sequence[Tensor], width: int) -> Responses:
+        """From those of the windows of each image (R, `width`); every fifth image is held out."""
+        nothing = torch.empty(0, width)
+        held = [number % HELD_OUT == HELD_OUT - 1 for number in range(len(images))]
+        parts = [[own for own, out in zip(images, held, strict=True) if out is wanted] for wanted in (False, True)]
+        return cls(*(torch.cat([nothing, *part]) for part in parts))
 
 
 def compress_head(
@@ -46,7 +67,7 @@ def compress_head(
     if responses is not None and len(responses) < max(ranks.values()):
         raise CompressionError(
             f"{len(responses)} windows of training images cannot tell {max(ranks.values())} directions apart; "
-            "take more --images, a lower rank, or --method weights"
+            "take more windows or a lower rank"
         )
     thin = copy.deepcopy(head)
     if ranks["fc6"]:
@@ -76,23 +97,39 @@ def both_responses(head: SPPHead, responses: Tensor, whole: SPPHead | None = Non
     return {"fc6": responses.cpu(), "fc7": _fc7_responses(head, responses)}
 
 
-def describe_layer(name: FullyConnected, whole: SPPHead, thin: SPPHead, responses: Tensor | None) -> str:
-    """What a compressed head keeps of a layer, in a line."""
-    linear, parts = whole.products(name)[0], thin.products(name)
-    layer = f"{name} ({linear.in_features} -> {linear.out_features})"
-    if len(parts) == 1:
-        return f"{layer}: whole"
-    if responses is not None:
-        kept, sample = variance_kept(whole, thin, responses)[name], f"{len(responses):,} windows of training images"
-        return f"{layer}: rank {parts[0].out_features} keeps {kept:.2%} of the variance of its answers to {sample}"
-    energy = energy_kept(linear.weight, parts[0].weight, parts[1].weight)
-    return f"{layer}: rank {parts[0].out_features} keeps {energy:.2%} of the energy (squared singular values)"
+def describe_layers(whole: SPPHead, thin: SPPHead, responses: Responses | None = None) -> dict[FullyConnected, str]:
+    """What a compressed head keeps of each layer, in a line: of answers that did not choose it, if there are any."""
+    measured = None if responses is None else responses.held_out if len(responses.held_out) else responses.chosen
+    kept = None if measured is None else variance_kept(whole, thin, measured)
+    lines: dict[FullyConnected, str] = {}
+    for name in LAYERS:
+        linear, parts = whole.products(name)[0], thin.products(name)
+        lines[name] = f"{name} ({linear.in_features} -> {linear.out_features}): whole"
+        if len(parts) == 1:
+            continue
+        if kept is not None and measured is not None:
+            what = f"{kept[name]:.2%} of the variance of its answers to {len(measured):,} other windows"
+        else:
+            energy = energy_kept(linear.weight, parts[0].weight, parts[1].weight)
+            what = f"{energy:.2%} of the energy (squared singular values)"
+        lines[name] = lines[name].replace("whole", f"rank {parts[0].out_features} keeps {what}")
+    return lines
 
 
 def _explained(answers: Tensor, approximations: Tensor) -> float:
-    deviations = float((answers - answers.mean(0)).double().square().sum())
-    lost = float((answers - approximations).double().square().sum())
+    mean, deviations, lost = _mean(answers), 0.0, 0.0
+    for own, other in zip(answers.split(BLOCK), approximations.split(BLOCK), strict=True):
+        deviations += float((own.double() - mean).square().sum())
+        lost += float((own.double() - other).square().sum())
     return 1 - lost / deviations if deviations > 0 else 1.0
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """(N, F) -> (F,) in double precision, without a copy of all rows in it."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for block in rows.split(BLOCK):
+        total += block.double().sum(0)
+    return total / len(rows)
 
 
 def _fc7_responses(head: SPPHead, responses: Tensor) -> Tensor:
@@ -115,7 +152,11 @@ def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
     basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # eigenvalues ascend
-    first, second = (basis.T @ matrix, basis) if wide else (basis.T, matrix @ basis)
+    if wide:
+        first, second = basis.T @ matrix, basis
+    else:  # directions of the outputs here too: what the thin layer gives then follows from what the layer gives
+        second, rest = torch.linalg.qr(matrix @ basis)
+        first = rest @ basis.T
     return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
 
 
@@ -145,19 +186,21 @@ def _thin_layers(linear: nn.Linear, rank: int, responses: Tensor | None) -> tupl
 
 
 def check_ranks(head: SPPHead, ranks: dict[FullyConnected, int]) -> None:
+    """CompressionError for ranks that `compress_head` would refuse, whatever the responses."""
     if not any(ranks.values()):
         raise CompressionError("no layer to compress; give --fc6 RANK, --fc7 RANK or both")
-    for name, rank in ranks.items():
-        if rank:
-            _check_rank(name, head.products(name), rank)
+    for name in (name for name, rank in ranks.items() if rank):
+        layers = head.products(name)
+        if len(layers) > 1:
+            raise CompressionError(
+                f"{name} is compressed already, to rank {layers[0].out_features}; compress the one it was made from, "
+                "or change its settings compress.fc6 and compress.fc7"
+            )
+        check_rank(name, layers[0].in_features, layers[0].out_features, ranks[name])
 
 
-def _check_rank(name: str, layers: Sequence[nn.Linear], rank: int) -> None:
-    if len(layers) > 1:
-        raise CompressionError(
-            f"{name} is compressed already, to rank {layers[0].out_features}; compress the detector it was made from"
-        )
-    inputs, outputs = layers[0].in_features, layers[0].out_features
+def check_rank(name: FullyConnected, inputs: int, outputs: int, rank: int) -> None:
+    """CompressionError for a rank that saves no work in a layer of this size."""
     largest = (inputs * outputs - 1) // (inputs + outputs)  # rank · (inputs + outputs) < inputs · outputs
     if largest < 1:
         raise CompressionError(f"{name} ({inputs} -> {outputs}) is too small to compress; leave it whole")
@@ -166,6 +209,12 @@ def _check_rank(name: str, layers: Sequence[nn.Linear], rank: int) -> None:
             f"rank {rank} of {name}: expected 1 to {largest}, the largest rank that saves work in a layer of {inputs} "
             f"inputs and {outputs} outputs; 0 leaves it whole"
         )
+
+
+def spread(things: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the things, evenly spread."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
 
 
 def draw_windows(
@@ -197,9 +246,9 @@ def principal_directions(responses: Tensor, rank: int) -> tuple[Tensor, Tensor, 
             f"expected a rank from 1 to {min(count, width)} for {count} responses of {width} numbers, got {rank}; "
             "sample more windows or choose a lower rank"
         )
-    mean = responses.double().mean(0)
+    mean = _mean(responses)
     covariance = torch.zeros(width, width, dtype=torch.float64)
-    for block in responses.split(4096):  # the whole sample in double precision would be half a gigabyte
+    for block in responses.split(BLOCK):  # the whole sample in double precision would be half a gigabyte
         centred = block.double() - mean
         covariance += centred.T @ centred
     variances, directions = torch.linalg.eigh(covariance)  # ascending

@@ -173,14 +173,18 @@ class RunPlan:
 
     @cached_property
     def compress(self) -> Path:
-        return self._folder("compress", self.trained_head.name, _dump(self.config.compress), self.windows.name)
+        sample = _dump(self.config.compress, "fc6", "fc7")
+        return self._folder("compress", self.trained_head.name, self.ranks, sample, self.windows.name)
 
     @property
     def ranks(self) -> dict[FullyConnected, int]:
-        """The layers to compress, by name; none where no features that are wanted come from fc6 or fc7."""
-        settings = self.config.compress
-        wanted: dict[FullyConnected, int] = {"fc6": settings.fc6, "fc7": settings.fc7}
-        return {name: rank for name, rank in wanted.items() if rank and self.uses_fc}
+        """The layers to compress, by name: of those that features are wanted of, and that these rest on."""
+        settings, ranks = self.config.compress, dict[FullyConnected, int]()
+        if settings.fc6 and self.uses_fc:
+            ranks["fc6"] = settings.fc6
+        if settings.fc7 and "fc7" in self._layers:
+            ranks["fc7"] = settings.fc7
+        return ranks
 
     @property
     def uses_fc(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -153,6 +153,22 @@ def propose_images(
     return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing), mean)
 
 
+def find_windows(records: Sequence[ImageRecord], settings: ProposalSettings, folder: Path) -> Iterator[Windows]:
+    """The windows (R, 4) of each record in turn: those in `folder`, else imported, else searched here and now.
+
+    Nothing is written, and other processes have no part in it. An error names the image.
+    """
+    missing = [record for record in records if not windows_path(folder, record).exists()]
+    imported = match_records(missing, settings.import_from) if missing else {}
+    for record in records:
+        if windows_path(folder, record).exists():
+            yield read_windows(folder, record)
+        elif record.id in imported:
+            yield _selected(imported[record.id], settings).astype(np.float32)
+        else:
+            yield _searched(record, settings)
+
+
 def windows_path(folder: Path, record: ImageRecord) -> Path:
     """Where the windows of a record lie; the name carries the content of the image."""
     return folder / f"{record.id}-{record.digest}.npz"
@@ -178,12 +194,15 @@ def _selected(windows: Windows, settings: ProposalSettings) -> Windows:
     return windows[large][: settings.max_windows]
 
 
-def _propose_one(record: ImageRecord, settings: ProposalSettings, folder: Path) -> None:
+def _searched(record: ImageRecord, settings: ProposalSettings) -> Windows:
     try:
-        windows = make_proposer(settings)(read_image(record.path))
+        return make_proposer(settings)(read_image(record.path))
     except Exception as error:  # whatever it is, the image must be named
         raise ProposalError(f"image {record.id}: cannot compute its windows: {error}") from error
-    _write(folder, record, windows)
+
+
+def _propose_one(record: ImageRecord, settings: ProposalSettings, folder: Path) -> None:
+    _write(folder, record, _searched(record, settings))
 
 
 def _search_all(records: Sequence[ImageRecord], settings: ProposalSettings, folder: Path, progress: bool) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sppnet.config import CompressSettings
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.low_rank import draw_windows, linear_responses
+from sppnet.detection.low_rank import Responses, draw_windows, linear_responses, spread
 from sppnet.detection.plan import load_run_data, usable_config, windows_folder
-from sppnet.detection.proposals import propose_images, read_windows
+from sppnet.detection.proposals import find_windows
 from sppnet.detection.window_features import pool_cells, window_cells
 from sppnet.images import read_image
 from sppnet.progress import progress_bar
@@ -29,27 +29,24 @@ def sample_responses(
     windows: int = WINDOWS,
     seed: int = 0,
     progress: bool = True,
-) -> Tensor:
-    """fc6 before its rectification, bias included, of windows of the run's training images: (N, fc6) float32, CPU.
+) -> Responses:
+    """What fc6 answers, before its rectification, to windows of the training images of a run.
 
-    At most `images` images, spread over all, and `windows` windows of each: half of them close to objects where there
-    are as many, because the detector must tell these apart and few proposals are; the others any proposals. Windows
-    come from the run where it still has them and are searched otherwise. Raises DatasetError where the training images
-    are gone.
+    Of at most `images` images, spread over all, `windows` windows in all where they have as many: half of them close to
+    objects where there are as many, because the detector must tell these apart and few proposals are; the others any
+    proposals. They come from the run where it still has them and are searched otherwise; nothing is written. Raises
+    DatasetError where the training images are gone.
     """
     config = usable_config(detector.config)
-    records = load_run_data(config).train
-    count = min(images, len(records))
-    chosen = [records[i * len(records) // count] for i in range(count)]
-    folder = windows_folder(run, config.proposals)
-    propose_images(chosen, config.proposals, folder, progress)
-    rng = np.random.default_rng(seed)
-    parts = [torch.empty(0, detector.head.fc6.out_features)]
-    for record in progress_bar(chosen, "responses", "image", shown=progress):
-        own = draw_windows(record, read_windows(folder, record), detector.classes, windows, rng)
-        if len(own):
-            parts.append(_responses(detector, record, own))
-    return torch.cat(parts)
+    chosen = spread(load_run_data(config).train, images)
+    found = find_windows(chosen, config.proposals, windows_folder(run, config.proposals))
+    each, rng, parts = -(-windows // max(1, len(chosen))), np.random.default_rng(seed), []
+    for record, proposals in progress_bar(
+        zip(chosen, found, strict=True), "responses", "image", len(chosen), shown=progress
+    ):
+        own = draw_windows(record, proposals, detector.classes, each, rng)
+        parts.append(_responses(detector, record, own))
+    return Responses.of_images(parts, detector.head.fc6.out_features)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from sppnet.detection.feature_maps import extract_images, maps_path
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MiningState, mine_detectors
 from sppnet.detection.linear_svm import LinearDetectors
-from sppnet.detection.low_rank import compress_head, describe_layer
+from sppnet.detection.low_rank import compress_head, describe_layers
 from sppnet.detection.plan import RunPlan, load_run_data
 from sppnet.detection.proposals import make_proposer, propose_images, read_windows, windows_path
 from sppnet.detection.stages import STAGES, StageError, StageReport, StageStatus, duration, stage_status, stage_table
@@ -246,8 +246,8 @@ class Training:
         if distributed.is_main():
             ranks, whole = self.plan.ranks, networks.whole_head()
             responses = networks.responses(whole, self.progress)
-            thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses)
-            kept = {name: describe_layer(name, whole, thin, responses) for name in ranks}
+            thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses.chosen)
+            kept = {name: line for name, line in describe_layers(whole, thin, responses).items() if name in ranks}
             write_json(self.plan.compress / "summary.json", kept)
             write_tensors(networks.compressed_path, thin.state_dict())
         distributed.barrier()

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import mean_norm_scale
-from sppnet.detection.low_rank import check_ranks, draw_windows, linear_responses
+from sppnet.detection.low_rank import (
+    CompressionError,
+    Responses,
+    check_rank,
+    draw_windows,
+    linear_responses,
+    spread,
+)
 from sppnet.detection.plan import RunPlan
 from sppnet.detection.proposals import read_windows
 from sppnet.detection.stages import StageError
@@ -57,9 +64,7 @@ class TrainingNetworks:
         settings = self.config.trunk
         if not self.config.pretrain.enabled:
             return build_trunk(settings).to(self.device)
-        weights = settings.weights.model_copy(update={"source": "random"})
-        trunk = build_trunk(settings.model_copy(update={"weights": weights}))
-        state = self._pretrained()
+        trunk, state = self._bare_trunk(), self._pretrained()
         trunk.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("trunk.")})
         return trunk.to(self.device)
 
@@ -136,30 +141,39 @@ class TrainingNetworks:
             records, plan.data.classes, plan.windows, plan.maps, self.trunk.geometry, self.config, self.device
         )
 
-    def responses(self, whole: SPPHead, progress: bool = True) -> Tensor:
-        """What fc6 of the whole head answers, before its rectification, to windows drawn as `compress` says: (N, fc6).
-
-        They lie in `compress.images` of the training images, spread over all; see `draw_windows`.
-        """
+    def responses(self, whole: SPPHead, progress: bool = True) -> Responses:
+        """What fc6 of the whole head answers to windows drawn as `compress` says: see `sample_responses`."""
         settings, source = self.config.compress, self.windows(train=True)
-        count = min(settings.images, len(source.records))
-        rng = np.random.default_rng(settings.seed)
-        parts = [torch.empty(0, whole.fc6.out_features)]
-        for step in progress_bar(range(count), "responses", "image", shown=progress):
-            index = step * len(source.records) // count
-            record = source.records[index]
-            proposals = read_windows(source.windows_folder, record)
-            drawn = draw_windows(record, proposals, source.classes, settings.windows, rng)
-            if len(drawn):
-                maps = source.maps(index)
-                with torch.inference_mode():
-                    parts.append(linear_responses(whole, source.pool(maps, source.cells(maps, drawn))).cpu())
-        return torch.cat(parts)
+        chosen = spread(range(len(source.records)), settings.images)
+        each, rng, parts = -(-settings.windows // max(1, len(chosen))), np.random.default_rng(settings.seed), []
+        for index in progress_bar(chosen, "responses", "image", shown=progress):
+            record, maps = source.records[index], source.maps(index)
+            drawn = draw_windows(record, read_windows(source.windows_folder, record), source.classes, each, rng)
+            with torch.inference_mode():
+                parts.append(linear_responses(whole, source.pool(maps, source.cells(maps, drawn))).cpu())
+        return Responses.of_images(parts, whole.fc6.out_features)
 
     def check_ranks(self) -> None:
         """CompressionError for ranks that the stage compress would refuse, before anything is trained."""
-        if self.plan.ranks:
-            check_ranks(self._new_head(), self.plan.ranks)
+        ranks, config = self.plan.ranks, self.config
+        if not ranks:
+            return
+        sizes = config.head
+        inputs = {"fc6": pooled_size(self._bare_trunk().channels, config.pyramid.levels), "fc7": sizes.fc6}
+        for name, rank in ranks.items():
+            check_rank(name, inputs[name], {"fc6": sizes.fc6, "fc7": sizes.fc7}[name], rank)
+        most = config.compress.windows
+        if max(ranks.values()) > most // 2:
+            raise CompressionError(
+                f"compress.windows={most} cannot tell {max(ranks.values())} directions apart; "
+                "raise it to several times the rank"
+            )
+
+    def _bare_trunk(self) -> Trunk:
+        """The layers of the trunk, with random weights: none must be there yet."""
+        settings = self.config.trunk
+        weights = settings.weights.model_copy(update={"source": "random"})
+        return build_trunk(settings.model_copy(update={"weights": weights}))
 
     def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
         config, outputs = self.config, len(self.plan.data.classes) + 1
@@ -173,6 +187,6 @@ class TrainingNetworks:
         if not path.exists():
             raise StageError(
                 f"{path}: the {stage} stage is not complete for these settings; "
-                f"run `sppnet train` without --only, or {stage} first"
+                f"run `sppnet train` without --only, or with --only {stage} first"
             )
         return path

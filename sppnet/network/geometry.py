@@ -104,6 +104,8 @@ def limit_stride(modules: Iterable[nn.Module], limit: int) -> None:
     for module in modules:
         for layer in _main_path(module):
             if isinstance(layer, LocalResponseNorm):
+                if dilation > 1 and layer.size > 1:
+                    raise TypeError("a normalisation over neighbours cannot be dilated; raise the limit on the stride")
                 continue
             if dilation > 1 and _int(layer.kernel_size) > 1:
                 _set(layer, "padding", _int(layer.padding) * dilation)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sppnet.compiling import compiled, in_parts
 
+COMPILED_ON = "cpu"
 ROWS_PER_PART = 4  # fewer are not worth a thread
 
 
@@ -33,13 +34,17 @@ class LocalResponseNorm(nn.Module):
         self.size, self.alpha, self.beta = size, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel():
+        if x.device.type == COMPILED_ON and not torch.is_grad_enabled() and x.numel():
             return self._compiled(x)
-        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
-        return x * (1 + self.alpha * mean).pow(-self.beta)
+        exact = x if x.dtype == torch.float64 else x.float()  # 16-bit floats are rounded once, at the end
+        mean = F.avg_pool2d(exact * exact, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
+        if torch.is_grad_enabled() or self.beta != 0.75:
+            return (exact * (1 + self.alpha * mean).pow(-self.beta)).to(x.dtype)
+        root = mean.mul_(self.alpha).add_(1).rsqrt_()  # z^-0.75 = z^-½ · z^-¼ in place: half of the memory traffic
+        return root.sqrt().mul_(root).mul_(exact).to(x.dtype)
 
     def _compiled(self, x: Tensor) -> Tensor:
-        exact = x if x.dtype == torch.float64 else x.float()  # 16-bit floats are rounded once, at the end
+        exact = x if x.dtype == torch.float64 else x.float()
         cells = exact.detach().permute(0, 2, 3, 1).contiguous().numpy()
         normalised = normalise(cells, self.size, self.alpha, self.beta, torch.get_num_threads())
         return torch.from_numpy(normalised).permute(0, 3, 1, 2).to(x.dtype)
