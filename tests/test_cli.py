@@ -108,6 +108,21 @@ def test_several_processes_share_the_work_and_speak_once(config, tmp_path):
     np.testing.assert_allclose(boxes, other_boxes, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_several_processes_compress_a_run_and_a_head_in_training(config, run, tmp_path):
+    next(run.root.glob("propose-*/SHAPES/train_00001-*.npz")).unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "--", "sppnet"]
+    for command in (
+        ["compress", run.root, "--fc6", 6, "--device", "cpu"],
+        ["train", config, "--run", run.root, "--set", "compress.fc6=6", "compress.windows=60", "--device", "cpu"],
+    ):
+        result = subprocess.run(list(map(str, [*torchrun, *command])), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("next: sppnet eval") == 1
+    for folder in (run.root / "compressed-fc6-6", run.root):
+        assert SPPDetector.load(folder).head.ranks == {"fc6": 6}
+
+
 def test_without_a_run_folder_the_name_gives_it(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_command("propose", config, "--set", "name=mine").status == 0
