@@ -1,10 +1,11 @@
 """One image from JPEG to detections: windows, maps, pooling, fc6, fc7, SVMs, box regression and suppression.
 
-    python benchmarks/image.py [--images 5] [--rounds 5] [--trunks alexnet zf5] [--run DIR ...] [--threads N]
-                               [--device cpu]
+    python benchmarks/image.py [--images 5] [--rounds 5] [--trunks alexnet zf5] [--ranks FC6 FC7] [--run DIR ...]
+                               [--precisions float32 bfloat16] [--threads N] [--device cpu]
 
 Each detector is measured in float32 and with maps, fc6 and fc7 in bfloat16; those of the trunks have random weights and
-the paper's sizes (scale 688, fc6 and fc7 of 4096, 20 classes), `--run` adds trained ones. Images are 500 × 375 JPEGs of
+the paper's sizes (scale 688, fc6 and fc7 of 4096, 20 classes), also with fc6 and fc7 of low rank where `--ranks` names
+them; `--run` adds trained ones. Images are 500 × 375 JPEGs of
 VOC where SPPNET_SHARED is set, generated ones otherwise. The peer is the paper's own figure: about 0.5 s an image for
 the whole system, with EdgeBoxes and a GPU of 2014. Exit status 1 where the timed run finds anything else than `detect`,
 or where scores in bfloat16 are further from those in float32 than TOLERANCE.
@@ -16,7 +17,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import torch
 from sppnet import __version__
 from sppnet.benchmark import describe, random_detector, write_picture
 from sppnet.detection.detector import SPPDetector
+from sppnet.detection.low_rank import compress_head
 from sppnet.detection.profiling import Clock, detect_timed, profile_images
 from sppnet.images import image_size, read_image
 from sppnet.machine import measure_machine
@@ -81,13 +83,19 @@ def detectors(options: argparse.Namespace) -> Iterator[tuple[str, SPPDetector]]:
     for run in options.run:
         yield str(run), SPPDetector.load(run, options.device)
     for trunk in options.trunks:
-        yield f"{trunk}, random weights", random_detector(trunk).to(options.device)
+        detector = random_detector(trunk)
+        yield f"{trunk}, random weights", detector.to(options.device)
+        if any(options.ranks):
+            thin = replace(detector, head=compress_head(detector.head, *options.ranks))
+            yield f"{trunk}, random weights of ranks {options.ranks[0]} and {options.ranks[1]}", thin.to(options.device)
 
 
-def measure(name: str, detector: SPPDetector, images: list[Path], rounds: int) -> bool:
-    """Print the profiles of a detector in both precisions; False where results disagree."""
+def measure(
+    name: str, detector: SPPDetector, images: list[Path], rounds: int, precisions: Sequence[str] = PRECISIONS
+) -> bool:
+    """Print the profiles of a detector in each precision; False where results disagree."""
     exact, agree = with_precision(detector, PRECISIONS[0]), True
-    for precision in PRECISIONS:
+    for precision in precisions:
         own = with_precision(detector, precision)
         profile = profile_images(own, images, rounds)
         equal = same(detect_timed(own, images[0], Clock(own.device)), own.detect(read_image(images[0])))
@@ -106,6 +114,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trunks", nargs="*", default=["alexnet", "zf5"])
+    parser.add_argument("--ranks", type=int, nargs=2, default=[0, 0], help="of fc6 and fc7; 0 leaves one whole")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="default: both",
+    )
     parser.add_argument("--run", nargs="*", type=Path, default=[], help="trained runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--device", default="cpu")
@@ -122,7 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
             origin = "generated"
         print("\n".join(measure_machine(torch.device(options.device), __version__).rows()))
         print(f"{len(images)} {origin} images of {SIZE[1]} × {SIZE[0]} pixels, median of {options.rounds} runs of each")
-        agree = [measure(name, detector, images, options.rounds) for name, detector in detectors(options)]
+        agree = [
+            measure(name, detector, images, options.rounds, options.precisions) for name, detector in detectors(options)
+        ]
     return 0 if all(agree) else 1
 
 

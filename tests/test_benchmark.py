@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -249,6 +250,16 @@ def test_the_image_benchmark_measures_both_precisions_and_notices_other_results(
     assert shown.count("finds the same: True") == 2
     monkeypatch.setattr(script, "same", lambda a, b: False)
     assert script.main(arguments) == 1
+
+
+def test_low_ranks_make_a_second_detector_of_each_trunk(script, small_run, monkeypatch):
+    monkeypatch.setattr(script, "random_detector", lambda trunk: SPPDetector.load(small_run.root))
+    options = argparse.Namespace(run=[], trunks=["alexnet"], ranks=[6, 0], device="cpu")
+    (name, whole), (other, thin) = script.detectors(options)
+    assert (name, whole.head.ranks) == ("alexnet, random weights", {})
+    assert (other, thin.head.ranks) == ("alexnet, random weights of ranks 6 and 0", {"fc6": 6})
+    options.ranks = [0, 0]
+    assert len(list(script.detectors(options))) == 1
 
 
 def test_scores_that_differ_are_measured_against_their_range(script, detector, photo):
