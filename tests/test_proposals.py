@@ -258,11 +258,14 @@ def test_an_interrupt_leaves_complete_files_only(tmp_path: Path, monkeypatch: py
 
 
 SCRIPT = """
+import signal
 from pathlib import Path
 from sppnet.config import ProposalSettings
 from sppnet.detection.proposals import propose_images
 from sppnet.images import read_image
 from sppnet.records import ImageRecord
+# A shell starts jobs in the background with interrupts ignored, and so would be those of tests that it started so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 {guard}
     records = [ImageRecord(f"A/{{i}}", Path({image!r}), (150, 200), "0" * 16) for i in range({count})]
     settings = ProposalSettings(method="opencv_selective_search", workers=2, mode="quality")
