@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from sppnet.data.voc import restrict
+from sppnet.detection.compression import SAMPLE, sample_responses
 from sppnet.detection.detector import SPPDetector, WindowScores
 from sppnet.detection.low_rank import both_responses, compress_head, linear_responses
 from sppnet.detection.plan import load_test_data, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
-from sppnet.detection.responses import IMAGES, sample_responses
 from sppnet.detection.window_features import pool_cells, window_cells
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", nargs="+", default=["512,128", "256,64", "128,64"], metavar="FC6,FC7")
     parser.add_argument("--methods", nargs="+", choices=("responses", "weights"), default=["responses", "weights"])
     parser.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
-    parser.add_argument("--images", type=int, default=IMAGES, help="training images that are asked")
+    parser.add_argument("--images", type=int, default=SAMPLE.images, help="training images that are asked")
     parser.add_argument("--limit", type=int, help="evaluate on so many images alone, for a trial")
     options = parser.parse_args(arguments)
     ranks = [(int(fc6), int(fc7)) for fc6, fc7 in (pair.split(",") for pair in options.ranks)]

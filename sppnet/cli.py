@@ -20,13 +20,12 @@ from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
 from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size
 from sppnet.demo import run_demo
-from sppnet.detection.compression import compress_run
+from sppnet.detection.compression import SAMPLE, compress_run
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.low_rank import CompressionError
 from sppnet.detection.proposals import ProposalError, read_windows
-from sppnet.detection.responses import IMAGES
 from sppnet.detection.stages import STAGES, describe_stage
 from sppnet.detection.testing import TestOutput, test_run
 from sppnet.detection.training import Training, train_detector
@@ -117,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep what the layers' answers to training images need (default), or what their weights do (SVD)",
     )
     compress.add_argument(
-        "--images", type=int, default=IMAGES, metavar="N", help=f"training images to ask (default: {IMAGES})"
+        "--images",
+        type=int,
+        default=SAMPLE.images,
+        metavar="N",
+        help=f"training images to ask (default: {SAMPLE.images})",
     )
     compress.add_argument("--out", type=Path, metavar="DIR", help="the new folder (default: RUN/compressed-…)")
     _add_device(compress)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppnet.config import FinetuneSettings
-from sppnet.detection.sampling import LabelledWindows, class_overlaps, draw_batch, label_windows
+from sppnet.detection.sampling import LabelledWindows, class_overlaps, draw_batch, label_windows, spread
 
 CLASSES = ("cat", "dog", "horse")
 SETTINGS = FinetuneSettings(batch=64, positive_share=0.25)
@@ -145,3 +145,9 @@ def test_the_same_generator_draws_the_same_batch():
     first, again = (draw_batch(images, 1, SETTINGS, np.random.default_rng(4)) for _ in range(2))
     assert np.array_equal(first.row, again.row)
     assert not np.array_equal(first.row, draw_batch(images, 1, SETTINGS, np.random.default_rng(5)).row)
+
+
+def test_things_are_spread_over_all_of_them_in_order():
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread("abc", 100) == ["a", "b", "c"]
+    assert spread([], 3) == spread([1, 2], 0) == []

@@ -20,7 +20,7 @@
     testing               a split: detections, evaluation, files
     folder_detection      any images: pictures, detections.json, detections.csv
     low_rank              fc6 and fc7 as thin layers, by what they answer or by their weights
-    compression           the same in a trained detector; responses: what its fc6 answers to training images
+    compression           the same in a trained detector, by what its fc6 answers to windows of training images
     profiling             where the time of one image goes
 
 Boxes and windows are numpy arrays, features are torch tensors.

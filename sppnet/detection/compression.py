@@ -12,23 +12,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sppnet.config import CompressSettings
 from sppnet.data.voc import DatasetError
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.low_rank import (
     LAYERS,
     CompressionError,
     Responses,
+    ask_images,
     check_ranks,
     compress_head,
     describe_layers,
+    linear_responses,
 )
-from sppnet.detection.responses import IMAGES, sample_responses
+from sppnet.detection.plan import load_run_data, usable_config, windows_folder
+from sppnet.detection.proposals import find_windows
+from sppnet.detection.sampling import spread
+from sppnet.detection.window_features import pool_cells, window_cells
+from sppnet.images import read_image
 from sppnet.network.sppnet import SPPHead
+from sppnet.progress import progress_bar
 
 Method = Literal["responses", "weights"]
+SAMPLE = CompressSettings()  # how many images and windows are asked by default
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def compress_run(
     out: Path | None = None,
     device: str | torch.device = "cpu",
     method: Method = "responses",
-    images: int = IMAGES,
+    images: int = SAMPLE.images,
     progress: bool = True,
 ) -> Compression:
     """Compress the detector of `run` into a folder of its own, which every command takes for a run.
@@ -92,6 +103,34 @@ def compress_detector(
     also for a layer that the detector does not use."""
     _check_ranks(detector, fc6 or 0, fc7 or 0)
     return replace(detector, head=compress_head(detector.head, fc6, fc7, responses))
+
+
+def sample_responses(
+    detector: SPPDetector,
+    run: Path,
+    images: int = SAMPLE.images,
+    windows: int = SAMPLE.windows,
+    seed: int = SAMPLE.seed,
+    progress: bool = True,
+) -> Responses:
+    """What fc6 answers, before its rectification, to windows of at most `images` training images of a run.
+
+    `ask_images` draws them, from the windows of the run where it still has them, else they are searched; nothing is
+    written. Raises DatasetError where the training images are gone.
+    """
+    config = usable_config(detector.config)
+    chosen = spread(load_run_data(config).train, images)
+    found = find_windows(chosen, config.proposals, windows_folder(run, config.proposals))
+    proposals = progress_bar(found, "responses", "image", len(chosen), shown=progress)
+    width = detector.head.fc6.out_features
+
+    @torch.inference_mode()
+    def answer(number: int, drawn: NDArray[np.float32]) -> Tensor:
+        maps = detector.embed(read_image(chosen[number].path))
+        where = window_cells(maps, drawn, detector.trunk.geometry, config.pyramid, config.maps)
+        return linear_responses(detector.head, pool_cells(maps, where, config.pyramid.levels)).cpu()
+
+    return ask_images(chosen, proposals, answer, detector.classes, windows, seed, width)
 
 
 def _check_ranks(detector: SPPDetector, fc6: int, fc7: int) -> None:

@@ -11,9 +11,8 @@ answers to real windows lie close to a space of few dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ from sppnet.network.sppnet import FullyConnected, SPPHead
 from sppnet.records import ImageRecord
 
 LAYERS: tuple[FullyConnected, ...] = ("fc6", "fc7")
-T = TypeVar("T")
 NEAR = 0.5  # IoU from which on a window shows an object
 HELD_OUT = 5  # every fifth image says what was kept, and has no part in choosing it
 BLOCK = 4096  # responses in double precision at once
@@ -174,7 +172,7 @@ def _thin_layers(linear: nn.Linear, rank: int, responses: Tensor | None) -> tupl
         first, second = factorise(linear.weight, rank)
     else:
         # Wx + b varies around m along U: U(UᵀW)x + m + U Uᵀ(b − m)
-        mean, directions, _ = principal_directions(responses, rank)
+        mean, directions = principal_directions(responses, rank)
         first = (directions.T @ linear.weight.detach().cpu().double()).to(linear.weight)
         second = directions.to(linear.weight)
         bias = (mean + directions @ (directions.T @ (bias.cpu().double() - mean))).to(linear.weight)
@@ -211,12 +209,6 @@ def check_rank(name: FullyConnected, inputs: int, outputs: int, rank: int) -> No
         )
 
 
-def spread(things: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the things, evenly spread."""
-    count = min(count, len(things))
-    return [things[i * len(things) // count] for i in range(count)]
-
-
 def draw_windows(
     record: ImageRecord, windows: NDArray[np.float32], classes: Sequence[str], count: int, rng: np.random.Generator
 ) -> NDArray[np.float32]:
@@ -229,6 +221,28 @@ def draw_windows(
     return windows[np.concatenate([near, others])]
 
 
+def ask_images(
+    records: Sequence[ImageRecord],
+    proposals: Iterable[NDArray[np.float32]],
+    answer: Callable[[int, NDArray[np.float32]], Tensor],
+    classes: Sequence[str],
+    windows: int,
+    seed: int,
+    width: int,
+) -> Responses:
+    """The answers to `windows` windows in all, where the images have as many, drawn from the proposals (R, 4) of each.
+
+    `answer` gives those (R, `width`) of windows of image i. Half of the windows are close to objects where there are as
+    many, because the detector must tell these apart and few proposals are; the others are any proposals.
+    """
+    each, rng = -(-windows // max(1, len(records))), np.random.default_rng(seed)
+    parts = [
+        answer(number, draw_windows(record, own, classes, each, rng))
+        for number, (record, own) in enumerate(zip(records, proposals, strict=True))
+    ]
+    return Responses.of_images(parts, width)
+
+
 def linear_responses(head: SPPHead, pooled: Tensor) -> Tensor:
     """Pooled features (R, D) -> fc6 of them before its rectification (R, fc6), in a compressed head too."""
     hidden = pooled * head.input_scale
@@ -237,9 +251,11 @@ def linear_responses(head: SPPHead, pooled: Tensor) -> Tensor:
     return hidden
 
 
-def principal_directions(responses: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Responses (N, F) -> their mean (F,), the orthonormal directions (F, rank) in which they vary most, and the share
-    of their variance along these; all in float64. Raises ValueError for fewer responses than directions."""
+def principal_directions(responses: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Responses (N, F) -> their mean (F,) and the orthonormal directions (F, rank) in which they vary most, in float64.
+
+    Raises ValueError for fewer responses than directions.
+    """
     count, width = responses.shape
     if not 1 <= rank <= min(count, width):
         raise ValueError(
@@ -251,7 +267,5 @@ def principal_directions(responses: Tensor, rank: int) -> tuple[Tensor, Tensor, 
     for block in responses.split(BLOCK):  # the whole sample in double precision would be half a gigabyte
         centred = block.double() - mean
         covariance += centred.T @ centred
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    total = float(variances.clamp(min=0).sum())
-    kept = float(variances[-rank:].clamp(min=0).sum()) / total if total > 0 else 1.0
-    return mean, directions[:, -rank:].flip(1).contiguous(), kept
+    directions = torch.linalg.eigh(covariance).eigenvectors  # variances ascend
+    return mean, directions[:, -rank:].flip(1).contiguous()

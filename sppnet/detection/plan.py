@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from sppnet.config import Config, ProposalSettings
 from sppnet.data.voc import DatasetError, annotations_digest, choose_classes, hold_out, load_splits, restrict
+from sppnet.detection.sampling import spread
 from sppnet.network.sppnet import FullyConnected
 from sppnet.records import ImageRecord, SkipCounts
 from sppnet.store import digest_of, file_digest
@@ -125,8 +126,7 @@ class RunPlan:
     @cached_property
     def validation(self) -> list[ImageRecord]:
         """The validation images that fine-tuning draws its windows from: spread over the split, at most so many."""
-        limit, records = self.config.finetune.validate_images, self.data.validation
-        return records if len(records) <= limit else [records[i * len(records) // limit] for i in range(limit)]
+        return spread(self.data.validation, self.config.finetune.validate_images)
 
     @cached_property
     def windows(self) -> Path:

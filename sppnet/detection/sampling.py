@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,14 @@ from numpy.typing import NDArray
 from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.config import FinetuneSettings
 from sppnet.records import Annotation
+
+T = TypeVar("T")
+
+
+def spread(things: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the things, at even distances."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)

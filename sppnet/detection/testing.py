@@ -18,6 +18,7 @@ from sppnet.data.voc import restrict, write_comp4
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.plan import load_test_data, splits_to_test, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
+from sppnet.detection.sampling import spread
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
@@ -192,8 +193,7 @@ def _draw(result: TestResult, evaluation: VOCEvaluation, records: Sequence[Image
     }
     write_json(folder / "curves.json", curves)
     save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
-    count = min(SHOWN_IMAGES, len(records))
-    shown = [records[i * len(records) // count] for i in range(count)]
+    shown = spread(records, SHOWN_IMAGES)
     pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
     save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
 

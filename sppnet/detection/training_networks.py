@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import mean_norm_scale
-from sppnet.detection.low_rank import (
-    CompressionError,
-    Responses,
-    check_rank,
-    draw_windows,
-    linear_responses,
-    spread,
-)
+from sppnet.detection.low_rank import CompressionError, Responses, ask_images, check_rank, linear_responses
 from sppnet.detection.plan import RunPlan
 from sppnet.detection.proposals import read_windows
+from sppnet.detection.sampling import spread
 from sppnet.detection.stages import StageError
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_cells
@@ -142,16 +137,20 @@ class TrainingNetworks:
         )
 
     def responses(self, whole: SPPHead, progress: bool = True) -> Responses:
-        """What fc6 of the whole head answers to windows drawn as `compress` says: see `sample_responses`."""
+        """What fc6 of the whole head answers to windows drawn as the settings `compress` say (`ask_images`)."""
         settings, source = self.config.compress, self.windows(train=True)
         chosen = spread(range(len(source.records)), settings.images)
-        each, rng, parts = -(-settings.windows // max(1, len(chosen))), np.random.default_rng(settings.seed), []
-        for index in progress_bar(chosen, "responses", "image", shown=progress):
-            record, maps = source.records[index], source.maps(index)
-            drawn = draw_windows(record, read_windows(source.windows_folder, record), source.classes, each, rng)
-            with torch.inference_mode():
-                parts.append(linear_responses(whole, source.pool(maps, source.cells(maps, drawn))).cpu())
-        return Responses.of_images(parts, whole.fc6.out_features)
+        records = [source.records[index] for index in chosen]
+        found = progress_bar(records, "responses", "image", shown=progress)
+        proposals = (read_windows(source.windows_folder, record) for record in found)
+
+        @torch.inference_mode()
+        def answer(number: int, drawn: NDArray[np.float32]) -> Tensor:
+            maps = source.maps(chosen[number])
+            return linear_responses(whole, source.pool(maps, source.cells(maps, drawn))).cpu()
+
+        width = whole.fc6.out_features
+        return ask_images(records, proposals, answer, source.classes, settings.windows, settings.seed, width)
 
     def check_ranks(self) -> None:
         """CompressionError for ranks that the stage compress would refuse, before anything is trained."""

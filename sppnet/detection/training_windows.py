@@ -20,7 +20,7 @@ from sppnet.config import Config
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.hard_negatives import MiningImage
 from sppnet.detection.proposals import read_windows
-from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows
+from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows, spread
 from sppnet.detection.window_features import Features, WindowCells, cells_at, pool_cells, window_cells
 from sppnet.detection.windows import merge_windows
 from sppnet.network.geometry import Geometry
@@ -149,10 +149,8 @@ def positive_rows(found: ImageWindows, threshold: float) -> tuple[NDArray[np.int
 
 def sample_norms(source: TrainingWindows, features: Features, images: int, windows: int) -> NDArray[np.float32]:
     """Norms of the features of the first `windows` proposals of `images` images, spread over all; (0,) without any."""
-    count = min(images, len(source.records))
     norms = [np.zeros(0, np.float32)]
-    for step in range(count):
-        index = step * len(source.records) // count
+    for index in spread(range(len(source.records)), images):
         proposals = read_windows(source.windows_folder, source.records[index])[:windows]
         if len(proposals):
             maps = source.maps(index)
