@@ -262,3 +262,23 @@ def test_the_compression_table_starts_with_the_whole_detector(
     assert [line.split()[0] for line in lines[2:]] == ["whole", "responses", "weights"]
     assert lines[2].split()[-1] == "0.00"
     assert {path: when for path, when in modified(small_run.root).items() if path in before} == before
+
+
+# maps
+
+
+def test_the_two_ways_of_maps_are_compared_and_a_difference_is_noticed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = load("maps")
+    called: list[str] = []
+    real = maps.strips.run_in_strips
+    monkeypatch.setattr("sppnet.network.trunks.run_in_strips", lambda *a: called.append("strips") or real(*a))
+    monkeypatch.setattr(maps.strips, "LARGE", 0)
+    arguments = ["--trunks", "tiny5", "--scales", "150", "--rounds", "3", "--threads", "1"]
+    assert maps.main(arguments) == 0
+    assert len(called) == 4  # once to compare, once a round; never for whole maps
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| tiny5", "| 96"))]
+    assert [row.split(" | ")[0] for row in rows] == ["| tiny5, 150", "| 96 × 75 × 100"]
+    monkeypatch.setattr("sppnet.network.trunks.run_in_strips", lambda *a: real(*a) + 1)
+    assert maps.main(arguments) == 1
