@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sppnet.config import Config, MapSettings, ProposalSettings, SVMSettings, load_config
+from sppnet.config import Config, MapSettings, ProposalSettings, SVMSettings
+from sppnet.config_files import load_config
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import compute_maps

@@ -2,8 +2,8 @@
 
     python benchmarks/maps.py [--trunks zf5 mobilenet_v2 vgg16 alexnet] [--scales 688 1200] [--rounds 5] [--threads N]
 
-Images are random and have sides 3 : 4, in float32. The two are timed in pairs, one after the other in every round, so that a busy
-machine slows both; ratios are taken pair by pair. Exit status 1 where results differ by more than rounding.
+Images are random and have sides 3 : 4, in float32. The two are timed in pairs, one after the other in every round, so
+that a busy machine slows both; ratios are taken pair by pair. Exit status 1 where results differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     if min(options.rounds, options.threads, *options.scales) < 1:
         parser.error("--rounds, --threads and --scales must be at least 1")
     torch.set_num_threads(options.threads)
-    print("| maps | strips, ms | whole, ms | ratio, median (from – to) | difference |\n|---|---|---|---|---|")
+    columns = "ratio, median (from – to) | difference |\n|---|---|---|---|---|"
+    print(f"| maps | strips, ms | whole, ms | {columns}")
     agree = True
     for name in options.trunks:
         trunk = build_trunk(TrunkSettings(name=name, weights=WeightsSettings(source="random")))
@@ -77,9 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             images = torch.randn(1, 3, scale, scale * 4 // 3)
             ours, peer = (lambda t=trunk, x=images: t(x)), (lambda t=trunk, x=images: whole(t, x))
             agree &= compare(f"{name}, {scale}", ours, peer, options.rounds)
-    print(
-        "\n| normalisation | compiled, ms | torch, ms | ratio, median (from – to) | difference |\n|---|---|---|---|---|"
-    )
+    print(f"\n| normalisation | compiled, ms | torch, ms | {columns}")
     layer = LocalResponseNorm()
     for scale in options.scales:
         cells = torch.randn(1, 96, scale // 2, scale * 2 // 3).to(memory_format=torch.channels_last)

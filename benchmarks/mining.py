@@ -147,7 +147,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Write what both sides are told to folder/prepared.json: settings, images, folders, scale; and the head."""
     import torch
 
-    from sppnet.config import load_config
+    from sppnet.config_files import load_config
     from sppnet.detection.training import Training
     from sppnet.store import write_tensors
 

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from rcnn_peer import RCNN, Split, fastest_layout, fully_connected
 
-from sppnet.config import parse_config
+from sppnet.config_files import parse_config
 from sppnet.detection import detector as detector_module
 from sppnet.detection import window_features
 from sppnet.detection.detector import SPPDetector

@@ -4,7 +4,8 @@ Boxes are float xyxy, 0-based, half-open, in pixels of the original image; windo
 in cells; sizes are (height, width).
 """
 
-from sppnet.config import BoxRegressionSettings, Config, SVMSettings, load_config
+from sppnet.config import BoxRegressionSettings, Config, SVMSettings
+from sppnet.config_files import load_config
 from sppnet.detection.box_regression import fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.linear_svm import fit_linear_svm

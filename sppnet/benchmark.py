@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sppnet import __version__
-from sppnet.config import parse_config
+from sppnet.config_files import parse_config
 from sppnet.data.folder import find_images
 from sppnet.data.shapes import draw_scene
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors

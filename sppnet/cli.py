@@ -15,7 +15,8 @@ import torch
 
 from sppnet import __version__, distributed
 from sppnet.benchmark import run_benchmark
-from sppnet.config import Config, ConfigError, load_config
+from sppnet.config import Config
+from sppnet.config_files import ConfigError, load_config
 from sppnet.data.folder import FolderError
 from sppnet.data.proposal_files import ProposalFileError, export_windows
 from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sppnet.config import Config, parse_config
+from sppnet.config import Config
+from sppnet.config_files import parse_config
 from sppnet.data.shapes import generate_shapes
 from sppnet.detection.folder_detection import detect_files
 from sppnet.detection.testing import test_run

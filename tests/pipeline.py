@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from sppnet import cli
-from sppnet.config import Config, parse_config
+from sppnet.config import Config
+from sppnet.config_files import parse_config
 from sppnet.data.proposal_files import export_windows
 from sppnet.data.shapes import generate_shapes
 from sppnet.data.voc import load_splits

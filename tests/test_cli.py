@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
 from sppnet import __version__, cli
-from sppnet.config import load_config
+from sppnet.config_files import load_config
 from sppnet.data.proposal_files import import_windows
 from sppnet.data.voc import read_comp4, write_annotation
 from sppnet.detection.detector import SPPDetector

@@ -24,7 +24,8 @@ from pipeline import (
 )
 
 import sppnet
-from sppnet.config import HeadSettings, dump_config, parse_config
+from sppnet.config import HeadSettings
+from sppnet.config_files import dump_config, parse_config
 from sppnet.detection import compression
 from sppnet.detection.compression import compress_detector, compress_run, sample_responses
 from sppnet.detection.detector import SPPDetector

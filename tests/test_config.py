@@ -7,15 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppnet.config import (
-    Config,
-    ConfigError,
-    FinetuneSettings,
-    WeightsSettings,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from sppnet.config import Config, FinetuneSettings, WeightsSettings
+from sppnet.config_files import ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sppnet.config import ConfigError, parse_config
+from sppnet.config_files import ConfigError, parse_config
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from doubles import annotated, picture, picture_record, random_trunk
 from sppnet.boxes import pairwise_iou
 from sppnet.classification import multisize
 from sppnet.classification.multisize import cut_crops, pretrain_network
-from sppnet.config import PretrainSettings, WeightsSettings, parse_config
+from sppnet.config import PretrainSettings, WeightsSettings
+from sppnet.config_files import parse_config
 from sppnet.store import read_tensors
 
 CLASSES = ("stripes", "bars")

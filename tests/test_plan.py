@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from pipeline import merged, small_settings
 
-from sppnet.config import Config, parse_config
+from sppnet.config import Config
+from sppnet.config_files import parse_config
 from sppnet.data.voc import DatasetError, write_annotation
 from sppnet.detection.plan import RunPlan, load_run_data, load_test_data, splits_to_test, windows_folder
 from sppnet.detection.stages import STAGES

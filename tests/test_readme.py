@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from sppnet.cli import _parser
-from sppnet.config import Config, load_config
+from sppnet.config import Config
+from sppnet.config_files import load_config
 from sppnet.network.trunks import TRUNKS
 
 ROOT = Path(__file__).parents[1]

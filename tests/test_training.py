@@ -15,7 +15,8 @@ from pipeline import copied, merged, modified, small_settings
 from safetensors.torch import save_file
 
 from sppnet.classification import multisize
-from sppnet.config import Config, load_config, parse_config
+from sppnet.config import Config
+from sppnet.config_files import load_config, parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.detection import finetuning, proposals, training, training_networks
 from sppnet.detection.detector import SPPDetector

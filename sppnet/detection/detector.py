@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.boxes import as_boxes, clip_boxes
-from sppnet.config import Config, parse_config
+from sppnet.config import Config
+from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearDetectors

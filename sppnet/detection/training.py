@@ -15,7 +15,8 @@ import torch
 
 from sppnet import distributed
 from sppnet.classification.multisize import pretrain_network
-from sppnet.config import Config, dump_config
+from sppnet.config import Config
+from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import extract_images, maps_path
