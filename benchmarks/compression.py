@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sppnet.data.voc import restrict
 from sppnet.detection.compression import SAMPLE, sample_responses
 from sppnet.detection.detector import SPPDetector, WindowScores
-from sppnet.detection.low_rank import both_responses, compress_head, linear_responses
+from sppnet.detection.low_rank import CompressionError, both_responses, check_ranks, compress_head, linear_responses
 from sppnet.detection.plan import load_test_data, usable_config, windows_folder
 from sppnet.detection.proposals import propose_images, read_windows
 from sppnet.detection.window_features import pool_cells, window_cells
@@ -78,22 +78,28 @@ def evaluate(detector: SPPDetector, records: Sequence[ImageRecord], found: Seque
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--ranks", nargs="+", default=["512,128", "256,64", "128,64"], metavar="FC6,FC7")
+    ranks = ["512,128", "256,64", "128,64"]
+    parser.add_argument("--ranks", nargs="+", default=ranks, metavar="FC6,FC7", help="0: that layer stays whole")
     parser.add_argument("--methods", nargs="+", choices=("responses", "weights"), default=["responses", "weights"])
     parser.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
     parser.add_argument("--images", type=int, default=SAMPLE.images, help="training images that are asked")
     parser.add_argument("--limit", type=int, help="evaluate on so many images alone, for a trial")
     options = parser.parse_args(arguments)
-    ranks = [(int(fc6), int(fc7)) for fc6, fc7 in (pair.split(",") for pair in options.ranks)]
+    pairs = [(int(fc6), int(fc7)) for fc6, fc7 in (pair.split(",") for pair in options.ranks)]
 
     detector = SPPDetector.load(options.run)
     if detector.config.svm.layer == "pool" or detector.head.ranks:
         sys.exit(f"{options.run}: expected a detector with whole fc6 and fc7, which its SVMs use")
+    try:  # now, not after minutes of asking images
+        for fc6, fc7 in pairs:
+            check_ranks(detector.head, {"fc6": fc6, "fc7": fc7})
+    except CompressionError as error:
+        parser.error(str(error))
     detector = replace(detector, config=usable_config(detector.config))
     responses = None
     if "responses" in options.methods:
         responses = sample_responses(detector, options.run, options.images).chosen
-    heads = variants(detector.head, responses, ranks, options.methods)
+    heads = variants(detector.head, responses, pairs, options.methods)
     records = load_test_data(detector.config, None, tuple(options.split))[0][: options.limit]
     folder = windows_folder(options.run, detector.config.proposals)
     propose_images(records, detector.config.proposals, folder)
