@@ -163,13 +163,16 @@ class FinetuneSettings(Settings):
 class CompressSettings(Settings):
     """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
 
-    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need.
+    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need;
+    then the thin layers are fine-tuned in their turn, as `finetune` says but for steps and learning rate.
     """
 
     fc6: int = Field(0, ge=0)
     fc7: int = Field(0, ge=0)
     images: Count = 256
     windows: Count = 16_384  # in all, where the images have as many: four for each of 4,096 outputs
+    steps: int = Field(2000, ge=0)
+    learning_rate: Rate = 1e-4
     seed: Seed = 0
 
 

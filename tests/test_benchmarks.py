@@ -264,6 +264,17 @@ def test_the_compression_table_starts_with_the_whole_detector(
     assert {path: when for path, when in modified(small_run.root).items() if path in before} == before
 
 
+def test_ranks_that_save_nothing_are_refused_before_images_are_asked(
+    small_run: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compression = load("compression")
+    monkeypatch.setattr(compression, "sample_responses", None)
+    with pytest.raises(SystemExit) as ended:
+        compression.main([str(small_run.root), "--ranks", "6,5", "6,8"])
+    assert ended.value.code == 2
+    assert "rank 8 of fc7: expected 1 to 7" in capsys.readouterr().err
+
+
 # maps
 
 

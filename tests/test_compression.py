@@ -26,7 +26,7 @@ from pipeline import (
 import sppnet
 from sppnet.config import HeadSettings
 from sppnet.config_files import dump_config, parse_config
-from sppnet.detection import compression
+from sppnet.detection import compression, finetuning
 from sppnet.detection.compression import compress_detector, compress_run, sample_responses
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.low_rank import (
@@ -43,7 +43,7 @@ from sppnet.detection.low_rank import (
 )
 from sppnet.detection.plan import RunPlan, load_run_data, windows_folder
 from sppnet.detection.proposals import read_windows
-from sppnet.detection.training import train_detector
+from sppnet.detection.training import Training, train_detector
 from sppnet.detection.window_features import FrozenHead, WindowCells, pool_cells, window_cells
 from sppnet.network.sppnet import SPPHead, build_head
 from sppnet.records import ImageRecord
@@ -616,6 +616,7 @@ def test_mistakes_on_the_command_line_are_named(run, tmp_path):
 
 def with_ranks(run, fc6: int = 6, fc7: int = 5, **changes):
     dotted = {"compress.fc6": fc6, "compress.fc7": fc7, "compress.images": 5, "compress.windows": 60}
+    dotted["compress.steps"] = 0
     dotted |= {key.replace("__", "."): value for key, value in changes.items()}
     return parse_config(merged(small_settings(run.devkit, run.config.proposals.import_from[0]), dotted), "test")
 
@@ -683,6 +684,8 @@ def test_ranks_count_only_where_features_of_the_layers_are_wanted(run):
         ("compress__windows", 50),
         ("compress__seed", 1),
         ("compress__fc6", 4),
+        ("compress__steps", 1),
+        ("compress__learning_rate", 0.5),
     ],
 )
 def test_whatever_the_thin_layers_rest_on_makes_others_and_other_svms(run, setting, value):
@@ -732,6 +735,57 @@ def test_a_dry_run_says_that_a_rank_would_be_refused(run, tmp_path):
 
 
 def test_a_head_that_is_not_fine_tuned_can_be_compressed_too(run):
-    config = with_ranks(run, svm__finetuned=False)
+    config = with_ranks(run, svm__finetuned=False, compress__steps=3)
     train_detector(config, run.root, progress=False)
     assert SPPDetector.load(run.root).head.ranks == {"fc6": 6, "fc7": 5}
+    (folder,) = run.root.glob("compress-*")
+    assert {path.name for path in folder.iterdir()} == {"head.safetensors", "summary.json"}  # nor are its thin layers
+
+
+TUNED = {"compress__steps": 4, "compress__learning_rate": 0.01, "finetune__validate_every": 2}
+
+
+def test_the_thin_layers_are_fine_tuned_from_where_they_were_chosen(run, caplog):
+    train_detector(with_ranks(run, finetune__validate_every=2), run.root, progress=False)
+    chosen, before = SPPDetector.load(run.root).head, {*run.root.glob("compress-*")}
+    with caplog.at_level("INFO", logger="sppnet"):
+        train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    tuned = SPPDetector.load(run.root).head
+    assert tuned.ranks == {"fc6": 6, "fc7": 5}
+    for name, tensor in tuned.named_parameters():
+        start = chosen.state_dict()[name]
+        assert not torch.equal(tensor, start)
+        assert (tensor - start).norm() < start.norm()
+    (folder,) = {*run.root.glob("compress-*")} - before
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "2", "4"]
+    assert {row.split(",")[-1] for row in rows[1:]} == {"0.01"}
+    assert {path.name for path in folder.iterdir()} == {"head.safetensors", "summary.json", "log.csv", "tensorboard"}
+    assert re.search(r"compress: fc6 .* rank 6 .*; fc7 .* rank 5 .*; 4 steps, 0 of them from before; best", caplog.text)
+
+
+def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypatch):
+    other = copied(run, tmp_path / "other")
+    train_detector(with_ranks(other, **TUNED), other.root, progress=False)
+    validate = finetuning._Trainer.validate
+
+    def interrupted(self, step, *others):
+        row = validate(self, step, *others)
+        if step == 2:
+            raise KeyboardInterrupt
+        return row
+
+    train_detector(with_ranks(run, **TUNED), run.root, only=("finetune",), progress=False)
+    monkeypatch.setattr(finetuning._Trainer, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    monkeypatch.setattr(finetuning._Trainer, "validate", validate)
+    training = Training(with_ranks(run, **TUNED), run.root, torch.device("cpu"), progress=False)
+    (status,) = (status for status in training.status() if status.name == "compress")
+    assert status.checkpoint is not None
+    assert not status.complete
+    monkeypatch.setattr("sppnet.detection.training.compress_head", None)  # ranks are not chosen again
+    train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    found, expected = (SPPDetector.load(own.root).head.state_dict() for own in (run, other))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sppnet.network.sppnet import SPPHead
 
@@ -17,10 +17,8 @@ class HeadGradients:
     """Loss of a batch, and its gradients in the ``grad`` of the head's parameters; products in `precision`."""
 
     def __init__(self, head: SPPHead, precision: str = "float32") -> None:
-        if head.ranks:
-            raise ValueError(f"a compressed head cannot be trained, got ranks {head.ranks}; train the whole one")
         self._head = head
-        self._layers = (head.fc6, head.fc7, head.classifier)
+        self._layers = (*head.products("fc6"), *head.products("fc7"), head.classifier)
         self._kind = torch.bfloat16 if precision == "bfloat16" else head.fc6.weight.dtype
         for parameter in head.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -38,14 +36,19 @@ class HeadGradients:
         for own, layer in zip(self._weights, self._layers, strict=True):
             if own.data_ptr() != layer.weight.data_ptr():
                 own.copy_(layer.weight)
-        inputs, masks = [(pooled * self._head.input_scale).to(self._kind)], []
-        for weight, layer in zip(self._weights[:2], self._layers[:2], strict=True):
-            hidden = F.linear(inputs[-1], weight, layer.bias.to(self._kind)).relu_()
-            masks.append(self._mask(hidden))
-            inputs.append(hidden.mul_(masks[-1]))
-        logits = F.linear(inputs[2], self._weights[2], self._layers[2].bias.to(self._kind)).float()
+        inputs, masks = [(pooled * self._head.input_scale).to(self._kind)], list[Tensor | None]()
+        for weight, layer in zip(self._weights[:-1], self._layers[:-1], strict=True):
+            hidden = self._product(inputs[-1], weight, layer)
+            rectified = layer is self._head.fc6 or layer is self._head.fc7  # not the thin layers below them
+            mask = self._mask(hidden.relu_()) if rectified else None
+            masks.append(mask)
+            inputs.append(hidden if mask is None else hidden.mul_(mask))
+        logits = self._product(inputs[-1], self._weights[-1], self._layers[-1]).float()
         self._backward(inputs, masks, (logits.softmax(1) - F.one_hot(labels, logits.shape[1])) / len(labels))
         return logits
+
+    def _product(self, rows: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(rows, weight, None if layer.bias is None else layer.bias.to(self._kind))
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """What dropout multiplies with: 0, or the inverse of the share kept. (``bernoulli_`` takes 5 × as long.)"""
@@ -54,17 +57,20 @@ class HeadGradients:
             return torch.ones((), dtype=hidden.dtype)
         return (torch.rand(hidden.shape) < kept).to(hidden.dtype).div_(kept)
 
-    def _backward(self, inputs: list[Tensor], masks: list[Tensor], gradient: Tensor) -> None:
-        """From the gradient of the logits (R, K + 1) down to fc6."""
-        for k in (2, 1, 0):
+    def _backward(self, inputs: list[Tensor], masks: list[Tensor | None], gradient: Tensor) -> None:
+        """From the gradient of the logits (R, K + 1) down to fc6, or what stands below it."""
+        for k in reversed(range(len(self._layers))):
             layer = self._layers[k]
-            _gradient(layer.bias).copy_(gradient.float().sum(0))
+            if layer.bias is not None:
+                _gradient(layer.bias).copy_(gradient.float().sum(0))
             rows = gradient.to(self._kind)
             torch.mm(rows.t(), inputs[k], out=self._gradients[k])
             if self._gradients[k] is not layer.weight.grad:
                 _gradient(layer.weight).copy_(self._gradients[k])
             if k:
-                gradient = torch.mm(rows, self._weights[k]).mul_(masks[k - 1]).mul_(inputs[k] > 0)
+                gradient, mask = torch.mm(rows, self._weights[k]), masks[k - 1]
+                if mask is not None:
+                    gradient.mul_(mask).mul_(inputs[k] > 0)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

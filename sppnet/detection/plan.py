@@ -177,6 +177,11 @@ class RunPlan:
         return self._folder("compress", self.trained_head.name, self.ranks, sample, self.windows.name)
 
     @property
+    def tunes_thin_layers(self) -> bool:
+        """Whether fc6 and fc7 are fine-tuned again once they are of low rank."""
+        return self.uses_trained_head and self.config.compress.steps > 0
+
+    @property
     def ranks(self) -> dict[FullyConnected, int]:
         """The layers to compress, by name: of those that features are wanted of, and that these rest on."""
         settings, ranks = self.config.compress, dict[FullyConnected, int]()

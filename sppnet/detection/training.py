@@ -15,7 +15,7 @@ import torch
 
 from sppnet import distributed
 from sppnet.classification.multisize import pretrain_network
-from sppnet.config import Config
+from sppnet.config import Config, FinetuneSettings
 from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
@@ -106,7 +106,9 @@ class Training:
             ),
             stage_status("extract", plan.maps, maps),
             stage_status("finetune", plan.finetune, [self.networks.head_path], no_head, "checkpoint.safetensors"),
-            stage_status("compress", plan.compress, [self.networks.compressed_path], no_ranks),
+            stage_status(
+                "compress", plan.compress, [self.networks.compressed_path], no_ranks, "checkpoint.safetensors"
+            ),
             stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
             stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
@@ -224,35 +226,47 @@ class Training:
         networks = self.networks
         if networks.head_path.exists():
             return "reused"
-        head = networks.initial_head()
-        train = FinetuneWindows(networks.windows(train=True), self.config.finetune.flip)
-        validation = FinetuneWindows(networks.windows(train=False), flips=False)
-        done = finetune_head(
-            head, train, validation, len(self.classes), self.config.finetune, self.plan.finetune, self.progress
-        )
-        if distributed.is_main():
-            write_tensors(networks.head_path, head.state_dict())
-            (self.plan.finetune / "checkpoint.safetensors").unlink(missing_ok=True)
-        distributed.barrier()
-        return (
-            f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
-            f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
-        )
+        return self._train_head(networks.initial_head(), self.config.finetune, networks.head_path)
 
     # 5½. fc6 and fc7 of low rank, where that is wanted
     def _compress(self) -> str:
         networks = self.networks
         if networks.compressed_path.exists():
             return "reused"
-        if distributed.is_main():
+        if distributed.is_main() and not networks.chosen_path.exists():
             ranks, whole = self.plan.ranks, networks.whole_head()
             responses = networks.responses(whole, self.progress)
             thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses.chosen)
             kept = {name: line for name, line in describe_layers(whole, thin, responses).items() if name in ranks}
             write_json(self.plan.compress / "summary.json", kept)
-            write_tensors(networks.compressed_path, thin.state_dict())
+            write_tensors(networks.chosen_path, thin.state_dict())
         distributed.barrier()
-        return "; ".join(read_json(self.plan.compress / "summary.json").values())
+        lines = list(read_json(self.plan.compress / "summary.json").values())
+        if self.plan.tunes_thin_layers:
+            own = self.config.compress
+            settings = {"steps": (own.steps,), "learning_rates": (own.learning_rate,)}
+            tuned = self.config.finetune.model_copy(update=settings)
+            lines.append(self._train_head(networks.chosen_head(), tuned, networks.compressed_path))
+        elif distributed.is_main():
+            write_tensors(networks.compressed_path, networks.chosen_head().state_dict())
+        distributed.barrier()
+        if distributed.is_main():
+            networks.chosen_path.unlink(missing_ok=True)
+        return "; ".join(lines)
+
+    def _train_head(self, head: SPPHead, settings: FinetuneSettings, path: Path) -> str:
+        """Fine-tune a head, leave it under `path`."""
+        train = FinetuneWindows(self.networks.windows(train=True), settings.flip)
+        validation = FinetuneWindows(self.networks.windows(train=False), flips=False)
+        done = finetune_head(head, train, validation, len(self.classes), settings, path.parent, self.progress)
+        if distributed.is_main():
+            write_tensors(path, head.state_dict())
+            (path.parent / "checkpoint.safetensors").unlink(missing_ok=True)
+        distributed.barrier()
+        return (
+            f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
+            f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
+        )
 
     # 6. one linear SVM per class, with hard-negative mining
     def _svm(self) -> str:

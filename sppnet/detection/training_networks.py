@@ -68,13 +68,20 @@ class TrainingNetworks:
         """Where the stage compress leaves the head."""
         return self.plan.compress / "head.safetensors"
 
+    @property
+    def chosen_path(self) -> Path:
+        """Where the stage compress keeps the head whose ranks it has chosen while that is fine-tuned."""
+        return self.plan.compress / "chosen.safetensors"
+
     def head(self) -> SPPHead:
         """The head whose features are used: the whole one, or what the stage compress made of it."""
         if not self.plan.ranks:
             return self.whole_head()
-        head = self._new_head(self.plan.ranks)
-        head.load_state_dict(read_tensors(self._need(self.compressed_path, "compress")))
-        return head.to(self.device)
+        return self._thin_head(self._need(self.compressed_path, "compress"))
+
+    def chosen_head(self) -> SPPHead:
+        """The compressed head before it is fine-tuned."""
+        return self._thin_head(self.chosen_path)
 
     def whole_head(self) -> SPPHead:
         """The head before it is compressed: fine-tuned, or as it was initialised."""
@@ -173,6 +180,11 @@ class TrainingNetworks:
         settings = self.config.trunk
         weights = settings.weights.model_copy(update={"source": "random"})
         return build_trunk(settings.model_copy(update={"weights": weights}))
+
+    def _thin_head(self, path: Path) -> SPPHead:
+        head = self._new_head(self.plan.ranks)
+        head.load_state_dict(read_tensors(path))
+        return head.to(self.device)
 
     def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
         config, outputs = self.config, len(self.plan.data.classes) + 1
