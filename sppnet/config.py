@@ -152,27 +152,38 @@ class FinetuneSettings(Settings):
         low, high = self.negative_overlap
         if low >= high:
             raise ValueError(f"negative_overlap must be [low, high] with low < high, got [{low}, {high}]")
-        if len(self.steps) != len(self.learning_rates):
-            raise ValueError(
-                f"steps has {len(self.steps)} phases but learning_rates has {len(self.learning_rates)}; "
-                "give one learning rate per phase"
-            )
+        _check_schedule(self.steps, self.learning_rates)
         return self
+
+
+def _check_schedule(steps: tuple[int, ...], learning_rates: tuple[float, ...]) -> None:
+    if len(steps) != len(learning_rates):
+        raise ValueError(
+            f"steps has {len(steps)} phases but learning_rates has {len(learning_rates)}; "
+            "give one learning rate per phase"
+        )
 
 
 class CompressSettings(Settings):
     """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
 
     A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need;
-    then the thin layers are fine-tuned in their turn, as `finetune` says but for steps and learning rate.
+    then the thin layers are fine-tuned in their turn, as `finetune` says but for the schedule; without steps they stay
+    as they were chosen.
     """
 
     fc6: int = Field(0, ge=0)
     fc7: int = Field(0, ge=0)
     images: Count = 256
     windows: Count = 16_384  # in all, where the images have as many: four for each of 4,096 outputs
-    steps: int = Field(2000, ge=0)
-    learning_rate: Rate = 1e-4
+    steps: tuple[Count, ...] = (1000, 1000)
+    learning_rates: tuple[Rate, ...] = (1e-3, 1e-4)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompressSettings:
+        _check_schedule(self.steps, self.learning_rates)
+        return self
+
     seed: Seed = 0
 
 

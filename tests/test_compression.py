@@ -25,7 +25,7 @@ from pipeline import (
 
 import sppnet
 from sppnet.config import HeadSettings
-from sppnet.config_files import dump_config, parse_config
+from sppnet.config_files import ConfigError, dump_config, parse_config
 from sppnet.detection import compression, finetuning
 from sppnet.detection.compression import compress_detector, compress_run, sample_responses
 from sppnet.detection.detector import SPPDetector
@@ -614,9 +614,12 @@ def test_mistakes_on_the_command_line_are_named(run, tmp_path):
 # ---- as a stage of training ----------------------------------------------------------------------------------------
 
 
+TUNED = {"compress__steps": [2, 2], "compress__learning_rates": [0.01, 0.001], "finetune__validate_every": 2}
+
+
 def with_ranks(run, fc6: int = 6, fc7: int = 5, **changes):
     dotted = {"compress.fc6": fc6, "compress.fc7": fc7, "compress.images": 5, "compress.windows": 60}
-    dotted["compress.steps"] = 0
+    dotted |= {"compress.steps": [], "compress.learning_rates": []}  # the thin layers stay as they were chosen
     dotted |= {key.replace("__", "."): value for key, value in changes.items()}
     return parse_config(merged(small_settings(run.devkit, run.config.proposals.import_from[0]), dotted), "test")
 
@@ -684,8 +687,6 @@ def test_ranks_count_only_where_features_of_the_layers_are_wanted(run):
         ("compress__windows", 50),
         ("compress__seed", 1),
         ("compress__fc6", 4),
-        ("compress__steps", 1),
-        ("compress__learning_rate", 0.5),
     ],
 )
 def test_whatever_the_thin_layers_rest_on_makes_others_and_other_svms(run, setting, value):
@@ -697,6 +698,19 @@ def test_whatever_the_thin_layers_rest_on_makes_others_and_other_svms(run, setti
     assert changed.compress != plan.compress
     assert changed.svm != plan.svm
     assert plan.svm != RunPlan(run.root, run.config, data).svm
+
+
+@pytest.mark.parametrize("changed", [{"compress__steps": [2, 3]}, {"compress__learning_rates": [0.01, 0.1]}], ids=str)
+def test_another_schedule_makes_other_thin_layers(run, changed):
+    data = load_run_data(run.config)
+    plan, other = (RunPlan(run.root, with_ranks(run, **(TUNED | own)), data) for own in ({}, changed))
+    assert other.compress != plan.compress
+    assert other.svm != plan.svm
+
+
+def test_every_phase_needs_a_learning_rate(run):
+    with pytest.raises(ConfigError, match=r"compress.*steps has 2 phases but learning_rates has 1"):
+        with_ranks(run, compress__steps=[1, 2], compress__learning_rates=[0.1])
 
 
 def test_svm_settings_leave_the_thin_layers_as_they_are(run):
@@ -735,14 +749,11 @@ def test_a_dry_run_says_that_a_rank_would_be_refused(run, tmp_path):
 
 
 def test_a_head_that_is_not_fine_tuned_can_be_compressed_too(run):
-    config = with_ranks(run, svm__finetuned=False, compress__steps=3)
+    config = with_ranks(run, svm__finetuned=False, compress__steps=[3], compress__learning_rates=[0.01])
     train_detector(config, run.root, progress=False)
     assert SPPDetector.load(run.root).head.ranks == {"fc6": 6, "fc7": 5}
     (folder,) = run.root.glob("compress-*")
     assert {path.name for path in folder.iterdir()} == {"head.safetensors", "summary.json"}  # nor are its thin layers
-
-
-TUNED = {"compress__steps": 4, "compress__learning_rate": 0.01, "finetune__validate_every": 2}
 
 
 def test_the_thin_layers_are_fine_tuned_from_where_they_were_chosen(run, caplog):
@@ -759,7 +770,7 @@ def test_the_thin_layers_are_fine_tuned_from_where_they_were_chosen(run, caplog)
     (folder,) = {*run.root.glob("compress-*")} - before
     rows = (folder / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "2", "4"]
-    assert {row.split(",")[-1] for row in rows[1:]} == {"0.01"}
+    assert [row.split(",")[-1] for row in rows[1:]] == ["0.01", "0.001"]
     assert {path.name for path in folder.iterdir()} == {"head.safetensors", "summary.json", "log.csv", "tensorboard"}
     assert re.search(r"compress: fc6 .* rank 6 .*; fc7 .* rank 5 .*; 4 steps, 0 of them from before; best", caplog.text)
 

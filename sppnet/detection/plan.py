@@ -179,7 +179,7 @@ class RunPlan:
     @property
     def tunes_thin_layers(self) -> bool:
         """Whether fc6 and fc7 are fine-tuned again once they are of low rank."""
-        return self.uses_trained_head and self.config.compress.steps > 0
+        return self.uses_trained_head and sum(self.config.compress.steps) > 0
 
     @property
     def ranks(self) -> dict[FullyConnected, int]:

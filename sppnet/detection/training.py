@@ -244,8 +244,8 @@ class Training:
         lines = list(read_json(self.plan.compress / "summary.json").values())
         if self.plan.tunes_thin_layers:
             own = self.config.compress
-            settings = {"steps": (own.steps,), "learning_rates": (own.learning_rate,)}
-            tuned = self.config.finetune.model_copy(update=settings)
+            schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
+            tuned = self.config.finetune.model_copy(update=schedule)
             lines.append(self._train_head(networks.chosen_head(), tuned, networks.compressed_path))
         elif distributed.is_main():
             write_tensors(networks.compressed_path, networks.chosen_head().state_dict())
