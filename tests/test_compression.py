@@ -775,7 +775,7 @@ def test_the_thin_layers_are_fine_tuned_from_where_they_were_chosen(run, caplog)
     assert re.search(r"compress: fc6 .* rank 6 .*; fc7 .* rank 5 .*; 4 steps, 0 of them from before; best", caplog.text)
 
 
-def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypatch):
+def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypatch, caplog):
     other = copied(run, tmp_path / "other")
     train_detector(with_ranks(other, **TUNED), other.root, progress=False)
     validate = finetuning._Trainer.validate
@@ -795,8 +795,12 @@ def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypa
     (status,) = (status for status in training.status() if status.name == "compress")
     assert status.checkpoint is not None
     assert not status.complete
+    assert status.checkpoint.name == "chosen.safetensors"
     monkeypatch.setattr("sppnet.detection.training.compress_head", None)  # ranks are not chosen again
-    train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    with caplog.at_level("INFO", logger="sppnet"):
+        train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    assert "compress: the directions chosen before are reused" in caplog.text
+    assert "4 steps, 2 of them from before" in caplog.text
     found, expected = (SPPDetector.load(own.root).head.state_dict() for own in (run, other))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -130,7 +130,7 @@ def test_what_rests_on_a_forced_stage_is_gone_before_anything_runs(small_run, di
     monkeypatch.undo()
     assert list(run.root.glob("svm-*")) == []
     assert len(list(run.root.glob("boxes-*/*"))) == 5  # their pooled features need no head
-    with pytest.raises(StoreError, match="holds no trained detector"):
+    with pytest.raises(StoreError, match="its detector is not complete"):
         SPPDetector.load(run.root)
     assert train(run.config, run.root).digest() == digest
 
@@ -138,7 +138,7 @@ def test_what_rests_on_a_forced_stage_is_gone_before_anything_runs(small_run, di
 def test_an_unfinished_training_with_other_settings_leaves_no_detector_of_the_old_ones(small_run, tmp_path):
     run = copied(small_run, tmp_path / "run")
     assert train(changed(small_run, svm__C=1.0), run.root, "extract") is None
-    with pytest.raises(StoreError, match="holds no trained detector"):
+    with pytest.raises(StoreError, match="its detector is not complete"):
         SPPDetector.load(run.root)
 
 

@@ -120,9 +120,7 @@ class SPPDetector:
         folder = Path(run)
         folder = folder / "detector" if (folder / "detector").is_dir() else folder
         if not (folder / "detector.json").is_file():
-            raise StoreError(
-                f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
-            )
+            raise StoreError(_missing(Path(run), folder))
         description = _read_description(folder / "detector.json")
         tensors = {name: _read_part(folder, name, digest) for name, digest in description["parts"].items()}
         try:
@@ -180,6 +178,18 @@ class SPPDetector:
 
     def _nothing(self) -> Detections:
         return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
+
+
+def _missing(run: Path, folder: Path) -> str:
+    """Why there is no detector in a run folder, and what to do."""
+    if not run.exists():
+        return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
+    if (folder / "svm.safetensors").is_file():
+        return (
+            f"{run}: its detector is not complete (no detector/detector.json): training with other settings, or from "
+            "scratch, takes it away until it has ended; run `sppnet train` to the end, with the settings wanted"
+        )
+    return f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
 
 
 def _read_description(path: Path) -> dict[str, Any]:

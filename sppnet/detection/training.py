@@ -107,7 +107,7 @@ class Training:
             stage_status("extract", plan.maps, maps),
             stage_status("finetune", plan.finetune, [self.networks.head_path], no_head, "checkpoint.safetensors"),
             stage_status(
-                "compress", plan.compress, [self.networks.compressed_path], no_ranks, "checkpoint.safetensors"
+                "compress", plan.compress, [self.networks.compressed_path], no_ranks, self.networks.chosen_path.name
             ),
             stage_status("svm", plan.svm, [plan.svm / "svm.safetensors"], checkpoint="mining.npz"),
             stage_status("boxes", plan.boxes, regressors, no_boxes),
@@ -151,7 +151,10 @@ class Training:
         """
         stages = self.status()
         if redone or not all(status.complete for status in stages):
-            (self.plan.detector / "detector.json").unlink(missing_ok=True)
+            detector = self.plan.detector / "detector.json"
+            if detector.exists():
+                log.info("%s: of other settings, or of what is done again; gone until training is complete", detector)
+                detector.unlink()
         for status in reversed(stages):
             if status.name in redone and status.folder.exists():
                 shutil.rmtree(status.folder)
@@ -233,7 +236,9 @@ class Training:
         networks = self.networks
         if networks.compressed_path.exists():
             return "reused"
-        if distributed.is_main() and not networks.chosen_path.exists():
+        if networks.chosen_path.exists():
+            log.info("compress: the directions chosen before are reused, %s", networks.chosen_path)
+        elif distributed.is_main():
             ranks, whole = self.plan.ranks, networks.whole_head()
             responses = networks.responses(whole, self.progress)
             thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses.chosen)
