@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         for fc6, fc7 in pairs:
             check_ranks(detector.head, {"fc6": fc6, "fc7": fc7})
     except CompressionError as error:
-        parser.error(str(error))
+        parser.error(f"--ranks: {error}")
     detector = replace(detector, config=usable_config(detector.config))
     responses = None
     if "responses" in options.methods:

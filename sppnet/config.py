@@ -168,8 +168,8 @@ class CompressSettings(Settings):
     """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
 
     A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need;
-    then the thin layers are fine-tuned in their turn, as `finetune` says but for the schedule; without steps they stay
-    as they were chosen.
+    then the thin layers are fine-tuned in their turn, as `finetune` says (its seed too) but for the schedule. With no
+    steps and no rates ([] and []), or where the head is not fine-tuned, they stay as they were chosen.
     """
 
     fc6: int = Field(0, ge=0)
@@ -178,13 +178,12 @@ class CompressSettings(Settings):
     windows: Count = 16_384  # in all, where the images have as many: four for each of 4,096 outputs
     steps: tuple[Count, ...] = (1000, 1000)
     learning_rates: tuple[Rate, ...] = (1e-3, 1e-4)
+    seed: Seed = 0  # of the windows that choose
 
     @model_validator(mode="after")
     def _consistent(self) -> CompressSettings:
         _check_schedule(self.steps, self.learning_rates)
         return self
-
-    seed: Seed = 0
 
 
 class SVMSettings(Settings):

@@ -112,9 +112,21 @@ def test_several_processes_share_the_work_and_speak_once(config, tmp_path):
 def test_several_processes_compress_a_run_and_a_head_in_training(config, run, tmp_path):
     next(run.root.glob("propose-*/SHAPES/train_00001-*.npz")).unlink()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "--", "sppnet"]
+    steps = ["compress.steps=[4]", "compress.learning_rates=[0.01]"]
     for command in (
         ["compress", run.root, "--fc6", 6, "--device", "cpu"],
-        ["train", config, "--run", run.root, "--set", "compress.fc6=6", "compress.windows=60", "--device", "cpu"],
+        [
+            "train",
+            config,
+            "--run",
+            run.root,
+            "--device",
+            "cpu",
+            "--set",
+            "compress.fc6=6",
+            "compress.windows=60",
+            *steps,
+        ],
     ):
         result = subprocess.run(list(map(str, [*torchrun, *command])), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

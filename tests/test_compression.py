@@ -26,9 +26,10 @@ from pipeline import (
 import sppnet
 from sppnet.config import HeadSettings
 from sppnet.config_files import ConfigError, dump_config, parse_config
-from sppnet.detection import compression, finetuning
+from sppnet.detection import compression, finetuning, training
 from sppnet.detection.compression import compress_detector, compress_run, sample_responses
 from sppnet.detection.detector import SPPDetector
+from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.low_rank import (
     CompressionError,
     Responses,
@@ -607,7 +608,7 @@ def test_mistakes_on_the_command_line_are_named(run, tmp_path):
     assert refused("compress", run.root) == "no layer to compress; give --fc6 RANK, --fc7 RANK or both"
     assert refused("compress", run.root, "--fc7", 8).startswith("rank 8 of fc7: expected 1 to 7, the largest rank")
     assert refused("compress", run.root, "--fc7", 5, "--images", 0) == "--images 0: expected at least 1"
-    assert "holds no trained detector" in refused("compress", tmp_path / "none", "--fc7", 5)
+    assert "none: no such folder" in refused("compress", tmp_path / "none", "--fc7", 5)
     assert refused("compress", run.root, "--fc7", 5, "--out", run.root).endswith("choose another --out")
 
 
@@ -713,6 +714,13 @@ def test_every_phase_needs_a_learning_rate(run):
         with_ranks(run, compress__steps=[1, 2], compress__learning_rates=[0.1])
 
 
+def test_a_schedule_that_is_not_followed_makes_no_other_thin_layers(run):
+    data = load_run_data(run.config)
+    own = {"svm__finetuned": False}
+    plan, other = (RunPlan(run.root, with_ranks(run, **own, **more), data) for more in ({}, TUNED))
+    assert other.compress == plan.compress
+
+
 def test_svm_settings_leave_the_thin_layers_as_they_are(run):
     data = load_run_data(run.config)
     plan, changed = (RunPlan(run.root, with_ranks(run, **own), data) for own in ({}, {"svm__C": 1.0}))
@@ -775,6 +783,32 @@ def test_the_thin_layers_are_fine_tuned_from_where_they_were_chosen(run, caplog)
     assert re.search(r"compress: fc6 .* rank 6 .*; fc7 .* rank 5 .*; 4 steps, 0 of them from before; best", caplog.text)
 
 
+def test_what_an_interruption_left_beside_complete_thin_layers_is_deleted(run, monkeypatch):
+    write = training.write_tensors
+
+    def interrupted(path, tensors):
+        write(path, tensors)
+        if path.parent.name.startswith("compress") and path.name == "head.safetensors":
+            raise KeyboardInterrupt
+
+    train_detector(with_ranks(run, **TUNED), run.root, only=("finetune",), progress=False)
+    monkeypatch.setattr(training, "write_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    (folder,) = run.root.glob("compress-*")
+    left = {"checkpoint.safetensors", "chosen.safetensors"}
+    assert {path.name for path in folder.iterdir()} >= left
+    monkeypatch.setattr(training, "write_tensors", write)
+    train_detector(with_ranks(run, **TUNED), run.root, progress=False)
+    assert not {path.name for path in folder.iterdir()} & left
+
+
+def test_a_rate_at_which_the_thin_layers_diverge_is_named(run):
+    changes = {**TUNED, "compress__learning_rates": [1e30, 1e30]}
+    with pytest.raises(FinetuneError, match=r"lower compress\.learning_rates"):
+        train_detector(with_ranks(run, **changes), run.root, progress=False)
+
+
 def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypatch, caplog):
     other = copied(run, tmp_path / "other")
     train_detector(with_ranks(other, **TUNED), other.root, progress=False)
@@ -791,8 +825,8 @@ def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_detector(with_ranks(run, **TUNED), run.root, progress=False)
     monkeypatch.setattr(finetuning._Trainer, "validate", validate)
-    training = Training(with_ranks(run, **TUNED), run.root, torch.device("cpu"), progress=False)
-    (status,) = (status for status in training.status() if status.name == "compress")
+    stages = Training(with_ranks(run, **TUNED), run.root, torch.device("cpu"), progress=False).status()
+    (status,) = (status for status in stages if status.name == "compress")
     assert status.checkpoint is not None
     assert not status.complete
     assert status.checkpoint.name == "chosen.safetensors"

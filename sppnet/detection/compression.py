@@ -1,7 +1,7 @@
 """fc6 and fc7 of low rank: fewer products per window in a trained detector.
 
-Its SVMs and box regressors stay as they are. The settings `compress` do the same to a head in training, before the
-SVMs, which then learn on what the thin layers give.
+Its SVMs and box regressors stay as they are. In training the settings `compress` do it before the SVMs: the thin layers
+are fine-tuned, and the SVMs learn on what they give.
 """
 
 from __future__ import annotations

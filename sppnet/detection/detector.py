@@ -184,10 +184,10 @@ def _missing(run: Path, folder: Path) -> str:
     """Why there is no detector in a run folder, and what to do."""
     if not run.exists():
         return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
-    if (folder / "svm.safetensors").is_file():
+    if all((folder / f"{part}.safetensors").is_file() for part in ("trunk", "head", "svm")):
         return (
-            f"{run}: its detector is not complete (no detector/detector.json): training with other settings, or from "
-            "scratch, takes it away until it has ended; run `sppnet train` to the end, with the settings wanted"
+            f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
+            "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"
         )
     return f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
 

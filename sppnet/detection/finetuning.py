@@ -69,8 +69,11 @@ def finetune_head(
     settings: FinetuneSettings,
     folder: Path,
     progress: bool = True,
+    stage: str = "finetune",
 ) -> FinetuneSummary:
     """Train `head` in place; it ends with the weights of the step that had the smallest validation error.
+
+    The weights that it starts with are no candidate. `stage` names it in progress and errors.
 
     `background` is the index of the background class, K. Losses go to folder/log.csv and to TensorBoard files
     beside it; the state is saved at every validation, and a later call with the same folder goes on from there,
@@ -78,15 +81,16 @@ def finetune_head(
     """
     start = time.monotonic()
     usable = _usable_images(train, "training")
-    trainer = _Trainer(head, settings, folder)
+    trainer = _Trainer(head, settings, folder, stage)
     done = trainer.restore()
+    distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
     with ThreadPoolExecutor(1) as loader, _tensorboard(folder, done) as board, torch.random.fork_rng(devices=devices):
         labels, pooled = loader.submit(_validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, usable, background, settings, range(done, total))
         shown = progress and distributed.is_main()
-        bar = progress_bar(range(done, total), "finetune", "step", total, done, shown)
+        bar = progress_bar(range(done, total), stage, "step", total, done, shown)
         for step in bar:
             trainer.train_step(step, *next(batches))
             if (step + 1) % settings.validate_every == 0 or step + 1 == total:
@@ -102,8 +106,8 @@ def finetune_head(
 class _Trainer:
     """The optimiser, its state on disk and the best head so far."""
 
-    def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path) -> None:
-        self.head, self.settings, self.folder = head.train(), settings, folder
+    def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path, stage: str = "finetune") -> None:
+        self.head, self.settings, self.folder, self.stage = head.train(), settings, folder, stage
         self.device = head.fc6.weight.device
         weights = [p for name, p in head.named_parameters() if not name.endswith("bias")]
         biases = [p for name, p in head.named_parameters() if name.endswith("bias")]
@@ -143,7 +147,7 @@ class _Trainer:
         val_loss, val_accuracy = self._evaluate(pooled, labels)
         if not np.isfinite(train_loss) or not np.isfinite(val_loss):
             raise FinetuneError(
-                f"the loss is not finite at step {step}; lower finetune.learning_rates, or set head.input_norm=300"
+                f"the loss is not finite at step {step}; lower {self.stage}.learning_rates, or set head.input_norm=300"
             )
         row = (step, train_loss / count, right / count, val_loss, val_accuracy, self._rate(step - 1))
         self.rows.append(row)
@@ -151,7 +155,7 @@ class _Trainer:
         if (1 - val_accuracy, val_loss) < (self.best_error, self.best_loss):
             self.best_step, self.best_error, self.best_loss = step, 1 - val_accuracy, val_loss
             self.best = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
-        log.debug("finetune step %d: loss %.4f accuracy %.4f, validation %.4f %.4f", *row[:5])
+        log.debug("%s step %d: loss %.4f accuracy %.4f, validation %.4f %.4f", self.stage, *row[:5])
         self._save(step)
         return row
 

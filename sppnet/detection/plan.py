@@ -173,13 +173,14 @@ class RunPlan:
 
     @cached_property
     def compress(self) -> Path:
-        sample = _dump(self.config.compress, "fc6", "fc7")
+        schedule = () if self.tunes_thin_layers else ("steps", "learning_rates")
+        sample = _dump(self.config.compress, "fc6", "fc7", *schedule)
         return self._folder("compress", self.trained_head.name, self.ranks, sample, self.windows.name)
 
     @property
     def tunes_thin_layers(self) -> bool:
         """Whether fc6 and fc7 are fine-tuned again once they are of low rank."""
-        return self.uses_trained_head and sum(self.config.compress.steps) > 0
+        return self.uses_trained_head and bool(self.config.compress.steps)
 
     @property
     def ranks(self) -> dict[FullyConnected, int]:

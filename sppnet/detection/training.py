@@ -226,52 +226,62 @@ class Training:
 
     # 5. fc6 and fc7
     def _finetune(self) -> str:
-        networks = self.networks
-        if networks.head_path.exists():
+        path = self.networks.head_path
+        if path.exists():
+            self._delete_scaffolding(path)
             return "reused"
-        return self._train_head(networks.initial_head(), self.config.finetune, networks.head_path)
+        return self._train_head("finetune", self.networks.initial_head(), self.config.finetune, path)
 
     # 5½. fc6 and fc7 of low rank, where that is wanted
     def _compress(self) -> str:
-        networks = self.networks
-        if networks.compressed_path.exists():
+        networks, path = self.networks, self.networks.compressed_path
+        if path.exists():
+            self._delete_scaffolding(path, networks.chosen_path)
             return "reused"
         if networks.chosen_path.exists():
             log.info("compress: the directions chosen before are reused, %s", networks.chosen_path)
         elif distributed.is_main():
-            ranks, whole = self.plan.ranks, networks.whole_head()
-            responses = networks.responses(whole, self.progress)
-            thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses.chosen)
-            kept = {name: line for name, line in describe_layers(whole, thin, responses).items() if name in ranks}
-            write_json(self.plan.compress / "summary.json", kept)
-            write_tensors(networks.chosen_path, thin.state_dict())
+            self._choose_directions()
         distributed.barrier()
         lines = list(read_json(self.plan.compress / "summary.json").values())
         if self.plan.tunes_thin_layers:
             own = self.config.compress
             schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
-            tuned = self.config.finetune.model_copy(update=schedule)
-            lines.append(self._train_head(networks.chosen_head(), tuned, networks.compressed_path))
+            settings = self.config.finetune.model_copy(update=schedule)
+            lines.append(self._train_head("compress", networks.chosen_head(), settings, path))
         elif distributed.is_main():
-            write_tensors(networks.compressed_path, networks.chosen_head().state_dict())
+            write_tensors(path, networks.chosen_head().state_dict())
         distributed.barrier()
-        if distributed.is_main():
-            networks.chosen_path.unlink(missing_ok=True)
+        self._delete_scaffolding(path, networks.chosen_path)
         return "; ".join(lines)
 
-    def _train_head(self, head: SPPHead, settings: FinetuneSettings, path: Path) -> str:
+    def _choose_directions(self) -> None:
+        ranks, whole = self.plan.ranks, self.networks.whole_head()
+        responses = self.networks.responses(whole, self.progress)
+        thin = compress_head(whole, ranks.get("fc6"), ranks.get("fc7"), responses.chosen)
+        kept = {name: line for name, line in describe_layers(whole, thin, responses).items() if name in ranks}
+        write_json(self.plan.compress / "summary.json", kept)
+        write_tensors(self.networks.chosen_path, thin.state_dict())
+
+    def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings, path: Path) -> str:
         """Fine-tune a head, leave it under `path`."""
         train = FinetuneWindows(self.networks.windows(train=True), settings.flip)
         validation = FinetuneWindows(self.networks.windows(train=False), flips=False)
-        done = finetune_head(head, train, validation, len(self.classes), settings, path.parent, self.progress)
+        done = finetune_head(head, train, validation, len(self.classes), settings, path.parent, self.progress, stage)
         if distributed.is_main():
             write_tensors(path, head.state_dict())
-            (path.parent / "checkpoint.safetensors").unlink(missing_ok=True)
         distributed.barrier()
+        self._delete_scaffolding(path)
         return (
             f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
         )
+
+    def _delete_scaffolding(self, path: Path, *others: Path) -> None:
+        """What only the making of a head needed, once it is complete; an interruption may have left it."""
+        if distributed.is_main():
+            for file in (path.parent / "checkpoint.safetensors", *others):
+                file.unlink(missing_ok=True)
 
     # 6. one linear SVM per class, with hard-negative mining
     def _svm(self) -> str:
