@@ -728,6 +728,13 @@ def test_svm_settings_leave_the_thin_layers_as_they_are(run):
     assert changed.svm != plan.svm
 
 
+def test_a_layer_that_stays_whole_is_not_spoken_of(run):
+    train_detector(with_ranks(run, fc7=0), run.root, progress=False)
+    (summary,) = run.root.glob("compress-*/summary.json")
+    assert list(json.loads(summary.read_text())) == ["fc6"]
+    assert SPPDetector.load(run.root).head.ranks == {"fc6": 6}
+
+
 def test_another_seed_draws_other_windows(run):
     heads = []
     for seed in (0, 1):
