@@ -834,8 +834,8 @@ def test_an_interrupted_tuning_goes_on_from_where_it_was(run, tmp_path, monkeypa
     monkeypatch.setattr(finetuning._Trainer, "validate", validate)
     stages = Training(with_ranks(run, **TUNED), run.root, torch.device("cpu"), progress=False).status()
     (status,) = (status for status in stages if status.name == "compress")
-    assert status.checkpoint is not None
     assert not status.complete
+    assert status.checkpoint is not None
     assert status.checkpoint.name == "chosen.safetensors"
     monkeypatch.setattr("sppnet.detection.training.compress_head", None)  # ranks are not chosen again
     with caplog.at_level("INFO", logger="sppnet"):

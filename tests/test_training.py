@@ -135,9 +135,11 @@ def test_what_rests_on_a_forced_stage_is_gone_before_anything_runs(small_run, di
     assert train(run.config, run.root).digest() == digest
 
 
-def test_an_unfinished_training_with_other_settings_leaves_no_detector_of_the_old_ones(small_run, tmp_path):
+def test_an_unfinished_training_with_other_settings_leaves_no_detector_of_the_old_ones(small_run, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sppnet")
     run = copied(small_run, tmp_path / "run")
     assert train(changed(small_run, svm__C=1.0), run.root, "extract") is None
+    assert "detector.json: of other settings, or of what is done again; gone until training is complete" in caplog.text
     with pytest.raises(StoreError, match="its detector is not complete"):
         SPPDetector.load(run.root)
 
