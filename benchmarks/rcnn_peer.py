@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sppnet.config import WeightsSettings
 from sppnet.images import prepare
+from sppnet.network import winograd
 from sppnet.network.trunks import Trunk
 
 SIDE, GRID = 227, 6  # R-CNN's input, and the map after its pool5
@@ -47,10 +49,11 @@ class Layout:
     channels_last: bool = True
     autocast: bool = False  # in bfloat16: autocast, or a model in bfloat16
     batch: int = 16
+    tiles: bool = False  # the convolutions of network/winograd.py for all layers that can, and not only for large maps
 
     def __str__(self) -> str:
         words = ["channels last" if self.channels_last else "contiguous", f"batch {self.batch}"]
-        return ", ".join(words + ["autocast"] * self.autocast)
+        return ", ".join(words + ["autocast"] * self.autocast + ["tiles"] * self.tiles)
 
 
 class RCNN:
@@ -102,7 +105,11 @@ class RCNN:
     def convolve(self, batch: Tensor) -> Tensor:
         """(R, 3, 227, 227) -> (R, C · 36)."""
         batch = batch.to(self._kind, memory_format=self._memory)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.layout.autocast):
+        waste = float("inf") if self.layout.tiles else winograd.WASTE
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=self.layout.autocast),
+            mock.patch.object(winograd, "WASTE", waste),
+        ):
             return self.convolutions(batch).flatten(1)
 
 
@@ -145,7 +152,7 @@ def fully_connected(channels: int, width: int, classes: int) -> nn.Sequential:
 
 
 def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout, str]:
-    """The layout whose convolutions take least time: first memory format and precision, then batch."""
+    """The layout whose convolutions take least time: first memory format and precision, then batch, then tiles."""
     autocasts = (False, True) if dtype == torch.bfloat16 else (False,)
     images = torch.randn(count, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     times: dict[Layout, float] = {}
@@ -157,6 +164,8 @@ def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout
 
     layout = best([Layout(last, cast) for last in (True, False) for cast in autocasts])
     layout = best([replace(layout, batch=batch) for batch in BATCHES if batch <= count])
+    if dtype == torch.float32:
+        layout = best([layout, *(replace(layout, batch=batch, tiles=True) for batch in BATCHES if batch <= count)])
     others = "; ".join(f"{tried} {1e3 * seconds:.1f}" for tried, seconds in times.items() if tried != layout)
     return layout, f"{layout}: {1e3 * times[layout]:.1f} ms a window ({others})"
 

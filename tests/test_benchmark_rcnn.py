@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from doubles import picture, random_trunk
 
 from sppnet.images import prepare
+from sppnet.network import winograd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -67,6 +69,20 @@ def test_windows_of_several_batches_score_as_one_by_one(alexnet):
     together = network.score(image, boxes)[0]
     assert np.allclose(together, alone, rtol=1e-3, atol=1e-4 * np.abs(alone).max())
     assert np.ptp(alone, axis=0).min() > 0
+
+
+def test_convolutions_by_tiles_give_the_same_scores(alexnet):
+    image, boxes = picture(40, 60), WINDOWS.astype(np.float64)
+    exact = peer(alexnet).score(image, boxes)[0]
+    with (
+        mock.patch.object(winograd, "TILES", 1),
+        mock.patch.object(winograd, "convolve", wraps=winograd.convolve) as ran,
+    ):
+        assert np.array_equal(peer(alexnet).score(image, boxes)[0], exact)
+        assert not ran.called  # 13 × 13 cells are not worth 16 tiles of 4 × 4, unless a layout says so
+        tiles = peer(alexnet, Layout(batch=5, tiles=True)).score(image, boxes)[0]
+        assert ran.called
+    assert np.allclose(tiles, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("autocast", [False, True])

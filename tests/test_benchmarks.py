@@ -288,8 +288,26 @@ def test_the_two_ways_of_maps_are_compared_and_a_difference_is_noticed(
     monkeypatch.setattr(maps.strips, "LARGE", 0)
     arguments = ["--trunks", "tiny5", "--scales", "150", "--rounds", "3", "--threads", "1"]
     assert maps.main(arguments) == 0
-    assert len(called) == 4  # once to compare, once a round; never for whole maps
+    # Once to compare, once a round, never for whole maps; on both sides of the comparison of convolutions.
+    assert len(called) == 4 + 8
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| tiny5", "| 96"))]
-    assert [row.split(" | ")[0] for row in rows] == ["| tiny5, 150", "| 96 × 75 × 100"]
+    assert [row.split(" | ")[0] for row in rows] == ["| tiny5, 150", "| tiny5, 150", "| 96 × 75 × 100"]
     monkeypatch.setattr("sppnet.network.trunks.run_in_strips", lambda *a: real(*a) + 1)
+    assert maps.main(arguments) == 1
+
+
+def test_convolutions_by_tiles_are_compared_with_torchs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = load("maps")
+    called: list[str] = []
+    real = maps.winograd.convolve
+    monkeypatch.setattr(maps.winograd, "convolve", lambda *a: called.append("tiles") or real(*a))
+    monkeypatch.setattr(maps.winograd, "TILES", 1)
+    monkeypatch.setattr(maps.winograd, "WASTE", float("inf"))
+    arguments = ["--trunks", "zf5", "--scales", "100", "--rounds", "2", "--threads", "1"]
+    assert maps.main(arguments) == 0
+    layers = 3
+    assert len(called) == layers * (2 * 3 + 3)  # both sides of the strips, ours of the tiles
+    monkeypatch.setattr(maps.winograd, "convolve", lambda *a: real(*a) * 1.001)
     assert maps.main(arguments) == 1

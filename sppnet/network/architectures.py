@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from sppnet.network.normalisation import LocalResponseNorm
+from sppnet.network.winograd import Convolution, suits
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Plan:
     deviation: float | None = None  # of random weights, normally distributed; None = He initialisation
 
 
-class ConvReLU(nn.Conv2d):
+class ConvReLU(Convolution):
     """A convolution followed by its ReLU."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -157,10 +159,29 @@ def _conv_bn_relu(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> 
 
 
 def _features_plan(features: nn.Module, default: str | None = None) -> Plan:
-    layers = {f"features.{name}": layer for name, layer in features.named_children()}
+    layers = {f"features.{name}": layer for name, layer in _with_own_convolutions(features).named_children()}
     return Plan(layers, default=default or list(layers)[-1])
 
 
 def _resnet_plan(model: nn.Module) -> Plan:
-    layers = {name: layer for name, layer in model.named_children() if name not in ("avgpool", "fc")}
+    children = _with_own_convolutions(model).named_children()
+    layers = {name: layer for name, layer in children if name not in ("avgpool", "fc")}
     return Plan(layers, default="layer4")
+
+
+def _with_own_convolutions(module: nn.Module) -> nn.Module:
+    """The module, its convolutions that may run with fewer multiplications replaced by ours, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and suits(child):
+            setattr(module, name, _own_convolution(child))
+        else:
+            _with_own_convolutions(child)
+    return module
+
+
+def _own_convolution(layer: nn.Conv2d) -> Convolution:
+    """A convolution by the same parameters."""
+    padding = cast(tuple[int, int], layer.padding)  # `suits` has seen to it
+    own = Convolution(layer.in_channels, layer.out_channels, 3, padding=padding, bias=layer.bias is not None)
+    own.weight, own.bias = layer.weight, layer.bias
+    return own
