@@ -5,10 +5,11 @@ Written to be fast on a CPU: see `RCNN.warp` for the warping, `fastest_layout` f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Layout:
     channels_last: bool = True
     autocast: bool = False  # in bfloat16: autocast, or a model in bfloat16
     batch: int = 16
-    tiles: bool = False  # the convolutions of network/winograd.py for all layers that can, and not only for large maps
+    tiles: bool = False  # the convolutions of network/winograd.py wherever they can be, not for large maps alone
 
     def __str__(self) -> str:
         words = ["channels last" if self.channels_last else "contiguous", f"batch {self.batch}"]
@@ -105,11 +106,7 @@ class RCNN:
     def convolve(self, batch: Tensor) -> Tensor:
         """(R, 3, 227, 227) -> (R, C · 36)."""
         batch = batch.to(self._kind, memory_format=self._memory)
-        waste = float("inf") if self.layout.tiles else winograd.WASTE
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=self.layout.autocast),
-            mock.patch.object(winograd, "WASTE", waste),
-        ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.layout.autocast), _tiles(self.layout.tiles):
             return self.convolutions(batch).flatten(1)
 
 
@@ -125,6 +122,14 @@ def normalised(image: NDArray[np.uint8], weights: WeightsSettings) -> NDArray[np
     """The image as the trunk sees it, (H, W, 3) float32."""
     pixels = prepare(image, (image.shape[0], image.shape[1]), weights.channel_order, weights.mean, weights.std)
     return pixels[0].permute(1, 2, 0).contiguous().numpy()
+
+
+@contextlib.contextmanager
+def _tiles(everywhere: bool) -> Iterator[None]:
+    """All convolutions that can run by tiles do, or those alone that our detector would run so."""
+    tiles, waste = (1, float("inf")) if everywhere else (winograd.TILES, winograd.WASTE)
+    with mock.patch.object(winograd, "TILES", tiles), mock.patch.object(winograd, "WASTE", waste):
+        yield
 
 
 def _resize(
@@ -165,18 +170,19 @@ def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout
     layout = best([Layout(last, cast) for last in (True, False) for cast in autocasts])
     layout = best([replace(layout, batch=batch) for batch in BATCHES if batch <= count])
     if dtype == torch.float32:
-        layout = best([layout, *(replace(layout, batch=batch, tiles=True) for batch in BATCHES if batch <= count)])
+        tiles = replace(layout, channels_last=True, tiles=True)
+        layout = best([layout, *(replace(tiles, batch=batch) for batch in BATCHES if batch <= count)])
     others = "; ".join(f"{tried} {1e3 * seconds:.1f}" for tried, seconds in times.items() if tried != layout)
     return layout, f"{layout}: {1e3 * times[layout]:.1f} ms a window ({others})"
 
 
-@torch.inference_mode()
 def _convolution_time(trunk: Trunk, dtype: torch.dtype, layout: Layout, images: Tensor) -> float:
-    model = RCNN(trunk, nn.Sequential(), dtype, layout)
+    model = RCNN(trunk, nn.Sequential(), dtype, layout)  # outside of inference mode, as the one that is measured
     seconds = []
-    for _ in range(3):  # the first one warms up
-        start = time.perf_counter()
-        for batch in images.split(layout.batch):
-            model.convolve(batch)
-        seconds.append(time.perf_counter() - start)
+    with torch.inference_mode():
+        for _ in range(3):  # the first one warms up
+            start = time.perf_counter()
+            for batch in images.split(layout.batch):
+                model.convolve(batch)
+            seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

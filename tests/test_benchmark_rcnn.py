@@ -20,6 +20,7 @@ from sppnet.network import winograd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import rcnn
+import rcnn_peer
 from rcnn_peer import RCNN, SIDE, Layout, fully_connected, normalised, whole_pixels
 
 WINDOWS = np.array([[0, 0, 60, 40], [10, 5, 11, 6], [3, 7, 40, 39], [0, 0, 1, 40], [59, 39, 60, 40]], np.int64)
@@ -83,6 +84,14 @@ def test_convolutions_by_tiles_give_the_same_scores(alexnet):
         tiles = peer(alexnet, Layout(batch=5, tiles=True)).score(image, boxes)[0]
         assert ran.called
     assert np.allclose(tiles, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
+
+
+def test_the_sweep_of_layouts_tries_tiles(alexnet, monkeypatch):
+    monkeypatch.setattr(rcnn_peer, "BATCHES", (1,))
+    with mock.patch.object(winograd, "convolve", wraps=winograd.convolve) as ran:
+        layout, report = rcnn_peer.fastest_layout(alexnet, torch.float32, 1)
+    assert ran.call_count == 3 * 3  # layers, repeats
+    assert "tiles" in f"{layout} {report}"
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,6 +20,7 @@ from sppnet.network.winograd import Convolution, convolve, filters_at_points, sa
 
 
 @settings(max_examples=80, deadline=None)
+@example(images=4, size=(4, 12), channels=(3, 3), padding=(1, 1), bias=True, block=20_000, seed=0)  # 3 a block, then 1
 @given(
     images=st.integers(0, 4),
     size=st.tuples(st.integers(1, 23), st.integers(1, 23)),
@@ -45,9 +46,17 @@ def test_in_exact_arithmetic_it_is_a_convolution(
     weight = torch.randn(channels[1], channels[0], 3, 3, generator=generator, dtype=torch.float64)
     offset = torch.randn(channels[1], generator=generator, dtype=torch.float64) if bias else None
     with mock.patch.object(winograd, "BLOCK", block):
-        result = convolve(x, filters_at_points(weight), offset, padding)
+        result = convolve(_sliced(x), filters_at_points(weight), offset, padding)
     torch.testing.assert_close(result, F.conv2d(x, weight, offset, padding=padding), rtol=1e-11, atol=1e-11)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def _sliced(x: torch.Tensor) -> torch.Tensor:
+    """The same images as a part of larger ones, channels last."""
+    larger = torch.full((len(x), x.shape[1], x.shape[2] + 2, x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    larger = larger.to(memory_format=torch.channels_last)
+    larger[:, :, 1:-1, :-1] = x
+    return larger[:, :, 1:-1, :-1]
 
 
 def test_float32_loses_as_little_as_promised() -> None:
@@ -111,6 +120,10 @@ def test_nor_do_other_calls() -> None:
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             assert not taken(convolution, images)
+        torch.set_float32_matmul_precision("medium")
+        assert not taken(convolution, images)
+        torch.set_float32_matmul_precision("highest")
+        assert not taken(convolution, images[0])
         assert not taken(convolution.double(), images.double())
         assert not taken(convolution.float(), torch.randn(1, 129, 24, 28))  # 42 tiles
     with torch.inference_mode():
@@ -118,6 +131,12 @@ def test_nor_do_other_calls() -> None:
         assert not taken(layer(), images)  # weights without a version
     with torch.no_grad():
         assert taken(convolution, images)  # by filters that were made in inference mode
+
+
+@torch.no_grad()
+def test_a_wrong_number_of_channels_is_torchs_error() -> None:
+    with pytest.raises(RuntimeError, match="to have 129 channels, but got 1 channels"):
+        layer()(torch.randn(1, 1, 40, 40))
 
 
 def test_tiles_far_beyond_the_border_do_not_pay() -> None:
@@ -148,6 +167,9 @@ def test_copies_hold_no_filters_and_state_names_stay() -> None:
     convolution = layer()
     convolution(torch.randn(1, 129, 28, 28))
     assert convolution._transformed is not None
+    filters = convolution._transformed
+    assert convolution.double()._transformed is None
+    convolution.float()._transformed = filters
     assert copy.deepcopy(convolution)._transformed is None
     assert pickle.loads(pickle.dumps(convolution))._transformed is None
     assert list(convolution.state_dict()) == ["weight", "bias"]

@@ -9,7 +9,7 @@ torch itself has no such convolution on most processors; on a GPU cuDNN chooses 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,10 @@ class _Transformed:
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d, which runs by `convolve` where `saves_time` says so; results differ by rounding.
+    """nn.Conv2d, run by `convolve` where that saves time and no gradients are wanted; results differ by rounding.
 
-    The filters at the points are made at the first such call and kept, four times as many numbers as the weights.
+    The filters at the points are made at the first such call and kept, four times as many numbers as the weights. They
+    follow every change of the weights but those that torch does not see either: through ``.data`` or numpy.
     """
 
     _transformed: _Transformed | None = None
@@ -70,14 +71,27 @@ class Convolution(nn.Conv2d):
             convolve(input, self._filters(), self.bias, self._sides()) if self._pays(input) else super().forward(input)
         )
 
+    def _apply(self, *arguments: Any, **named: Any) -> Self:
+        self._transformed = None  # to another device or precision
+        return super()._apply(*arguments, **named)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_transformed": None}  # a copy has weights of its own
 
     def _pays(self, images: Tensor) -> bool:
-        if not suits(self) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if (
+            not suits(self)
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
             return False
         if images.device.type != "cpu" or images.dtype != torch.float32 or self.weight.is_inference():
             return False  # the version of a tensor made in inference mode is not known
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            return False  # torch's, or torch's error
+        if torch.get_float32_matmul_precision() != "highest":
+            return False  # products in bfloat16 are too coarse for sums that cancel
         return saves_time(images.shape, self._sides())
 
     def _sides(self) -> tuple[int, int]:
