@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import cv2
@@ -223,6 +224,20 @@ def test_mergers_are_those_of_a_search_through_all_pairs(terms: Similarity, seed
     assert len(boxes) == 2 * len(regions.sizes) - 1
 
 
+@pytest.mark.parametrize("terms", SETS)
+def test_a_background_with_many_neighbours_swallows_them_in_their_order(terms: Similarity) -> None:
+    rng = np.random.default_rng(3)
+    image = np.full((26, 26, 3), 90, np.uint8)
+    for y, x in itertools.product(range(1, 25, 4), repeat=2):
+        image[y : y + 2, x : x + 2] = rng.integers(0, 256, 3)
+        image[y, x + 2] = rng.integers(0, 256, 3)  # a neighbour of its own beside each speck
+    regions = regions_of(image, k=1, min_size=1)
+    degrees = np.bincount(regions.pairs.ravel())
+    assert len(degrees) > 70
+    assert degrees.max() > 70
+    assert group(regions, terms)[1].tolist() == naive_group(regions, terms)
+
+
 def test_equal_regions_merge_in_the_order_of_their_pairs() -> None:
     checks = np.kron(np.indices((4, 5)).sum(axis=0) % 2, np.ones((3, 3))).astype(np.uint8)[..., None] * 200
     regions = regions_of(np.repeat(checks, 3, axis=2), k=1, min_size=1)
@@ -257,7 +272,8 @@ def similarity_of_halves(terms: Similarity, left: int, right: int) -> float:
     )
     for region in range(2):
         grouping._share(tree, region, 3)
-    return grouping._similarity(tree, 0, 1, grouping._Terms(3, 32, terms.size, terms.fill)) / ONE
+    common = grouping._intersection(tree, 0, 1)
+    return grouping._similarity(tree, 0, 1, common, grouping._Terms(3, 32, terms.size, terms.fill)) / ONE
 
 
 def test_similarities_have_their_closed_forms() -> None:

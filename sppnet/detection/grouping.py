@@ -17,7 +17,9 @@ from sppnet.compiling import compiled
 from sppnet.detection.regions import COLOUR_BINS, Regions
 
 ONE = 1 << 18  # a similarity of 1
-PAIR_BITS = 42  # of a heap entry, for the number of the pair; the similarity, at most 4 · ONE, lies above
+LARGEST = 4 * ONE  # beyond what any two regions have in common
+GONE = -1  # instead of a region or of what two have in common
+REGION_BITS = 32  # of a heap entry, for a region; the similarity, at most 4 · ONE, lies above
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,41 @@ class _Tree(NamedTuple):
 
 
 class _Chains(NamedTuple):
-    """The neighbours of each region: a chain of links. A link may name a region that has been merged since."""
+    """The neighbours of each region: a chain of links. A link may name a region that has been merged since.
+
+    Links 2p and 2p + 1 are the two ends of contact p, in the chains of the regions on either side.
+    """
 
     first: Any  # (2N - 1,) link of a region, -1 = none
     last: Any
     following: Any  # (2P,) link after a link, -1 = none
     neighbour: Any  # (2P,) the region that a link names
     merged_into: Any  # (2N - 1,) itself while the region lives
+
+
+class _Contacts(NamedTuple):
+    common: Any  # (P,) what the histograms of both sides have in common, or more; GONE: another contact says it
+    exact: Any  # (P,) whether it is not more
+
+
+class _Choices(NamedTuple):
+    """The most similar pair of each region, among those that the region owns.
+
+    A pair belongs to its younger region; one of two given regions to the smaller number.
+    """
+
+    partner: Any  # (2N - 1,) GONE = none
+    value: Any
+
+
+class _Near(NamedTuple):
+    """Neighbours of one region, in any order."""
+
+    regions: Any  # (2N - 1,)
+    contacts: Any
+    values: Any  # similarities, or more where the contact is not exact
+    place: Any  # (2N - 1,) of a region among these
+    seen: Any  # (2N - 1,) the newest region that a region was seen beside
 
 
 class _Terms(NamedTuple):
@@ -107,21 +137,34 @@ def _living(merged_into: Any, region: int) -> int:
 
 
 @compiled(error_model="numpy")
-def _neighbours(a: int, b: int, new: int, chains: Any, seen: Any, found: Any) -> int:
-    """Make the chains of a and b that of `new`, every neighbour once; the neighbours, unordered, and their number."""
+def _neighbours(a: int, b: int, new: int, growth: Any, chains: Any, contacts: Any, near: Any) -> int:
+    """Make the chains of a and b that of `new`, every neighbour once; the neighbours, unordered, and their number.
+
+    What a neighbour has in common with `new` is at most what it had with a, or with b, and the `growth` of these.
+    """
     chains.following[chains.last[a]] = chains.first[b]
-    count, end, link = 0, -1, chains.first[a]
+    count, end, link, side, last_of_a = 0, -1, chains.first[a], 0, chains.last[a]
     while link >= 0:
+        contact = link >> 1
         region = _living(chains.merged_into, chains.neighbour[link])
-        if region != new and seen[region] != new:
-            seen[region] = new
-            found[count] = region
-            count += 1
-            if end < 0:
-                chains.first[new] = link
+        if region != new and contacts.common[contact] != GONE:
+            bound = min(contacts.common[contact] + growth[side], LARGEST)
+            if near.seen[region] != new:
+                near.seen[region], near.place[region] = new, count
+                near.regions[count], near.contacts[count] = region, contact
+                contacts.common[contact], contacts.exact[contact] = bound, False
+                count += 1
+                if end < 0:
+                    chains.first[new] = link
+                else:
+                    chains.following[end] = link
+                end = link
             else:
-                chains.following[end] = link
-            end = link
+                kept = near.contacts[near.place[region]]
+                contacts.common[kept] = min(contacts.common[kept], bound)
+                contacts.common[contact] = GONE
+        if link == last_of_a:
+            side = 1
         link = chains.following[link]
     if end >= 0:
         chains.following[end] = -1
@@ -150,11 +193,26 @@ def _combine(tree: Any, a: int, b: int, new: int, channels: int) -> None:
 
 
 @compiled(error_model="numpy")
-def _similarity(tree: Any, a: int, b: int, terms: Any) -> Any:
-    """Sum of the terms in 1 / ONE: intersection of histograms, 1 - size of both, 1 - what fills the common box."""
+def _intersection(tree: Any, a: int, b: int) -> Any:
+    """What the histograms of two regions have in common, colour and texture together, in 1 / ONE."""
     ours, theirs, common = tree.shares[a], tree.shares[b], np.int32(0)
     for i in range(ours.shape[0]):
         common = np.int32(common + min(ours[i], theirs[i]))
+    return common
+
+
+@compiled(error_model="numpy")
+def _growth(tree: Any, old: int, new: int) -> Any:
+    """How much more any region can have in common with `new` than with `old`, a part of it."""
+    ours, theirs, more = tree.shares[old], tree.shares[new], np.int32(0)
+    for i in range(ours.shape[0]):
+        more = np.int32(more + max(theirs[i] - ours[i], np.int32(0)))
+    return more
+
+
+@compiled(error_model="numpy")
+def _similarity(tree: Any, a: int, b: int, common: Any, terms: Any) -> Any:
+    """Sum of the terms in 1 / ONE: what is common, 1 - size of both, 1 - what fills the common box."""
     value, both = np.int64(common), np.int64(tree.sizes[a]) + np.int64(tree.sizes[b])
     if terms.size:
         value += ONE - both * ONE // terms.image_pixels
@@ -163,15 +221,6 @@ def _similarity(tree: Any, a: int, b: int, terms: Any) -> Any:
         height = max(tree.boxes[a, 3], tree.boxes[b, 3]) - min(tree.boxes[a, 1], tree.boxes[b, 1])
         value += ONE - (np.int64(width) * np.int64(height) - both) * ONE // terms.image_pixels
     return value
-
-
-@compiled(error_model="numpy")
-def _with_room(array: Any, length: int) -> Any:
-    if length <= len(array):
-        return array
-    larger = np.empty(2 * length, array.dtype)
-    larger[: len(array)] = array
-    return larger
 
 
 @compiled(error_model="numpy")
@@ -199,37 +248,86 @@ def _pop(heap: Any, length: int) -> int:
 
 
 @compiled(error_model="numpy")
-def _merge(tree: Any, chains: Any, pairs: Any, terms: Any, mergers: Any) -> None:
-    """A heap holds all pairs that ever touched: similarity above, below it the number of the pair, earlier ones larger.
+def _owned(owner: int, count: int, chains: Any, contacts: Any, near: Any) -> int:
+    """The living neighbours with which a region has pairs of its own, and their number; `count` regions were given."""
+    found, link = 0, chains.first[owner]
+    while link >= 0:
+        region = _living(chains.merged_into, chains.neighbour[link])
+        owned = region < owner if owner >= count else owner < region < count
+        if owned and contacts.common[link >> 1] != GONE:
+            near.regions[found], near.contacts[found] = region, link >> 1
+            found += 1
+        link = chains.following[link]
+    return found
 
-    Entries of regions that live no more are skipped when they come up.
+
+@compiled(error_model="numpy")
+def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms: Any, choices: Any) -> None:
+    """The most similar of the first `degree` neighbours, the earliest of several.
+
+    What is common to two is computed only where the bound reaches beyond the best so far, from the highest bound on.
     """
-    count, latest = mergers.shape[0] + 1, (1 << PAIR_BITS) - 1
-    seen, near = np.full(tree.sizes.shape[0], -1, np.int32), np.empty(count, np.int32)
-    firsts, seconds = pairs[:, 0].copy(), pairs[:, 1].copy()
-    heap, length, known, new = np.empty(len(pairs), np.int64), 0, 0, count
+    first = 0
+    for k in range(degree):
+        near.values[k] = _similarity(tree, owner, near.regions[k], contacts.common[near.contacts[k]], terms)
+        if near.values[k] > near.values[first]:
+            first = k
+    best, value = GONE, np.int64(-1)
+    for turn in range(degree + 1):
+        k = first if turn == 0 else turn - 1
+        if degree == 0 or near.values[k] < value:
+            continue
+        region, contact = near.regions[k], near.contacts[k]
+        if not contacts.exact[contact]:
+            contacts.common[contact], contacts.exact[contact] = _intersection(tree, owner, region), True
+            near.values[k] = _similarity(tree, owner, region, contacts.common[contact], terms)
+        if near.values[k] > value or (near.values[k] == value and region < best):
+            best, value = region, near.values[k]
+    choices.partner[owner], choices.value[owner] = best, value
+
+
+@compiled(error_model="numpy")
+def _push_choice(heap: Any, length: int, owner: int, choices: Any) -> int:
+    """The new length: one more, unless the region owns no pair any longer."""
+    if choices.partner[owner] == GONE:
+        return length
+    _push(heap, length, (choices.value[owner] << REGION_BITS) | ((1 << REGION_BITS) - 1 - owner))
+    return length + 1
+
+
+@compiled(error_model="numpy")
+def _merge(tree: Any, chains: Any, pairs: Any, terms: Any, mergers: Any) -> None:
+    """A heap holds every region's choice: similarity above, below it the region, earlier ones larger.
+
+    A choice whose partner has been merged is made again when it comes up.
+    """
+    count, total = mergers.shape[0] + 1, tree.sizes.shape[0]
+    numbers = np.empty((3, total), np.int32)
+    near = _Near(numbers[0], numbers[1], np.empty(total, np.int64), numbers[2], np.full(total, GONE, np.int32))
+    contacts = _Contacts(np.full(len(pairs), LARGEST, np.int32), np.zeros(len(pairs), np.bool_))
+    choices = _Choices(np.full(total, GONE, np.int32), np.full(total, -1, np.int64))
+    heap, length, new, growth = np.empty(total, np.int64), 0, count, np.zeros(2, np.int32)
     for region in range(count):
         _share(tree, region, terms.channels)
-    for known in range(len(pairs)):
-        value = _similarity(tree, firsts[known], seconds[known], terms)
-        _push(heap, length, (value << PAIR_BITS) | (latest - known))
-        length += 1
-    known = len(pairs)
+    for region in range(count):
+        _choose(tree, region, _owned(region, count, chains, contacts, near), near, contacts, terms, choices)
+        length = _push_choice(heap, length, region, choices)
     while length > 0:
-        pair = latest - (_pop(heap, length) & latest)
+        owner = (1 << REGION_BITS) - 1 - (_pop(heap, length) & ((1 << REGION_BITS) - 1))
         length -= 1
-        a, b = firsts[pair], seconds[pair]
-        if chains.merged_into[a] != a or chains.merged_into[b] != b:
+        partner = choices.partner[owner]
+        if chains.merged_into[owner] != owner:
             continue
+        if chains.merged_into[partner] != partner:
+            _choose(tree, owner, _owned(owner, count, chains, contacts, near), near, contacts, terms, choices)
+            length = _push_choice(heap, length, owner, choices)
+            continue
+        a, b = min(owner, partner), max(owner, partner)
         mergers[new - count, 0], mergers[new - count, 1] = a, b
         chains.merged_into[a] = chains.merged_into[b] = new
         _combine(tree, a, b, new, terms.channels)
-        degree = _neighbours(a, b, new, chains, seen, near)
-        firsts, seconds = _with_room(firsts, known + degree), _with_room(seconds, known + degree)
-        heap = _with_room(heap, length + degree)
-        for region in np.sort(near[:degree]):
-            firsts[known], seconds[known] = region, new
-            value = _similarity(tree, region, new, terms)
-            _push(heap, length, (value << PAIR_BITS) | (latest - known))
-            known, length = known + 1, length + 1
+        growth[0], growth[1] = _growth(tree, a, new), _growth(tree, b, new)
+        degree = _neighbours(a, b, new, growth, chains, contacts, near)
+        _choose(tree, new, degree, near, contacts, terms, choices)
+        length = _push_choice(heap, length, new, choices)
         new += 1
