@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -182,7 +182,8 @@ def naive_similarity(regions: Regions, a: set[int], b: set[int], terms: Similari
     sizes = [int(regions.sizes[m].sum()) for m in members]
     for used, counts in ((terms.colour, regions.colours), (terms.texture, regions.textures)):
         if used:
-            factors = [np.float32(ONE) / np.float32(size * 3) for size in sizes]
+            channels = regions.colours.shape[1] // 25
+            factors = [np.float32(ONE) / np.float32(size * channels) for size in sizes]
             shares = [
                 (counts[m].sum(axis=0).astype(np.float32) * factor).astype(np.int64)
                 for m, factor in zip(members, factors, strict=True)
@@ -224,8 +225,38 @@ def test_mergers_are_those_of_a_search_through_all_pairs(terms: Similarity, seed
     assert len(boxes) == 2 * len(regions.sizes) - 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**16),
+    k=st.sampled_from([1, 60, 400]),
+    min_size=st.integers(1, 6),
+    terms=st.sampled_from(SETS),
+)
+def test_mergers_of_few_regions_are_those_of_a_search_too(
+    size: tuple[int, int], channels: int, seed: int, k: int, min_size: int, terms: Similarity
+) -> None:
+    regions = regions_of(noise(*size, seed, channels=channels), k=k, min_size=min_size)
+    assert group(regions, terms)[1].tolist() == naive_group(regions, terms)
+
+
+def test_histograms_are_compared_only_where_a_bound_leaves_the_choice_open() -> None:
+    shares = np.array([[8, 1, 0], [0, 9, 0], [7, 0, 2], [9, 0, 0]], np.int32)  # of regions 0 to 2, and 3 beside them
+    tree = grouping._Tree(shares, shares, np.ones(4, np.int32), np.zeros((4, 4), np.int32))
+    regions = np.arange(3, dtype=np.int32)
+    near = grouping._Near(regions, regions.copy(), np.empty(3, np.int64), np.empty(4, np.int32), np.empty(4, np.int32))
+    contacts = grouping._Contacts(np.array([8, 9, 7], np.int32), np.zeros(3, np.bool_))  # bounds
+    partners = np.full(4, -1, np.int32)
+    terms = grouping._Terms(1, 4, False, False)
+    assert grouping._choose(tree, 3, 3, near, contacts, terms, partners) == 8
+    assert partners.tolist() == [-1, -1, -1, 0]
+    assert contacts.exact.tolist() == [True, True, False]
+    assert contacts.common.tolist() == [8, 0, 7]
+
+
 @pytest.mark.parametrize("terms", SETS)
-def test_a_background_with_many_neighbours_swallows_them_in_their_order(terms: Similarity) -> None:
+def test_a_background_with_many_neighbours_is_grouped_as_by_a_search_through_all_pairs(terms: Similarity) -> None:
     rng = np.random.default_rng(3)
     image = np.full((26, 26, 3), 90, np.uint8)
     for y, x in itertools.product(range(1, 25, 4), repeat=2):

@@ -2,7 +2,8 @@
 and again, until the image is one region. Compiled loops; ``segmentation`` says why numba has a door here.
 
 Similarities are sums of colour, texture, size and fill, each a whole number of 1 / ONE. Integers make every sum exact,
-so an image gives the same hierarchy on every machine; ties go to the pair that came first.
+so an image gives the same hierarchy on every machine; ties go to the pair that came first: of the given pairs to the
+earlier one, of a new region's to that with the smallest number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sppnet.detection.regions import COLOUR_BINS, Regions
 
 ONE = 1 << 18  # a similarity of 1
 LARGEST = 4 * ONE  # beyond what any two regions have in common
-GONE = -1  # instead of a region or of what two have in common
+NONE = -1  # instead of a region
+GONE = -1  # instead of what two regions have in common
 REGION_BITS = 32  # of a heap entry, for a region; the similarity, at most 4 · ONE, lies above
 
 
@@ -49,7 +51,7 @@ def group(regions: Regions, similarity: Similarity) -> tuple[NDArray[np.int32], 
     tree = _Tree(counts, np.empty_like(counts), sizes, boxes)
     terms = _Terms(channels, int(regions.sizes.sum()), similarity.size, similarity.fill)
     mergers = np.empty((count - 1, 2), np.int32)
-    _merge(tree, _chains(regions.pairs, total), regions.pairs, terms, mergers)
+    _merge(tree, _chains(regions.pairs, total), terms, mergers)
     return boxes, mergers
 
 
@@ -80,20 +82,10 @@ class _Contacts(NamedTuple):
     exact: Any  # (P,) whether it is not more
 
 
-class _Choices(NamedTuple):
-    """The most similar pair of each region, among those that the region owns.
-
-    A pair belongs to its younger region; one of two given regions to the smaller number.
-    """
-
-    partner: Any  # (2N - 1,) GONE = none
-    value: Any
-
-
 class _Near(NamedTuple):
     """Neighbours of one region, in any order."""
 
-    regions: Any  # (2N - 1,)
+    regions: Any  # (N,)
     contacts: Any
     values: Any  # similarities, or more where the contact is not exact
     place: Any  # (2N - 1,) of a region among these
@@ -248,13 +240,16 @@ def _pop(heap: Any, length: int) -> int:
 
 
 @compiled(error_model="numpy")
-def _owned(owner: int, count: int, chains: Any, contacts: Any, near: Any) -> int:
-    """The living neighbours with which a region has pairs of its own, and their number; `count` regions were given."""
+def _owned(owner: int, count: int, chains: Any, near: Any) -> int:
+    """The living neighbours with which a region owns the pair, and their number; `count` regions were given.
+
+    A pair belongs to its younger region, one of two given regions to the smaller number. So no region gains pairs once
+    it is made, and pairs came in the order of (owner, other region).
+    """
     found, link = 0, chains.first[owner]
     while link >= 0:
         region = _living(chains.merged_into, chains.neighbour[link])
-        owned = region < owner if owner >= count else owner < region < count
-        if owned and contacts.common[link >> 1] != GONE:
+        if region < owner if owner >= count else owner < region < count:
             near.regions[found], near.contacts[found] = region, link >> 1
             found += 1
         link = chains.following[link]
@@ -262,20 +257,19 @@ def _owned(owner: int, count: int, chains: Any, contacts: Any, near: Any) -> int
 
 
 @compiled(error_model="numpy")
-def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms: Any, choices: Any) -> None:
-    """The most similar of the first `degree` neighbours, the earliest of several.
+def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms: Any, partners: Any) -> Any:
+    """The partner of `owner`: the most similar of `degree` neighbours, of several the earliest; returns how similar.
 
-    What is common to two is computed only where the bound reaches beyond the best so far, from the highest bound on.
+    What two have in common is computed only where the bound reaches the best so far; the highest bound comes first.
     """
-    first = 0
+    first, best, value = 0, NONE, np.int64(-1)
     for k in range(degree):
         near.values[k] = _similarity(tree, owner, near.regions[k], contacts.common[near.contacts[k]], terms)
         if near.values[k] > near.values[first]:
             first = k
-    best, value = GONE, np.int64(-1)
-    for turn in range(degree + 1):
+    for turn in range(degree + 1 if degree else 0):
         k = first if turn == 0 else turn - 1
-        if degree == 0 or near.values[k] < value:
+        if near.values[k] < value:
             continue
         region, contact = near.regions[k], near.contacts[k]
         if not contacts.exact[contact]:
@@ -283,51 +277,51 @@ def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms:
             near.values[k] = _similarity(tree, owner, region, contacts.common[contact], terms)
         if near.values[k] > value or (near.values[k] == value and region < best):
             best, value = region, near.values[k]
-    choices.partner[owner], choices.value[owner] = best, value
+    partners[owner] = best
+    return value
 
 
 @compiled(error_model="numpy")
-def _push_choice(heap: Any, length: int, owner: int, choices: Any) -> int:
-    """The new length: one more, unless the region owns no pair any longer."""
-    if choices.partner[owner] == GONE:
-        return length
-    _push(heap, length, (choices.value[owner] << REGION_BITS) | ((1 << REGION_BITS) - 1 - owner))
-    return length + 1
+def _merge(tree: Any, chains: Any, terms: Any, mergers: Any) -> None:
+    """A heap holds the most similar pair that a region owns: similarity above, the region below, earlier ones larger.
 
-
-@compiled(error_model="numpy")
-def _merge(tree: Any, chains: Any, pairs: Any, terms: Any, mergers: Any) -> None:
-    """A heap holds every region's choice: similarity above, below it the region, earlier ones larger.
-
-    A choice whose partner has been merged is made again when it comes up.
+    A pair whose other region has been merged is chosen again when it comes up; by then it can only be less similar.
     """
-    count, total = mergers.shape[0] + 1, tree.sizes.shape[0]
-    numbers = np.empty((3, total), np.int32)
-    near = _Near(numbers[0], numbers[1], np.empty(total, np.int64), numbers[2], np.full(total, GONE, np.int32))
-    contacts = _Contacts(np.full(len(pairs), LARGEST, np.int32), np.zeros(len(pairs), np.bool_))
-    choices = _Choices(np.full(total, GONE, np.int32), np.full(total, -1, np.int64))
-    heap, length, new, growth = np.empty(total, np.int64), 0, count, np.zeros(2, np.int32)
+    count, total, links = mergers.shape[0] + 1, tree.sizes.shape[0], chains.neighbour.shape[0]
+    near = _Near(
+        np.empty(count, np.int32),
+        np.empty(count, np.int32),
+        np.empty(count, np.int64),
+        np.empty(total, np.int32),
+        np.full(total, NONE, np.int32),
+    )
+    contacts = _Contacts(np.full(links // 2, LARGEST, np.int32), np.zeros(links // 2, np.bool_))
+    partners, growth = np.full(total, NONE, np.int32), np.zeros(2, np.int32)
+    heap, length, new, newest = np.empty(total, np.int64), 0, count, (1 << REGION_BITS) - 1
     for region in range(count):
         _share(tree, region, terms.channels)
     for region in range(count):
-        _choose(tree, region, _owned(region, count, chains, contacts, near), near, contacts, terms, choices)
-        length = _push_choice(heap, length, region, choices)
+        value = _choose(tree, region, _owned(region, count, chains, near), near, contacts, terms, partners)
+        if partners[region] != NONE:
+            _push(heap, length, (value << REGION_BITS) | (newest - region))
+            length += 1
     while length > 0:
-        owner = (1 << REGION_BITS) - 1 - (_pop(heap, length) & ((1 << REGION_BITS) - 1))
+        owner = newest - (_pop(heap, length) & newest)
         length -= 1
-        partner = choices.partner[owner]
         if chains.merged_into[owner] != owner:
             continue
-        if chains.merged_into[partner] != partner:
-            _choose(tree, owner, _owned(owner, count, chains, contacts, near), near, contacts, terms, choices)
-            length = _push_choice(heap, length, owner, choices)
-            continue
-        a, b = min(owner, partner), max(owner, partner)
-        mergers[new - count, 0], mergers[new - count, 1] = a, b
-        chains.merged_into[a] = chains.merged_into[b] = new
-        _combine(tree, a, b, new, terms.channels)
-        growth[0], growth[1] = _growth(tree, a, new), _growth(tree, b, new)
-        degree = _neighbours(a, b, new, growth, chains, contacts, near)
-        _choose(tree, new, degree, near, contacts, terms, choices)
-        length = _push_choice(heap, length, new, choices)
-        new += 1
+        partner = partners[owner]
+        if chains.merged_into[partner] == partner:
+            a, b = min(owner, partner), max(owner, partner)
+            mergers[new - count, 0], mergers[new - count, 1] = a, b
+            chains.merged_into[a] = chains.merged_into[b] = new
+            _combine(tree, a, b, new, terms.channels)
+            growth[0], growth[1] = _growth(tree, a, new), _growth(tree, b, new)
+            owner, degree = new, _neighbours(a, b, new, growth, chains, contacts, near)
+            new += 1
+        else:
+            degree = _owned(owner, count, chains, near)
+        value = _choose(tree, owner, degree, near, contacts, terms, partners)
+        if partners[owner] != NONE:
+            _push(heap, length, (value << REGION_BITS) | (newest - owner))
+            length += 1

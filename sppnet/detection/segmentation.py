@@ -43,8 +43,8 @@ def segment(
     with a neighbour along their lightest edges afterwards, as in the authors' program.
     """
     height, width = size
-    # The pixel above a pixel in its region's tree; at the root minus the pixels of the region: large images are beyond
-    # the caches, and one array of both is read half as often.
+    # A pixel's parent in the tree of its region; at a root, minus the region's pixels. One array instead of two: large
+    # images do not fit the caches.
     parents = np.full(height * width, -1, np.int32)
     _join(edges, weights, width, np.float32(k * STEPS), min_size, parents)
     labels = np.empty(height * width, np.int32)
