@@ -1,7 +1,7 @@
 """Detection time of one image without proposals: R-CNN against sppnet, on the same trunk and windows.
 
     python benchmarks/rcnn.py [--trunks alexnet zf5] [--scales 1|5|both] [--rounds 5] [--windows 2000]
-                              [--rcnn-windows 2000] [--ranks 512 256] [--precisions float32] [--threads N]
+                              [--rcnn-windows 2000] [--ranks 128 64] [--precisions float32] [--threads N]
 
 R-CNN warps every window to 227 × 227 pixels and runs the whole network on it; sppnet computes the maps once. Weights
 are random: times do not depend on them. All variants run one after the other in every round, so that a busy machine
@@ -264,7 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=PROPOSALS)
     parser.add_argument("--rcnn-windows", type=int, default=PROPOSALS, help="fewer: its times are scaled up")
-    parser.add_argument("--ranks", type=int, nargs=2, default=[512, 256], help="of compressed fc6, fc7; 0 0: none")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[128, 64], help="of compressed fc6, fc7; 0 0: none")
     parser.add_argument(
         "--precisions",
         nargs="+",
