@@ -20,7 +20,7 @@ from sppnet.network.winograd import Convolution, convolve, filters_at_points, sa
 
 
 @settings(max_examples=80, deadline=None)
-@example(images=4, size=(4, 12), channels=(3, 3), padding=(1, 1), bias=True, block=20_000, seed=0)  # 3 a block, then 1
+@example(images=5, size=(4, 12), channels=(3, 3), padding=(1, 1), bias=True, block=20_000, seed=0)  # 3 a block, then 2
 @given(
     images=st.integers(0, 4),
     size=st.tuples(st.integers(1, 23), st.integers(1, 23)),
