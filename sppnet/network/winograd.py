@@ -67,9 +67,9 @@ class Convolution(nn.Conv2d):
     _transformed: _Transformed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return (
-            convolve(input, self._filters(), self.bias, self._sides()) if self._pays(input) else super().forward(input)
-        )
+        if not self._pays(input):
+            return super().forward(input)
+        return convolve(input, self._filters(), self.bias, self._sides())
 
     def _apply(self, *arguments: Any, **named: Any) -> Self:
         self._transformed = None  # to another device or precision
@@ -79,12 +79,9 @@ class Convolution(nn.Conv2d):
         return {**super().__getstate__(), "_transformed": None}  # a copy has weights of its own
 
     def _pays(self, images: Tensor) -> bool:
-        if (
-            not suits(self)
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-        ):
+        if not suits(self) or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
         if images.device.type != "cpu" or images.dtype != torch.float32 or self.weight.is_inference():
             return False  # the version of a tensor made in inference mode is not known
