@@ -2,22 +2,51 @@
 
 Boxes are float xyxy, 0-based, half-open, in pixels of the original image; windows on a map are int xyxy, half-open,
 in cells; sizes are (height, width).
+
+A name is imported from its module when it is first used: torch and all that detection needs take seconds, which
+neither ``sppnet --help`` nor someone who wants the evaluation alone should wait for.
 """
 
-from sppnet.config import BoxRegressionSettings, Config, SVMSettings
-from sppnet.config_files import load_config
-from sppnet.detection.box_regression import fit_box_regressor
-from sppnet.detection.detector import SPPDetector
-from sppnet.detection.linear_svm import fit_linear_svm
-from sppnet.detection.nms import nms
-from sppnet.detection.windows import choose_scales, project_windows
-from sppnet.evaluation.voc import evaluate_voc
-from sppnet.images import read_image
-from sppnet.network.pyramid import SpatialPyramidPool, pool_windows, spatial_pyramid_pool
-from sppnet.network.trunks import Geometry
-from sppnet.records import Annotation, Detections, ImageRecord
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sppnet.config import BoxRegressionSettings, Config, SVMSettings
+    from sppnet.config_files import load_config
+    from sppnet.detection.box_regression import fit_box_regressor
+    from sppnet.detection.detector import SPPDetector
+    from sppnet.detection.linear_svm import fit_linear_svm
+    from sppnet.detection.nms import nms
+    from sppnet.detection.windows import choose_scales, project_windows
+    from sppnet.evaluation.voc import evaluate_voc
+    from sppnet.images import read_image
+    from sppnet.network.geometry import Geometry
+    from sppnet.network.pyramid import SpatialPyramidPool, pool_windows, spatial_pyramid_pool
+    from sppnet.records import Annotation, Detections, ImageRecord
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Annotation": "records",
+    "BoxRegressionSettings": "config",
+    "Config": "config",
+    "Detections": "records",
+    "Geometry": "network.geometry",
+    "ImageRecord": "records",
+    "SPPDetector": "detection.detector",
+    "SVMSettings": "config",
+    "SpatialPyramidPool": "network.pyramid",
+    "choose_scales": "detection.windows",
+    "evaluate_voc": "evaluation.voc",
+    "fit_box_regressor": "detection.box_regression",
+    "fit_linear_svm": "detection.linear_svm",
+    "load_config": "config_files",
+    "nms": "detection.nms",
+    "pool_windows": "network.pyramid",
+    "project_windows": "detection.windows",
+    "read_image": "images",
+    "spatial_pyramid_pool": "network.pyramid",
+}
 
 __all__ = [
     "Annotation",
@@ -40,3 +69,15 @@ __all__ = [
     "read_image",
     "spatial_pyramid_pool",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found  # the next access does not come here
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -38,7 +38,8 @@ def training_refused(config: Path, *overrides: str) -> str:
     message = refused("train", config, "--run", root, *(("--set", *overrides) if overrides else ()))
     assert not root.exists()
     dry = run_command("train", config, "--run", root, "--dry-run", *(("--set", *overrides) if overrides else ()))
-    assert dry.status in (0, 2)
+    assert dry.status in (0, 1, 2)
+    assert (dry.status == 0) == (dry.err == "")
     assert not root.exists()
     return message
 

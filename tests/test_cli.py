@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pipeline import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
-from sppnet import __version__, cli
+from sppnet import __version__, cli, commands
 from sppnet.config_files import load_config
 from sppnet.data.proposal_files import import_windows
 from sppnet.data.voc import read_comp4, write_annotation
@@ -211,7 +211,7 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     overrides = ["trunk.weights.source=file", "trunk.weights.file=no.npz", "proposals.import_from=[gone.npz]"]
     overrides += ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
     result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides)
-    assert result.status == 0
+    assert result.status == 1
     expected = [
         ("gone.npz", "proposals.import_from"),
         ("no.npz", "trunk.weights.file"),
@@ -220,7 +220,27 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     assert result.err.splitlines() == [
         f"missing: {path} ({setting}); training would end there" for path, setting in expected
     ]
-    assert run_command("train", config, "--run", tmp_path / "new", "--dry-run").err == ""
+    whole = run_command("train", config, "--run", tmp_path / "new", "--dry-run")
+    assert (whole.status, whole.err) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["detect", "runs/demo"]])
+def test_help_and_mistyped_commands_do_not_wait_for_torch(arguments):
+    code = f"""
+import sys
+from sppnet.cli import main
+try:
+    main({arguments!r})
+finally:
+    print(sorted({{"torch", "torchvision", "numpy", "cv2", "numba", "sppnet.commands"}} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == (2 if arguments == ["detect", "runs/demo"] else 0), ended.stderr
+    assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_has_its_action():
+    assert set(commands.ACTIONS) == set(cli._parser()._subparsers._group_actions[0].choices)
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -275,7 +295,8 @@ def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp
         monkeypatch.setattr(name, refuse)
     monkeypatch.chdir(tmp_path)
     result = run_command("train", path, "--set", f"data.root={root}", "--dry-run")
-    assert result.status == 0, result.err
+    assert all(line.startswith("missing: data/") for line in result.err.splitlines()), result.err
+    assert result.status == bool(result.err)
     assert list(plan_of(result.out)) == list(STAGES)
     assert f"{len(names)} classes" in result.out
     assert [entry.name for entry in tmp_path.iterdir()] == ["VOCdevkit"]
@@ -422,10 +443,10 @@ def test_a_device_that_is_none_is_refused(config, run, tmp_path, device):
 
 
 def test_a_device_that_is_not_there_is_refused(run, monkeypatch):
-    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(commands.torch.cuda, "is_available", lambda: False)
     assert "this machine has no CUDA device; use --device cpu" in refused("eval", run.root, "--device", "cuda")
-    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(commands.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(commands.torch.cuda, "device_count", lambda: 2)
     assert "--device cuda:2: this machine has 2; count from 0" in refused("eval", run.root, "--device", "cuda:2")
 
 

@@ -758,7 +758,7 @@ def test_a_dry_run_says_that_a_rank_would_be_refused(run, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(with_ranks(run, 6, 8)))
     result = run_command("train", path, "--run", run.root, "--dry-run")
-    assert result.status == 0
+    assert result.status == 1
     assert "rank 8 of fc7: expected 1 to 7" in result.err
     assert result.err.rstrip().endswith("training would end there")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_the_public_names_are_what_they_say_and_no_more():
     assert sorted(sppnet.__all__) == sorted(PUBLIC)
     assert all(hasattr(sppnet, name) for name in PUBLIC)
     assert sppnet.__version__
+
+
+def test_public_names_come_from_the_modules_that_type_checkers_see():
+    tree = ast.parse(Path(sppnet.__file__).read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {name.name: node.module for node in checked.body for name in node.names}
+    assert seen == {name: f"sppnet.{module}" for name, module in sppnet._MODULES.items()}
+    assert set(seen) == set(sppnet.__all__) <= set(dir(sppnet))
+    assert all(getattr(sppnet, name).__module__ == module for name, module in seen.items())
+    with pytest.raises(AttributeError, match="module 'sppnet' has no attribute 'nothing'"):
+        sppnet.nothing  # noqa: B018
 
 
 def test_the_geometry_has_a_stride_a_first_centre_and_a_shrink():

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -146,7 +144,10 @@ def _descend(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVM
 
 
 def _liblinear(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
-    """The same by scikit-learn."""
+    """The same by scikit-learn, which takes a second to import and is wanted here alone."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.svm import LinearSVC
+
     solver = LinearSVC(
         loss="hinge",
         dual=True,
