@@ -1,6 +1,6 @@
 """Pool 2,000 windows of a 256 × 43 × 57 map: sppnet against torchvision's roi_pool, once per level.
 
-    python benchmarks/pool_windows.py [--rounds 7] [--threads N]
+    python benchmarks/pool_windows.py [--rounds 7] [--threads N] [--levels 3 5 7]
 
 The two are timed in pairs, one after the other in every round, so that a busy machine slows both; the ratio is taken
 pair by pair. Results must be bit-equal. With SPPNET_SHARED set the windows are real proposals of one VOC image,
@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +50,8 @@ def proposals() -> tuple[np.ndarray, tuple[int, int], str]:
     return np.concatenate([corners, corners + sides], axis=1), (375, 500), "random boxes"
 
 
-def roi_pool_per_level(feature_map: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torchvision.ops.roi_pool(feature_map[None], regions, n).flatten(1) for n in LEVELS], dim=1)
+def roi_pool_per_level(feature_map: torch.Tensor, regions: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
+    return torch.cat([torchvision.ops.roi_pool(feature_map[None], regions, n).flatten(1) for n in levels], dim=1)
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -64,17 +64,19 @@ def timed(function: Callable[[], object]) -> float:
     return seconds
 
 
-def traffic(windows: np.ndarray) -> tuple[int, int]:
-    """Bytes that one pass over the windows must read (each cell of each window once) and write."""
+def traffic(windows: np.ndarray, levels: Sequence[int]) -> tuple[int, int]:
+    """Bytes of every cell of every window once, and bytes written."""
     cells = int(((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).sum())
-    return 4 * CHANNELS * cells, 4 * CHANNELS * len(windows) * sum(n * n for n in LEVELS)
+    return 4 * CHANNELS * cells, 4 * CHANNELS * len(windows) * sum(n * n for n in levels)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="of the pyramid (default: 1 2 3 6)")
     options = parser.parse_args()
+    levels = tuple(options.levels)
     torch.set_num_threads(options.threads)
 
     boxes, image_size, origin = proposals()
@@ -84,18 +86,18 @@ def main() -> int:
     inclusive = torch.from_numpy(windows - np.array([0, 0, 1, 1])).float()
     regions = torch.cat([torch.zeros(len(windows), 1), inclusive], dim=1)
 
-    equal = torch.equal(pool_windows(feature_map, windows, LEVELS), roi_pool_per_level(feature_map, regions))
+    equal = torch.equal(pool_windows(feature_map, windows, levels), roi_pool_per_level(feature_map, regions, levels))
     rounds = [
         (
-            timed(lambda: pool_windows(feature_map, windows, LEVELS)),
-            timed(lambda: pool_windows(last, windows, LEVELS)),
-            timed(lambda: roi_pool_per_level(feature_map, regions)),
+            timed(lambda: pool_windows(feature_map, windows, levels)),
+            timed(lambda: pool_windows(last, windows, levels)),
+            timed(lambda: roi_pool_per_level(feature_map, regions, levels)),
         )
         for _ in range(max(5, options.rounds))
     ]
     ours, ours_last, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratios = sorted(peer / mine for mine, _, peer in rounds)
-    read, written = traffic(windows)
+    read, written = traffic(windows, levels)
     bandwidth = copy_bandwidth(torch.device("cpu"))
     mean_cells = read / (4 * CHANNELS * len(windows))
 
@@ -104,10 +106,13 @@ def main() -> int:
     print(f"sppnet pool_windows, map channels last {1e3 * ours_last:8.1f} ms")
     print(f"torchvision roi_pool, once per level   {1e3 * theirs:8.1f} ms")
     print(f"ratio, pair by pair: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}")
-    print(f"bytes: {read / 1e6:.0f} MB of cells read (the map itself has {feature_map.nbytes / 1e6:.1f} MB, which the")
-    print(f"       caches hold), {written / 1e6:.0f} MB written")
-    print(f"copy bandwidth of this machine {bandwidth / 1e9:.1f} GB/s (read + written); ours moves", end=" ")
-    print(f"{(read + written) / ours_last / 1e9:.1f} GB/s, {(read + written) / ours_last / bandwidth:.2f} of it")
+    print(f"bytes: {written / 1e6:.0f} MB written; the windows have {read / 1e6:.0f} MB of cells, of a map of", end=" ")
+    print(f"{feature_map.nbytes / 1e6:.1f} MB that the caches hold")
+    print(f"copy bandwidth of this machine {bandwidth / 1e9:.1f} GB/s (read + written); ours writes", end=" ")
+    print(
+        f"{written / ours / 1e9:.1f} GB/s, {written / ours / bandwidth:.2f} of it; cells and result together", end=" "
+    )
+    print(f"{(read + written) / ours / 1e9:.1f} GB/s, {(read + written) / ours / bandwidth:.2f}")
     print(f"bit-equal: {equal}")
     return 0 if equal else 1
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from reference import pyramid_vector
 from torch.nn.functional import adaptive_max_pool2d
 
-from sppnet.network import kernels, pyramid
+from sppnet.network import bins, kernels, memory, pyramid
 from sppnet.network.pyramid import (
     RoIPool,
     SpatialPyramidPool,
@@ -69,68 +72,189 @@ def test_windows_equal_adaptive_max_pooling_of_the_crop_bit_for_bit(
 
 
 @pytest.mark.parametrize(("height", "width"), [(43, 57), (1, 60), (60, 3), (17, 16)])
-def test_maxima_of_squares_are_those_of_their_cells(height, width):
-    cells = random_map(5, height, width).permute(1, 2, 0).contiguous().numpy()
-    squares = kernels._squares(cells, random_windows(2000, height, width), threads=2)
-    assert len(squares) == min(4, min(height, width).bit_length())
-    for k in range(len(squares)):
+@pytest.mark.parametrize("last", [False, True])
+def test_maxima_of_squares_are_those_of_their_cells(height, width, last):
+    feature_map = random_map(133, height, width).numpy()
+    given = np.ascontiguousarray(feature_map.transpose(1, 2, 0)).transpose(2, 0, 1) if last else feature_map
+    windows = random_windows(2000, height, width)
+    table = kernels._squares(given, windows, bins.level_plan((1,)), threads=2)
+    assert table.shape[1:4] == (min(4, min(height, width).bit_length()), height, width)
+    for k in range(table.shape[1]):
         side = 1 << k
         for y in range(height - side + 1):
             for x in range(width - side + 1):
-                expected = cells[y : y + side, x : x + side].max(axis=(0, 1))
-                np.testing.assert_array_equal(squares[k, y, x], expected)
-    assert len(kernels._squares(cells, np.array([[0, 0, 1, 1]]), threads=2)) == 1  # not worth it for one window
+                expected = feature_map[:, y : y + side, x : x + side].max(axis=(1, 2))
+                np.testing.assert_array_equal(table[:, k, y, x].reshape(-1)[:133], expected)
 
 
-def test_a_result_beyond_the_caches_is_the_same():
-    feature_map, windows = random_map(256, 20, 30), random_windows(700, 20, 30)
+def test_as_many_sizes_of_squares_are_made_as_save_reads():
+    windows, plan = random_windows(2000, 43, 57), bins.level_plan((1, 2, 3, 6))
+    fine = bins.level_plan((60,))
+    assert kernels._sides(windows, bins.level_plan((1,)), 43, 57) == 3
+    assert kernels._sides(windows, plan, 43, 57) == 2  # hardly a bin is 8 cells high
+    assert kernels._sides(windows, fine, 43, 57) == 0  # none has 2 cells
+    assert kernels._sides(windows[:1], plan, 43, 57) == 0  # one window does not pay
+    assert kernels._sides(windows[:0], plan, 43, 57) == 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "itemsize", "lanes"),
+    [(256, 4, 128), (512, 4, 128), (320, 4, 64), (96, 4, 96), (1, 4, 32), (129, 4, 32), (256, 2, 256), (256, 8, 64)],
+)
+def test_blocks_leave_few_lanes_empty(channels, itemsize, lanes):
+    assert kernels._lanes(channels, itemsize) == lanes
+
+
+def test_a_map_that_lies_channels_last_is_not_copied_for_few_windows():
+    last, plan = channels_last(random_map(64, 20, 30)), bins.level_plan((1, 2))
+    few, many = random_windows(3, 20, 29), random_windows(2000, 20, 29)
+    assert np.shares_memory(kernels._squares(last.numpy(), few, plan, threads=1), last.numpy())
+    assert not np.shares_memory(kernels._squares(last.numpy(), many, plan, threads=1), last.numpy())
+    for feature_map in (last, last[:63], last[:, :, :29]):
+        assert torch.equal(pool_windows(feature_map, few, (1, 2)), crop_by_crop(feature_map, few, (1, 2)))
+
+
+def cells_read(group: np.ndarray, height: int, width: int) -> set[tuple[int, int]]:
+    """The cells of the squares of a group of reads, at one byte a cell."""
+    found = set()
+    for place in group.tolist():
+        k, y, x = place // (height * width), place // width % height, place % width
+        found |= {(y + dy, x + dx) for dy in range(1 << k) for dx in range(1 << k)}
+    return found
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    levels=st.sampled_from(LEVELS),
+    squares=st.integers(1, 4),
+    count=st.sampled_from([0, 1, 30]),
+    seed=st.integers(0, 10_000),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_squares_of_a_bin_cover_it_and_no_other_cell(height, width, levels, squares, count, seed):
+    windows, plan = random_windows(count, height, width, seed), bins.level_plan(levels)
+    firsts, groups = bins.reads_of_windows(windows, plan, squares, height, width, 1)
+    found = [set().union(*(cells_read(g, height, width) for g in groups[a:b])) for a, b in itertools.pairwise(firsts)]
+    expected = []
+    for x1, y1, x2, y2 in windows.tolist():
+        for n in (n for n, parent, *_ in plan.tolist() if parent < 0):
+            rows, columns = edges(y2 - y1, n), edges(x2 - x1, n)
+            for (top, bottom), (left, right) in itertools.product(rows, columns):
+                expected.append({(y1 + y, x1 + x) for y in range(top, bottom) for x in range(left, right)})
+    assert found == expected
+    assert firsts[-1] == len(groups)
+
+
+def edges(side: int, n: int) -> list[tuple[int, int]]:
+    """Where the bins of a level begin and end: floor and ceil of exact fractions."""
+    return [(math.floor(Fraction(i * side, n)), math.ceil(Fraction((i + 1) * side, n))) for i in range(n)]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_bins_of_finer_bins_read_those_inside_them(levels):
+    plan = bins.level_plan(levels).tolist()
+    firsts, groups = bins.reads_of_bins(tuple(map(tuple, plan)), 10)
+    found = [set((groups[a:b] // 10).ravel().tolist()) for a, b in itertools.pairwise(firsts)]
+    expected = []
+    for n, parent, *_ in plan:
+        if parent >= 0:
+            m, _, row, _ = plan[parent]
+            for (top, bottom), (left, right) in itertools.product(edges(m, n), repeat=2):
+                expected.append({row + y * m + x for y in range(top, bottom) for x in range(left, right)})
+    assert found == expected
+
+
+@pytest.mark.parametrize("levels", [(1, 2, 3, 6), (3, 5, 7), (2,)])
+@pytest.mark.parametrize("channels", [96, 130, 320])  # a block; a block that is partly empty; five
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_in_several_blocks_are_all_there(channels, levels, dtype):
+    feature_map, windows = random_map(channels, 20, 30, dtype=dtype), random_windows(40, 20, 30)
+    expected = crop_by_crop(feature_map, windows, levels)
+    assert torch.equal(pool_windows(feature_map, windows, levels), expected)
+    last = channels_last(feature_map)
+    assert torch.equal(pool_windows(last, windows, levels), expected)
+    for kind in (torch.float32, torch.bfloat16):
+        by_bin = pool_windows_by_bin(last, windows, levels, kind)
+        assert torch.equal(by_bin, expected[:, bin_columns(channels, levels)].to(kind))
+
+
+def channels_last(feature_map: torch.Tensor) -> torch.Tensor:
+    return feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("by_bin", [False, True])
+def test_windows_on_the_same_cells_have_the_same_rows(by_bin):
+    feature_map, windows = random_map(8, 9, 12), random_windows(40, 9, 12)
+    repeated = windows[np.random.default_rng(0).integers(0, 40, 700)]
+    pool = pool_windows_by_bin if by_bin else pool_windows
+    columns = bin_columns(8, (1, 2, 4)) if by_bin else slice(None)
+    expected = crop_by_crop(feature_map, repeated, (1, 2, 4))[:, columns]
+    assert torch.equal(pool(feature_map, repeated, (1, 2, 4)), expected)
+
+
+@pytest.mark.parametrize(
+    "channels", [256, 336, 300]
+)  # whole cache lines; the last block part of them; rows that begin anywhere
+def test_a_result_beyond_the_caches_is_the_same(channels):
+    feature_map, windows = random_map(channels, 20, 30), random_windows(700, 20, 30)
     pooled = pool_windows(feature_map, windows, (1, 2, 3, 6))
     assert pooled.nbytes >= kernels.BEYOND_CACHES
     assert pooled.data_ptr() % 64 == 0
     assert torch.equal(pooled, crop_by_crop(feature_map, windows, (1, 2, 3, 6)))
-    columns = bin_columns(256, (1, 2, 3, 6))
+    columns = bin_columns(channels, (1, 2, 3, 6))
     assert torch.equal(pool_windows_by_bin(feature_map, windows, (1, 2, 3, 6)), pooled[:, columns])
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), kind=st.sampled_from([np.float32, np.float64, np.int16]))
 def test_a_transposition_is_numpys(rows, columns, kind):
-    values = np.arange(rows * columns).astype(kind).reshape(rows, columns)
-    found = np.full((columns, rows), -1, kind)
-    kernels._transpose(values, found)
-    np.testing.assert_array_equal(found, values.T)
+    values = np.arange(rows * (columns + 3)).astype(kind).reshape(rows, columns + 3)[:, :columns]
+    whole = np.full((columns, rows + 2), -1, kind)
+    kernels._transpose(values, whole[:, :rows], False)
+    np.testing.assert_array_equal(whole[:, :rows], values.T)
+    assert (whole[:, rows:] == -1).all()
+
+
+@pytest.mark.parametrize("rows", range(2, 8))
+@pytest.mark.parametrize("columns", [8, 11, 32])
+def test_few_rows_are_transposed_with_room_behind_them(rows, columns):
+    values = np.arange(8 * columns, dtype=np.float32).reshape(8, columns)
+    found = np.full(columns * rows + 8, -1, np.float32)
+    kernels._transpose(values[:rows], found[: columns * rows].reshape(columns, rows), True)
+    np.testing.assert_array_equal(found[: columns * rows].reshape(columns, rows), values[:rows].T)
 
 
 def test_memory_of_a_result_is_used_again_when_nobody_holds_it():
-    memory = kernels.ResultMemory(smallest=1000, largest=100_000)
-    first = memory.array((50, 10), np.float32)
+    results = memory.ResultMemory(smallest=1000, largest=100_000)
+    first = results.array((50, 10), np.float32)
     place = first.ctypes.data
     assert place % 64 == 0
-    other = memory.array((50, 10), np.float32)  # the first is held: the second must lie elsewhere
+    other = results.array((50, 10), np.float32)  # the first is held: the second must lie elsewhere
     assert not np.shares_memory(first, other)
     row = other[3:4]
     del first, other
-    third = memory.array((50, 10), np.float32)  # a row of the second is held
+    third = results.array((50, 10), np.float32)  # a row of the second is held
     assert not np.shares_memory(row, third)
     tensor = torch.from_numpy(third)[2]
     del third
-    fourth = memory.array((50, 10), np.float32)  # and here a tensor
+    fourth = results.array((50, 10), np.float32)  # and here a tensor
     assert fourth.ctypes.data != tensor.data_ptr() - 2 * 40
     place = fourth.ctypes.data
     del fourth
-    assert memory.array((25, 10), np.float64).ctypes.data == place
-    assert memory.array((50, 9), np.float32).ctypes.data == place
-    assert memory.array((5, 100), np.float32).shape == (5, 100)
+    assert results.array((25, 10), np.float64).ctypes.data == place
+    assert results.array((50, 9), np.float32).ctypes.data == place
+    assert results.array((5, 100), np.float32).shape == (5, 100)
 
 
 def test_a_small_result_does_not_hold_the_memory_of_a_large_one():
-    memory = kernels.ResultMemory(smallest=1000, largest=100_000)
-    large = memory.array((90_000,), np.uint8)
+    results = memory.ResultMemory(smallest=1000, largest=100_000)
+    large = results.array((90_000,), np.uint8)
     place = large.ctypes.data
     del large
-    small = memory.array((2000,), np.uint8)
+    small = results.array((2000,), np.uint8)
     assert small.base.nbytes < 3000
-    assert memory.array((200_000,), np.uint8).base is None  # too large to stay
-    assert memory.array((900,), np.uint8).base is None  # too small to matter
+    assert results.array((200_000,), np.uint8).base is None  # too large to stay
+    assert results.array((900,), np.uint8).base is None  # too small to matter
     assert place
 
 
@@ -222,9 +346,9 @@ def test_codes_of_bfloat16_numbers_keep_their_order_and_lead_back():
 
 def test_many_windows_are_shared_between_threads_without_a_difference():
     feature_map, windows = random_map(20, 40, 50), random_windows(1500, 40, 50)
-    cells = kernels.channels_last(feature_map.numpy())
-    alone = kernels.pool_cells(cells, windows, (1, 2, 3, 6), threads=1)
-    assert np.array_equal(kernels.pool_cells(cells, windows, (1, 2, 3, 6), threads=3), alone)
+    alone = kernels.pool_cells(feature_map.numpy(), windows, (1, 2, 3, 6), threads=1)
+    assert len(windows) > 2 * kernels.WINDOWS_AT_ONCE
+    assert np.array_equal(kernels.pool_cells(feature_map.numpy(), windows, (1, 2, 3, 6), threads=3), alone)
     assert np.array_equal(crop_by_crop(feature_map, windows, (1, 2, 3, 6)).numpy(), alone)
 
 
@@ -255,13 +379,12 @@ def test_arrays_and_tensors_of_windows_are_the_same():
     assert torch.equal(pool_windows(feature_map, windows[::-1].astype(np.uint16), (2,)), expected.flip(0))
 
 
-def test_a_map_that_lies_channels_last_is_not_copied():
-    last = np.zeros((7, 8, 4), np.float32)
-    assert np.shares_memory(kernels.channels_last(last.transpose(2, 0, 1)), last)
-    first = random_map(4, 7, 8)
-    assert np.array_equal(kernels.channels_last(first.numpy()), first.permute(1, 2, 0).numpy())
-    sliced = random_map(9, 10, 12)[1:5, 2:9, ::2]
-    assert np.array_equal(kernels.channels_last(sliced.numpy()), sliced.permute(1, 2, 0).numpy())
+def test_a_map_may_lie_in_memory_as_it_likes():
+    whole, windows = random_map(90, 20, 24), random_windows(50, 7, 8)
+    sliced = whole[1:85, 2:9, ::3]
+    expected = crop_by_crop(sliced, windows, (1, 2, 3, 6))
+    for feature_map in (sliced, sliced.contiguous(), channels_last(sliced), sliced.permute(0, 2, 1).contiguous().mT):
+        assert torch.equal(pool_windows(feature_map, windows, (1, 2, 3, 6)), expected)
 
 
 def test_nan_and_infinity_propagate_as_in_torch():
@@ -318,9 +441,11 @@ def test_roi_pooling_is_one_level():
 
 
 def test_coarse_levels_are_computed_from_the_smallest_level_they_divide():
-    plan = kernels.level_plan((1, 2, 3, 6)).tolist()
+    plan = bins.level_plan((1, 2, 3, 6)).tolist()
     assert plan == [[6, -1, 0, 14], [3, 0, 36, 5], [2, 0, 45, 1], [1, 2, 49, 0]]
-    assert [row[1] for row in kernels.level_plan((3, 5, 7)).tolist()] == [-1, -1, -1]
+    assert [row[1] for row in bins.level_plan((3, 5, 7)).tolist()] == [-1, -1, -1]
+    mixed = bins.level_plan((1, 3, 4, 6)).tolist()  # those that read the map come first
+    assert mixed == [[6, -1, 0, 26], [4, -1, 36, 10], [3, 0, 52, 1], [1, 2, 61, 0]]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 
-from sppnet.network.kernels import bfloat16_codes, bin_order, channels_last, has_nan, pool_bins, pool_cells
+from sppnet.network.bins import bin_order
+from sppnet.network.kernels import bfloat16_codes, has_nan, pool_bins, pool_cells
 
 # torchvision.ops.roi_pool finds bins in float32; up to this level they equal the exact ones for every side below 3000
 ROI_POOL_EXACT_LEVEL = 13
@@ -52,10 +53,9 @@ def pool_windows(feature_map: Tensor, windows: ArrayLike | Tensor, levels: Seque
     tensor; levels e.g. (1, 2, 3, 6). Returns (R, C · Σn²) of the map's type on the map's device, each row equal to
     ``spatial_pyramid_pool`` of the cropped map (zeros of either sign count as equal). He et al. 2015, sec. 4.1, app. A.
 
-    On the CPU a map without gradient goes through the compiled loop, fastest where it already lies channels last
-    (``feature_map.permute(1, 2, 0).is_contiguous()``); then it is not copied. A map on another device or one that
-    requires a gradient goes through ``torchvision.ops.roi_pool`` and must be finite: NaN are skipped there, while
-    on the CPU they propagate as in torch, on a slow path.
+    On the CPU a map without gradient goes through the compiled loop; few windows of a map that lies channels last take
+    least. A map on another device or one that requires a gradient goes through ``torchvision.ops.roi_pool`` and must be
+    finite: NaN are skipped there, while on the CPU they propagate as in torch, on a slow path.
 
     Raises ValueError for windows that are not (R, 4) integers, empty, or not inside the map.
     """
@@ -80,9 +80,9 @@ def pool_windows_by_bin(
     cells = _checked_windows(windows, feature_map.shape[-2:])
     feature_map = feature_map.detach()
     if feature_map.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        last = channels_last(feature_map.float().numpy())
-        if not has_nan(last):
-            return _pool_by_bin_compiled(last, cells, levels, dtype)
+        exact = feature_map.float()
+        if not has_nan(exact.numpy()):
+            return _pool_by_bin_compiled(exact, cells, levels, dtype)
     columns = _columns_on(feature_map.device, feature_map.shape[0], levels)
     return pool_windows(feature_map, cells, levels)[:, columns].to(dtype)
 
@@ -154,22 +154,20 @@ def sliding_pool(side: int, n: int) -> SlidingPool:
 def _pool_windows_compiled(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:
     # numba has no 16-bit floats; to float32 and back is exact, because a maximum is one of its inputs
     exact = feature_map if feature_map.dtype == torch.float64 else feature_map.float()
-    cells = channels_last(exact.numpy())
-    if has_nan(cells):
+    if has_nan(exact.numpy()):
         return _pool_windows_by_crop(feature_map, windows, levels)
-    pooled = pool_cells(cells, windows, levels, threads=torch.get_num_threads())
+    pooled = pool_cells(exact.numpy(), windows, levels, threads=torch.get_num_threads())
     return torch.from_numpy(pooled).to(feature_map.dtype)
 
 
 def _pool_by_bin_compiled(
-    cells: NDArray[np.float32], windows: NDArray[np.int64], levels: tuple[int, ...], dtype: torch.dtype
+    feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     threads = torch.get_num_threads()
     if dtype == torch.float32:
-        return torch.from_numpy(pool_bins(cells, windows, levels, threads)).flatten(1)
-    bits = torch.from_numpy(cells).to(torch.bfloat16).view(torch.int16).numpy()
-    pooled = pool_bins(bfloat16_codes(bits), windows, levels, threads)
-    return torch.from_numpy(pooled).view(torch.bfloat16).flatten(1)
+        return torch.from_numpy(pool_bins(feature_map.numpy(), windows, levels, threads)).flatten(1)
+    codes = bfloat16_codes(feature_map.to(torch.bfloat16).view(torch.int16).numpy())
+    return torch.from_numpy(pool_bins(codes, windows, levels, threads)).view(torch.bfloat16).flatten(1)
 
 
 def _pool_windows_roi(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Two things that compiled loops cannot say in Python: an 8 × 8 transposition in registers, stores past the caches.
+"""What compiled loops cannot say in Python: maxima and 8 × 8 transpositions in registers, stores past the caches.
 
-Both work on addresses, so callers see to sizes, alignment and contiguity. numba keeps callers on disk and does not see
+All work on addresses, so callers see to sizes, alignment and contiguity. numba keeps callers on disk and does not see
 changes here: after one, delete ``__pycache__/kernels.*.nb*``.
 """
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 EIGHT = 8  # floats of a vector that every machine has, or splits in two
 LINE = 64  # bytes of a cache line
+WIDE = 2 * LINE  # bytes that a maximum works on: enough to hide the time of a load, few enough for all registers
 
 
 @intrinsic
@@ -41,6 +43,55 @@ def transpose_eight(context: Any, source: Any, source_step: Any, target: Any, ta
             builder.store(rows[k], _row(builder, kind, target_first, target_rows, k), align=4)
 
     return types.void(types.uintp, types.intp, types.uintp, types.intp), generate
+
+
+def _largest_of_four(again: bool) -> Any:
+    @intrinsic
+    def largest(context: Any, element: Any, base: Any, places: Any, target: Any) -> Any:
+        """`WIDE` bytes at target = the largest, number by number, of those at base + each of four int64 at `places`.
+
+        `element` is any number of the kind that lies there: float32, float64 without NaN, or int16.
+        """
+        floating, align = isinstance(element, types.Float), element.bitwidth // 8
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = ir.VectorType(context.get_value_type(element), WIDE // align)
+
+            def larger(a: Any, b: Any) -> Any:
+                above = builder.fcmp_ordered(">", a, b) if floating else builder.icmp_signed(">", a, b)
+                return builder.select(above, a, b)
+
+            def load(address: Any) -> Any:
+                return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+            _, first, four, into = arguments
+            offsets = builder.inttoptr(four, first.type.as_pointer())
+            places = [builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(32), k)])) for k in range(4)]
+            a, b, c, d = (load(builder.add(first, place)) for place in places)
+            largest = larger(larger(a, b), larger(c, d))
+            if again:
+                largest = larger(load(into), largest)
+            builder.store(largest, builder.inttoptr(into, kind.as_pointer()), align=align)
+
+        return types.void(element, types.intp, types.intp, types.intp), generate
+
+    return largest
+
+
+largest_of_four = _largest_of_four(again=False)
+larger_of_four = _largest_of_four(again=True)  # and of what lies at the target already
+
+
+@intrinsic
+def copy_bytes(context: Any, source: Any, target: Any, count: Any) -> Any:
+    """Copy `count` bytes from address to address."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        first, into = (builder.inttoptr(address, byte) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, into, first, arguments[2], 1)
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 @intrinsic

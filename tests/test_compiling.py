@@ -1,0 +1,42 @@
+"""Work in parts: every part once, on the caller's thread and others, errors where the caller sees them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from sppnet.compiling import PARTS_PER_THREAD, in_parts
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 1000])
+def test_the_parts_cover_everything_once(threads, count):
+    seen = []
+    in_parts(lambda start, stop: seen.append((start, stop)), count, threads, 32)
+    assert sorted(k for start, stop in seen for k in range(start, stop)) == list(range(count))
+    assert len(seen) == max(1, min(count // 32, threads * PARTS_PER_THREAD if threads > 1 else 1))
+
+
+def test_the_caller_works_beside_the_other_threads():
+    names = set()
+
+    def run(start, stop):
+        names.add(threading.current_thread())
+        time.sleep(0.01)
+
+    in_parts(run, 64, 3, 1)
+    assert threading.current_thread() in names
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("bad", range(8))
+def test_an_error_of_any_part_reaches_the_caller(bad):
+    def run(start, stop):
+        time.sleep(0.002)
+        if start == bad:
+            raise ValueError(f"part {bad}")
+
+    with pytest.raises(ValueError, match=f"part {bad}"):
+        in_parts(run, 8, 2, 1)
