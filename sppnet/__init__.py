@@ -4,7 +4,8 @@ Boxes are float xyxy, 0-based, half-open, in pixels of the original image; windo
 in cells; sizes are (height, width).
 
 A name is imported from its module when it is first used: torch and all that detection needs take seconds, which
-neither ``sppnet --help`` nor someone who wants the evaluation alone should wait for.
+neither ``sppnet --help`` nor someone who wants the evaluation alone should wait for. Modules are imported by name, as
+ever: ``import sppnet.data.voc``.
 """
 
 from importlib import import_module

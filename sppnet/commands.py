@@ -25,7 +25,6 @@ from sppnet.detection.compression import compress_run
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.finetuning import FinetuneError
 from sppnet.detection.folder_detection import detect_files
-from sppnet.detection.low_rank import CompressionError
 from sppnet.detection.proposals import ProposalError, read_windows
 from sppnet.detection.stages import STAGES, describe_stage
 from sppnet.detection.testing import TestOutput, test_run
@@ -63,11 +62,7 @@ def _train(options: argparse.Namespace) -> int:
         training = Training(config, root, _device(options))
         redone = training.redone(only, force)
         print("\n".join([str(training.plan.data), *(describe_stage(s, only, redone) for s in training.status())]))
-        ends = [f"missing: {path} ({setting})" for setting, path in training.missing_files()]
-        try:
-            training.networks.check_ranks()
-        except CompressionError as error:
-            ends.append(str(error))
+        ends = training.obstacles(only)
         for reason in ends:
             print(f"{reason}; training would end there", file=sys.stderr)
         return 1 if ends else 0

@@ -44,12 +44,16 @@ def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: i
     waiting = deque(itertools.pairwise(bounds))
 
     def work() -> None:
-        while True:
+        while waiting:
             try:
                 start, stop = waiting.popleft()
-            except IndexError:
+            except IndexError:  # the last one went to another thread
                 return
-            run(start, stop)
+            try:
+                run(start, stop)
+            except BaseException:
+                waiting.clear()  # nobody begins another part
+                raise
 
     # The caller works too: a thread takes a fifth of a millisecond to start, and a small map not much longer.
     with ThreadPoolExecutor(min(threads, parts) - 1) as pool:

@@ -224,6 +224,17 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     assert (whole.status, whole.err) == (0, "")
 
 
+def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config, tmp_path):
+    overrides = ["trunk.weights.source=file", "trunk.weights.file=no.npz", "compress.fc6=100000"]
+    options = ["train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides]
+    every = run_command(*options)
+    assert every.status == 1
+    assert [line.split()[0] for line in every.err.splitlines()] == ["missing:", "rank"]
+    assert run_command(*options, "--only", "extract").err == every.err
+    propose = run_command(*options, "--only", "propose")
+    assert (propose.status, propose.err) == (0, "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["detect", "runs/demo"]])
 def test_help_and_mistyped_commands_do_not_wait_for_torch(arguments):
     code = f"""

@@ -40,3 +40,18 @@ def test_an_error_of_any_part_reaches_the_caller(bad):
 
     with pytest.raises(ValueError, match=f"part {bad}"):
         in_parts(run, 8, 2, 1)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_after_an_error_no_other_part_begins(mine):
+    begun, caller = [], threading.current_thread()
+
+    def run(start, stop):
+        begun.append(start)
+        time.sleep(0.02)
+        if (threading.current_thread() is caller) == mine:
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        in_parts(run, 16, 2, 1)
+    assert len(begun) < 8

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import mmap
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +95,10 @@ def test_as_many_sizes_of_squares_are_made_as_save_reads():
     assert kernels._sides(windows, bins.level_plan((1,)), 43, 57) == 3
     assert kernels._sides(windows, plan, 43, 57) == 2  # hardly a bin is 8 cells high
     assert kernels._sides(windows, fine, 43, 57) == 0  # none has 2 cells
+    assert kernels._sides(windows, bins.level_plan((60, 1)), 43, 57) == 0  # the coarse one rests on the fine one
+    assert kernels._sides(windows, bins.level_plan((60, 7)), 43, 57) == kernels._sides(
+        windows, bins.level_plan((7,)), 43, 57
+    )
     assert kernels._sides(windows[:1], plan, 43, 57) == 0  # one window does not pay
     assert kernels._sides(windows[:0], plan, 43, 57) == 0
 
@@ -110,8 +116,64 @@ def test_a_map_that_lies_channels_last_is_not_copied_for_few_windows():
     few, many = random_windows(3, 20, 29), random_windows(2000, 20, 29)
     assert np.shares_memory(kernels._squares(last.numpy(), few, plan, threads=1), last.numpy())
     assert not np.shares_memory(kernels._squares(last.numpy(), many, plan, threads=1), last.numpy())
+    other = channels_last(random_map(63, 20, 30)).numpy()
+    assert not np.shares_memory(kernels._squares(other, few, plan, threads=1), other)  # vectors would read beyond it
     for feature_map in (last, last[:63], last[:, :, :29]):
         assert torch.equal(pool_windows(feature_map, few, (1, 2)), crop_by_crop(feature_map, few, (1, 2)))
+
+
+def fenced(values: np.ndarray) -> np.ndarray:
+    """A copy behind whose last byte no memory may be read or written."""
+    page = mmap.PAGESIZE
+    end = -(-values.nbytes // page) * page
+    block = np.frombuffer(mmap.mmap(-1, end + page), np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(block.ctypes.data + end), ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()
+    copy = block[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", [1, 5, 32, 63, 130])
+def test_nothing_is_read_behind_a_map_nor_written_behind_a_result(monkeypatch, channels, dtype):
+    class Fenced:
+        def array(self, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+            return fenced(np.zeros(shape, kind))
+
+    monkeypatch.setattr(kernels, "result_memory", Fenced())
+    monkeypatch.setattr(kernels, "table_memory", Fenced())
+    feature_map = random_map(channels, 11, 13).numpy().astype(dtype)
+    last = fenced(np.ascontiguousarray(feature_map.transpose(1, 2, 0))).transpose(2, 0, 1)
+    for windows in (random_windows(2, 11, 13), random_windows(150, 11, 13)):
+        expected = crop_by_crop(torch.from_numpy(feature_map), windows, (1, 2, 4, 3)).numpy()
+        for own in (fenced(feature_map), last):
+            np.testing.assert_array_equal(kernels.pool_cells(own, windows, (1, 2, 4, 3)), expected)
+            by_bin = kernels.pool_bins(own, windows, (1, 2, 4, 3)).reshape(len(windows), -1)
+            np.testing.assert_array_equal(by_bin, expected[:, bin_columns(channels, (1, 2, 4, 3))])
+
+
+def test_squares_that_take_too_much_memory_are_not_made(monkeypatch):
+    feature_map, windows = random_map(3, 30, 40), random_windows(500, 30, 40)
+    plan = bins.level_plan((1, 2))
+    whole = kernels._squares(feature_map.numpy(), windows, plan, threads=1)
+    assert whole.shape[1] > 1
+    monkeypatch.setattr(kernels, "TABLE_BYTES", whole.nbytes - 1)
+    assert kernels._squares(feature_map.numpy(), windows, plan, threads=1).shape[1] == 1
+    assert torch.equal(pool_windows(feature_map, windows, (1, 2)), crop_by_crop(feature_map, windows, (1, 2)))
+
+
+def test_copies_of_one_window_make_no_squares(monkeypatch):
+    seen = []
+    squares = kernels._squares
+    monkeypatch.setattr(kernels, "_squares", lambda *given: seen.append(squares(*given)) or seen[-1])
+    feature_map = random_map(3, 20, 20)
+    assert torch.equal(
+        pool_windows(feature_map, [[0, 0, 20, 20]] * 500, (2,)),
+        spatial_pyramid_pool(feature_map, (2,)).expand(500, -1),
+    )
+    assert seen[0].shape[1] == 1
 
 
 def cells_read(group: np.ndarray, height: int, width: int) -> set[tuple[int, int]]:
@@ -206,6 +268,35 @@ def test_a_result_beyond_the_caches_is_the_same(channels):
     assert torch.equal(pool_windows_by_bin(feature_map, windows, (1, 2, 3, 6)), pooled[:, columns])
 
 
+class Shifted:
+    """Memory that begins a little behind a cache line, as that of numpy may."""
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        block = np.empty(size + 128, np.uint8)
+        first = -block.ctypes.data % 64 + 16
+        return block[first : first + size].view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("channels", [32, 80, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_of_every_kind_go_past_the_caches(monkeypatch, shifted, channels, dtype):
+    monkeypatch.setattr(kernels, "BEYOND_CACHES", 0)
+    if shifted:
+        monkeypatch.setattr(kernels, "result_memory", Shifted())
+    else:
+        monkeypatch.setattr(kernels.result_memory, "smallest", 0)
+    feature_map = random_map(channels, 9, 11, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    windows = random_windows(90, 9, 11)
+    expected = crop_by_crop(feature_map, windows, (1, 2, 3))
+    assert torch.equal(pool_windows(feature_map, windows, (1, 2, 3)), expected)
+    if dtype != torch.float64:
+        by_bin = pool_windows_by_bin(feature_map, windows, (1, 2, 3), dtype)
+        assert by_bin.data_ptr() % 64 == 16 * shifted
+        assert torch.equal(by_bin, expected[:, bin_columns(channels, (1, 2, 3))].to(dtype))
+
+
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), kind=st.sampled_from([np.float32, np.float64, np.int16]))
 def test_a_transposition_is_numpys(rows, columns, kind):
     values = np.arange(rows * (columns + 3)).astype(kind).reshape(rows, columns + 3)[:, :columns]
@@ -225,7 +316,7 @@ def test_few_rows_are_transposed_with_room_behind_them(rows, columns):
 
 
 def test_memory_of_a_result_is_used_again_when_nobody_holds_it():
-    results = memory.ResultMemory(smallest=1000, largest=100_000)
+    results = memory.ReusedMemory(smallest=1000, largest=100_000)
     first = results.array((50, 10), np.float32)
     place = first.ctypes.data
     assert place % 64 == 0
@@ -247,7 +338,7 @@ def test_memory_of_a_result_is_used_again_when_nobody_holds_it():
 
 
 def test_a_small_result_does_not_hold_the_memory_of_a_large_one():
-    results = memory.ResultMemory(smallest=1000, largest=100_000)
+    results = memory.ReusedMemory(smallest=1000, largest=100_000)
     large = results.array((90_000,), np.uint8)
     place = large.ctypes.data
     del large
@@ -347,16 +438,19 @@ def test_codes_of_bfloat16_numbers_keep_their_order_and_lead_back():
 def test_many_windows_are_shared_between_threads_without_a_difference():
     feature_map, windows = random_map(20, 40, 50), random_windows(1500, 40, 50)
     alone = kernels.pool_cells(feature_map.numpy(), windows, (1, 2, 3, 6), threads=1)
-    assert len(windows) > 2 * kernels.WINDOWS_AT_ONCE
+    assert 36 * len(windows) > 5 * kernels.BINS_AT_ONCE
     assert np.array_equal(kernels.pool_cells(feature_map.numpy(), windows, (1, 2, 3, 6), threads=3), alone)
     assert np.array_equal(crop_by_crop(feature_map, windows, (1, 2, 3, 6)).numpy(), alone)
 
 
 def test_several_threads_may_pool_at_once():
-    feature_map, windows = random_map(8, 20, 20), random_windows(400, 20, 20)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: pool_windows(feature_map, windows, (1, 3)), range(8)))
-    assert all(torch.equal(result, results[0]) for result in results)
+    maps, windows = [random_map(128, 40, 50, seed) for seed in range(6)], random_windows(600, 40, 50)
+    assert kernels._squares(maps[0].numpy(), windows, bins.level_plan((1, 3)), 1).nbytes > kernels.table_memory.smallest
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda feature_map: pool_windows(feature_map, windows, (1, 3)), maps))
+    assert results[0].nbytes > kernels.result_memory.smallest
+    for feature_map, result in zip(maps, results, strict=True):
+        assert torch.equal(result, crop_by_crop(feature_map, windows, (1, 3)))
 
 
 def test_a_window_of_one_cell_fills_every_bin():

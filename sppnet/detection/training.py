@@ -23,7 +23,7 @@ from sppnet.detection.feature_maps import extract_images, maps_path
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MiningState, mine_detectors
 from sppnet.detection.linear_svm import LinearDetectors
-from sppnet.detection.low_rank import compress_head, describe_layers
+from sppnet.detection.low_rank import CompressionError, compress_head, describe_layers
 from sppnet.detection.plan import RunPlan, load_run_data
 from sppnet.detection.proposals import make_proposer, propose_images, read_windows, windows_path
 from sppnet.detection.stages import STAGES, StageError, StageReport, StageStatus, duration, stage_status, stage_table
@@ -113,15 +113,23 @@ class Training:
             stage_status("boxes", plan.boxes, regressors, no_boxes),
         ]
 
-    def missing_files(self) -> list[tuple[str, Path]]:
-        """(setting, file) of every file that the settings name and that is not there. Downloads are not looked for."""
-        config = self.config
+    def obstacles(self, stages: Sequence[str]) -> list[str]:
+        """What `check_files` would refuse for these stages without reading a weight: a line for each."""
+        config, networks = self.config, self.networks
         named = [("proposals.import_from", path) for path in config.proposals.import_from]
-        if config.trunk.weights.source == "file" and config.trunk.weights.file is not None:
-            named.append(("trunk.weights.file", config.trunk.weights.file))
-        if config.head.init == "checkpoint" and config.head.checkpoint is not None:
-            named.append(("head.checkpoint", config.head.checkpoint))
-        return [(setting, path) for setting, path in named if not path.is_file()]
+        found = list[str]()
+        if set(stages) - {"propose"}:
+            weights, checkpoint = config.trunk.weights, config.head.checkpoint
+            needs_trunk = not (config.pretrain.enabled and networks.pretrained_path.exists())
+            if needs_trunk and weights.source == "file" and weights.file is not None:
+                named.append(("trunk.weights.file", weights.file))
+            if config.head.init == "checkpoint" and checkpoint is not None and not networks.head_path.exists():
+                named.append(("head.checkpoint", checkpoint))
+            try:
+                networks.check_ranks()
+            except CompressionError as error:
+                found.append(str(error))
+        return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
 
     def check_files(self, stages: Sequence[str]) -> None:
         """Raise now what would end one of these stages hours later: files that are missing or do not fit."""

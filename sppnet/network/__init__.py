@@ -7,8 +7,8 @@
     weights        files of weights, read without running anything in them
     trunks         a trunk: layers, weights, geometry and preprocessing together
     pyramid        spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
-    kernels        the compiled CPU loops behind pool_windows (bins: where bins are computed from; memory: where results
-                   lie; vectors: what such loops cannot say in Python)
+    kernels        the compiled CPU loops behind pool_windows (bins: where bins are computed from; memory: for
+                   results and tables; vectors: what such loops cannot say in Python)
     winograd       wide 3 × 3 convolutions with a quarter of the multiplications
     sppnet         the head (fc6, fc7, classifier), its starting weights, and SPPNet = trunk + pyramid + head
 

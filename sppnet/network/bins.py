@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sppnet.compiling import compiled
 
-GROUP = 4  # places of a group; where fewer are needed the last one is repeated
+GROUP = 4  # places of a group, as `vectors.largest_of_four` takes them; where fewer are needed the last is repeated
 
 
 def level_plan(levels: Sequence[int]) -> NDArray[np.int64]:

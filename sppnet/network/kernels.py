@@ -1,10 +1,11 @@
 """The compiled CPU loops behind ``pool_windows``.
 
 Thousands of windows read every cell hundreds of times. So the maxima of all squares of 2, 4 and 8 cells a side are
-computed first (a sparse table), and a bin is the largest of the few squares that cover it (`bins`): two on average.
-Which these are is worked out once for all channels, and windows on the same cells are computed once.
+computed first (a sparse table), and a bin is the largest of the few squares that cover it (`bins`): of proposals on the
+map of a photograph two on average. Which these are is worked out once for all channels, and windows on the same cells
+are computed once.
 
-Channels are split into blocks, so that the bins of a window stay in the first cache until they are written. A block
+Channels are split into blocks, so that the bins of a window stay near until they are written. A block
 lies channels last, so that a maximum is one of vectors; in ``pool_cells`` its bins are transposed into the order of the
 pyramid vector on their way to the result.
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from sppnet.compiling import compiled, in_parts
 from sppnet.network.bins import level_plan, reads_of_bins, reads_of_windows
-from sppnet.network.memory import ResultMemory
+from sppnet.network.memory import ReusedMemory
 from sppnet.network.vectors import (
     EIGHT,
     LINE,
@@ -34,13 +35,16 @@ from sppnet.network.vectors import (
 
 SIDES = 3  # squares of 2, 4 and 8 cells; the bins of few windows are larger
 READS_PER_SQUARE = 4  # that many reads of cells saved pay for the maximum of a square
-BLOCK = 4 * WIDE  # bytes of a bin's channels in a block: the bins of (1, 2, 3, 6) then take 25 kB
+BLOCK = (
+    4 * WIDE
+)  # bytes of a bin's channels in a block: the bins of (1, 2, 3, 6) then take 25 kB (measured: not 13 or 50)
+TABLE_BYTES = 2**28  # more squares than that are not made
 BEYOND_CACHES = 2**25  # bytes of a result that no cache holds until it is read
 WINDOWS_PER_PART = 32  # fewer than this are not worth a thread
-WINDOWS_AT_ONCE = 256  # whose reads are worked out together: 10,000 groups of (1, 2, 3, 6)
+BINS_AT_ONCE = 10_000  # whose reads are worked out together
 
-result_memory = ResultMemory()
-table_memory = ResultMemory(largest=2**26)
+result_memory = ReusedMemory()
+table_memory = ReusedMemory(largest=2**26)
 
 
 def pool_cells(
@@ -94,11 +98,13 @@ def _pool(
     threads: int,
     by_bin: bool,
 ) -> None:
-    table = _squares(feature_map, windows, plan, threads)
     different, rows = _same_cells(windows, feature_map.shape[1:])
+    table = _squares(feature_map, different, plan, threads)
     finer = reads_of_bins(tuple(map(tuple, plan.tolist())), table.shape[-1] * table.itemsize)
+    lines = len(feature_map) * pooled.itemsize % LINE == 0 and pooled.ctypes.data % LINE == 0
+    past_caches = lines and pooled.nbytes >= BEYOND_CACHES
     in_parts(
-        lambda a, b: _pool_range(table, different, rows, plan, finer, len(feature_map), pooled, by_bin, a, b),
+        lambda a, b: _pool_range(table, different, rows, plan, finer, pooled, by_bin, past_caches, a, b),
         len(different),
         threads,
         WINDOWS_PER_PART,
@@ -128,16 +134,16 @@ def _lanes(channels: int, itemsize: int) -> int:
 
 def _sides(windows: NDArray[np.int64], plan: NDArray[np.int64], height: int, width: int) -> int:
     """How many sizes of squares, of 2, 4 and 8 cells a side, save these windows more reads than they cost."""
-    n, size = int(plan[0, 0]), windows[:, 2:] - windows[:, :2]
-    if (size + n - 1).prod(axis=1).sum() < READS_PER_SQUARE * height * width:
-        return 0  # they read too little in all
-    bins = -(-size // n)  # the largest of a window
-    fit = np.frexp(bins.min(axis=1))[1] - 1  # squares of at most 2 ** fit cells a side
-    most = min(SIDES, min(height, width).bit_length() - 1)
-    sizes = [1 << np.minimum(fit, k)[:, None] for k in range(most + 1)]
-    reads = [n * n * int((-(-bins // size)).prod(axis=1).sum()) for size in sizes]
-    paying = [reads[k] - reads[k + 1] >= READS_PER_SQUARE * height * width for k in range(most)]
-    return paying.index(False) if False in paying else most
+    cost, most = READS_PER_SQUARE * height * width, min(SIDES, min(height, width).bit_length() - 1)
+    reads, sizes = np.zeros(most + 1), windows[:, 2:] - windows[:, :2]
+    for n in plan[plan[:, 1] < 0, 0]:
+        bins = -(-sizes // n)  # the largest of a window
+        if n * n * bins.prod(axis=1).sum() < cost:
+            continue  # too few in all
+        fit = np.frexp(bins.min(axis=1))[1] - 1  # squares of at most 2 ** fit cells a side
+        for k in range(most + 1):
+            reads[k] += n * n * (-(-bins // (1 << np.minimum(fit, k)[:, None]))).prod(axis=1).sum()
+    return int(np.append(reads[:-1] - reads[1:] >= cost, False).argmin())
 
 
 def _squares(
@@ -146,8 +152,8 @@ def _squares(
     """(B, K + 1, H, W, L): the map in blocks of L channels, and the maxima of the 2ᵏ × 2ᵏ cells from (y, x) on.
 
     What lies nearer to the edge than 2ᵏ cells is not filled in, nor are the channels of the last block that the map
-    does not have. K is what pays for these windows (`_sides`); where that is nothing a map that lies channels last is
-    not copied.
+    does not have. K is what pays for these windows (`_sides`) and is not too large; where that is nothing a map that
+    lies channels last is not copied.
     """
     channels, height, width = feature_map.shape
     sides = _sides(windows, plan, height, width)
@@ -157,6 +163,8 @@ def _squares(
             return feature_map.transpose(1, 2, 0)[None, None]
     lanes = _lanes(channels, feature_map.itemsize)
     blocks = -(-channels // lanes)
+    if (sides + 1) * blocks * lanes * height * width * feature_map.itemsize > TABLE_BYTES:
+        sides = 0
     table = table_memory.array((blocks, sides + 1, height, width, lanes), feature_map.dtype)
     fill = _fill_from_first if feature_map.flags.c_contiguous else _fill_from_last
     in_parts(lambda a, b: fill(feature_map, table, a, b), blocks, threads, 1)
@@ -261,10 +269,9 @@ def _write(source: int, target: int, size: int, past_caches: bool) -> None:
 
 @compiled()
 def _decode(codes: Any) -> None:
-    """`bfloat16_codes` in place: a code below zero has all bits but the sign turned over."""
+    """`bfloat16_codes` in place."""
     for k in range(codes.shape[0]):
-        code = codes[k]
-        codes[k] = code if code >= 0 else code ^ 0x7FFF
+        codes[k] ^= (codes[k] >> 15) & 0x7FFF
 
 
 @compiled()
@@ -274,49 +281,55 @@ def _pool_range(
     rows: Any,
     plan: Any,
     finer: Any,
-    channels: int,
     pooled: Any,
     by_bin: bool,
+    past_caches: bool,
     start: int,
     stop: int,
 ) -> None:
     """The windows `start` … of `_same_cells` into their rows of the result (R, C · Σn²)."""
     blocks, squares, height, width, lanes = table.shape
     size, (begins, order), (finer_firsts, finer_groups) = table.itemsize, rows, finer
-    step, bins, inner = lanes * size, pooled.shape[1] // channels, len(finer_firsts) - 1
-    roots = bins - inner
+    step, bins, inner = lanes * size, plan[-1, 2] + plan[-1, 0] ** 2, len(finer_firsts) - 1
+    roots, channels = bins - inner, pooled.shape[1] // bins
     scratch = np.zeros((bins + EIGHT, lanes), table.dtype)
     vector = np.zeros((bins + plan.shape[0]) * lanes, table.dtype)
-    # By address: threads that count references of the same arrays wait for each other.
-    map_at, into, turned, target = table.ctypes.data, scratch.ctypes.data, vector.ctypes.data, pooled.ctypes.data
-    lines = channels * size % LINE == 0 and target % LINE == 0
-    past_caches = lines and pooled.nbytes >= BEYOND_CACHES
+    # By address, and plan[level, k]: threads that count references of the same arrays wait for each other.
+    table_at, scratch_at, vector_at, pooled_at = _address(table), _address(scratch), _address(vector), _address(pooled)
     element = table[0, 0, 0, 0, 0]
-    for chunk in range(start, stop, WINDOWS_AT_ONCE):
-        some = windows[chunk : min(chunk + WINDOWS_AT_ONCE, stop)]
+    at_once = max(1, BINS_AT_ONCE // roots)
+    for chunk in range(start, stop, at_once):
+        some = windows[chunk : min(chunk + at_once, stop)]
         firsts, groups = reads_of_windows(some, plan, squares, height, width, step)
         for k in range(len(some)):
             for block in range(blocks):
-                own, base = min(lanes, channels - block * lanes), map_at + block * squares * height * width * step
-                _maxima(element, base, firsts, groups, k * roots, roots, into, step)
-                _maxima(element, into, finer_firsts, finer_groups, 0, inner, into + roots * step, step)
+                block_at = table_at + block * squares * height * width * step
+                _maxima(element, block_at, firsts, groups, k * roots, roots, scratch_at, step)
+                _maxima(element, scratch_at, finer_firsts, finer_groups, 0, inner, scratch_at + roots * step, step)
                 if not by_bin:
                     _turn(scratch, plan, vector)
                 elif size == 2:
                     _decode(scratch.reshape(-1).view(np.int16))
+                first_channel = block * lanes
+                own = min(lanes, channels - first_channel)
                 for at in range(begins[chunk + k], begins[chunk + k + 1]):
-                    row = target + order[at] * bins * channels * size
+                    row_at = pooled_at + order[at] * bins * channels * size
                     if by_bin:
                         for current in range(bins):
-                            to = row + (current * channels + block * lanes) * size
-                            _write(into + current * step, to, own * size, past_caches)
+                            target = row_at + (current * channels + first_channel) * size
+                            _write(scratch_at + current * step, target, own * size, past_caches)
                     else:
                         for level in range(plan.shape[0]):
-                            n, _, first, place = plan[level]
-                            to = row + (place * channels + block * lanes * n * n) * size
-                            _write(turned + (first + level) * step, to, own * n * n * size, past_caches)
+                            n, first, first_bin = plan[level, 0], plan[level, 2], plan[level, 3]
+                            target = row_at + (first_bin * channels + first_channel * n * n) * size
+                            _write(vector_at + (first + level) * step, target, own * n * n * size, past_caches)
     if past_caches:
         stores_done()  # type: ignore[call-arg]
+
+
+@compiled()
+def _address(values: Any) -> int:
+    return values.ctypes.data
 
 
 @compiled()
@@ -324,7 +337,7 @@ def _turn(scratch: Any, plan: Any, vector: Any) -> None:
     """The bins of a block, level after level, and in a level channel after channel; `_transpose` has room between."""
     lanes = scratch.shape[1]
     for level in range(plan.shape[0]):
-        n, _, first, _ = plan[level]
+        n, first = plan[level, 0], plan[level, 2]
         into = vector[(first + level) * lanes : (first + n * n + level) * lanes]
         if n == 1:
             into[:] = scratch[first]

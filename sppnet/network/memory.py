@@ -13,8 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 from sppnet.network.vectors import LINE
 
 
-class ResultMemory:
-    """Memory for large results, that of an earlier result once nobody holds it any longer.
+class ReusedMemory:
+    """Memory for large arrays, that of an earlier one once nobody holds it any longer.
 
     Filling 100 MB that are fresh from the system takes twice as long as filling 100 MB that were used before, and far
     longer where memory is in pieces. One block stays, of at most `largest` bytes.

@@ -53,9 +53,9 @@ def pool_windows(feature_map: Tensor, windows: ArrayLike | Tensor, levels: Seque
     tensor; levels e.g. (1, 2, 3, 6). Returns (R, C · Σn²) of the map's type on the map's device, each row equal to
     ``spatial_pyramid_pool`` of the cropped map (zeros of either sign count as equal). He et al. 2015, sec. 4.1, app. A.
 
-    On the CPU a map without gradient goes through the compiled loop; few windows of a map that lies channels last take
-    least. A map on another device or one that requires a gradient goes through ``torchvision.ops.roi_pool`` and must be
-    finite: NaN are skipped there, while on the CPU they propagate as in torch, on a slow path.
+    On the CPU a map without gradient goes through the compiled loop. A map on another device or one that requires a
+    gradient goes through ``torchvision.ops.roi_pool`` and must be finite: NaN are skipped there, while on the CPU they
+    propagate as in torch, on a slow path.
 
     Raises ValueError for windows that are not (R, 4) integers, empty, or not inside the map.
     """

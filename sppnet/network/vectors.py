@@ -66,8 +66,8 @@ def _largest_of_four(again: bool) -> Any:
 
             _, first, four, into = arguments
             offsets = builder.inttoptr(four, first.type.as_pointer())
-            places = [builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(32), k)])) for k in range(4)]
-            a, b, c, d = (load(builder.add(first, place)) for place in places)
+            steps = [builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(32), k)])) for k in range(4)]
+            a, b, c, d = (load(builder.add(first, step)) for step in steps)
             largest = larger(larger(a, b), larger(c, d))
             if again:
                 largest = larger(load(into), largest)
