@@ -56,8 +56,8 @@ class ExtractSummary:
 def compute_maps(trunk: Trunk, image: NDArray[np.uint8], settings: MapSettings) -> FeatureMaps:
     """Image (H, W, 3) uint8 RGB -> its maps in float32, on the trunk's device, at every scale of the settings.
 
-    Each map is (C, H, W) in channels-last memory, as the trunk gives it. An image so narrow that the bound on its longer
-    side leaves no map at a scale is an error that names the setting.
+    Each map is (C, H, W) in channels-last memory, as the trunk gives it. An image so narrow that the bound on its
+    longer side leaves no map at a scale is an error that names the setting.
     """
     device = next(trunk.parameters()).device
     maps, sides = [], []
