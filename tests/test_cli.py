@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pipeline import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
@@ -19,6 +20,7 @@ from sppnet.data.proposal_files import import_windows
 from sppnet.data.voc import read_comp4, write_annotation
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.stages import STAGES
+from sppnet.detection.training import Training
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 VOC = [
@@ -233,6 +235,18 @@ def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config,
     assert run_command(*options, "--only", "extract").err == every.err
     propose = run_command(*options, "--only", "propose")
     assert (propose.status, propose.err) == (0, "")
+
+
+def test_files_for_what_is_done_already_are_not_missed(config, tmp_path):
+    weights = ["pretrain.enabled=true", "trunk.weights.source=file", "trunk.weights.file=no.npz"]
+    head = ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
+    for overrides, stage in ((weights, "pretrained_path"), (head, "head_path")):
+        training = Training(load_config(config, overrides), tmp_path / stage, torch.device("cpu"))
+        assert len(training.obstacles(STAGES)) == 1
+        done = getattr(training.networks, stage)
+        done.parent.mkdir(parents=True)
+        done.touch()
+        assert training.obstacles(STAGES) == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["detect", "runs/demo"]])
