@@ -37,7 +37,7 @@ def whole(trunk: Trunk, images: Tensor) -> Tensor:
 
 def plain(trunk: Trunk, images: Tensor) -> Tensor:
     """The trunk's map by torch's convolutions."""
-    with mock.patch.object(winograd, "TILES", float("inf")):
+    with mock.patch.object(winograd, "GAIN", float("inf")):
         return trunk(images)
 
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     trunks = [build_trunk(TrunkSettings(name=n, weights=WeightsSettings(source="random"))) for n in options.trunks]
     agree = True
     for title, other, tolerance in (
-        ("maps | strips, ms | whole, ms", whole, TOLERANCE),
+        ("maps | strips, ms | whole, ms", whole, TOLERANCE_OF_TILES),
         ("maps | convolutions by tiles, ms | torch's, ms", plain, TOLERANCE_OF_TILES),
     ):
         print(f"\n| {title} | {columns}")

@@ -5,7 +5,8 @@
 
 R-CNN warps every window to 227 × 227 pixels and runs the whole network on it; sppnet computes the maps once. Weights
 are random: times do not depend on them. All variants run one after the other in every round, so that a busy machine
-slows all of them; ratios are taken pair by pair. R-CNN runs in the fastest layout that a sweep finds first.
+slows all of them; ratios are taken pair by pair. R-CNN runs in the fastest layout that a sweep finds first; in float32
+twice, with torch's convolutions and with those of network/winograd.py, which are part of what makes sppnet fast.
 Reduced variants must agree with the float32 ones. With SPPNET_SHARED set the image and its windows are VOC's, random
 ones otherwise.
 """
@@ -44,6 +45,7 @@ from sppnet.network.trunks import build_trunk
 
 SCALES = {"1": (688,), "5": (480, 576, 688, 864, 1200)}
 CLASSES, FC, PROPOSALS = 20, 4096, 2000
+TILES = ", our convolutions"  # in the name of a variant of R-CNN
 SWEPT = 128  # windows on which R-CNN's layouts are tried
 TOLERANCE = 0.03  # of reduced against float32 scores, as a share of the range of the scores
 # The calls of ours that count as windows; the rest of `score` is the head.
@@ -169,20 +171,16 @@ def variants_of(trunk: str, what: Example, options: argparse.Namespace) -> tuple
     rcnn_windows = spread(what.windows, options.rcnn_windows)
     factor = len(what.windows) / len(rcnn_windows)
     variants = []
-    for name in options.precisions:
-        dtype = getattr(torch, name)
-        layout, report = fastest_layout(detector.trunk, dtype, min(SWEPT, len(rcnn_windows)))
-        print(f"R-CNN {name}: {report}", flush=True)
+    peers = [(name, tiles) for name in options.precisions for tiles in (False, True) if name == "float32" or not tiles]
+    for name, tiles in peers:
+        dtype, title = getattr(torch, name), f"R-CNN {name}{TILES * tiles}"
+        layout, report = fastest_layout(detector.trunk, dtype, min(SWEPT, len(rcnn_windows)), tiles)
+        print(f"{title}: {report}", flush=True)
         torch.manual_seed(0)
-        peer = RCNN(
-            detector.trunk,
-            fully_connected(detector.trunk.channels, options.fc, CLASSES),
-            dtype,
-            layout,
-            options.threads,
-        )
+        last = fully_connected(detector.trunk.channels, options.fc, CLASSES)
+        peer = RCNN(detector.trunk, last, dtype, layout, options.threads)
         run = functools.partial(_scaled, functools.partial(peer.score, what.image, rcnn_windows), factor)
-        variants.append(Variant(f"R-CNN {name}", run, None if name == "float32" else "R-CNN float32"))
+        variants.append(Variant(title, run, None if title == "R-CNN float32" else "R-CNN float32"))
 
     # variants of ours: (name, detector, precision, the variant whose scores it must give, or None)
     ours: list[tuple[str, SPPDetector, str, str | None]] = [
@@ -203,8 +201,8 @@ def variants_of(trunk: str, what: Example, options: argparse.Namespace) -> tuple
             )
             suffix = f", {scales} scale{'s' * (scales != '1')}"
             variants.append(Variant(name + suffix, run, like and like + suffix))
-            peers = [f"R-CNN {name}" for name in options.precisions if name in ("float32", precision)]
-            pairs += [(peer, name + suffix) for peer in peers]
+            slower = [f"R-CNN {kind}{TILES * tiles}" for kind, tiles in peers if kind in ("float32", precision)]
+            pairs += [(peer, name + suffix) for peer in slower]
     return variants, pairs
 
 
@@ -245,16 +243,16 @@ def print_table(splits: dict[str, list[Split]], pairs: Sequence[tuple[str, str]]
     def milliseconds(values: Sequence[float]) -> str:
         return f"{1e3 * statistics.median(values):10.1f}"
 
-    print(f"\n{'ms an image, medians':<28}{'total':>10}{'maps':>10}{'windows':>10}{'head':>10}   total from to")
+    print(f"\n{'ms an image, medians':<34}{'total':>10}{'maps':>10}{'windows':>10}{'head':>10}   total from to")
     for name, rounds in splits.items():
         totals = [split.total for split in rounds]
         columns = [totals, *(list(part) for part in zip(*rounds, strict=True))]
         span = f"{1e3 * min(totals):.1f} {1e3 * max(totals):.1f}"
-        print(f"{name:<28}{''.join(milliseconds(column) for column in columns)}   {span}")
-    print(f"\n{'times faster, pair by pair':<58}{'median':>8}   from to")
+        print(f"{name:<34}{''.join(milliseconds(column) for column in columns)}   {span}")
+    print(f"\n{'times faster, pair by pair':<72}{'median':>8}   from to")
     for slow, fast in pairs:
         ratios = sorted(a.total / b.total for a, b in zip(splits[slow], splits[fast], strict=True))
-        print(f"{f'{fast} than {slow}':<58}{statistics.median(ratios):8.1f}   {ratios[0]:.1f} {ratios[-1]:.1f}")
+        print(f"{f'{fast} than {slow}':<72}{statistics.median(ratios):8.1f}   {ratios[0]:.1f} {ratios[-1]:.1f}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -50,7 +50,7 @@ class Layout:
     channels_last: bool = True
     autocast: bool = False  # in bfloat16: autocast, or a model in bfloat16
     batch: int = 16
-    tiles: bool = False  # the convolutions of network/winograd.py wherever they can be, not for large maps alone
+    tiles: bool = False  # our convolutions (network/winograd.py) where they pay, else torch's everywhere
 
     def __str__(self) -> str:
         words = ["channels last" if self.channels_last else "contiguous", f"batch {self.batch}"]
@@ -125,10 +125,9 @@ def normalised(image: NDArray[np.uint8], weights: WeightsSettings) -> NDArray[np
 
 
 @contextlib.contextmanager
-def _tiles(everywhere: bool) -> Iterator[None]:
-    """All convolutions that can run by tiles do, or those alone that our detector would run so."""
-    tiles, waste = (1, float("inf")) if everywhere else (winograd.TILES, winograd.WASTE)
-    with mock.patch.object(winograd, "TILES", tiles), mock.patch.object(winograd, "WASTE", waste):
+def _tiles(wanted: bool) -> Iterator[None]:
+    """Without them all convolutions are torch's."""
+    with mock.patch.object(winograd, "GAIN", winograd.GAIN if wanted else float("inf")):
         yield
 
 
@@ -156,8 +155,11 @@ def fully_connected(channels: int, width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(fc6, nn.ReLU(inplace=True), fc7, nn.ReLU(inplace=True), scores).requires_grad_(False)
 
 
-def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout, str]:
-    """The layout whose convolutions take least time: first memory format and precision, then batch, then tiles."""
+def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int, tiles: bool = False) -> tuple[Layout, str]:
+    """The layout whose convolutions take least time: first memory format and precision, then batch.
+
+    All with torch's convolutions, or with ours where they pay; those need one memory format.
+    """
     autocasts = (False, True) if dtype == torch.bfloat16 else (False,)
     images = torch.randn(count, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     times: dict[Layout, float] = {}
@@ -167,11 +169,9 @@ def fastest_layout(trunk: Trunk, dtype: torch.dtype, count: int) -> tuple[Layout
             times.setdefault(layout, _convolution_time(trunk, dtype, layout, images) / count)
         return min(layouts, key=lambda layout: times[layout])
 
-    layout = best([Layout(last, cast) for last in (True, False) for cast in autocasts])
+    formats = (True,) if tiles else (True, False)
+    layout = best([Layout(last, cast, tiles=tiles) for last in formats for cast in autocasts])
     layout = best([replace(layout, batch=batch) for batch in BATCHES if batch <= count])
-    if dtype == torch.float32:
-        tiles = replace(layout, channels_last=True, tiles=True)
-        layout = best([layout, *(replace(tiles, batch=batch) for batch in BATCHES if batch <= count)])
     others = "; ".join(f"{tried} {1e3 * seconds:.1f}" for tried, seconds in times.items() if tried != layout)
     return layout, f"{layout}: {1e3 * times[layout]:.1f} ms a window ({others})"
 

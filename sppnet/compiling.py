@@ -6,10 +6,15 @@ threading layers they survive fork and may be used from several threads at once.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -55,9 +60,33 @@ def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: i
                 waiting.clear()  # nobody begins another part
                 raise
 
+    rest_torch_threads()
     # The caller works too: a thread takes a fifth of a millisecond to start, and a small map not much longer.
     with ThreadPoolExecutor(min(threads, parts) - 1) as pool:
         others = [pool.submit(work) for _ in range(min(threads, parts) - 1)]
         work()
         for other in others:
             other.result()
+
+
+def rest_torch_threads() -> None:
+    """Give torch's worker threads back to the system; its next operation starts new ones, in a tenth of a millisecond.
+
+    After an operation they wait for the next one by spinning, 5 ms and longer, on the cores that other threads need.
+    OpenMP's own call, for the workers of the calling thread alone. Nothing happens where torch brings no GNU OpenMP.
+    """
+    torch = sys.modules.get("torch")
+    library = _gnu_openmp(Path(torch.__file__).parent) if torch is not None and torch.__file__ else None
+    if library is not None:
+        library.omp_pause_resource_all(1)  # omp_pause_soft: settings stay
+
+
+@functools.cache
+def _gnu_openmp(torch: Path) -> ctypes.CDLL | None:
+    """The library of the torch in this folder, which has loaded it."""
+    for path in [*torch.glob("lib/libgomp*.so*"), *torch.parent.glob("torch.libs/libgomp*.so*")]:
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path))
+            library.omp_pause_resource_all.argtypes = [ctypes.c_int]
+            return library
+    return None

@@ -303,11 +303,10 @@ def test_convolutions_by_tiles_are_compared_with_torchs(
     called: list[str] = []
     real = maps.winograd.convolve
     monkeypatch.setattr(maps.winograd, "convolve", lambda *a: called.append("tiles") or real(*a))
-    monkeypatch.setattr(maps.winograd, "TILES", 1)
-    monkeypatch.setattr(maps.winograd, "WASTE", float("inf"))
+    monkeypatch.setattr(maps.winograd, "GAIN", 0)
     arguments = ["--trunks", "zf5", "--scales", "100", "--rounds", "2", "--threads", "1"]
     assert maps.main(arguments) == 0
-    layers = 3
+    layers = 5
     assert len(called) == layers * (2 * 3 + 3)  # both sides of the strips, ours of the tiles
     monkeypatch.setattr(maps.winograd, "convolve", lambda *a: real(*a) * 1.001)
     assert maps.main(arguments) == 1

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from sppnet.compiling import PARTS_PER_THREAD, in_parts
+from sppnet import compiling
+from sppnet.compiling import PARTS_PER_THREAD, in_parts, rest_torch_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -55,3 +58,38 @@ def test_after_an_error_no_other_part_begins(mine):
     with pytest.raises(ValueError, match="the first"):
         in_parts(run, 16, 2, 1)
     assert len(begun) < 8
+
+
+def tasks() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+@pytest.mark.skipif(compiling._gnu_openmp(Path(torch.__file__).parent) is None, reason="torch without GNU OpenMP")
+def test_torchs_threads_go_before_others_work_and_come_again():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rest_torch_threads()
+        resting = tasks()
+        images = torch.randn(1, 64, 64, 64)
+        pooled = torch.max_pool2d(images, 2)
+        assert tasks() == resting + 2
+        rest_torch_threads()
+        assert tasks() == resting
+        torch.max_pool2d(images, 2)
+        seen = []
+        in_parts(lambda start, stop: seen.append(tasks()), 2, 2, 1)
+        assert max(seen) <= resting + 1  # one of ours
+        assert torch.equal(torch.max_pool2d(images, 2), pooled)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_gnu_openmp_nothing_happens(tmp_path):
+    assert compiling._gnu_openmp(tmp_path) is None
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libgomp.so.1").write_text("not a library")
+    compiling._gnu_openmp.cache_clear()
+    assert compiling._gnu_openmp(tmp_path) is None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import mmap
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from fences import fenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pyramid_vector
@@ -120,18 +119,6 @@ def test_a_map_that_lies_channels_last_is_not_copied_for_few_windows():
     assert not np.shares_memory(kernels._squares(other, few, plan, threads=1), other)  # vectors would read beyond it
     for feature_map in (last, last[:63], last[:, :, :29]):
         assert torch.equal(pool_windows(feature_map, few, (1, 2)), crop_by_crop(feature_map, few, (1, 2)))
-
-
-def fenced(values: np.ndarray) -> np.ndarray:
-    """A copy behind whose last byte no memory may be read or written."""
-    page = mmap.PAGESIZE
-    end = -(-values.nbytes // page) * page
-    block = np.frombuffer(mmap.mmap(-1, end + page), np.uint8)
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    assert protect(ctypes.c_void_p(block.ctypes.data + end), ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()
-    copy = block[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
-    copy[...] = values
-    return copy
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")

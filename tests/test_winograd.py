@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import sys
+from collections.abc import Iterator
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fences import fenced
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from sppnet.config import TrunkSettings, WeightsSettings
-from sppnet.network import winograd
+from sppnet.network import tile_kernels, winograd
 from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.network.winograd import Convolution, convolve, filters_at_points, saves_time, suits
 
+# the result
 
-@settings(max_examples=80, deadline=None)
-@example(images=5, size=(4, 12), channels=(3, 3), padding=(1, 1), bias=True, block=20_000, seed=0)  # 3 a block, then 2
+KERNELS = [(3, 1), (4, 1), (5, 1), (5, 2), (6, 2), (7, 2), (9, 2), (7, 3), (11, 4), (12, 4), (9, 3)]
+
+
+@settings(max_examples=120, deadline=None)
+@example(images=1, size=(61, 47), channels=(264, 16), kernel=(3, 1), padding=(1, 1), bias=True, threads=2, seed=0)
+@example(images=5, size=(31, 40), channels=(16, 48), kernel=(5, 1), padding=(2, 2), bias=True, threads=1, seed=1)
+@example(images=2, size=(67, 91), channels=(3, 64), kernel=(11, 4), padding=(2, 2), bias=True, threads=3, seed=2)
 @given(
     images=st.integers(0, 4),
-    size=st.tuples(st.integers(1, 23), st.integers(1, 23)),
-    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    channels=st.tuples(st.sampled_from([1, 3, 8, 9, 16, 40]), st.sampled_from([16, 32, 80])),
+    kernel=st.sampled_from(KERNELS),
+    padding=st.tuples(st.integers(0, 6), st.integers(0, 6)),
     bias=st.booleans(),
-    block=st.sampled_from([1, 5_000, 20_000, 2**23]),
+    threads=st.integers(1, 4),
     seed=st.integers(0, 2**16),
 )
-def test_in_exact_arithmetic_it_is_a_convolution(
+def test_it_is_a_convolution(
     images: int,
     size: tuple[int, int],
     channels: tuple[int, int],
+    kernel: tuple[int, int],
     padding: tuple[int, int],
     bias: bool,
-    block: int,
+    threads: int,
     seed: int,
 ) -> None:
-    if size[0] + 2 * padding[0] < 3 or size[1] + 2 * padding[1] < 3:
-        padding = (2, 2)
+    side, stride = kernel
+    if min(size[k] + 2 * padding[k] for k in (0, 1)) < side:
+        padding = (6, 6)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(images, channels[0], *size, generator=generator, dtype=torch.float64)
-    weight = torch.randn(channels[1], channels[0], 3, 3, generator=generator, dtype=torch.float64)
-    offset = torch.randn(channels[1], generator=generator, dtype=torch.float64) if bias else None
-    with mock.patch.object(winograd, "BLOCK", block):
-        result = convolve(_sliced(x), filters_at_points(weight), offset, padding)
-    torch.testing.assert_close(result, F.conv2d(x, weight, offset, padding=padding), rtol=1e-11, atol=1e-11)
+    x = torch.randn(images, channels[0], *size, generator=generator)
+    weight = torch.randn(channels[1], channels[0], side, side, generator=generator)
+    offset = torch.randn(channels[1], generator=generator) if bias else None
+    with running(threads):
+        result = convolve(_sliced(x), filters_at_points(weight, stride), offset, side, stride, padding)
+    expected = F.conv2d(x.double(), weight.double(), None if offset is None else offset.double(), stride, padding)
+    assert result.shape == expected.shape
+    if images:
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def running(threads: int) -> Iterator[None]:
+    """torch, and so we, on that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sliced(x: torch.Tensor) -> torch.Tensor:
@@ -62,17 +90,61 @@ def _sliced(x: torch.Tensor) -> torch.Tensor:
 def test_float32_loses_as_little_as_promised() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 256, 40, 52, generator=generator).relu_()
-    weight = torch.randn(192, 256, 3, 3, generator=generator)
-    exact = F.conv2d(x.double(), weight.double(), padding=1)
-    error = (convolve(x, filters_at_points(weight), None) - exact).abs().max() / exact.abs().max()
-    assert 0 < float(error) < 1e-5
+    for side, stride in ((3, 1), (5, 1), (5, 2), (7, 2)):
+        weight = torch.randn(192, 256, side, side, generator=generator)
+        exact = F.conv2d(x.double(), weight.double(), stride=stride, padding=1)
+        result = convolve(x, filters_at_points(weight, stride), None, side, stride)
+        error = (result - exact).abs().max() / exact.abs().max()
+        assert 0 < float(error) < 2e-5
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (5, 2), (11, 4)])
+def test_an_image_has_the_same_result_to_the_bit_in_any_batch_and_on_any_number_of_threads(
+    kernel: tuple[int, int],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 24, 37, 50, generator=generator)
+    filters = filters_at_points(torch.randn(32, 24, kernel[0], kernel[0], generator=generator), kernel[1])
+    with running(1):
+        together = convolve(x, filters, None, *kernel)
+    with running(3):
+        assert torch.equal(convolve(x, filters, None, *kernel), together)
+        for image, own in zip(x, together, strict=True):
+            assert torch.equal(convolve(image[None], filters, None, *kernel)[0], own)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+@pytest.mark.parametrize(
+    ("kernel", "size"), [((3, 1), (23, 31)), ((4, 1), (16, 9)), ((5, 2), (40, 31)), ((5, 1), (1, 1))]
+)
+@pytest.mark.parametrize("padding", [(0, 0), (2, 2)])
+def test_no_memory_around_the_arrays_is_touched(
+    kernel: tuple[int, int], size: tuple[int, int], padding: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fenced:
+        def array(self, shape: tuple[int, ...], kind: type) -> np.ndarray:
+            return fenced(np.zeros(shape, kind))
+
+    side, stride = kernel
+    if size == (1, 1) and padding == (0, 0):
+        size = (side, side)
+    monkeypatch.setattr(tile_kernels, "scratch_memory", Fenced())
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 24, *size, generator=generator), torch.randn(32, 24, side, side, generator=generator)
+    expected = F.conv2d(x.double(), weight.double(), stride=stride, padding=padding)
+    arrays = [x.permute(0, 2, 3, 1).numpy(), filters_at_points(weight, stride).numpy(), np.zeros(32, np.float32)]
+    result = fenced(np.zeros(expected.permute(0, 2, 3, 1).shape, np.float32))
+    tile = 7 - -(-side // stride)
+    tile_kernels.convolve_tiles(*map(fenced, arrays), result, tile, stride, padding, threads=2)
+    found = torch.from_numpy(result).permute(0, 3, 1, 2).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 # when it is taken
 
 
 def layer(**changed: object) -> Convolution:
-    arguments = {"in_channels": 129, "out_channels": 130, "kernel_size": 3, "padding": 1, **changed}
+    arguments = {"in_channels": 60, "out_channels": 64, "kernel_size": 3, "padding": 1, **changed}
     torch.manual_seed(0)
     return Convolution(**arguments).requires_grad_(False)  # type: ignore[arg-type]
 
@@ -88,34 +160,47 @@ def taken(convolution: nn.Module, images: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_wide_layers_on_large_maps_take_it_and_give_torchs_result() -> None:
-    assert taken(layer(), torch.randn(1, 129, 28, 28))  # 49 tiles
-    assert taken(layer(bias=False, padding=(0, 2)), torch.randn(2, 129, 30, 22))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"bias": False, "padding": (0, 2)},
+        {"padding": 5},
+        {"kernel_size": 5, "padding": 2},
+        {"kernel_size": 5, "stride": 2, "out_channels": 128},
+        {"kernel_size": 11, "stride": 4, "in_channels": 12, "out_channels": 128},
+    ],
+)
+def test_layers_on_large_maps_take_it_and_give_torchs_result(changed: dict[str, object]) -> None:
+    convolution = layer(**changed)
+    assert taken(convolution, torch.randn(1, convolution.in_channels, 130, 134))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "changed",
     [
-        {"kernel_size": 5, "padding": 2},
-        {"stride": 2},
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 2},
+        {"kernel_size": 6},
+        {"kernel_size": (3, 5)},
+        {"stride": 2},  # 2 × 2 weights on every second cell
+        {"kernel_size": 5, "stride": (1, 2)},
         {"dilation": 2},
-        {"padding": 3},
         {"padding": "same"},
         {"padding_mode": "reflect"},
-        {"in_channels": 128},
-        {"out_channels": 128},
-        {"groups": 2, "in_channels": 260},
+        {"out_channels": 72},
+        {"groups": 2},
     ],
 )
 def test_other_layers_do_not(changed: dict[str, object]) -> None:
     convolution = layer(**changed)
     assert not suits(convolution)
-    assert not taken(convolution, torch.randn(1, convolution.in_channels, 40, 40))
+    assert not taken(convolution, torch.randn(1, convolution.in_channels, 100, 100))
 
 
 def test_nor_do_other_calls() -> None:
-    convolution, images = layer(), torch.randn(1, 129, 28, 28)
+    convolution, images = layer(), torch.randn(1, 60, 100, 100)
     assert not taken(convolution, images)  # gradients may be wanted
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +210,7 @@ def test_nor_do_other_calls() -> None:
         torch.set_float32_matmul_precision("highest")
         assert not taken(convolution, images[0])
         assert not taken(convolution.double(), images.double())
-        assert not taken(convolution.float(), torch.randn(1, 129, 24, 28))  # 42 tiles
+        assert not taken(convolution.float(), torch.randn(1, 60, 24, 28))  # too few cells
     with torch.inference_mode():
         assert taken(convolution, images)
         assert not taken(layer(), images)  # weights without a version
@@ -133,39 +218,51 @@ def test_nor_do_other_calls() -> None:
         assert taken(convolution, images)  # by filters that were made in inference mode
 
 
+def test_layers_that_change_their_stride_are_asked_when_they_run() -> None:
+    convolution, images = layer(stride=2), torch.randn(1, 60, 100, 100)
+    with torch.no_grad():
+        assert not taken(convolution, images)
+        convolution.stride = (1, 1)
+        assert taken(convolution, images)
+
+
+def test_what_tiles_save_depends_on_channels_cells_and_the_border() -> None:
+    wide = layer(in_channels=256, out_channels=384)
+    assert saves_time(wide, (1, 256, 74, 99))
+    assert not saves_time(wide, (1, 256, 13, 13))  # filters cost too much
+    assert saves_time(wide, (8, 256, 13, 13))
+    assert not saves_time(wide, (8, 256, 5, 5))  # 8 × 8 cells computed for 5 × 5
+    assert not saves_time(wide, (0, 256, 74, 99))
+    assert not saves_time(layer(in_channels=3), (1, 3, 600, 800))  # changes cost too much
+    assert saves_time(layer(in_channels=3, kernel_size=11, stride=4), (1, 3, 600, 800))
+
+
 @torch.no_grad()
 def test_a_wrong_number_of_channels_is_torchs_error() -> None:
-    with pytest.raises(RuntimeError, match="to have 129 channels, but got 1 channels"):
+    with pytest.raises(RuntimeError, match="to have 60 channels, but got 1 channels"):
         layer()(torch.randn(1, 1, 40, 40))
-
-
-def test_tiles_far_beyond_the_border_do_not_pay() -> None:
-    assert saves_time((64, 256, 28, 28), (1, 1))
-    assert not saves_time((64, 256, 13, 13), (1, 1))  # 16 × 16 computed
-    assert saves_time((64, 256, 15, 15), (0, 0)) is False
-    assert not saves_time((0, 256, 28, 28), (1, 1))
 
 
 @torch.no_grad()
 def test_weights_that_change_are_noticed() -> None:
-    convolution, images = layer(), torch.randn(1, 129, 28, 28)
+    convolution, images = layer(), torch.randn(1, 60, 100, 100)
     assert taken(convolution, images)
     with mock.patch.object(winograd, "filters_at_points", side_effect=AssertionError):
         assert taken(convolution, images)  # kept from the first call
     convolution.weight.mul_(2)
     assert taken(convolution, images)
-    convolution.load_state_dict(layer(out_channels=130).state_dict())
+    convolution.load_state_dict(layer().state_dict())
     assert taken(convolution, images)
-    convolution.weight = nn.Parameter(torch.randn(130, 129, 3, 3), requires_grad=False)
+    convolution.weight = nn.Parameter(torch.randn(64, 60, 3, 3), requires_grad=False)
     assert taken(convolution, images)
-    convolution.weight.data = torch.randn(130, 129, 3, 3)
+    convolution.weight.data = torch.randn(64, 60, 3, 3)
     assert taken(convolution, images)
 
 
 @torch.no_grad()
 def test_copies_hold_no_filters_and_state_names_stay() -> None:
     convolution = layer()
-    convolution(torch.randn(1, 129, 28, 28))
+    convolution(torch.randn(1, 60, 100, 100))
     assert convolution._transformed is not None
     filters = convolution._transformed
     assert convolution.double()._transformed is None
@@ -184,7 +281,15 @@ def trunk_of(name: str) -> Trunk:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("zf5", 3), ("convnet5", 3), ("overfeat7", 5), ("alexnet", 3), ("vgg16", 8), ("resnet18", 3), ("mobilenet_v2", 0)],
+    [
+        ("zf5", 5),
+        ("convnet5", 5),
+        ("overfeat7", 7),
+        ("alexnet", 5),
+        ("vgg16", 13),
+        ("resnet18", 12),
+        ("mobilenet_v2", 0),
+    ],
 )
 def test_trunks_hold_such_layers_and_give_the_same_map(name: str, count: int) -> None:
     trunk = trunk_of(name)
@@ -192,9 +297,9 @@ def test_trunks_hold_such_layers_and_give_the_same_map(name: str, count: int) ->
     assert len(own) == count
     images = torch.randn(1, 3, 110, 150, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), mock.patch.object(winograd, "convolve", wraps=convolve) as called:
-        with mock.patch.object(winograd, "TILES", 1), mock.patch.object(winograd, "WASTE", float("inf")):
+        with mock.patch.object(winograd, "GAIN", 0):
             ours = trunk(images)
         assert called.call_count == count
-        with mock.patch.object(winograd, "TILES", float("inf")):
+        with mock.patch.object(winograd, "GAIN", float("inf")):
             plain = trunk(images)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))

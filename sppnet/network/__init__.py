@@ -9,7 +9,8 @@
     pyramid        spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
     kernels        the compiled CPU loops behind pool_windows (bins: where bins are computed from; memory: for
                    results and tables; vectors: what such loops cannot say in Python)
-    winograd       wide 3 × 3 convolutions with a quarter of the multiplications
+    winograd       convolutions with a third to a quarter of the multiplications (tile_kernels: the compiled loop;
+                   tile_vectors: its arithmetic in registers)
     sppnet         the head (fc6, fc7, classifier), its starting weights, and SPPNet = trunk + pyramid + head
 
 Nothing here knows where windows come from.

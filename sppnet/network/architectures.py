@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from sppnet.network.normalisation import LocalResponseNorm
-from sppnet.network.winograd import Convolution, suits
+from sppnet.network.winograd import Convolution
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,12 @@ def _resnet_plan(model: nn.Module) -> Plan:
 
 
 def _with_own_convolutions(module: nn.Module) -> nn.Module:
-    """The module, its convolutions that may run with fewer multiplications replaced by ours, in place."""
+    """The module, its convolutions replaced by ours, which may run with fewer multiplications, in place.
+
+    All but those of 1 × 1 weights or groups of channels: which of them can is known when they run; strides change.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and suits(child):
+        if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1) and child.groups == 1:
             setattr(module, name, _own_convolution(child))
         else:
             _with_own_convolutions(child)
@@ -181,7 +184,8 @@ def _with_own_convolutions(module: nn.Module) -> nn.Module:
 
 def _own_convolution(layer: nn.Conv2d) -> Convolution:
     """A convolution by the same parameters."""
-    padding = cast(tuple[int, int], layer.padding)  # `suits` has seen to it
-    own = Convolution(layer.in_channels, layer.out_channels, 3, padding=padding, bias=layer.bias is not None)
+    shape = (layer.in_channels, layer.out_channels, cast(tuple[int, int], layer.kernel_size))
+    sides = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    own = Convolution(*shape, **sides, bias=layer.bias is not None)  # type: ignore[arg-type]
     own.weight, own.bias = layer.weight, layer.bias
     return own

@@ -2,7 +2,8 @@
 
 A whole map of 96 channels at half the size of a 1200 × 1600 image is 184 MB. It is written and read by three layers at
 the speed of memory, and each time into pages that the system must clear first. A strip of it stays in the caches, and
-only the last layer's result, a sixteenth of the cells, is ever whole. Cells see the same numbers either way.
+only the last layer's result, a sixteenth of the cells, is ever whole. Cells see the same numbers either way;
+convolutions by tiles, which begin elsewhere, may round differently.
 """
 
 from __future__ import annotations
