@@ -1,6 +1,6 @@
 """Pool 2,000 windows of a 256 × 43 × 57 map: sppnet against torchvision's roi_pool, once per level.
 
-    python benchmarks/pool_windows.py [--rounds 7] [--threads N] [--levels 3 5 7]
+    python benchmarks/pool_windows.py [--rounds 7] [--threads N] [--levels 3 5 7] [--device cuda] [--precision float16]
 
 The two are timed in pairs, one after the other in every round, so that a busy machine slows both; the ratio is taken
 pair by pair. Results must be bit-equal. With SPPNET_SHARED set the windows are real proposals of one VOC image,
@@ -13,8 +13,7 @@ import argparse
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 import torchvision
 
+from sppnet import machine
 from sppnet.detection.windows import project_windows
-from sppnet.machine import copy_bandwidth
 from sppnet.network.pyramid import pool_windows
 
 CHANNELS, MAP_SIZE, LEVELS, COUNT, SCALE = 256, (43, 57), (1, 2, 3, 6), 2000, 688
@@ -54,57 +53,53 @@ def roi_pool_per_level(feature_map: torch.Tensor, regions: torch.Tensor, levels:
     return torch.cat([torchvision.ops.roi_pool(feature_map[None], regions, n).flatten(1) for n in levels], dim=1)
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, without freeing its result."""
-    time.sleep(0.05)  # OpenMP's threads spin for a while after the previous call and would take a core from this one
-    start = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
-
-
-def traffic(windows: np.ndarray, levels: Sequence[int]) -> tuple[int, int]:
+def traffic(windows: np.ndarray, levels: Sequence[int], size: int) -> tuple[int, int]:
     """Bytes of every cell of every window once, and bytes written."""
     cells = int(((windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).sum())
-    return 4 * CHANNELS * cells, 4 * CHANNELS * len(windows) * sum(n * n for n in levels)
+    return size * CHANNELS * cells, size * CHANNELS * len(windows) * sum(n * n for n in levels)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="of the pyramid (default: 1 2 3 6)")
-    options = parser.parse_args()
-    levels = tuple(options.levels)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--precision", choices=("float32", "float16"), default="float32", help="of the map")
+    options = parser.parse_args(arguments)
+    levels, device = tuple(options.levels), options.device
+    if device.type == "cpu" and options.precision != "float32":
+        parser.error("--precision float16 is for a GPU: on a CPU torchvision has no roi_pool in it")
     torch.set_num_threads(options.threads)
 
     boxes, image_size, origin = proposals()
     windows = project_windows(boxes, image_size, SCALE, GEOMETRY, MAP_SIZE)
     feature_map = torch.relu(torch.randn(CHANNELS, *MAP_SIZE, generator=torch.Generator().manual_seed(0)))
+    feature_map = feature_map.to(device, getattr(torch, options.precision))
     last = feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     inclusive = torch.from_numpy(windows - np.array([0, 0, 1, 1])).float()
-    regions = torch.cat([torch.zeros(len(windows), 1), inclusive], dim=1)
+    regions = torch.cat([torch.zeros(len(windows), 1), inclusive], dim=1).to(feature_map)
 
     equal = torch.equal(pool_windows(feature_map, windows, levels), roi_pool_per_level(feature_map, regions, levels))
     rounds = [
         (
-            timed(lambda: pool_windows(feature_map, windows, levels)),
-            timed(lambda: pool_windows(last, windows, levels)),
-            timed(lambda: roi_pool_per_level(feature_map, regions, levels)),
+            machine.timed(lambda: pool_windows(feature_map, windows, levels), device)[0],
+            machine.timed(lambda: pool_windows(last, windows, levels), device)[0],
+            machine.timed(lambda: roi_pool_per_level(feature_map, regions, levels), device)[0],
         )
         for _ in range(max(5, options.rounds))
     ]
     ours, ours_last, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratios = sorted(peer / mine for mine, _, peer in rounds)
-    read, written = traffic(windows, levels)
-    bandwidth = copy_bandwidth(torch.device("cpu"))
-    mean_cells = read / (4 * CHANNELS * len(windows))
+    read, written = traffic(windows, levels, feature_map.element_size())
+    bandwidth = machine.copy_bandwidth(device)
+    mean_cells = read / (feature_map.element_size() * CHANNELS * len(windows))
 
-    print(f"{len(windows)} windows ({origin}), {mean_cells:.0f} cells each on average, {options.threads} threads")
-    print(f"sppnet pool_windows, map (C, H, W)     {1e3 * ours:8.1f} ms   median of {len(rounds)}")
-    print(f"sppnet pool_windows, map channels last {1e3 * ours_last:8.1f} ms")
-    print(f"torchvision roi_pool, once per level   {1e3 * theirs:8.1f} ms")
+    print(f"{len(windows)} windows ({origin}), {mean_cells:.0f} cells each on average, {options.precision}", end=", ")
+    print(f"{options.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    print(f"sppnet pool_windows, map (C, H, W)     {1e3 * ours:8.2f} ms   median of {len(rounds)}")
+    print(f"sppnet pool_windows, map channels last {1e3 * ours_last:8.2f} ms")
+    print(f"torchvision roi_pool, once per level   {1e3 * theirs:8.2f} ms")
     print(f"ratio, pair by pair: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}")
     print(f"bytes: {written / 1e6:.0f} MB written; the windows have {read / 1e6:.0f} MB of cells, of a map of", end=" ")
     print(f"{feature_map.nbytes / 1e6:.1f} MB that the caches hold")

@@ -31,7 +31,7 @@ from sppnet.detection.selective_search import selective_search
 from sppnet.detection.window_features import window_cells
 from sppnet.images import prepare, read_image
 from sppnet.machine import Machine, measure_machine, timed
-from sppnet.network.pyramid import pool_windows
+from sppnet.network.pyramid import has_own_loop, pool_windows
 from sppnet.network.sppnet import build_head
 from sppnet.network.trunks import build_trunk
 
@@ -143,25 +143,26 @@ def compare_pooling(
 ) -> Comparison | None:
     """`pool_windows` against torchvision's roi_pool, once per level, on the scale of the maps that has most windows.
 
-    None without windows, and on a GPU, where `pool_windows` is roi_pool: a comparison would say nothing.
+    None without windows, and on devices where `pool_windows` is roi_pool: a comparison would say nothing.
     """
-    if len(windows) == 0 or detector.device.type != "cpu":
+    if len(windows) == 0 or not has_own_loop(detector.device):
         return None
     config, maps = detector.config, detector.embed(image)
     where = window_cells(maps, windows, detector.trunk.geometry, config.pyramid, config.maps).merged()[0]
     scale = int(np.bincount(where.scale_index).argmax())
     feature_map, cells = maps.maps[scale], where.cells[where.scale_index == scale]
     inclusive = torch.from_numpy(cells - np.array([0, 0, 1, 1])).float()
-    regions = torch.cat([torch.zeros(len(cells), 1), inclusive], dim=1)
+    exact = feature_map.float()  # roi_pool has no bfloat16
+    regions = torch.cat([torch.zeros(len(cells), 1), inclusive], dim=1).to(exact)
     levels = config.pyramid.levels
 
     def peer() -> Tensor:
-        return torch.cat([torchvision.ops.roi_pool(feature_map[None], regions, n).flatten(1) for n in levels], dim=1)
+        return torch.cat([torchvision.ops.roi_pool(exact[None], regions, n).flatten(1) for n in levels], dim=1)
 
     def ours() -> Tensor:
         return pool_windows(feature_map, cells, levels)
 
-    return compare(ours, peer, rounds, _wall_seconds(detector.device), torch.equal(ours(), peer()))
+    return compare(ours, peer, rounds, _wall_seconds(detector.device), torch.equal(ours().float(), peer()))
 
 
 def compare_search(detector: SPPDetector, image: NDArray[np.uint8], rounds: int) -> Comparison:
@@ -288,8 +289,8 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 def _peer_rows(benchmark: Benchmark) -> list[str]:
     """One line for each comparison, on the first image."""
     rows = [f"{'the first image':<50}{'sppnet':>12} {'peer':>12} {'ratio':>10}"]
-    if benchmark.device != "cpu":
-        rows.append("pooling: on a GPU it is torchvision's roi_pool")
+    if not has_own_loop(torch.device(benchmark.device)):
+        rows.append("pooling: here it is torchvision's roi_pool")
     elif benchmark.pooling is not None:
         rows.append(benchmark.pooling.row("pooling; torchvision's roi_pool, once per level"))
     rows.append(benchmark.search.row("selective search; OpenCV's, one core each"))

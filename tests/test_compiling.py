@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from sppnet import compiling
-from sppnet.compiling import PARTS_PER_THREAD, in_parts, rest_torch_threads
+from sppnet.compiling import PARTS_PER_THREAD, in_parts
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -60,31 +62,37 @@ def test_after_an_error_no_other_part_begins(mine):
     assert len(begun) < 8
 
 
-def tasks() -> int:
+RESTING = """
+import torch
+from pathlib import Path
+from sppnet.compiling import in_parts, rest_torch_threads
+
+def tasks():
     return len(list(Path("/proc/self/task").iterdir()))
+
+torch.set_num_threads(3)
+images = torch.randn(1, 64, 64, 64)
+rest_torch_threads()
+resting = tasks()
+pooled = torch.max_pool2d(images, 2)
+assert tasks() == resting + 2
+rest_torch_threads()
+assert tasks() == resting
+torch.max_pool2d(images, 2)
+seen = []
+in_parts(lambda start, stop: seen.append(tasks()), 2, 2, 1)
+assert max(seen) <= resting + 1, seen  # one of ours
+assert torch.equal(torch.max_pool2d(images, 2), pooled)
+assert torch.get_num_threads() == 3
+print("rested")
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
 @pytest.mark.skipif(compiling._gnu_openmp(Path(torch.__file__).parent) is None, reason="torch without GNU OpenMP")
 def test_torchs_threads_go_before_others_work_and_come_again():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        rest_torch_threads()
-        resting = tasks()
-        images = torch.randn(1, 64, 64, 64)
-        pooled = torch.max_pool2d(images, 2)
-        assert tasks() == resting + 2
-        rest_torch_threads()
-        assert tasks() == resting
-        torch.max_pool2d(images, 2)
-        seen = []
-        in_parts(lambda start, stop: seen.append(tasks()), 2, 2, 1)
-        assert max(seen) <= resting + 1  # one of ours
-        assert torch.equal(torch.max_pool2d(images, 2), pooled)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    run = subprocess.run([sys.executable, "-c", RESTING], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "rested", run.stderr
 
 
 def test_without_gnu_openmp_nothing_happens(tmp_path):

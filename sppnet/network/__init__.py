@@ -9,6 +9,7 @@
     pyramid        spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
     kernels        the compiled CPU loops behind pool_windows (bins: where bins are computed from; memory: for
                    results and tables; vectors: what such loops cannot say in Python)
+    gpu_kernels    the same on a CUDA device, in Triton
     winograd       convolutions with a third to a quarter of the multiplications (tile_kernels: the compiled loop;
                    tile_vectors: its arithmetic in registers)
     sppnet         the head (fc6, fc7, classifier), its starting weights, and SPPNet = trunk + pyramid + head

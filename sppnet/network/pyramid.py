@@ -11,6 +11,7 @@ window equals the pyramid of the cropped map.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,17 +54,21 @@ def pool_windows(feature_map: Tensor, windows: ArrayLike | Tensor, levels: Seque
     tensor; levels e.g. (1, 2, 3, 6). Returns (R, C · Σn²) of the map's type on the map's device, each row equal to
     ``spatial_pyramid_pool`` of the cropped map (zeros of either sign count as equal). He et al. 2015, sec. 4.1, app. A.
 
-    On the CPU a map without gradient goes through the compiled loop. A map on another device or one that requires a
-    gradient goes through ``torchvision.ops.roi_pool`` and must be finite: NaN are skipped there, while on the CPU they
-    propagate as in torch, on a slow path.
+    A map without gradient goes through compiled loops on the CPU and on CUDA devices (Triton). A map that requires a
+    gradient, or one on another device, goes through ``torchvision.ops.roi_pool``. Off the CPU and with a gradient it
+    must be finite: NaN are skipped there, while on the CPU they propagate as in torch, on a slow path.
 
     Raises ValueError for windows that are not (R, 4) integers, empty, or not inside the map.
     """
     levels = _checked_levels(levels)
     _check_map(feature_map)
     cells = _checked_windows(windows, feature_map.shape[-2:])
-    if feature_map.device.type != "cpu" or (feature_map.requires_grad and torch.is_grad_enabled()):
+    if feature_map.requires_grad and torch.is_grad_enabled():
         return _pool_windows_roi(feature_map, cells, levels)
+    if not has_own_loop(feature_map.device):
+        return _pool_windows_roi(feature_map, cells, levels)
+    if feature_map.device.type != "cpu":
+        return _pool_windows_on_gpu(feature_map, cells, levels)
     return _pool_windows_compiled(feature_map.detach(), cells, levels)
 
 
@@ -83,6 +88,8 @@ def pool_windows_by_bin(
         exact = feature_map.float()
         if not has_nan(exact.numpy()):
             return _pool_by_bin_compiled(exact, cells, levels, dtype)
+    elif feature_map.device.type != "cpu" and has_own_loop(feature_map.device):
+        return _pool_on_gpu(feature_map.to(dtype), cells, levels, bin_order(levels)).flatten(1)
     columns = _columns_on(feature_map.device, feature_map.shape[0], levels)
     return pool_windows(feature_map, cells, levels)[:, columns].to(dtype)
 
@@ -100,6 +107,16 @@ def _columns_on(device: torch.device, channels: int, levels: tuple[int, ...]) ->
     """The same on a device, made once: every batch of windows needs it."""
     with torch.inference_mode(False):  # the first caller's mode is not that of the next
         return bin_columns(channels, levels).to(device)
+
+
+def has_own_loop(device: torch.device) -> bool:
+    """Whether `pool_windows` has a loop of its own there: on the CPU, and on CUDA devices where torch brings Triton."""
+    return device.type == "cpu" or (device.type == "cuda" and _has_triton())
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class SpatialPyramidPool(nn.Module):
@@ -168,6 +185,29 @@ def _pool_by_bin_compiled(
         return torch.from_numpy(pool_bins(feature_map.numpy(), windows, levels, threads)).flatten(1)
     codes = bfloat16_codes(feature_map.to(torch.bfloat16).view(torch.int16).numpy())
     return torch.from_numpy(pool_bins(codes, windows, levels, threads)).view(torch.bfloat16).flatten(1)
+
+
+def _pool_windows_on_gpu(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:
+    parts = _pool_on_gpu(feature_map, windows, levels, np.arange(bin_count(levels))).split([n * n for n in levels], 1)
+    return torch.cat([part.transpose(1, 2).flatten(1) for part in parts], dim=1)
+
+
+def _pool_on_gpu(
+    feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...], order: NDArray[np.int64]
+) -> Tensor:
+    """(R, M, C), bins in the order given: places in the pyramid vector, counted over its levels."""
+    from sppnet.network.gpu_kernels import pool_bins  # Triton takes a second to import
+
+    corners = torch.from_numpy(windows.astype(np.int32)).to(feature_map.device)
+    return pool_bins(feature_map, corners, _bins_on(feature_map.device, levels, tuple(order.tolist())))
+
+
+@functools.lru_cache(maxsize=16)
+def _bins_on(device: torch.device, levels: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    """(M, 3) int32: level, row and column of the bins, made once."""
+    bins = np.array([(n, i, j) for n in levels for i in range(n) for j in range(n)], np.int32)
+    with torch.inference_mode(False):
+        return torch.from_numpy(bins[list(order)]).to(device)
 
 
 def _pool_windows_roi(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:
