@@ -7,6 +7,7 @@ neither ``--help`` nor a mistyped option should.
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +21,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, 1 where only part could be done (or would be: --dry-run), 2 for an error, 130 for Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     from sppnet.commands import run
 
     return run(options)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What is asked for; an option that is not known ends the program with the command's usage and the nearest one."""
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        command: argparse.ArgumentParser = options.parser
+        wrong = unknown[0].partition("=")[0]
+        known = command._option_string_actions if wrong.startswith("-") else ()
+        hints = [f"; did you mean {name}?" for name in difflib.get_close_matches(wrong, known, n=1)]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands, name: str, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.add_argument("--verbose", action="store_true", help="debug messages, and tracebacks of errors")
+    command.set_defaults(parser=command)
     return command
 
 

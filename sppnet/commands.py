@@ -15,6 +15,7 @@ import torch
 
 from sppnet import distributed
 from sppnet.benchmark import run_benchmark
+from sppnet.compiling import announce_compiling
 from sppnet.config import Config
 from sppnet.config_files import ConfigError, load_config
 from sppnet.data.folder import FolderError
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """Do what parsed options say; returns the exit status as `sppnet.cli.main` describes it."""
     distributed.start()
     _start_logging(options.verbose)
+    announce_compiling()
     try:
         return ACTIONS[options.command](options)
     except EXPECTED as error:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import event
 
 Function = Callable[..., Any]
 
+log = logging.getLogger("sppnet")
 PARTS_PER_THREAD = 8  # parts take different times: several per thread even out the work
 
 
@@ -37,6 +40,25 @@ def compiled(**options: Any) -> Callable[[Function], Any]:
             return numba.njit(nogil=True, **options)(function)
 
     return decorate
+
+
+class _Announcement(event.Listener):
+    """Says that compiling has begun, once."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.said:
+            self.said = True
+            log.info("compiling loops for this machine: seconds to half a minute, and once, where they can be kept")
+
+    def on_end(self, event: Any) -> None:
+        """Nothing to say."""
+
+
+def announce_compiling() -> None:
+    """From now on the log says so when a loop has to be compiled, which keeps a first call waiting."""
+    event.register("numba:compile", _Announcement())
 
 
 def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:

@@ -530,3 +530,22 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
     assert (tmp_path / "demo/results/SHAPES-test/precision_recall.png").is_file()
     assert len(list((tmp_path / "demo/pictures").glob("*.jpg"))) == 2
     assert load_config(tmp_path / "demo/config.yaml").name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("detect", "RUN", "a.jpg", "--out", "x", "--treshold", "1"), "--treshold 1; did you mean --threshold?"),
+        (("detect", "RUN", "a.jpg", "--out", "x", "--treshold=1"), "--treshold=1; did you mean --threshold?"),
+        (("train", "c.yaml", "--forze"), "--forze; did you mean --force?"),
+        (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz\n"),
+        (("eval", "RUN", "another"), "another\n"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_one(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: sppnet {arguments[0]} [-h]")
+    assert error.endswith(f"unrecognized arguments: {said.rstrip()}\n")

@@ -101,3 +101,25 @@ def test_without_gnu_openmp_nothing_happens(tmp_path):
     (tmp_path / "lib/libgomp.so.1").write_text("not a library")
     compiling._gnu_openmp.cache_clear()
     assert compiling._gnu_openmp(tmp_path) is None
+
+
+ANNOUNCED = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from sppnet.compiling import announce_compiling, compiled
+announce_compiling()
+
+@compiled()
+def double(number):
+    return 2 * number
+
+print(double(1), double(1.5), double(2))
+"""
+
+
+def test_the_log_says_once_that_loops_are_compiled_and_not_when_they_are_kept(tmp_path):
+    (tmp_path / "script.py").write_text(ANNOUNCED)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n") for _ in range(2)]
+    assert said[0][0].startswith("compiling loops for this machine")
+    assert said[0][1:] == said[1] == ["2 3.0 4", ""]
