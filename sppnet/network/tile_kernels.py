@@ -30,6 +30,7 @@ from sppnet.network.vectors import EIGHT, LINE, copy_bytes
 TILES = 8 * ROWS  # that a thread works on at once: values of 256 + 384 channels then take 4 MB
 DEPTH = 256  # channels of a product at once: six rows of values and a panel of filters then lie in the first cache
 POINTS = FIELD * FIELD
+SCRATCH = 2**21  # numbers of a thread: enough for nearly all layers, so that one block serves all of a trunk
 
 scratch_memory = ReusedMemory()
 
@@ -53,7 +54,7 @@ def convolve_tiles(
     count, height, width, outputs = result.shape
     tall, wide = -(-height // side), -(-width // side)
     values = POINTS * (TILES * (filters.shape[2] + outputs) + 2 * LINE)
-    scratch = deque(scratch_memory.array((max(1, threads), values), np.float32))
+    scratch = deque(scratch_memory.array((max(1, threads), max(values, SCRATCH)), np.float32))
 
     tiles = count * tall * wide
 
