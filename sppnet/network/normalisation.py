@@ -18,6 +18,7 @@ from sppnet.compiling import compiled, in_parts
 
 COMPILED_ON = "cpu"
 ROWS_PER_PART = 4  # fewer are not worth a thread
+PIECE = 2048  # numbers whose sums lie in the first cache
 
 
 class LocalResponseNorm(nn.Module):
@@ -66,28 +67,41 @@ def normalise(cells: NDArray[Any], size: int, alpha: float, beta: float, threads
 def _normalise_rows(cells: Any, normalised: Any, reach: int, alpha: Any, beta: float, start: int, stop: int) -> None:
     """Rows `start` … `stop` - 1 of all images. `alpha` is that of a sum of squares, in the type of the cells."""
     height, width, channels = cells.shape[1], cells.shape[2], cells.shape[3]
-    columns = np.zeros((width + 2 * reach, channels), cells.dtype)  # sums down the columns, zeros beyond the border
-    inner = columns[reach : reach + width].reshape(-1)
-    total = np.empty(channels, cells.dtype)
+    count = width * channels
+    # Rows lie flat, so that one loop goes over all channels of all cells: the next cell is `channels` further.
+    columns = np.zeros(count + 2 * reach * channels, cells.dtype)  # sums down the columns, zeros beyond the border
+    inner = columns[reach * channels : reach * channels + count]
+    total = np.empty(PIECE, cells.dtype)
     one, power = cells.dtype.type(1), cells.dtype.type(-beta)
     for row in range(start, stop):
         image, y = row // height, row % height
-        inner[:] = 0
-        for other in range(max(0, y - reach), min(height, y + reach + 1)):
+        first = max(0, y - reach)
+        line = cells[image, first].reshape(-1)
+        for i in range(count):
+            inner[i] = line[i] * line[i]
+        for other in range(first + 1, min(height, y + reach + 1)):
             line = cells[image, other].reshape(-1)
-            for i in range(line.shape[0]):
+            for i in range(count):
                 inner[i] += line[i] * line[i]
-        for x in range(width):
-            total[:] = columns[x]
-            for k in range(1, 2 * reach + 1):
-                column = columns[x + k]
-                for c in range(channels):
-                    total[c] += column[c]
-            cell, result = cells[image, y, x], normalised[image, y, x]
-            if beta == 0.75:  # a third of the time of the power
-                for c in range(channels):
-                    root = np.sqrt(one + alpha * total[c])
-                    result[c] = cell[c] / (root * np.sqrt(root))
+        cell, result = cells[image, y].reshape(-1), normalised[image, y].reshape(-1)
+        for begin in range(0, count, PIECE):
+            piece = min(PIECE, count - begin)
+            own = columns[begin:]
+            if reach:
+                near, far = columns[begin + channels :], columns[begin + 2 * channels :]
+                for i in range(piece):
+                    total[i] = own[i] + near[i] + far[i]
             else:
-                for c in range(channels):
-                    result[c] = cell[c] * (one + alpha * total[c]) ** power
+                total[:piece] = own[:piece]
+            for k in range(3, 2 * reach + 1):
+                more = columns[begin + k * channels :]
+                for i in range(piece):
+                    total[i] += more[i]
+            source, target = cell[begin:], result[begin:]
+            if beta == 0.75:  # a third of the time of the power
+                for i in range(piece):
+                    root = np.sqrt(one + alpha * total[i])
+                    target[i] = source[i] / (root * np.sqrt(root))
+            else:
+                for i in range(piece):
+                    target[i] = source[i] * (one + alpha * total[i]) ** power
