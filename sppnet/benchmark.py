@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -35,6 +36,7 @@ from sppnet.network.pyramid import has_own_loop, pool_windows
 from sppnet.network.sppnet import build_head
 from sppnet.network.trunks import build_trunk
 
+log = logging.getLogger("sppnet")
 SVM_SCALE = 0.05  # of random features: scores of about -1.5 ± 1.5, so that suppression has about as much to do as usual
 RCNN_SIDE, RCNN_BATCH = 227, 32  # R-CNN warps every window to 227 × 227 pixels
 
@@ -74,7 +76,7 @@ class WarpedTrunk:
 class Benchmark:
     """Everything that `run_benchmark` measured.
 
-    `pooling` is None on a GPU, where it is the peer itself, and where the first image has no windows.
+    `pooling` is None where `pool_windows` is the peer itself, and where the first image has no windows.
     """
 
     machine: Machine
@@ -128,12 +130,15 @@ def measure(
     detector: SPPDetector, images: Sequence[Path], rounds: int, rcnn: int, names: tuple[str, str], progress: bool = True
 ) -> Benchmark:
     """The profile over all images; the peers on the first one, R-CNN's trunk on `rcnn` windows of it."""
+    log.info("profile of detection, then pooling, selective search and this machine beside it: about a minute")
     profile = profile_images(detector, images, rounds, progress)
     image = read_image(images[0])
     windows = detector.proposer(image)
+    log.info("pooling beside torchvision's, selective search beside OpenCV's")
     pooling = compare_pooling(detector, image, windows, rounds)
     search = compare_search(detector, image, rounds)
     warped = time_warped(detector, image, windows, rcnn, rounds) if rcnn and len(windows) else None
+    log.info("rates of this machine")
     machine, device = measure_machine(detector.device, __version__), detector.device.type
     return Benchmark(machine, *names, profile, pooling, search, warped, device)
 

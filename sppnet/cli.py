@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from sppnet import __version__
 from sppnet.config import CompressSettings
@@ -27,20 +29,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(options)
 
 
+class Command(argparse.ArgumentParser):
+    """A parser whose errors name options that it does not know, and the nearest that it does.
+
+    argparse looks for missing arguments first, and then says nothing of a mistyped one.
+    """
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        known = list(self._option_string_actions)
+        hints = []
+        for wrong in dict.fromkeys(word.partition("=")[0] for word in self.given if word.startswith("--")):
+            if wrong != "--" and not any(name.startswith(wrong) for name in known):
+                near = difflib.get_close_matches(wrong, known, n=1)
+                hints.append(f"; {wrong} is no option here{f', did you mean {near[0]}?' if near else ''}")
+        super().error(message + "".join(hints))
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What is asked for; an option that is not known ends the program with the command's usage and the nearest one."""
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
-        command: argparse.ArgumentParser = options.parser
-        wrong = unknown[0].partition("=")[0]
-        known = command._option_string_actions if wrong.startswith("-") else ()
-        hints = [f"; did you mean {name}?" for name in difflib.get_close_matches(wrong, known, n=1)]
+        command: Command = options.parser
+        early = [word for word in unknown if word in command._option_string_actions]  # before the command's name
+        hints = [f"; write {word} after {options.command}" for word in early]
         command.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sppnet", description="SPP-net object detection: train, evaluate, detect.")
+    parser = Command(prog="sppnet", description="SPP-net object detection: train, evaluate, detect.")
     parser.set_defaults(verbose=False)
     parser.add_argument("--version", action="version", version=f"sppnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -132,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-untyped-def]
+    command: Command = commands.add_parser(name, help=text, description=text)
     command.add_argument("--verbose", action="store_true", help="debug messages, and tracebacks of errors")
     command.set_defaults(parser=command)
     return command

@@ -535,11 +535,20 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("detect", "RUN", "a.jpg", "--out", "x", "--treshold", "1"), "--treshold 1; did you mean --threshold?"),
-        (("detect", "RUN", "a.jpg", "--out", "x", "--treshold=1"), "--treshold=1; did you mean --threshold?"),
-        (("train", "c.yaml", "--forze"), "--forze; did you mean --force?"),
-        (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz\n"),
-        (("eval", "RUN", "another"), "another\n"),
+        (
+            ("detect", "RUN", "a.jpg", "--out", "x", "--treshold", "1"),
+            "; --treshold is no option here, did you mean --threshold?",
+        ),
+        (
+            ("detect", "RUN", "a.jpg", "--treshold=1"),
+            "required: --out; --treshold is no option here, did you mean --threshold?",
+        ),
+        (("train", "--dryrun"), "required: CONFIG; --dryrun is no option here, did you mean --dry-run?"),
+        (("train", "c.yaml", "--forze"), "--forze; --forze is no option here, did you mean --force?"),
+        (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz; --zzzzzzzzzzzz is no option here"),
+        (("eval", "RUN", "another"), "unrecognized arguments: another"),
+        (("eval", "--split"), "argument --split: expected at least one argument"),
+        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area')"),
     ],
 )
 def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_one(capsys, arguments, said):
@@ -548,4 +557,13 @@ def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_o
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"usage: sppnet {arguments[0]} [-h]")
-    assert error.endswith(f"unrecognized arguments: {said.rstrip()}\n")
+    assert error.endswith(f"{said}\n")
+
+
+def test_an_option_of_a_command_that_stands_before_it_is_sent_behind_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(("--verbose", "eval", "RUN"))
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --verbose; write --verbose after eval\n")
+    with pytest.raises(SystemExit):
+        cli.main(("--versoin",))
+    assert capsys.readouterr().err.endswith("; --versoin is no option here, did you mean --version?\n")
