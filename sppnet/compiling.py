@@ -11,6 +11,7 @@ import ctypes
 import functools
 import itertools
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -95,12 +96,20 @@ def rest_torch_threads() -> None:
     """Give torch's worker threads back to the system; its next operation starts new ones, in a tenth of a millisecond.
 
     After an operation they wait for the next one by spinning, 5 ms and longer, on the cores that other threads need.
-    OpenMP's own call, for the workers of the calling thread alone. Nothing happens where torch brings no GNU OpenMP.
+    OpenMP's own call, for the workers of the calling thread alone. Nothing happens where torch brings no GNU OpenMP,
+    nor in a forked process, which has none of these workers and would wait for them for ever.
     """
     torch = sys.modules.get("torch")
-    library = _gnu_openmp(Path(torch.__file__).parent) if torch is not None and torch.__file__ else None
+    if torch is None or not torch.__file__ or _forked:
+        return
+    library = _gnu_openmp(Path(torch.__file__).parent)
     if library is not None:
         library.omp_pause_resource_all(1)  # omp_pause_soft: settings stay
+
+
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 @functools.cache

@@ -98,10 +98,15 @@ def prepare(
     pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
-    # Both steps are linear, so they may change places: done before the image grows this takes a fifth of the time.
-    pixels = (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
+    shift, deviation = _per_channel(mean, pixels), _per_channel(std, pixels)
+    grows = pixels[0, 0].numel() < size[0] * size[1]
+    # An affine change and a mean with weights that sum to 1 may change places: the smaller image takes less time.
+    if grows:
+        pixels = (pixels - shift) / deviation
     if pixels.shape[2:] != tuple(size):
         pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False, antialias=False)
+    if not grows:
+        pixels = (pixels - shift) / deviation
     return pixels
 
 

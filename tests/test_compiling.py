@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -93,6 +94,26 @@ print("rested")
 def test_torchs_threads_go_before_others_work_and_come_again():
     run = subprocess.run([sys.executable, "-c", RESTING], capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "rested", run.stderr
+
+
+FORKED = """
+import os, signal, torch
+from sppnet.compiling import in_parts
+torch.set_num_threads(3)
+torch.max_pool2d(torch.randn(1, 64, 64, 64), 2)
+if child := os.fork():
+    print(os.waitpid(child, 0)[1])
+else:
+    signal.alarm(20)
+    in_parts(lambda start, stop: None, 64, 2, 1)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_wait_for_torchs_threads():
+    run = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "0", run.stderr
 
 
 def test_without_gnu_openmp_nothing_happens(tmp_path):

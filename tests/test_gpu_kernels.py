@@ -73,9 +73,26 @@ def test_it_compiles_for_every_kind_of_number_and_reads_sixteen_bytes_at_once(tm
 
 
 def test_devices_without_a_loop_of_their_own_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyramid, "_kernel_works", lambda device: True)
     assert pyramid.has_own_loop(torch.device("cpu"))
     assert pyramid.has_own_loop(torch.device("cuda", 1))
     assert not pyramid.has_own_loop(torch.device("mps"))
     monkeypatch.setattr(pyramid, "_has_triton", lambda: False)
     assert not pyramid.has_own_loop(torch.device("cuda"))
     assert pyramid.has_own_loop(torch.device("cpu"))
+
+
+def test_a_kernel_that_fails_leaves_pooling_to_torchvision_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(pyramid, "_pool_on_gpu", fails)
+    pyramid._kernel_works.cache_clear()
+    try:
+        with caplog.at_level("WARNING", "sppnet"):
+            assert not pyramid._kernel_works(torch.device("cpu"))
+        assert "roi_pool on cpu: the kernel of ours failed: Failed to find C compiler" in caplog.text
+    finally:
+        pyramid._kernel_works.cache_clear()

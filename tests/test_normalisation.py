@@ -22,7 +22,7 @@ def by_formula(x: np.ndarray, size: int, alpha: float, beta: float) -> np.ndarra
 
 
 @pytest.mark.parametrize(("size", "alpha", "beta"), [(3, 5e-5, 0.75), (5, 1e-3, 0.75), (1, 1e-3, 0.5), (3, 1e-4, 1.0)])
-@pytest.mark.parametrize("shape", [(2, 4, 5), (3, 1, 1), (9, 17, 2)])
+@pytest.mark.parametrize("shape", [(2, 4, 5), (3, 1, 1), (9, 17, 2), (31, 2, 211)])  # the last: more than three pieces
 def test_normalisation_follows_its_formula(shape: tuple[int, int, int], size: int, alpha: float, beta: float) -> None:
     x = np.random.default_rng(0).normal(0, 100, shape)
     expected = by_formula(x, size, alpha, beta)

@@ -129,6 +129,7 @@ def test_no_memory_around_the_arrays_is_touched(
     if size == (1, 1) and padding == (0, 0):
         size = (side, side)
     monkeypatch.setattr(tile_kernels, "scratch_memory", Fenced())
+    monkeypatch.setattr(tile_kernels, "SCRATCH", 0)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 24, *size, generator=generator), torch.randn(32, 24, side, side, generator=generator)
     expected = F.conv2d(x.double(), weight.double(), stride=stride, padding=padding)
@@ -224,6 +225,55 @@ def test_layers_that_change_their_stride_are_asked_when_they_run() -> None:
         assert not taken(convolution, images)
         convolution.stride = (1, 1)
         assert taken(convolution, images)
+    convolution, images = layer(kernel_size=5), torch.randn(1, 60, 200, 200)
+    with torch.no_grad():
+        for stride in (1, 2, 1):
+            convolution.stride = (stride, stride)
+            assert taken(convolution, images)
+
+
+def test_filters_are_not_those_of_before_a_step_of_a_fused_optimiser_nor_of_weights_turned_round() -> None:
+    convolution, images = layer(in_channels=64).requires_grad_(True), torch.randn(1, 64, 100, 100)
+    optimiser = torch.optim.SGD(convolution.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        assert taken(convolution, images)
+    convolution(images).square().mean().backward()
+    optimiser.step()  # which does not count as a change of the weights
+    with torch.no_grad():
+        assert taken(convolution, images)
+        convolution.weight = nn.Parameter(convolution.weight.detach().transpose(2, 3))
+        assert taken(convolution, images)
+        convolution.weight = nn.Parameter(convolution.weight.detach().transpose(0, 1))
+        assert taken(convolution, images)
+
+
+@torch.no_grad()
+def test_parameters_that_are_not_the_layers_are_left_to_torch() -> None:
+    images = torch.randn(1, 60, 100, 100)
+    for changed in (
+        {"bias": torch.zeros(8)},
+        {"bias": torch.zeros(64).double()},
+        {"weight": torch.zeros(64, 16, 3, 3)},
+    ):
+        convolution = layer()
+        for name, value in changed.items():
+            setattr(convolution, name, nn.Parameter(value, requires_grad=False))
+        with pytest.raises(RuntimeError):
+            convolution(images)
+
+
+def test_other_numbers_filters_and_biases_are_errors() -> None:
+    images, filters = torch.randn(1, 24, 9, 9), filters_at_points(torch.randn(16, 24, 3, 3))
+    with pytest.raises(ValueError, match="must be float32"):
+        convolve(images.double(), filters, None)
+    with pytest.raises(ValueError, match=r"for 32 channels and stride 1 must have shape \(36, 1, 32, 16\)"):
+        convolve(torch.randn(1, 32, 9, 9), filters, None)
+    with pytest.raises(ValueError, match="for 24 channels and stride 2"):
+        convolve(images, filters, None, 5, 2)
+    with pytest.raises(ValueError, match=r"bias must have shape \(16,\), got \(8,\)"):
+        convolve(images, filters, torch.zeros(8))
+    with pytest.raises(ValueError, match="padding must not be negative"):
+        convolve(images, filters, None, padding=(-1, 0))
 
 
 def test_what_tiles_save_depends_on_channels_cells_and_the_border() -> None:

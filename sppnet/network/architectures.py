@@ -184,8 +184,15 @@ def _with_own_convolutions(module: nn.Module) -> nn.Module:
 
 def _own_convolution(layer: nn.Conv2d) -> Convolution:
     """A convolution by the same parameters."""
-    shape = (layer.in_channels, layer.out_channels, cast(tuple[int, int], layer.kernel_size))
-    sides = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    own = Convolution(*shape, **sides, bias=layer.bias is not None)  # type: ignore[arg-type]
+    own = Convolution(
+        layer.in_channels,
+        layer.out_channels,
+        cast(tuple[int, int], layer.kernel_size),
+        stride=cast(tuple[int, int], layer.stride),
+        padding=cast(tuple[int, int], layer.padding),
+        dilation=cast(tuple[int, int], layer.dilation),
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+    )
     own.weight, own.bias = layer.weight, layer.bias
-    return own
+    return own.train(layer.training)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from sppnet.network.bins import bin_order
 from sppnet.network.kernels import bfloat16_codes, has_nan, pool_bins, pool_cells
 
+log = logging.getLogger("sppnet")
 # torchvision.ops.roi_pool finds bins in float32; up to this level they equal the exact ones for every side below 3000
 ROI_POOL_EXACT_LEVEL = 13
 
@@ -111,12 +113,23 @@ def _columns_on(device: torch.device, channels: int, levels: tuple[int, ...]) ->
 
 def has_own_loop(device: torch.device) -> bool:
     """Whether `pool_windows` has a loop of its own there: on the CPU, and on CUDA devices where torch brings Triton."""
-    return device.type == "cpu" or (device.type == "cuda" and _has_triton())
+    return device.type == "cpu" or (device.type == "cuda" and _has_triton() and _kernel_works(device))
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Triton needs a C compiler and not too old a card; where it fails the log says so, once."""
+    try:
+        pooled = _pool_on_gpu(torch.ones(1, 1, 1, device=device), np.array([[0, 0, 1, 1]]), (1,), np.arange(1))
+        return float(pooled) == 1
+    except Exception as error:  # whatever Triton, its compiler and the driver raise
+        log.warning("windows are pooled by torchvision's roi_pool on %s: the kernel of ours failed: %s", device, error)
+        return False
 
 
 class SpatialPyramidPool(nn.Module):

@@ -39,21 +39,26 @@ class _Transformed:
     filters: Tensor
     weight: Tensor  # an alias, which keeps the memory, and so the address, from being used by another tensor
     version: int
+    stride: int
 
-    def belongs_to(self, weight: Tensor) -> bool:
-        return self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
+    def belongs_to(self, weight: Tensor, stride: int) -> bool:
+        same = (self.weight.data_ptr(), self.weight.shape, self.weight.stride(), self.version, self.stride)
+        return same == (weight.data_ptr(), weight.shape, weight.stride(), weight._version, stride)
 
 
 class Convolution(nn.Conv2d):
     """nn.Conv2d, run by `convolve` where that saves time and no gradients are wanted; results differ by rounding.
 
-    The filters at the points are made at the first such call and kept, four times as many numbers as 3 × 3 weights.
-    They follow every change of the weights but those that torch does not see either: through ``.data`` or numpy.
+    The filters at the points are made at the first such call and kept, four times as many numbers as 3 × 3 weights,
+    until a call with gradients on (optimisers may change weights without a trace) or a change of the weights that
+    torch counts: not one through ``.data`` or numpy. An infinite cell makes all cells of its tiles NaN.
     """
 
     _transformed: _Transformed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self._transformed = None
         if not self._pays(input):
             return super().forward(input)
         return convolve(input, self._filters(), self.bias, self.kernel_size[0], self.stride[0], self._sides())
@@ -68,25 +73,44 @@ class Convolution(nn.Conv2d):
     def _pays(self, images: Tensor) -> bool:
         if torch.is_grad_enabled() or not suits(self):
             return False
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if images.device.type != "cpu" or images.dtype != torch.float32 or self.weight.is_inference():
             return False  # the version of a tensor made in inference mode is not known
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
+        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 1:
             return False  # torch's, or torch's error
-        if torch.get_float32_matmul_precision() != "highest":
-            return False  # bfloat16 may be used, which sums of torch can use and these, which cancel, cannot
+        if not self._is_whole() or not _wants_float32():
+            return False
         return saves_time(self, images.shape)
+
+    def _is_whole(self) -> bool:
+        """Whether the parameters are what the layer says: the loop works on addresses and sees to nothing."""
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        parameters = [(self.weight, shape)] + ([] if self.bias is None else [(self.bias, (self.out_channels,))])
+        return min(self._sides()) >= 0 and all(
+            tuple(own.shape) == wanted and own.dtype == torch.float32 and own.device.type == "cpu"
+            for own, wanted in parameters
+        )
 
     def _sides(self) -> tuple[int, int]:
         height, width = (int(side) for side in self.padding)
         return height, width
 
     def _filters(self) -> Tensor:
-        if self._transformed is None or not self._transformed.belongs_to(self.weight):
+        kept, stride = self._transformed, self.stride[0]
+        if kept is None or not kept.belongs_to(self.weight, stride):
             weight = self.weight.detach()
-            self._transformed = _Transformed(filters_at_points(weight, self.stride[0]), weight, self.weight._version)
-        return self._transformed.filters
+            kept = _Transformed(filters_at_points(weight, stride), weight, self.weight._version, stride)
+            self._transformed = kept
+        return kept.filters
+
+
+def _wants_float32() -> bool:
+    """False where torch may use bfloat16 for products: its sums can, and these, which cancel, cannot."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set in torch's newer way, per library
+        return False
 
 
 def suits(layer: nn.Conv2d) -> bool:
@@ -141,8 +165,19 @@ def convolve(
     """F.conv2d of images (N, C, H, W) with the weights (O, C, kernel, kernel) of which `filters_at_points` are given.
 
     `padding` (rows, columns) of zeros on either side. Returns (N, O, H', W'), channels last. float32; the rounding
-    errors are about ten times those of plain sums: up to 2e-5 of the largest result.
+    errors are about ten times those of plain sums: 2e-5 of the largest result, 5e-5 for the largest steps. Raises
+    ValueError for other numbers, and for filters and bias of another layer.
     """
+    expected = (POINTS, filters.shape[1], _channels(images.shape[1], stride), COLUMNS)
+    if {images.dtype, filters.dtype, torch.float32 if bias is None else bias.dtype} != {torch.float32}:
+        raise ValueError(f"images, filters and bias must be float32, got {images.dtype} and {filters.dtype}")
+    if tuple(filters.shape) != expected or min(padding) < 0:
+        raise ValueError(
+            f"filters for {images.shape[1]} channels and stride {stride} must have shape {expected}, "
+            f"got {tuple(filters.shape)}; padding must not be negative, got {padding}"
+        )
+    if bias is not None and bias.shape != (filters.shape[1] * COLUMNS,):
+        raise ValueError(f"bias must have shape ({filters.shape[1] * COLUMNS},), got {tuple(bias.shape)}")
     height, width = (_result_side(images.shape[2 + k], kernel, stride, padding[k]) for k in (0, 1))
     outputs = filters.shape[1] * COLUMNS
     cells = images.detach().permute(0, 2, 3, 1)
