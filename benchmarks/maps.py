@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     trunks = [build_trunk(TrunkSettings(name=n, weights=WeightsSettings(source="random"))) for n in options.trunks]
     agree = True
     for title, other, tolerance in (
-        ("maps | strips, ms | whole, ms", whole, TOLERANCE_OF_TILES),
+        ("maps | strips, ms | whole, ms", whole, TOLERANCE),
         ("maps | convolutions by tiles, ms | torch's, ms", plain, TOLERANCE_OF_TILES),
     ):
         print(f"\n| {title} | {columns}")
