@@ -1,104 +1,108 @@
-"""What makes maps fast on a CPU: strips, convolutions by tiles, normalisation; each against torch's way.
+"""Maps of an image on a CPU: the OpenVINO runtime beside torch, and beside the code of another checkout.
 
-    python benchmarks/maps.py [--trunks zf5 mobilenet_v2 vgg16 alexnet] [--scales 688 1200] [--rounds 5] [--threads N]
+    python benchmarks/maps.py [--backbones mobilenet_v2:353 alexnet:688] [--threads 1 2] [--before CHECKOUT]
 
-Images are random and have sides 3 : 4, in float32; all but what is compared is the same on both sides. The two are
-timed in pairs, one after the other in every round, so that a busy machine slows both; ratios are taken pair by pair.
-Exit status 1 where results differ by more than rounding.
+Images are random and have sides 3 : 4; weights are random; everything is float32. All ways are timed one after the
+other in every round, the other checkout in a process of its own, so that a busy machine slows all of them; ratios are
+taken round by round. Exit status 1 where the maps of OpenVINO and torch differ by more than rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
+import importlib.util
 import sys
-import time
 from collections.abc import Callable
-from unittest import mock
+from functools import partial
+from pathlib import Path
 
 import torch
+from checkouts import existing, server
+from machine import alternate, cores, describe, milliseconds, ratio, seconds
 from torch import Tensor
 
-from sppnet.config import TrunkSettings, WeightsSettings
-from sppnet.network import normalisation, strips, winograd
-from sppnet.network.normalisation import LocalResponseNorm
-from sppnet.network.trunks import TRUNKS, Trunk, build_trunk
+from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.runtime import make_runtime
+from sppnet.config import BackboneSettings, WeightsSettings
 
-TOLERANCE = 1e-5  # of the largest value
-TOLERANCE_OF_TILES = 1e-4  # after several layers
-
-
-def whole(trunk: Trunk, images: Tensor) -> Tensor:
-    """The trunk's map without strips."""
-    with mock.patch.object(strips, "LARGE", float("inf")):
-        return trunk(images)
-
-
-def plain(trunk: Trunk, images: Tensor) -> Tensor:
-    """The trunk's map by torch's convolutions."""
-    with mock.patch.object(winograd, "GAIN", float("inf")):
-        return trunk(images)
-
-
-def by_torch(layer: LocalResponseNorm, images: Tensor) -> Tensor:
-    """The normalisation by torch's operations, as on a GPU."""
-    with mock.patch.object(normalisation, "COMPILED_ON", "no device"):
-        return layer(images)
-
-
-def timed(function: Callable[[], Tensor]) -> float:
-    time.sleep(0.05)  # OpenMP's threads spin for a while after the previous call and would take a core from this one
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-@torch.inference_mode()
-def compare(
-    name: str, ours: Callable[[], Tensor], peer: Callable[[], Tensor], rounds: int, tolerance: float = TOLERANCE
-) -> bool:
-    """Print a row of the table; False where the results differ."""
-    expected = peer()
-    difference = float((ours() - expected).abs().max() / expected.abs().max())
-    pairs = [(timed(ours), timed(peer)) for _ in range(rounds)]
-    mine, theirs = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
-    ratios = sorted(b / a for a, b in pairs)
-    span = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f})"
-    print(f"| {name} | {mine:,.0f} | {theirs:,.0f} | {span} | {difference:.0e} |", flush=True)
-    return difference <= tolerance
+CASES = [f"{name}:{side}" for name in ("mobilenet_v2", "squeezenet1_1") for side in (688, 353)]
+CASES += [f"{name}:688" for name in ("alexnet", "vgg16", "resnet18")]
+TOLERANCE = 1e-4  # of the largest value, after all layers
+# The other checkout times one call for each request.
+BEFORE = """
+import functools, json, sys, time, torch
+try:
+    from sppnet.network.trunks import build_trunk as build
+    from sppnet.config import TrunkSettings as Settings, WeightsSettings
+except ImportError:
+    from sppnet.backbones.backbone import build_backbone as build
+    from sppnet.config import BackboneSettings as Settings, WeightsSettings
+backbone = functools.cache(lambda name: build(Settings(name=name, weights=WeightsSettings(source="random"))))
+images = functools.cache(lambda side: torch.randn(1, 3, side, side * 4 // 3))
+for line in sys.stdin:
+    request = json.loads(line)
+    torch.set_num_threads(request["threads"])
+    model, pixels = backbone(request["name"]), images(request["side"])
+    with torch.inference_mode():
+        start = time.perf_counter()
+        model(pixels)
+        print(json.dumps(time.perf_counter() - start), flush=True)
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trunks", nargs="+", choices=TRUNKS, default=["zf5", "mobilenet_v2", "vgg16", "alexnet"])
-    parser.add_argument("--scales", nargs="+", type=int, default=[688, 1200], help="shorter sides")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
-    options = parser.parse_args(arguments)
-    if min(options.rounds, options.threads, *options.scales) < 1:
-        parser.error("--rounds, --threads and --scales must be at least 1")
-    torch.set_num_threads(options.threads)
-    columns = "ratio, median (from – to) | difference |\n|---|---|---|---|---|"
-    trunks = [build_trunk(TrunkSettings(name=n, weights=WeightsSettings(source="random"))) for n in options.trunks]
+    options = parse(arguments)
+    print(describe())
+    print(
+        "| maps | threads | OpenVINO, ms | torch, ms | before, ms | torch / OpenVINO | before / OpenVINO | difference |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     agree = True
-    for title, other, tolerance in (
-        ("maps | strips, ms | whole, ms", whole, TOLERANCE),
-        ("maps | convolutions by tiles, ms | torch's, ms", plain, TOLERANCE_OF_TILES),
-    ):
-        print(f"\n| {title} | {columns}")
-        for trunk in trunks:
-            for scale in options.scales:
-                images = torch.randn(1, 3, scale, scale * 4 // 3)
-                ours, peer = (lambda t=trunk, x=images: t(x)), (lambda t=trunk, x=images, o=other: o(t, x))
-                agree &= compare(f"{trunk.name}, {scale}", ours, peer, options.rounds, tolerance)
-    print(f"\n| normalisation | compiled, ms | torch, ms | {columns}")
-    layer = LocalResponseNorm()
-    for scale in options.scales:
-        cells = torch.randn(1, 96, scale // 2, scale * 2 // 3).to(memory_format=torch.channels_last)
-        ours, peer = (lambda x=cells: layer(x)), (lambda x=cells: by_torch(layer, x))
-        agree &= compare(f"96 × {cells.shape[2]} × {cells.shape[3]}", ours, peer, options.rounds)
+    with server(options.before, BEFORE) as before:
+        for case in options.backbones:
+            name, _, side = case.partition(":")
+            backbone = build_backbone(BackboneSettings(name=name, weights=WeightsSettings(source="random")))
+            images = torch.randn(1, 3, int(side), int(side) * 4 // 3)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                ways = runtimes(backbone, threads)
+                measurements = {way: partial(seconds, partial(run, images)) for way, run in ways.items()}
+                if before is not None:
+                    measurements["before"] = partial(before.ask, name=name, side=int(side), threads=threads)
+                expected, found = ways["torch"](images), ways.get("openvino", ways["torch"])(images)
+                difference = float((found - expected).abs().max() / expected.abs().max())
+                agree &= difference <= TOLERANCE
+                print(
+                    row(f"{name}, {side} | {threads}", alternate(measurements, options.rounds), difference), flush=True
+                )
     return 0 if agree else 1
+
+
+def runtimes(backbone: Backbone, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Images (1, 3, H, W) -> map, by each runtime that is installed."""
+    names = ("torch", "openvino") if importlib.util.find_spec("openvino") else ("torch",)
+    return {name: make_runtime(backbone, name, "float32", threads) for name in names}
+
+
+def row(name: str, times: dict[str, list[float]], difference: float) -> str:
+    """One line of the table; empty cells for what was not measured."""
+    medians = [milliseconds(times[way]) if way in times else "" for way in ("openvino", "torch", "before")]
+    own = times.get("openvino")
+    ratios = [ratio(times[way], own) if way in times and own else "" for way in ("torch", "before")]
+    return f"| {name} | {' | '.join([*medians, *ratios])} | {difference:.0e} |"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=CASES, metavar="NAME:SIDE", help="and the shorter side in px")
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores()}), help="default: 1 and all cores")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--before", type=Path, help="the root of another checkout")
+    options = parser.parse_args(arguments)
+    if min(options.rounds, *options.threads) < 1 or not all(c.partition(":")[2].isdigit() for c in options.backbones):
+        parser.error("--rounds and --threads must be at least 1, --backbones NAME:SIDE")
+    existing([options.before])
+    return options
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sppnet.backbones.geometry import Geometry
     from sppnet.config import BoxRegressionSettings, Config, SVMSettings
     from sppnet.config_files import load_config
     from sppnet.detection.box_regression import fit_box_regressor
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from sppnet.detection.windows import choose_scales, project_windows
     from sppnet.evaluation.voc import evaluate_voc
     from sppnet.images import read_image
-    from sppnet.network.geometry import Geometry
-    from sppnet.network.pyramid import SpatialPyramidPool, pool_windows, spatial_pyramid_pool
+    from sppnet.ops.pyramid import SpatialPyramidPool, pool_windows, spatial_pyramid_pool
     from sppnet.records import Annotation, Detections, ImageRecord
 
 __version__ = "0.1.0"
@@ -32,21 +32,21 @@ _MODULES = {
     "BoxRegressionSettings": "config",
     "Config": "config",
     "Detections": "records",
-    "Geometry": "network.geometry",
+    "Geometry": "backbones.geometry",
     "ImageRecord": "records",
     "SPPDetector": "detection.detector",
     "SVMSettings": "config",
-    "SpatialPyramidPool": "network.pyramid",
+    "SpatialPyramidPool": "ops.pyramid",
     "choose_scales": "detection.windows",
     "evaluate_voc": "evaluation.voc",
     "fit_box_regressor": "detection.box_regression",
     "fit_linear_svm": "detection.linear_svm",
     "load_config": "config_files",
     "nms": "detection.nms",
-    "pool_windows": "network.pyramid",
+    "pool_windows": "ops.pyramid",
     "project_windows": "detection.windows",
     "read_image": "images",
-    "spatial_pyramid_pool": "network.pyramid",
+    "spatial_pyramid_pool": "ops.pyramid",
 }
 
 __all__ = [

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from sppnet import __version__
-from sppnet.config import CompressSettings
-from sppnet.detection.stages import STAGES
+from sppnet.config import STAGES
+
+# Commands that run one stage alone.
+STAGE_COMMANDS = {
+    "propose": "proposals",
+    "pretrain": "pretrain",
+    "extract": "maps",
+    "finetune": "finetune",
+    "svm": "svm",
+    "boxes": "boxes",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ class Command(argparse.ArgumentParser):
         for wrong in dict.fromkeys(word.partition("=")[0] for word in self.given if word.startswith("--")):
             if wrong != "--" and not any(name.startswith(wrong) for name in known):
                 near = difflib.get_close_matches(wrong, known, n=1)
-                hints.append(f"; {wrong} is no option here{f', did you mean {near[0]}?' if near else ''}")
+                hints.append(f"; {wrong} is an unknown option{f', did you mean {near[0]}?' if near else ''}")
         super().error(message + "".join(hints))
 
 
@@ -71,15 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train a detector; every stage resumes")
     _add_training_options(train)
     train.add_argument("--dry-run", action="store_true", help="print which stages would run, and why; change nothing")
-    train.add_argument("--from", dest="start", choices=STAGES, help="do this stage and the later ones again")
+    train.add_argument("--from", dest="start", choices=STAGES, help="run this stage and the later ones again")
     train.add_argument("--only", choices=STAGES, help="run this stage alone")
-    train.add_argument("--force", action="store_true", help="do every stage again, whatever is there already")
+    train.add_argument("--force", action="store_true", help="run every stage again, whatever is there already")
 
-    for stage in (name for name in STAGES if name != "compress"):  # that name is the action on a trained run
-        command = _command(commands, stage, f"run the {stage} stage of training alone")
+    for name, stage in STAGE_COMMANDS.items():
+        command = _command(commands, name, f"run the stage {stage} of training alone")
+        command.set_defaults(stage=stage)
         _add_training_options(command)
-        command.add_argument("--force", action="store_true", help="do it again, whatever is there already")
-        if stage == "propose":
+        command.add_argument("--force", action="store_true", help="run it again, whatever is there already")
+        if stage == "proposals":
             command.add_argument(
                 "--import",
                 dest="imports",
@@ -110,28 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--threshold", type=float, default=0.0, help="lowest score shown (default: 0)")
     _add_device(detect)
 
-    compress = _command(commands, "compress", "a faster detector: fc6 and fc7 of low rank")
-    compress.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run, which stays as it is")
-    for layer in ("fc6", "fc7"):
-        compress.add_argument(
-            f"--{layer}", type=int, default=0, metavar="RANK", help=f"rank of {layer} (default: 0, whole)"
-        )
-    compress.add_argument(
-        "--method",
-        choices=("responses", "weights"),
-        default="responses",
-        help="keep what the layers' answers to training images need (default), or what their weights do (SVD)",
-    )
-    compress.add_argument(
-        "--images",
-        type=int,
-        default=CompressSettings().images,
-        metavar="N",
-        help=f"training images to ask (default: {CompressSettings().images})",
-    )
-    compress.add_argument("--out", type=Path, metavar="DIR", help="the new folder (default: RUN/compressed-…)")
-    _add_device(compress)
-
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")
     score.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of VOC .xml files")
     score.add_argument("--image-set", type=Path, required=True, metavar="FILE", help="image ids, one a line")
@@ -140,14 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--metric", choices=("11point", "area"), default="11point")
     score.add_argument("--iou", type=float, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    bench = _command(commands, "benchmark", "how fast it is here: a profile of detection, and peers")
-    bench.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a trained run (default: random AlexNet)")
-    bench.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="default: one generated picture")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each image (default: 5)")
-    bench.add_argument("--rcnn", type=int, default=0, metavar="N", help="the trunk on N windows too, as in R-CNN")
-    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    _add_device(bench)
 
     demo = _command(commands, "demo", "train, evaluate and detect on generated pictures, in minutes")
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR")

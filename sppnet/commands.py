@@ -9,31 +9,27 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sppnet import distributed
-from sppnet.benchmark import run_benchmark
 from sppnet.compiling import announce_compiling
-from sppnet.config import Config
-from sppnet.config_files import ConfigError, load_config
-from sppnet.data.folder import FolderError
-from sppnet.data.proposal_files import ProposalFileError, export_windows
+from sppnet.config import STAGES, Config
+from sppnet.config_files import load_config
 from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size
-from sppnet.demo import run_demo
-from sppnet.detection.compression import compress_run
-from sppnet.detection.detector import SPPDetector
-from sppnet.detection.finetuning import FinetuneError
-from sppnet.detection.folder_detection import detect_files
-from sppnet.detection.proposals import ProposalError, read_windows
-from sppnet.detection.stages import STAGES, describe_stage
-from sppnet.detection.testing import TestOutput, test_run
-from sppnet.detection.training import Training, train_detector
+from sppnet.detection.detector import DetectorDescription, SPPDetector
+from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
-from sppnet.store import StoreError
+from sppnet.pipeline.demo import run_demo
+from sppnet.pipeline.evaluation import RunEvaluation, evaluate_run
+from sppnet.pipeline.prediction import detect_files
+from sppnet.pipeline.stages import describe_stage
+from sppnet.pipeline.training import Training, train_detector
+from sppnet.proposals.files import export_windows
+from sppnet.proposals.search import read_windows
 
-EXPECTED = (ValueError, StoreError, ProposalError, FinetuneError, FolderError, ProposalFileError, OSError)
 log = logging.getLogger("sppnet")
 
 
@@ -43,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
     _start_logging(options.verbose)
     announce_compiling()
     try:
-        return ACTIONS[options.command](options)
-    except EXPECTED as error:
+        return ACTIONS.get(options.command, _train_stage)(options)
+    except (SppnetError, OSError) as error:  # OSError: a disk that is full, a folder that may not be read
         if options.verbose:
             traceback.print_exc()
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
@@ -52,6 +48,9 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is complete is kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    except Exception:
+        print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
+        raise
     finally:
         distributed.stop()
 
@@ -60,15 +59,22 @@ def _train(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
     only = (options.only,) if options.only else STAGES
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
-    if options.dry_run:
-        training = Training(config, root, _device(options))
-        redone = training.redone(only, force)
-        print("\n".join([str(training.plan.data), *(describe_stage(s, only, redone) for s in training.status())]))
-        ends = training.obstacles(only)
-        for reason in ends:
-            print(f"{reason}; training would end there", file=sys.stderr)
-        return 1 if ends else 0
-    return _run_training(config, root, options, only, force)
+    return (
+        _dry_run(config, root, options, only, force)
+        if options.dry_run
+        else _run_training(config, root, options, only, force)
+    )
+
+
+def _dry_run(config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]) -> int:
+    training = Training(config, root, _device(options))
+    graph = training.graph
+    invalidated = graph.invalidated(only, force)
+    print("\n".join([str(graph.data), *(describe_stage(s, only, invalidated) for s in graph.statuses())]))
+    missing = training.missing_inputs(only)
+    for reason in missing:
+        print(f"{reason}; training would end there", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _train_stage(options: argparse.Namespace) -> int:
@@ -77,14 +83,15 @@ def _train_stage(options: argparse.Namespace) -> int:
     if imports:
         proposals = config.proposals.model_copy(update={"import_from": tuple(imports)})
         config = config.model_copy(update={"proposals": proposals})
-    status = _run_training(config, root, options, (options.command,), (options.command,) if options.force else ())
+    only = (options.stage,)
+    status = _run_training(config, root, options, only, only if options.force else ())
     if imports and distributed.is_main():
         names = ",".join(map(str, imports))
         print(f"the other stages use these windows with the same setting: proposals.import_from=[{names}]")
     if export and distributed.is_main():
-        plan = Training(config, root, _device(options)).plan
-        records = [*plan.data.train, *plan.validation]
-        export_windows(export, [r.id for r in records], [read_windows(plan.windows, r) for r in records])
+        graph = Training(config, root, _device(options)).graph
+        records, folder = [*graph.data.train, *graph.data.validation], graph.folder("proposals")
+        export_windows(export, [r.id for r in records], [read_windows(folder, r) for r in records])
         print(f"windows of {len(records)} images written to {export}")
     return status
 
@@ -99,16 +106,15 @@ def _run_training(
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    detector = SPPDetector.load(options.run, _device(options))
-    output = test_run(
-        detector, options.run, options.data, tuple(options.split), options.metric, evaluate=options.command == "eval"
-    )
+    evaluate = options.command == "eval"
+    splits = tuple(options.split)
+    output = evaluate_run(options.run, _device(options), options.data, splits, options.metric, evaluate)
     if distributed.is_main():
         _print_output(output)
     return 0
 
 
-def _print_output(output: TestOutput) -> None:
+def _print_output(output: RunEvaluation) -> None:
     result = output.result
     if result.proposals is not None:
         quality = result.proposals
@@ -124,8 +130,10 @@ def _print_output(output: TestOutput) -> None:
 
 
 def _detect(options: argparse.Namespace) -> int:
-    detector = SPPDetector.load(options.run, _device(options))
-    result = detect_files(detector, options.images, options.out, options.threshold)
+    device = _device(options)
+    DetectorDescription.read(options.run)  # before pictures are looked for
+    load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
+    result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(len(found) for found in result.detections.values())
     print(f"{count} detections in {len(result.detections)} images, written to {options.out}")
     if result.detections and not count:
@@ -135,38 +143,21 @@ def _detect(options: argparse.Namespace) -> int:
     return 1 if result.skipped else 0
 
 
-def _compress(options: argparse.Namespace) -> int:
-    if distributed.is_main():
-        if options.images < 1:
-            raise ConfigError(f"--images {options.images}: expected at least 1")
-        done = compress_run(
-            options.run, options.fc6, options.fc7, options.out, _device(options), options.method, options.images
-        )
-        print(f"{done}\ncompressed detector in {done.folder}; next: sppnet eval {done.folder}")
-    return 0
-
-
 def _score(options: argparse.Namespace) -> int:
     if "{}" not in options.detections:
-        raise ConfigError(
+        raise SppnetError(
             f"--detections {options.detections}: expected a pattern with {{}} for the class, "
             'e.g. "comp4_det_test_{}.txt"'
         )
     classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     if not classes:
-        raise ConfigError("--classes: expected class names separated by commas, e.g. cat,dog")
+        raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
     files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set)}
     annotations = {image: read_annotation(path, stated_size(path))[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
     print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
-    return 0
-
-
-def _benchmark(options: argparse.Namespace) -> int:
-    result = run_benchmark(options.run, options.images, _device(options), options.rounds, options.rcnn)
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
     return 0
 
 
@@ -184,12 +175,12 @@ def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise ConfigError(f"--device {options.device}: expected cpu, cuda or cuda:N")
+        raise SppnetError(f"--device {options.device}: expected cpu, cuda or cuda:N")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: this machine has no CUDA device; use --device cpu")
+        raise SppnetError(f"--device {options.device}: this machine has no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {options.device}: this machine has {torch.cuda.device_count()}; count from 0")
+        raise SppnetError(f"--device {options.device}: this machine has {torch.cuda.device_count()}; count from 0")
     return device
 
 
@@ -203,13 +194,10 @@ def _start_logging(verbose: bool) -> None:
 
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
-    **dict.fromkeys(STAGES, _train_stage),
     "train": _train,
     "eval": _evaluate,
     "test": _evaluate,
     "detect": _detect,
-    "compress": _compress,  # on a trained run; the stage of this name has no command of its own
     "score": _score,
-    "benchmark": _benchmark,
     "demo": _demo,
 }

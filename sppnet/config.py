@@ -21,6 +21,9 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 
+# Sections of the settings whose results are kept, in the order in which they are made.
+STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes")
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and closed to unknown keys."""
@@ -54,7 +57,7 @@ class ProposalSettings(Settings):
 
 
 class WeightsSettings(Settings):
-    """Pretrained weights of a trunk and the preprocessing they were trained with.
+    """Pretrained weights of a backbone and the preprocessing they were trained with.
 
     Pixels run 0-255; the network sees ``(pixel - mean) / std`` per channel in ``channel_order``.
     """
@@ -68,16 +71,15 @@ class WeightsSettings(Settings):
     @model_validator(mode="after")
     def _file_goes_with_source(self) -> WeightsSettings:
         if self.source == "file" and self.file is None:
-            raise ValueError("source is 'file' but no file is named; set trunk.weights.file=PATH")
+            raise ValueError("source is 'file' but no file is named; set backbone.weights.file=PATH")
         return self
 
 
-class TrunkSettings(Settings):
+class BackboneSettings(Settings):
     """The convolutional layers below the pyramid."""
 
     name: str = "zf5"
-    layer: str | None = None  # last layer to run, in the trunk's own names; None = the trunk's default
-    stride: Literal["dilate", "cut"] = "dilate"  # ours: where the total stride would exceed 16
+    layer: str | None = None  # last layer to run, in the backbone's own names; None = the backbone's default
     weights: WeightsSettings = WeightsSettings()
 
 
@@ -87,8 +89,8 @@ class MapSettings(Settings):
     scales: tuple[Side, ...] = Field((688,), min_length=1)  # sec. 4.1: shorter side s; five: 480 576 688 864 1200
     max_side: int | None = Field(None, ge=16)  # ours: bound on the longer side, shrinks the scale
     storage: Literal["float32", "float16"] = "float16"  # ours: precision of the stored maps
-    compute: Literal["float32", "bfloat16"] = "float32"  # ours: precision of the convolutions
     target_side: Rate = 208  # release: 13 cells of 16 px; the paper: area nearest to 224²
+    runtime: Literal["auto", "torch", "openvino"] = "auto"  # ours: auto = OpenVINO on a CPU where it is installed
 
 
 class PyramidSettings(Settings):
@@ -104,7 +106,7 @@ class HeadSettings(Settings):
     fc6: int = Field(4096, ge=1)  # sec. 3.1
     fc7: int = Field(4096, ge=1)  # sec. 3.1
     dropout: float = Field(0.5, ge=0, lt=1)  # sec. 3.1
-    # ours: pooled features are scaled to this mean norm before fc6, so that one learning rate suits every trunk;
+    # ours: pooled features are scaled to this mean norm before fc6, so that one learning rate suits every backbone;
     # None = as they are (the paper). Measured: 300 for MobileNetV2, 3,000 to 10,000 for the SqueezeNets.
     input_norm: float | None = Field(None, gt=0)
     init: Literal["random", "imagenet", "checkpoint"] = "random"
@@ -112,7 +114,7 @@ class HeadSettings(Settings):
 
 
 class PretrainSettings(Settings):
-    """SPP classification on crops of the training objects, for trunks without pretrained weights (ours)."""
+    """SPP classification on crops of the training objects, for backbones without pretrained weights (ours)."""
 
     enabled: bool = False
     steps: int = Field(2000, ge=1)
@@ -121,12 +123,12 @@ class PretrainSettings(Settings):
     learning_rate: Rate = 0.05
     momentum: Decay = 0.9
     weight_decay: Decay = 5e-4
-    dropout: Decay = 0.1  # 0.5 as in head.dropout keeps a trunk from learning from scratch
+    dropout: Decay = 0.1  # 0.5 as in head.dropout keeps a backbone from learning from scratch
     seed: Seed = 0
 
 
 class FinetuneSettings(Settings):
-    """Training of fc6, fc7 and a (K+1)-way fc8 on sampled windows, the trunk frozen (sec. 4.1)."""
+    """Training of fc6, fc7 and a (K+1)-way fc8 on sampled windows, the backbone frozen (sec. 4.1)."""
 
     enabled: bool = True
     batch: int = Field(128, ge=1)  # release
@@ -144,7 +146,6 @@ class FinetuneSettings(Settings):
     validate_every: int = Field(1000, ge=1)  # ours: also how often the state is saved
     validate_images: int = Field(200, ge=1)  # ours: at most this many images of the val split
     validate_windows: int = Field(2048, ge=1)  # ours: drawn once, in the proportions of a batch
-    precision: Literal["float32", "bfloat16"] = "float32"  # ours: autocast of the products
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -164,24 +165,20 @@ def _check_schedule(steps: tuple[int, ...], learning_rates: tuple[float, ...]) -
         )
 
 
-class CompressSettings(Settings):
-    """fc6 and fc7 of low rank, chosen after fine-tuning, before SVMs are trained on them (ours).
+class LowRankSettings(Settings):
+    """fc6 and fc7 of low rank after fine-tuning, before SVMs are trained on them (ours); 0 keeps the whole layer.
 
-    A rank of 0 leaves a layer whole. What is kept is what their answers to `windows` of at most `images` images need;
-    then the thin layers are fine-tuned in their turn, as `finetune` says (its seed too) but for the schedule. With no
-    steps and no rates ([] and []), or where the head is not fine-tuned, they stay as they were chosen.
+    The low-rank layers are fine-tuned in their turn, as `finetune` says but for this schedule; no steps and no rates
+    ([] and []) leave that out.
     """
 
     fc6: int = Field(0, ge=0)
     fc7: int = Field(0, ge=0)
-    images: Count = 256
-    windows: Count = 16_384  # in all, where the images have as many: four for each of 4,096 outputs
     steps: tuple[Count, ...] = (1000, 1000)
     learning_rates: tuple[Rate, ...] = (1e-3, 1e-4)
-    seed: Seed = 0  # of the windows that choose
 
     @model_validator(mode="after")
-    def _consistent(self) -> CompressSettings:
+    def _consistent(self) -> LowRankSettings:
         _check_schedule(self.steps, self.learning_rates)
         return self
 
@@ -205,10 +202,9 @@ class SVMSettings(Settings):
     evict_below: float = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
     epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
-    cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives kept, and on proposals as positives
+    cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives, and on the proposals that are positives
     max_positives: int = Field(20_000, ge=1)  # ours: bound on a class's objects, and on its proposals
-    solver: Literal["descent", "liblinear"] = "descent"  # ours: liblinear's method without its copies of the features
-    tolerance: float = Field(1e-3, gt=0)  # ours: liblinear stops at 0.1, up to 1 % above the optimum
+    tolerance: float = Field(1e-3, gt=0)  # ours: liblinear (release) stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
     seed: Seed = 0
 
@@ -246,7 +242,6 @@ class DetectSettings(Settings):
     score_threshold: float = -1.5  # release
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
-    precision: Literal["float32", "bfloat16"] = "float32"  # ours: of fc6 and fc7, in mining too
 
 
 class EvaluateSettings(Settings):
@@ -259,15 +254,17 @@ class Config(Settings):
     """All settings of one run."""
 
     name: str = Field("run", pattern=r"^[^/\\]*[^/\\.][^/\\]*$")  # the folder below runs/, so neither . nor ..
+    # Of convolutions and of fc6 and fc7; ours. auto = bfloat16 where the processor computes with it.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
-    trunk: TrunkSettings = TrunkSettings()
+    backbone: BackboneSettings = BackboneSettings()
     maps: MapSettings = MapSettings()
     pyramid: PyramidSettings = PyramidSettings()
     head: HeadSettings = HeadSettings()
     pretrain: PretrainSettings = PretrainSettings()
     finetune: FinetuneSettings = FinetuneSettings()
-    compress: CompressSettings = CompressSettings()
+    low_rank: LowRankSettings = LowRankSettings()
     svm: SVMSettings = SVMSettings()
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()

@@ -17,11 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sppnet.config import Config
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and the next step."""
-
+from sppnet.errors import SppnetError
 
 # In the words of a YAML file, where pydantic's are those of Python.
 EXPECTED = {
@@ -40,24 +36,36 @@ EXPECTED = {
 }
 
 
+# Settings of earlier versions -> what to write now.
+RENAMED = {
+    "trunk": "it is now called backbone",
+    "compress": "it is now called low_rank, with fc6, fc7, steps and learning_rates",
+    "backbone.stride": "layers beyond stride 16 are always dilated; leave it out",
+    "maps.compute": "the setting precision now holds for the whole run",
+    "finetune.precision": "the setting precision now holds for the whole run",
+    "detect.precision": "the setting precision now holds for the whole run",
+    "svm.solver": "there is one solver now; leave it out",
+}
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML configuration and apply ``section.key=value`` overrides (values in YAML syntax).
 
-    Raises ConfigError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
+    Raises SppnetError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
     """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(
+        raise SppnetError(
             f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        raise SppnetError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+        raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, str(path))
@@ -72,9 +80,9 @@ def parse_config(values: Mapping[str, Any], origin: str) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "value_error":  # settings that do not go together: the message names them
-            raise ConfigError(": ".join(filter(None, (origin, key, str(first["ctx"]["error"]))))) from None
+            raise SppnetError(": ".join(filter(None, (origin, key, str(first["ctx"]["error"]))))) from None
         message = EXPECTED.get(first["type"], first["msg"])
-        raise ConfigError(f"{origin}: {key}: {message}, got {first['input']!r}") from None
+        raise SppnetError(f"{origin}: {key}: {message}, got {first['input']!r}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -85,16 +93,16 @@ def dump_config(config: Config) -> str:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override}: expected key=value, e.g. --set maps.scales=[480,688]")
+        raise SppnetError(f"--set {override}: expected key=value, e.g. --set maps.scales=[480,688]")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
+        raise SppnetError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a section")
+            raise SppnetError(f"--set {override}: {parent} is not a section")
         values = inner
     values[last] = value
 
@@ -107,9 +115,11 @@ def _reject_unknown_keys(values: Mapping[str, Any], settings: type[BaseModel], o
     known = settings.model_fields
     for key, value in values.items():
         if key not in known:
+            if f"{prefix}{key}" in RENAMED:
+                raise SppnetError(f"{origin}: unknown setting {prefix}{key}; {RENAMED[f'{prefix}{key}']}")
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise ConfigError(f"{origin}: unknown setting {prefix}{key}; {hint}")
+            raise SppnetError(f"{origin}: unknown setting {prefix}{key}; {hint}")
         inner = _settings_class(known[key].annotation)
         if inner is not None and isinstance(value, Mapping):
             _reject_unknown_keys(value, inner, origin, f"{prefix}{key}.")

@@ -15,24 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from sppnet.errors import ImageError
+
 MAX_PIXELS = 178_000_000  # ours: about 0.5 GB as RGB; a larger header is taken for damage or an attack
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # raster formats only: no program is started
-_TURNS = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the message names the file, what was expected and the next step."""
 
 
 def read_image(path: Path | str) -> NDArray[np.uint8]:
@@ -42,19 +32,15 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     a missing, damaged, truncated or unreasonably large file: a partly decoded image is never returned.
     """
     with _opened(path) as image:
-        orientation = _orientation(image)
         image.load()
-        rgb = _to_rgb(image, path)
-        turn = _TURNS.get(orientation)
-        upright = rgb if turn is None else rgb.transpose(turn)
-        return np.array(upright, dtype=np.uint8)
+        return np.array(_to_rgb(_upright(image), path), dtype=np.uint8)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header alone; errors as in `read_image`."""
     with _opened(path) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
 
 
 def scaled_size(
@@ -159,16 +145,22 @@ def _too_large(path: Path | str) -> ImageError:
     )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; unturned where its EXIF block cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block does not make the pixels unusable
+        return image
+
+
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1-8; 1 where there is none or none that can be read."""
+    """EXIF orientation 1-8 without decoding a pixel; 1 where there is none or none that can be read."""
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF itself, and already reports the upright size
     try:
-        # not image.getexif(): for PNG that decodes every pixel
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block does not make the pixels unusable
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))  # image.getexif() decodes a PNG
+    except Exception:
         return 1
-    return orientation if orientation in _TURNS else 1
 
 
 def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:

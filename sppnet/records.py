@@ -1,13 +1,16 @@
-"""The named values that travel between the rooms of the pipeline."""
+"""The named values that travel between the steps of the pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,9 @@ class SkipCounts:
     def plus(self, other: SkipCounts) -> SkipCounts:
         keys = dict.fromkeys([*self.counts, *other.counts])
         return SkipCounts({key: self.counts.get(key, 0) + other.counts.get(key, 0) for key in keys})
+
+
+def spread(things: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the things, at even distances."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]

@@ -64,6 +64,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A detector trained in a second on a dozen generated pictures; a test that changes it takes `pipeline.copied`."""
-    from pipeline import train_small  # here and not above: it imports torch
+    from small_run import train_small  # here and not above: it imports torch
 
     return train_small(tmp_path_factory.mktemp("small"))

@@ -9,10 +9,10 @@ import torch
 from doubles import ToyWindows
 
 from sppnet import distributed
+from sppnet.artifacts import tensors_digest
 from sppnet.config import FinetuneSettings, HeadSettings
 from sppnet.detection.finetuning import finetune_head
-from sppnet.network.sppnet import build_head
-from sppnet.store import tensors_digest
+from sppnet.models.sppnet import build_head
 
 
 def basics(folder: Path) -> list[str]:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sppnet.config import TrunkSettings, WeightsSettings
+from sppnet.artifacts import file_digest
+from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.detection.feature_maps import FeatureMaps
 from sppnet.detection.sampling import LabelledWindows
-from sppnet.network.trunks import Trunk, build_trunk
 from sppnet.records import Annotation, ImageRecord
-from sppnet.store import file_digest
 
 NO_WINDOWS = np.zeros((0, 4), np.float32)
 
@@ -44,8 +44,8 @@ def picture_record(
     return ImageRecord(f"TOY/{name}", path, (pixels.shape[0], pixels.shape[1]), file_digest(path), annotation)
 
 
-def random_trunk(name: str = "tiny5", seed: int = 0) -> Trunk:
-    return build_trunk(TrunkSettings(name=name, weights=WeightsSettings(source="random")), seed)
+def random_backbone(name: str = "tiny5", seed: int = 0) -> Backbone:
+    return build_backbone(BackboneSettings(name=name, weights=WeightsSettings(source="random")), seed)
 
 
 def random_maps(

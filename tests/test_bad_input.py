@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline import copied, modified, refused, run_command, small_settings, write_config, write_windows
 from safetensors.torch import save_file
+from small_run import copied, modified, refused, run_command, small_settings, write_config, write_windows
 
 from sppnet.data.voc import write_annotation
 
@@ -72,7 +72,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
     [
         ("map.scales=[96]", "unknown setting map; did you mean maps?"),
         ("maps.scale=[96]", "unknown setting maps.scale; did you mean maps.scales?"),
-        ("trunk.weights.meen=[1,2,3]", "unknown setting trunk.weights.meen; did you mean trunk.weights.mean?"),
+        ("backbone.weights.meen=[1,2,3]", "unknown setting backbone.weights.meen; did you mean backbone.weights.mean?"),
         ("maps.scales", "--set maps.scales: expected key=value, e.g. --set maps.scales=[480,688]"),
         ("maps.scales=[96", "the value is not valid YAML"),
         ("name.first=x", "name is not a section"),
@@ -82,7 +82,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("finetune.images_per_batch=many", "finetune.images_per_batch: expected a whole number, got 'many'"),
         ("finetune.images_per_batch=1.5", "finetune.images_per_batch: expected a whole number, got 1.5"),
         ("finetune.flip=perhaps", "finetune.flip: expected true or false, got 'perhaps'"),
-        ("trunk.name=[zf5]", "trunk.name: expected text, got ['zf5']"),
+        ("backbone.name=[zf5]", "backbone.name: expected text, got ['zf5']"),
         ("data.root=[a]", "data.root: expected a path, got ['a']"),
         ("maps.scales=[]", "maps.scales: expected a list with something in it, got []"),
         ("maps.scales=[0]", "maps.scales.0: Input should be greater than or equal to 16, got 0"),
@@ -98,7 +98,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("boxes.overlap=1.5", "boxes.overlap: Input should be less than or equal to 1, got 1.5"),
         ("detect.nms_overlap=30", "detect.nms_overlap: Input should be less than or equal to 1, got 30"),
         ("pretrain.sizes=[8]", "pretrain.sizes.0: Input should be greater than or equal to 16, got 8"),
-        ("trunk.weights.std=[0,1,1]", "trunk.weights.std.0: Input should be greater than 0, got 0"),
+        ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
         ("data.train=[]", "data.train: expected a list with something in it, got []"),
         ("name=../elsewhere", "name: String should match pattern"),
     ],
@@ -110,10 +110,13 @@ def test_settings_that_do_not_exist_or_make_no_sense(config, override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trunk.name=zf6"], "unknown trunk.name=zf6; did you mean zf5?"),
-        (["trunk.layer=conv9"], "unknown trunk.layer=conv9 of tiny5; known: conv1, conv2, conv3, conv4, conv5"),
-        (["trunk.weights.source=file"], "source is 'file' but no file is named; set trunk.weights.file=PATH"),
-        (["trunk.weights.source=torchvision"], "torchvision has no weights for 'tiny5'; set trunk.weights.source=file"),
+        (["backbone.name=zf6"], "unknown backbone.name=zf6; did you mean zf5?"),
+        (["backbone.layer=conv9"], "unknown backbone.layer=conv9 of tiny5; known: conv1, conv2, conv3, conv4, conv5"),
+        (["backbone.weights.source=file"], "source is 'file' but no file is named; set backbone.weights.file=PATH"),
+        (
+            ["backbone.weights.source=torchvision"],
+            "torchvision has no weights for 'tiny5'; set backbone.weights.source=file",
+        ),
         (["head.init=checkpoint"], "head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH"),
         (["proposals.import_from=[none.npz]"], "none.npz: no such file; proposals.import_from must name existing"),
     ],
@@ -127,12 +130,12 @@ def test_weights_of_another_network_or_of_none(config, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     np.savez(tmp_path / "nan.npz", **{"conv1.weight": np.full(3, np.nan)})
     for name, expected in (
-        ("none.npz", "there is no such file; check trunk.weights.file"),
+        ("none.npz", "there is no such file; check backbone.weights.file"),
         ("other.safetensors", "tensors needed do not fit: conv1.conv.weight is missing"),
         ("text.pth", "expected a complete .pth file of plain tensors"),
         ("nan.npz", "holds NaN or infinity; fetch it again"),
     ):
-        overrides = ("trunk.weights.source=file", f"trunk.weights.file={tmp_path / name}")
+        overrides = ("backbone.weights.source=file", f"backbone.weights.file={tmp_path / name}")
         message = training_refused(config, *overrides)
         assert str(tmp_path / name) in message
         assert expected in message

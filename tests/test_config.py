@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppnet.config import Config, FinetuneSettings, WeightsSettings
-from sppnet.config_files import ConfigError, dump_config, load_config, parse_config
+from sppnet.config_files import dump_config, load_config, parse_config
+from sppnet.errors import SppnetError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -58,7 +59,7 @@ def test_a_file_holds_only_what_differs(file):
         ("finetune.flip=false", lambda c: c.finetune.flip is False),
         ("data.classes=[cat, dog]", lambda c: c.data.classes == ("cat", "dog")),
         ("data.classes=null", lambda c: c.data.classes is None),
-        ("trunk.weights.source=random", lambda c: c.trunk.weights.source == "random"),
+        ("backbone.weights.source=random", lambda c: c.backbone.weights.source == "random"),
         ("head.checkpoint=a=b.safetensors", lambda c: c.head.checkpoint == Path("a=b.safetensors")),
     ],
 )
@@ -83,19 +84,19 @@ def test_the_last_override_counts_and_leaves_its_section_alone(file):
     ],
 )
 def test_a_bad_override_says_what_is_wrong(file, override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SppnetError, match=message):
         load_config(file("name: here"), [override])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("scales: [480]", r"settings\.yaml: unknown setting scales; known here: name, data, proposals"),
+        ("scales: [480]", r"settings\.yaml: unknown setting scales; known here: name, precision, data, proposals"),
         ("map: {scales: [480]}", r"unknown setting map; did you mean maps\?"),
         ("maps: {scale: [480]}", r"unknown setting maps\.scale; did you mean maps\.scales\?"),
         (
-            "trunk: {weights: {means: [1, 2, 3]}}",
-            r"unknown setting trunk\.weights\.means; did you mean trunk\.weights\.mean\?",
+            "backbone: {weights: {means: [1, 2, 3]}}",
+            r"unknown setting backbone\.weights\.means; did you mean backbone\.weights\.mean\?",
         ),
         ("3: 4", r"unknown setting 3; known here"),
         ("- 1", r"expected a mapping of settings, got list"),
@@ -108,26 +109,29 @@ def test_a_bad_override_says_what_is_wrong(file, override, message):
         ("maps: {scales: [8]}", r"maps\.scales\.0: Input should be greater than or equal to 16, got 8"),
         ("pyramid: {levels: []}", r"pyramid\.levels: expected a list with something in it"),
         ("finetune: {steps: [5]}", r"steps has 1 phases but learning_rates has 3; give one learning rate per phase"),
-        ("trunk: {weights: {source: file}}", r"source is 'file' but no file is named; set trunk\.weights\.file=PATH"),
+        (
+            "backbone: {weights: {source: file}}",
+            r"source is 'file' but no file is named; set backbone\.weights\.file=PATH",
+        ),
     ],
 )
 def test_a_bad_file_says_what_is_wrong(file, text, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SppnetError, match=message):
         load_config(file(text))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"none\.yaml: cannot read the configuration \(No such file.*give an existing YAML"
+        SppnetError, match=r"none\.yaml: cannot read the configuration \(No such file.*give an existing YAML"
     ):
         load_config(tmp_path / "none.yaml")
 
 
 def test_a_folder_or_bytes_that_are_no_text_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read the configuration \(Is a directory\)"):
+    with pytest.raises(SppnetError, match=r"cannot read the configuration \(Is a directory\)"):
         load_config(tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00name")
-    with pytest.raises(ConfigError, match=r"bytes\.yaml: not valid YAML"):
+    with pytest.raises(SppnetError, match=r"bytes\.yaml: not valid YAML"):
         load_config(tmp_path / "bytes.yaml")
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sppnet.config_files import ConfigError, parse_config
+from sppnet.config_files import parse_config
+from sppnet.errors import SppnetError
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from sppnet.config_files import ConfigError, parse_config
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SppnetError, match=message):
         parse_config(values, "here")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline import run_command
+from small_run import run_command
 
 import sppnet
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sppnet.images import ImageError, flip_image, image_size, prepare, read_image, scaled_size
+from sppnet.errors import ImageError
+from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size
 
 COLOURS = np.array(  # 3 × 2 pixels, all different
     [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 255, 255], [255, 255, 255]]], dtype=np.uint8

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sppnet.backbones.backbone import BACKBONES
 from sppnet.cli import _parser
 from sppnet.config import Config
 from sppnet.config_files import load_config
-from sppnet.network.trunks import TRUNKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -126,15 +126,15 @@ def test_every_dependency_has_its_line() -> None:
     assert [name for name in (re.split(r"[<>=]", text)[0] for text in wanted) if name not in table] == []
 
 
-def test_every_section_of_the_settings_and_every_trunk_is_named() -> None:
+def test_every_section_of_the_settings_and_every_backbone_is_named() -> None:
     text = section("Settings")
     assert [name for name in Config.model_fields if name != "name" and f"`{name}`" not in text] == []
-    assert [name for name in TRUNKS if name not in text] == []
+    assert [name for name in BACKBONES if name not in text] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_is_valid_and_named_after_its_file(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
-    assert config.trunk.name in TRUNKS
+    assert config.backbone.name in BACKBONES
     assert len(config.finetune.steps) == len(config.finetune.learning_rates)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from doubles import annotated
 
-from sppnet.records import Annotation, Detections, SkipCounts
+from sppnet.records import Annotation, Detections, SkipCounts, spread
 
 OBJECTS = annotated(("cat", (0, 0, 5, 5)), ("dog", (1, 1, 6, 6)), ("cat", (2, 2, 7, 7)), difficult=(False, True, True))
 
@@ -67,3 +67,9 @@ def test_skips_add_up_by_reason():
 def test_values_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         OBJECTS.names = ()
+
+
+def test_things_are_spread_over_all_of_them_in_order():
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread("abc", 100) == ["a", "b", "c"]
+    assert spread([], 3) == spread([1, 2], 0) == []

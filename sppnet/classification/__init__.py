@@ -1,4 +1,4 @@
 """Classification with the pyramid (sec. 2.3, 3).
 
-``multisize`` trains at alternating sizes that share all weights, here on crops of the objects of a detection data set.
+pretraining  training at alternating sizes that share all weights, on crops of the objects of a detection data set
 """

@@ -2,6 +2,5 @@
 
 ``voc`` reads and writes PASCAL VOC folders and is the one place that knows 1-based inclusive corners;
 ``shapes`` generates a VOC-format data set of textured shapes, the embedded default that needs no download;
-``proposal_files`` reads and writes the windows of many images in one .npz or .mat file;
 ``folder`` finds images in files, folders and patterns, and reads one-folder-per-class data.
 """

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from sppnet.data.voc import DatasetError, write_annotation
-from sppnet.store import StoreError, read_json, write_json, write_text
+from sppnet.artifacts import read_json, write_json, write_text
+from sppnet.data.voc import write_annotation
+from sppnet.errors import ArtifactError, SppnetError
 
 Pixels = NDArray[np.float32]  # (H, W, 3) RGB in [0, 1]
 
@@ -72,10 +73,10 @@ def generate_shapes(root: Path | str, images: Mapping[str, int] = DEFAULT_IMAGES
     """Write ``<root>/VOCdevkit/SHAPES`` with so many `images` of train, val and test; return ``<root>/VOCdevkit``.
 
     A folder that already holds the same images is left alone. The folder appears under its name only when it is
-    complete. Raises DatasetError for unknown set names and where the name is taken by anything else.
+    complete. Raises SppnetError for unknown set names and where the name is taken by anything else.
     """
     if not images or not set(images) <= set(SETS) or min(images.values()) < 1:
-        raise DatasetError(f"images must map some of {', '.join(SETS)} to counts of at least 1, got {dict(images)}")
+        raise SppnetError(f"images must map some of {', '.join(SETS)} to counts of at least 1, got {dict(images)}")
     devkit = Path(root) / "VOCdevkit"
     settings = {"version": VERSION, "seed": seed, "images": dict(images)}
     if (devkit / YEAR).exists():
@@ -144,12 +145,10 @@ def _write_scene(folder: Path, stem: str, scene: Scene) -> None:
 def _check_same(folder: Path, settings: Mapping[str, object]) -> None:
     try:
         found = read_json(folder / SETTINGS_FILE)
-    except StoreError:
+    except ArtifactError:
         found = "something else"
     if found != settings:
-        raise DatasetError(
-            f"{folder}: expected shapes of {settings}, found {found}; delete it or choose another folder"
-        )
+        raise SppnetError(f"{folder}: expected shapes of {settings}, found {found}; delete it or choose another folder")
 
 
 # --- shapes -----------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ import numpy as np
 from defusedxml.ElementTree import parse as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
+from sppnet.artifacts import digest_of, file_digest, write_text
 from sppnet.boxes import areas, as_boxes
-from sppnet.images import ImageError, image_size
+from sppnet.errors import ImageError, SppnetError
+from sppnet.images import image_size
 from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts
-from sppnet.store import digest_of, file_digest, write_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
 FLAGS = frozenset({"-1", "0", "1"})  # second column of an image set: not in the image, difficult, in it
@@ -40,10 +41,6 @@ CLIPPED = "box clipped to the image"
 OUTSIDE = "box outside the image"
 WRONG_SIZE = "annotation size disagrees with the image"
 NO_ANNOTATION = "image without annotation, not evaluated"
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be used; the message names the file, what was expected and the next step."""
 
 
 def stated_size(path: Path) -> tuple[int, int] | None:
@@ -58,7 +55,7 @@ def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[An
     and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a <size> that
     differs from `size` is only counted, `size` wins. Without `size` boxes are clipped at the left and top
     edges alone. A missing <difficult> means 0. No object at all is ordinary.
-    Raises DatasetError for a file that is missing, not XML, not an annotation or not complete.
+    Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
@@ -96,13 +93,13 @@ def _xml_root(path: Path) -> Element:
     try:
         root = parse_xml(path).getroot()  # refuses entities, so a small file cannot become a large one
     except FileNotFoundError:
-        raise DatasetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
+        raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
     except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
         reason = f"{type(error).__name__}: {error}"
-        raise DatasetError(f"{path}: cannot read this annotation as XML ({reason}); repair or remove it") from None
+        raise SppnetError(f"{path}: cannot read this annotation as XML ({reason}); repair or remove it") from None
     if root is None or root.tag != "annotation":
         tag = None if root is None else root.tag
-        raise DatasetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
+        raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
     return root
 
 
@@ -110,16 +107,16 @@ def _read_object(element: Element, path: Path) -> tuple[str, list[float], bool]:
     """Name, (xmin, ymin, xmax, ymax) as they stand in the file, and the difficult flag."""
     name = " ".join((element.findtext("name") or "").split())
     if not name:
-        raise DatasetError(f"{path}: an <object> has no <name>; name its class or remove the object")
+        raise SppnetError(f"{path}: an <object> has no <name>; name its class or remove the object")
     if "/" in name or "\\" in name:
-        raise DatasetError(f"{path}: class {name!r} cannot be part of a file name; rename it without slashes")
+        raise SppnetError(f"{path}: class {name!r} cannot be part of a file name; rename it without slashes")
     bndbox = element.find("bndbox")
     if bndbox is None:
-        raise DatasetError(f"{path}: object {name!r} has no <bndbox>; add its box or remove the object")
+        raise SppnetError(f"{path}: object {name!r} has no <bndbox>; add its box or remove the object")
     corners = [_number(bndbox.findtext(tag), tag, name, path) for tag in CORNERS]
     difficult = (element.findtext("difficult") or "0").strip()
     if difficult not in ("0", "1"):
-        raise DatasetError(f"{path}: <difficult> of object {name!r} must be 0 or 1, got {difficult!r}")
+        raise SppnetError(f"{path}: <difficult> of object {name!r} must be 0 or 1, got {difficult!r}")
     return name, corners, difficult == "1"
 
 
@@ -129,7 +126,7 @@ def _number(text: str | None, tag: str, name: str, path: Path) -> float:
     except ValueError:
         value = math.nan
     if not abs(value) < 1e9:  # nor NaN
-        raise DatasetError(f"{path}: <{tag}> of object {name!r} must be a number, got {text!r}; correct the box")
+        raise SppnetError(f"{path}: <{tag}> of object {name!r} must be a number, got {text!r}; correct the box")
     return value
 
 
@@ -153,9 +150,9 @@ def read_image_set(path: Path) -> list[str]:
             continue
         name = columns[0] if len(columns) == 2 and columns[1] in FLAGS else line.strip()
         if "/" in name or "\\" in name or name in (".", ".."):
-            raise DatasetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
+            raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
         if name in first_line:
-            raise DatasetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
+            raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
         first_line[name] = number
     return list(first_line)
 
@@ -167,13 +164,13 @@ def load_split(
 
     `classes` ignores the objects of every other class. A missing annotation file is an error, or with
     ``require_annotations=False`` (a test split) is counted and gives a record without one. Raises
-    DatasetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
+    SppnetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
     """
     set_file = _set_file(Path(root), split)
     folder = set_file.parent.parent.parent
     names = read_image_set(set_file)
     if not names:
-        raise DatasetError(f"{set_file}: lists no image; write one image id per line")
+        raise SppnetError(f"{set_file}: lists no image; write one image id per line")
     image_of = _find_images(folder, names, set_file)
     loaded = [_load_record(name, image_of[name], require_annotations) for name in names]
     records = [record for record, _ in loaded]
@@ -195,7 +192,7 @@ def load_splits(
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
-                raise DatasetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
+                raise SppnetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
             split_of[record.id] = split
         records += more
         skips = skips.plus(counted)
@@ -206,7 +203,7 @@ def _load_record(name: str, path: Path, require_annotation: bool) -> tuple[Image
     try:
         size, digest = image_size(path), file_digest(path)
     except (ImageError, OSError) as error:
-        raise DatasetError(f"an image of the data set cannot be used: {error}") from None
+        raise SppnetError(f"an image of the data set cannot be used: {error}") from None
     folder = path.parent.parent
     record = ImageRecord(f"{folder.name}/{name}", path, size, digest)
     xml = folder / "Annotations" / f"{name}.xml"
@@ -219,15 +216,15 @@ def _load_record(name: str, path: Path, require_annotation: bool) -> tuple[Image
 def _set_file(root: Path, split: str) -> Path:
     parts = split.split("/")
     if len(parts) != 2 or not all(parts) or ".." in parts:
-        raise DatasetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
+        raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
     if not root.is_dir():
-        raise DatasetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
+        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
     path = root / parts[0] / "ImageSets" / "Main" / f"{parts[1]}.txt"
     if not path.is_file():
         found = sorted(f"{file.parents[2].name}/{file.stem}" for file in root.glob("*/ImageSets/Main/*.txt"))
         nested = root / "VOCdevkit"
         hint = f"set data.root={nested}" if nested.is_dir() else f"splits here: {', '.join(found[:20]) or 'none'}"
-        raise DatasetError(f"{path}: no such image set for split {split!r}; {hint}")
+        raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
     return path
 
 
@@ -239,7 +236,7 @@ def _find_images(folder: Path, names: Sequence[str], set_file: Path) -> dict[str
     image_of = {path.stem: path for path in files}  # the first suffix comes last and wins
     missing = [name for name in names if name not in image_of]
     if missing:
-        raise DatasetError(
+        raise SppnetError(
             f"{images / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
             f"the {len(names)} in {set_file}; add them, and list ids there without the ending"
         )
@@ -250,7 +247,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None
+        raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None
 
 
 def discover_classes(records: Sequence[ImageRecord]) -> tuple[str, ...]:
@@ -265,11 +262,11 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
     listing = f"classes found in the training images: {', '.join(found) or 'none'}"
     for name in chosen:
         if name not in found:
-            raise DatasetError(f"class {name!r} never occurs; {listing}")
+            raise SppnetError(f"class {name!r} never occurs; {listing}")
         if chosen.count(name) > 1:
-            raise DatasetError(f"data.classes names {name!r} twice; name each class once")
+            raise SppnetError(f"data.classes names {name!r} twice; name each class once")
     if not chosen:
-        raise DatasetError(f"no class to train; {listing}")
+        raise SppnetError(f"no class to train; {listing}")
     return chosen
 
 
@@ -285,7 +282,7 @@ def hold_out(
     """(train, held out): `share` of the images, at least one on each side, chosen by `seed` and id alone."""
     if not 0 < share < 1 or len(records) < 2:
         expected = "expected a held-out share between 0 and 1 and at least 2 images"
-        raise DatasetError(f"{expected}, got {share} and {len(records)}; set data.holdout, or name images in data.val")
+        raise SppnetError(f"{expected}, got {share} and {len(records)}; set data.holdout, or name images in data.val")
     count = min(max(round(share * len(records)), 1), len(records) - 1)
     ranked = sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record.id}".encode()).digest())
     held = {record.id for record in ranked[:count]}
@@ -313,7 +310,7 @@ def write_comp4(
     stems = {image_id: image_id.rpartition("/")[2] for image_id in detections}
     if len(set(stems.values())) < len(stems):
         stem = Counter(stems.values()).most_common(1)[0][0]
-        raise DatasetError(f"comp4 files name images by stem, but {stem!r} occurs twice; write each year by itself")
+        raise SppnetError(f"comp4 files name images by stem, but {stem!r} occurs twice; write each year by itself")
     paths = []
     for name in classes:
         lines = [line for image_id, found in detections.items() for line in _comp4_lines(stems[image_id], found, name)]
@@ -342,7 +339,7 @@ def read_comp4(path: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.f
         except ValueError:
             row = []
         if len(row) != 5 or not np.isfinite(row).all():
-            raise DatasetError(f"{path}:{number}: expected 'id score xmin ymin xmax ymax', got {line!r}; correct it")
+            raise SppnetError(f"{path}:{number}: expected 'id score xmin ymin xmax ymax', got {line!r}; correct it")
         stems.append(stem)
         values.append(row)
     table = np.array(values, dtype=np.float64).reshape(-1, 5)

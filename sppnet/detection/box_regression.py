@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sppnet.boxes import Boxes, as_boxes
 from sppnet.config import BoxRegressionSettings
+from sppnet.errors import SppnetError
 
 Features = NDArray[np.floating] | Tensor
 
@@ -66,7 +67,7 @@ class BoxRegressors:
         """Class name -> regressor; all of one feature width and scale."""
         kinds = {(regressor.weight.shape, regressor.scale) for regressor in regressors.values()}
         if len(kinds) != 1:
-            raise ValueError(f"regressors must share one feature width and scale, got {sorted(map(str, kinds))}")
+            raise SppnetError(f"regressors must share one feature width and scale, got {sorted(map(str, kinds))}")
         names = ("weight", "bias", "target_mean", "target_unwhiten")
         parts = {name: torch.stack([getattr(r, name) for r in regressors.values()]) for name in names}
         return cls(**parts, scale=next(iter(regressors.values())).scale, classes=tuple(regressors))
@@ -91,7 +92,7 @@ class BoxRegressors:
         corners = _matching_boxes(windows, len(rows), "windows")
         per_window = np.broadcast_to(np.asarray(labels, dtype=np.int64), len(corners))
         if not np.isin(per_window, np.arange(len(self.classes))).all():
-            raise ValueError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
+            raise SppnetError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
         refined = corners.copy()
         for label in np.unique(per_window):
             own = np.flatnonzero(per_window == label)
@@ -115,7 +116,7 @@ class BoxRegressors:
         names = ("weight", "bias", "target_mean", "target_unwhiten")
         missing = {*names, "scale", "classes"} - set(tensors)
         if missing:
-            raise ValueError(f"box regressors need the tensors {sorted(missing)} too; train the regressors again")
+            raise SppnetError(f"box regressors need the tensors {sorted(missing)} too; train the regressors again")
         classes = tuple(bytes(tensors["classes"].tolist()).decode().split("\n"))
         return cls(**{name: tensors[name] for name in names}, scale=float(tensors["scale"]), classes=classes)
 
@@ -170,7 +171,7 @@ def _whiten(targets: NDArray[np.float64], epsilon: float) -> Sequence[NDArray[np
     centred = targets - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(targets) + epsilon * np.eye(4))
     if values[0] <= 0:
-        raise ValueError(
+        raise SppnetError(
             f"the covariance of {len(targets)} targets cannot be inverted with whitening {epsilon}; "
             "set boxes.whitening above 0 (release: 0.001)"
         )
@@ -229,7 +230,7 @@ def _centres_and_sides(boxes: Boxes, name: str) -> tuple[NDArray[np.float64], ND
     sides = corners[:, 2:] - corners[:, :2]
     bad = np.flatnonzero(~(sides > 0).all(axis=1))
     if len(bad):
-        raise ValueError(
+        raise SppnetError(
             f"{name} must have x2 > x1 and y2 > y1, got {corners[bad[0]].tolist()} at row {bad[0]}; "
             "leave out what has no extent"
         )
@@ -239,7 +240,7 @@ def _centres_and_sides(boxes: Boxes, name: str) -> tuple[NDArray[np.float64], ND
 def _matching_boxes(boxes: Boxes, count: int, name: str) -> NDArray[np.float64]:
     corners = as_boxes(boxes, name)
     if len(corners) != count:
-        raise ValueError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
+        raise SppnetError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
     return corners
 
 
@@ -248,7 +249,7 @@ def _as_tensor(features: Features, width: int | None = None) -> Tensor:
         array = np.asarray(features)
         features = torch.from_numpy(array if array.flags.writeable else array.copy())
     if features.ndim != 2 or (width is not None and features.shape[1] != width):
-        raise ValueError(
+        raise SppnetError(
             f"features must have shape (R, {width or 'D'}), got {tuple(features.shape)}; "
             "use the layer that the regressor was trained on"
         )

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppnet.compiling import compiled
+from sppnet.errors import SppnetError
 
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
 
@@ -46,13 +47,13 @@ def minimise_hinge(
     It ends when the projected gradients of all examples lie within `tolerance` of each other and of zero, or after
     `max_rounds`.
     Sums are kept in double precision; the same values and seed give the same weights on one machine.
-    Raises ValueError where a feature is not finite.
+    Raises SppnetError where a feature is not finite.
     """
     norms = np.empty(len(features))
     _squared_norms(features, norms)
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        raise ValueError(
+        raise SppnetError(
             f"features must be finite, and their norms too: row {row} is not; check the images and the weights"
         )
     order = np.random.default_rng(seed)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sppnet.artifacts import cache_arrays, has_arrays, read_arrays
+from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, is_main, shard
+from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare, read_image, scaled_size
-from sppnet.network.trunks import Trunk, TrunkError
 from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
-from sppnet.store import StoreError, cache_arrays, has_arrays, read_arrays
-
-# Images of many sizes must not fill the memory. oneDNN, torch's convolutions on a CPU, keeps what it prepared for the
-# last 1024 of them, megabytes each at large sizes: 2 GB more after 300 images, where 64 take no longer. It reads this
-# before its first convolution.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-IMAGES_PER_TRIM = 16
-_images = itertools.count(1)
+from sppnet.workers import map_in_workers
 
 
 @dataclass(frozen=True)
@@ -52,55 +44,66 @@ class ExtractSummary:
     gigabytes: float  # on disk, of all
 
 
-@torch.inference_mode()
-def compute_maps(trunk: Trunk, image: NDArray[np.uint8], settings: MapSettings) -> FeatureMaps:
-    """Image (H, W, 3) uint8 RGB -> its maps in float32, on the trunk's device, at every scale of the settings.
+def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettings) -> FeatureMaps:
+    """Image (H, W, 3) uint8 RGB -> its maps in float32, on the runtime's device, at every scale of the settings.
 
-    Each map is (C, H, W) in channels-last memory, as the trunk gives it. An image so narrow that the bound on its
-    longer side leaves no map at a scale is an error that names the setting.
+    Each map is (C, H, W) in channels-last memory. An image so narrow that the bound on its longer side leaves no map at
+    a scale is an error that names the setting.
     """
-    device = next(trunk.parameters()).device
+    weights = runtime.backbone.weights
     maps, sides = [], []
     for scale in settings.scales:
         size, side = scaled_size(image.shape[:2], scale, settings.max_side)
-        weights = trunk.weights
-        pixels = prepare(image, size, weights.channel_order, weights.mean, weights.std, device)
+        pixels = prepare(image, size, weights.channel_order, weights.mean, weights.std, runtime.device)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.compute == "bfloat16"):
-                feature_map = trunk(pixels)[0]
-        except TrunkError as error:
-            raise TrunkError(f"an image of {image.shape[1]} × {image.shape[0]} pixels is too narrow: {error}") from None
-        maps.append(feature_map.float().permute(1, 2, 0).contiguous().permute(2, 0, 1))
+            feature_map = runtime(pixels)[0]
+        except BackboneError as error:
+            raise BackboneError(
+                f"an image of {image.shape[1]} × {image.shape[0]} pixels is too narrow: {error}"
+            ) from None
+        maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
-    if next(_images) % IMAGES_PER_TRIM == 0:
-        _return_freed_memory()
     return FeatureMaps(tuple(maps), tuple(sides), (image.shape[0], image.shape[1]))
 
 
 def extract_images(
     records: Sequence[ImageRecord],
-    trunk: Trunk,
+    load: Callable[[], Runtime],
     settings: MapSettings,
     folder: Path,
-    flips: bool,
+    flipped: Sequence[ImageRecord] = (),
+    workers: int = 0,
     progress: bool = True,
 ) -> ExtractSummary:
-    """Write the maps of every record, and of its mirror image when `flips`, to `folder`; complete ones stay.
+    """Write the maps of `records`, and of the mirror images of `flipped`, to `folder`; complete ones stay.
 
-    Under torchrun every process does its share of the records.
+    Images are shared by `workers` processes (0 = one a core), each with a runtime of its own from `load`, which must be
+    picklable. Under torchrun every process does its share of the records.
     """
-    jobs = [(record, flip) for record in shard(records) for flip in ((False, True) if flips else (False,))]
+    jobs = [(record, False) for record in shard(records)] + [(record, True) for record in shard(flipped)]
     missing = [job for job in jobs if not has_arrays(maps_path(folder, *job))]
-    for record, flip in progress_bar(missing, "maps", "map", shown=progress and is_main()):
-        image = read_image(record.path)
-        write_maps(
-            maps_path(folder, record, flip),
-            compute_maps(trunk, flip_image(image) if flip else image, settings),
-            settings,
-        )
+    done = map_in_workers(partial(_Extractor, load, settings, folder), missing, workers)
+    for _ in progress_bar(done, "maps", "map", len(missing), shown=progress and is_main()):
+        pass
     barrier()
     size = sum(maps_path(folder, *job).stat().st_size for job in jobs)
     return ExtractSummary(len(missing), len(jobs) - len(missing), size / 1e9)
+
+
+class _Extractor:
+    """Writes the maps of one image after the other."""
+
+    def __init__(self, load: Callable[[], Runtime], settings: MapSettings, folder: Path) -> None:
+        self._runtime, self._settings, self._folder = load(), settings, folder
+
+    def __call__(self, job: tuple[ImageRecord, bool]) -> None:
+        record, flip = job
+        image = read_image(record.path)
+        try:
+            maps = compute_maps(self._runtime, flip_image(image) if flip else image, self._settings)
+        except BackboneError as error:
+            raise BackboneError(f"{record.path}: {error}") from None
+        write_maps(maps_path(self._folder, record, flip), maps, self._settings)
 
 
 def maps_path(folder: Path, record: ImageRecord, flip: bool) -> Path:
@@ -122,16 +125,9 @@ def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureM
     """The maps that `extract_images` wrote for a record, as float32 (C, H, W) in channels-last memory."""
     path = maps_path(folder, record, flip)
     if not path.exists():
-        raise StoreError(f"{path}: no maps for image {record.id}; run extract first")
+        raise ArtifactError(f"{path}: no maps for image {record.id}; run extract first")
     arrays = read_arrays(path)
     sides = tuple(float(side) for side in arrays["sides"])
     height, width = (int(side) for side in arrays["image_size"])
     maps = tuple(torch.from_numpy(arrays[f"map_{i}"]).float().permute(2, 0, 1) for i in range(len(sides)))
     return FeatureMaps(maps, sides, (height, width))
-
-
-def _return_freed_memory() -> None:
-    """Give the gaps between maps of many sizes back to the system, which glibc would keep; elsewhere do nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -1,4 +1,4 @@
-"""Room 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the trunk frozen (sec. 4.1)."""
+"""Room 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sppnet import distributed
+from sppnet.artifacts import read_tensors, write_tensors, write_text
 from sppnet.config import FinetuneSettings
-from sppnet.detection.head_gradients import HeadGradients
 from sppnet.detection.sampling import Batch, LabelledWindows, draw_batch
-from sppnet.network.sppnet import SPPHead, seed_dropout
+from sppnet.errors import SppnetError
+from sppnet.models.sppnet import SPPHead, seed_dropout
 from sppnet.progress import progress_bar
-from sppnet.store import read_tensors, write_tensors, write_text
 
 log = logging.getLogger("sppnet")
 
 COLUMNS = ("step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 PREFETCH = 3  # batches pooled ahead while the head trains
-
-
-class FinetuneError(RuntimeError):
-    """Fine-tuning cannot start or go on; the message gives the next step."""
 
 
 class WindowSource(Protocol):
@@ -70,10 +66,12 @@ def finetune_head(
     folder: Path,
     progress: bool = True,
     stage: str = "finetune",
+    precision: str = "float32",
 ) -> FinetuneSummary:
     """Train `head` in place; it ends with the weights of the step that had the smallest validation error.
 
-    The weights that it starts with are no candidate. `stage` names it in progress and errors.
+    The weights that it starts with are no candidate. `stage` names it in progress and errors; `precision` is that of
+    the products ("float32" or "bfloat16").
 
     `background` is the index of the background class, K. Losses go to folder/log.csv and to TensorBoard files
     beside it; the state is saved at every validation, and a later call with the same folder goes on from there,
@@ -81,7 +79,7 @@ def finetune_head(
     """
     start = time.monotonic()
     usable = _usable_images(train, "training")
-    trainer = _Trainer(head, settings, folder, stage)
+    trainer = _Trainer(head, settings, folder, stage, precision)
     done = trainer.restore()
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
@@ -106,16 +104,15 @@ def finetune_head(
 class _Trainer:
     """The optimiser, its state on disk and the best head so far."""
 
-    def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path, stage: str = "finetune") -> None:
+    def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path, stage: str, precision: str) -> None:
         self.head, self.settings, self.folder, self.stage = head.train(), settings, folder, stage
+        self.half = precision == "bfloat16"
         self.device = head.fc6.weight.device
         weights = [p for name, p in head.named_parameters() if not name.endswith("bias")]
         biases = [p for name, p in head.named_parameters() if name.endswith("bias")]
         self.parameters = weights + biases
         groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": biases, "weight_decay": 0.0}]
         self.optimiser = torch.optim.SGD(groups, lr=settings.learning_rates[0], momentum=settings.momentum, fused=True)
-        # On a GPU the allocator keeps its memory, and autograd is as fast.
-        self._gradients = HeadGradients(head, settings.precision) if self.device.type == "cpu" else None
         self.rows: list[tuple[float, ...]] = []
         self.sums = torch.zeros(3, device=self.device)  # loss, right answers, windows since the last validation
         self.best_step, self.best_error, self.best_loss = 0, float("inf"), float("inf")
@@ -127,26 +124,22 @@ class _Trainer:
             group["lr"] = rate * factor
         seed_dropout(self.device, _seed(self.settings.seed, step, distributed.rank()))  # the same after a resume
         pooled, labels = pooled.to(self.device), labels.to(self.device)
-        logits = self._gradients(pooled, labels) if self._gradients is not None else self._autograd(pooled, labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.head(pooled).float()
+        loss = F.cross_entropy(logits, labels)
+        self.optimiser.zero_grad()
+        loss.backward()
         distributed.average_gradients(self.parameters)
         self.optimiser.step()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        right = (logits.argmax(1) == labels).float().sum()
-        self.sums += torch.stack([loss, right, torch.full_like(right, len(labels))])
-
-    def _autograd(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            logits = self.head(pooled).float()
-        self.optimiser.zero_grad()
-        F.cross_entropy(logits, labels).backward()
-        return logits.detach()
+        right = (logits.detach().argmax(1) == labels).float().sum()
+        self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
 
     def validate(self, step: int, pooled: Tensor, labels: Tensor, background: int) -> tuple[float, ...]:
         """Log a row, keep the head if it is the best, save the state; returns the row."""
         train_loss, right, count = self.sums.tolist()
         val_loss, val_accuracy = self._evaluate(pooled, labels)
         if not np.isfinite(train_loss) or not np.isfinite(val_loss):
-            raise FinetuneError(
+            raise SppnetError(
                 f"the loss is not finite at step {step}; lower {self.stage}.learning_rates, or set head.input_norm=300"
             )
         row = (step, train_loss / count, right / count, val_loss, val_accuracy, self._rate(step - 1))
@@ -207,10 +200,10 @@ class _Trainer:
 
 
 def _usable_images(source: WindowSource, kind: str) -> NDArray[np.int64]:
-    """Images with a positive; FinetuneError if there is none."""
+    """Images with a positive; SppnetError if there is none."""
     usable = [i for i, image in enumerate(source.labelled) if len(image.positives)]
     if not usable:
-        raise FinetuneError(
+        raise SppnetError(
             f"no {kind} window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
         )
     return np.array(usable, np.int64)

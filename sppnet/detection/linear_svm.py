@@ -1,17 +1,15 @@
-"""Room 6: linear detectors, one per class, and the fit of a single one (sec. 4.1; numbers of the release).
+"""Step 6: linear SVMs, one per class, and the fit of a single one (sec. 4.1; numbers of the release).
 
 The problem of one class, over scaled features x with labels y in {-1, +1}:
 
     1/2 |w|² + 1/2 (b/B)² + C (p Σ_{y=+1} max(0, 1 − f(x)) + Σ_{y=−1} max(0, 1 + f(x))),    f(x) = w·x + b
 
-with B the bias multiplier and p the weight of positives. `dual_descent` solves it, or scikit-learn's liblinear
-where svm.solver says so; this is the only module of detection that imports scikit-learn.
+with B the bias multiplier and p the weight of positives. `dual_descent` solves it.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +21,7 @@ from torch.nn.functional import linear
 
 from sppnet.config import SVMSettings
 from sppnet.detection.dual_descent import minimise_hinge
+from sppnet.errors import SppnetError
 
 logger = logging.getLogger("sppnet")
 
@@ -33,7 +32,7 @@ Features = NDArray[np.floating] | Tensor
 
 @dataclass(frozen=True)
 class LinearSVM:
-    """One trained detector: weight (D,) float64 and bias, for features scaled as in training."""
+    """One trained SVM: weight (D,) float64 and bias, for features scaled as in training."""
 
     weight: NDArray[np.float64]
     bias: float
@@ -63,8 +62,8 @@ class SVMObjective:
 
 
 @dataclass(frozen=True)
-class LinearDetectors:
-    """Detectors of all classes: weight (K, D) float32, bias (K,) float32, the scale of the features, the names."""
+class LinearSVMs:
+    """The SVMs of all classes: weight (K, D) float32, bias (K,) float32, the scale of the features, the names."""
 
     weight: Tensor
     bias: Tensor
@@ -72,19 +71,19 @@ class LinearDetectors:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        expected = (len(self.classes),)
-        if self.weight.ndim != 2 or self.weight.shape[:1] != expected or self.bias.shape != expected:
-            raise ValueError(
-                f"{len(self.classes)} classes need weight (K, D) and bias (K,), got {tuple(self.weight.shape)} and "
+        count = len(self.classes)
+        if self.weight.ndim != 2 or len(self.weight) != count or self.bias.shape != (count,):
+            raise SppnetError(
+                f"{count} classes need weight (K, D) and bias (K,), got {tuple(self.weight.shape)} and "
                 f"{tuple(self.bias.shape)}; give one row for each class"
             )
 
     def score(self, features: Tensor) -> Tensor:
         """Unscaled features (R, D) -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
         if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
-            raise ValueError(
+            raise SppnetError(
                 f"features must have shape (R, {self.weight.shape[1]}), got {tuple(features.shape)}; "
-                "use the layer that these detectors were trained on"
+                "use the layer that these SVMs were trained on"
             )
         weight = (self.weight * self.scale).to(features.device)
         return linear(features.float(), weight, self.bias.to(features.device))
@@ -96,10 +95,10 @@ class LinearDetectors:
         return {"weight": self.weight, "bias": self.bias, "scale": scale, "classes": names}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearDetectors:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearSVMs:
         missing = {"weight", "bias", "scale", "classes"} - set(tensors)
         if missing:
-            raise ValueError(f"linear detectors need the tensors {sorted(missing)} too; train the detectors again")
+            raise SppnetError(f"linear SVMs need the tensors {sorted(missing)} too; train them again")
         names = tuple(bytes(tensors["classes"].tolist()).decode().split("\n"))
         return cls(tensors["weight"], tensors["bias"], float(tensors["scale"]), names)
 
@@ -108,16 +107,15 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
     """The minimum of the problem above. features (N, D), already scaled; labels (N,) in {-1, +1}.
 
     The same features, labels and settings give the same weights. Features in float32 or float64 are read where they
-    lie, others as float64. With ``solver="liblinear"`` they are held in double precision and once more as index and
-    value, up to six times their float32 size, and fits must not run in parallel threads: its random numbers are global.
-    A fit that stops at ``max_iterations`` is used and logged as a warning.
-    Raises ValueError for other shapes and labels, where positives or negatives are missing, and where a feature is
-    not finite.
+    lie, others as float64. A fit that stops at ``max_iterations`` is used and logged as a warning.
+    Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = settings or SVMSettings()
     rows, signs = _as_array(features), _checked_labels(labels, len(features))
-    svm, converged = (_descend if settings.solver == "descent" else _liblinear)(rows, signs, settings)
-    if not converged:
+    costs = settings.C * np.where(signs > 0, settings.positive_weight, 1.0)
+    limits = settings.tolerance, settings.max_iterations, settings.seed
+    solution = minimise_hinge(np.ascontiguousarray(rows), signs, costs, settings.bias_multiplier, *limits)
+    if not solution.converged:
         logger.warning(
             "linear SVM of %d x %d stopped at %d iterations before it reached tolerance %g; its weights are used, "
             "raise svm.max_iterations or svm.tolerance",
@@ -125,58 +123,14 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
             settings.max_iterations,
             settings.tolerance,
         )
-    return svm
-
-
-def _descend(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
-    """The solution, and whether it reached the tolerance."""
-    own = rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float64)
-    solution = minimise_hinge(
-        np.ascontiguousarray(own),
-        signs,
-        settings.C * np.where(signs > 0, settings.positive_weight, 1.0),
-        settings.bias_multiplier,
-        settings.tolerance,
-        settings.max_iterations,
-        settings.seed,
-    )
-    return LinearSVM(solution.weight, solution.bias), solution.converged
-
-
-def _liblinear(rows: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings) -> tuple[LinearSVM, bool]:
-    """The same by scikit-learn, which takes a second to import and is wanted here alone."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.svm import LinearSVC
-
-    solver = LinearSVC(
-        loss="hinge",
-        dual=True,
-        C=settings.C,
-        intercept_scaling=settings.bias_multiplier,
-        class_weight={1: settings.positive_weight, -1: 1.0},
-        tol=settings.tolerance,
-        max_iter=settings.max_iterations,
-        random_state=settings.seed % 2**32,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the caller, once and in our words
-        solver.fit(rows, signs)
-    svm = LinearSVM(solver.coef_[0].astype(np.float64), float(solver.intercept_[0]))
-    return svm, int(solver.n_iter_) < settings.max_iterations
+    return LinearSVM(solution.weight, solution.bias)
 
 
 def svm_objective(
-    svm: LinearSVM, features: Features, labels: ArrayLike, settings: SVMSettings | None = None
+    svm: LinearSVM, scores: NDArray[np.floating], labels: ArrayLike, settings: SVMSettings | None = None
 ) -> SVMObjective:
-    """The value that `fit_linear_svm` minimises, for any weights. features (N, D) scaled, labels (N,) in {-1, +1}."""
-    signs = _checked_labels(labels, len(features), both=False)
-    return objective_of_scores(svm, svm.score(features), signs, settings or SVMSettings())
-
-
-def objective_of_scores(
-    svm: LinearSVM, scores: NDArray[np.floating], signs: NDArray[np.int64], settings: SVMSettings
-) -> SVMObjective:
-    """The same where the examples have been scored already: scores (N,), signs (N,) in {-1, +1}."""
+    """The value that `fit_linear_svm` minimises. scores (N,) that this SVM gives, labels (N,) in {-1, +1}."""
+    settings, signs = settings or SVMSettings(), _checked_labels(labels, len(scores), both=False)
     loss = np.maximum(0, 1 - signs * scores.astype(np.float64))
     norm = svm.weight @ svm.weight + (svm.bias / settings.bias_multiplier) ** 2
     return SVMObjective(
@@ -189,12 +143,12 @@ def objective_of_scores(
 def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
     """The factor that brings the mean of these feature norms to `target` (release: 20).
 
-    Raises ValueError where there is no norm, or where their mean is zero or not finite.
+    Raises SppnetError where there is no norm, or where their mean is zero or not finite.
     """
     values = np.asarray(norms, dtype=np.float64)
     mean = float(values.mean()) if values.size else float("nan")
     if not (np.isfinite(mean) and mean > 0):
-        raise ValueError(
+        raise SppnetError(
             f"the mean of {values.size} feature norms must be positive, got {mean}; "
             "check that the sampled images have windows and that the network's weights are loaded"
         )
@@ -202,24 +156,25 @@ def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
 
 
 def _as_array(features: Features) -> NDArray[np.floating]:
+    """(N, D) in float32 or float64: as it is, or a copy."""
     if isinstance(features, Tensor):
         whole = features.detach().cpu()
         array = (whole if whole.dtype == torch.float64 else whole.float()).numpy()
     else:
         array = np.asarray(features)
     if array.ndim != 2:
-        raise ValueError(f"features must have shape (N, D), got {array.shape}; pass features[None] for one window")
-    return array
+        raise SppnetError(f"features must have shape (N, D), got {array.shape}; pass features[None] for one window")
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
 
 
 def _checked_labels(labels: ArrayLike, count: int, both: bool = True) -> NDArray[np.int64]:
     signs = np.asarray(labels)
     if signs.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each row of features, got {signs.shape}")
+        raise SppnetError(f"labels must have shape ({count},), one for each row of features, got {signs.shape}")
     if not np.isin(signs, (-1, 1)).all():
         other = signs[~np.isin(signs, (-1, 1))][0]
-        raise ValueError(f"labels must be -1 or +1, got {other}; for 0 and 1 pass 2 * labels - 1")
+        raise SppnetError(f"labels must be -1 or +1, got {other}; for 0 and 1 pass 2 * labels - 1")
     if both and not ((signs > 0).any() and (signs < 0).any()):
         missing = "negatives (-1)" if (signs > 0).any() else "positives (+1)"
-        raise ValueError(f"a linear SVM needs positives and negatives, got {count} examples but no {missing}")
+        raise SppnetError(f"a linear SVM needs positives and negatives, got {count} examples but no {missing}")
     return signs.astype(np.int64)

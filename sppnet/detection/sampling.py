@@ -1,10 +1,9 @@
-"""Room 5: which windows are foreground, which are background, by their overlap with the objects (sec. 4.1)."""
+"""Step 5: which windows are foreground, which are background, by their overlap with the objects (sec. 4.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,10 @@ from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.config import FinetuneSettings
 from sppnet.records import Annotation
 
-T = TypeVar("T")
 
-
-def spread(things: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the things, at even distances."""
-    count = min(count, len(things))
-    return [things[i * len(things) // count] for i in range(count)]
+def draw_rows(rows: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """The rows (N,), or `limit` of them where there are more: each as likely, in their order."""
+    return rows if len(rows) <= limit else rows[np.sort(rng.choice(len(rows), limit, replace=False))]
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,21 @@ def label_windows(overlaps: NDArray[np.floating], settings: FinetuneSettings) ->
     return LabelledWindows(positives, overlaps[positives].argmax(axis=1).astype(np.int64), negatives)
 
 
+def distinct_negatives(
+    windows: NDArray[np.floating], negatives: NDArray[np.bool_], overlap: float
+) -> NDArray[np.bool_]:
+    """Per class, the negatives without those that overlap an earlier one that stays by more than `overlap` (sec. 4.1).
+
+    windows (R, 4), negatives (R, K) -> (R, K). Earlier means by row.
+    """
+    kept, corners = negatives.copy(), as_boxes(windows, "windows")
+    earlier, later = np.nonzero(np.triu(pairwise_iou(corners, corners) > overlap, k=1))
+    rows, starts = np.unique(earlier, return_index=True)
+    for row, close in zip(rows, np.split(later, starts[1:]), strict=False):
+        kept[close] &= ~kept[row]
+    return kept
+
+
 def draw_batch(
     images: Sequence[LabelledWindows], background: int, settings: FinetuneSettings, rng: np.random.Generator
 ) -> Batch:
@@ -78,9 +89,9 @@ def draw_batch(
         wanted = 0
     elif not has_negatives:
         wanted = settings.batch
-    rows = [_draw_positive(images, i, settings.balance, rng) for i in _spread(has_positives, wanted, rng)]
+    rows = [_draw_positive(images, i, settings.balance, rng) for i in _draw_evenly(has_positives, wanted, rng)]
     others = settings.batch - wanted
-    rows += [(i, rng.choice(images[i].negatives), background) for i in _spread(has_negatives, others, rng)]
+    rows += [(i, rng.choice(images[i].negatives), background) for i in _draw_evenly(has_negatives, others, rng)]
     image, row, label = np.array(rows, np.int64).reshape(-1, 3).T
     return Batch(image, row, label)
 
@@ -94,7 +105,7 @@ def _draw_positive(
     return index, int(images[index].positives[chosen]), int(labels[chosen])
 
 
-def _spread(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
+def _draw_evenly(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
     """`count` of the choices, each as often as any other, give or take one."""
     if not choices:
         return []

@@ -1,4 +1,4 @@
-"""What rooms 5-7 train on: the windows of the training images, their overlaps and their pooled features.
+"""What steps 5-7 train on: the windows of the training images, their overlaps and their pooled features.
 
 Maps and proposals are read from disk when they are needed, one image at a time, so memory does not grow with the
 number of images beyond the rows of the windows that may be drawn.
@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sppnet.backbones.geometry import Geometry
 from sppnet.boxes import flip_boxes, pairwise_iou
 from sppnet.config import Config
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
-from sppnet.detection.hard_negatives import MiningImage
-from sppnet.detection.proposals import read_windows
-from sppnet.detection.sampling import LabelledWindows, class_overlaps, label_windows, spread
-from sppnet.detection.window_features import Features, WindowCells, cells_at, pool_cells, window_cells
+from sppnet.detection.hard_negatives import MiningImage, PositiveWindows
+from sppnet.detection.sampling import LabelledWindows, class_overlaps, draw_rows, label_windows
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_at, project_to_maps
 from sppnet.detection.windows import merge_windows
-from sppnet.network.geometry import Geometry
-from sppnet.records import Annotation, ImageRecord
+from sppnet.errors import SppnetError
+from sppnet.proposals.search import read_windows
+from sppnet.records import Annotation, ImageRecord, spread
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TrainingWindows:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
         annotation = self.records[index].annotation
         if annotation is None:
-            raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
+            raise SppnetError(f"image {self.records[index].id} has no annotation; training needs one for every image")
         annotation = annotation.of(self.classes)
         return annotation if self.config.data.train_on_difficult else annotation.easy()
 
@@ -74,11 +75,11 @@ class TrainingWindows:
     def mirrored(self, index: int, windows: NDArray[np.float32]) -> NDArray[np.float32]:
         return flip_boxes(windows, self.records[index].size[1])
 
-    def cells(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowCells:
-        return window_cells(maps, windows, self.geometry, self.config.pyramid, self.config.maps)
+    def project(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> ProjectedWindows:
+        return project_to_maps(maps, windows, self.geometry, self.config.pyramid, self.config.maps)
 
-    def pool(self, maps: FeatureMaps, where: WindowCells) -> Tensor:
-        return pool_cells(maps, where, self.config.pyramid.levels)
+    def pool(self, maps: FeatureMaps, projected: ProjectedWindows) -> Tensor:
+        return pool_projected(maps, projected, self.config.pyramid.levels)
 
 
 class FinetuneWindows:
@@ -98,7 +99,7 @@ class FinetuneWindows:
         maps = source.maps(index, flip)
         scales = rng.integers(len(maps.maps), size=len(rows))
         windows = source.mirrored(index, windows) if flip else windows
-        return source.pool(maps, cells_at(maps, windows, scales, source.geometry, source.config.pyramid))
+        return source.pool(maps, project_at(maps, windows, scales, source.geometry, source.config.pyramid))
 
 
 class MiningWindows:
@@ -114,27 +115,32 @@ class MiningWindows:
         source = self._source
         maps = source.maps(index)
         found = self._distinct(source.image_windows(index), maps)
-        features = self._features(maps, source.cells(maps, found.windows))
+        features = self._features(maps, source.project(maps, found.windows))
         labels = np.full(len(found.windows), -1, np.int64)
         labels[: len(found.objects)] = found.objects
         return MiningImage(features, found.overlaps, labels, found.windows)
 
-    def read_positives(self, index: int) -> tuple[Tensor, NDArray[np.int64], int]:
-        """The objects' own windows; where svm.positive_overlap is below 1, then the proposals that cover one so far."""
+    def positives(self, index: int) -> PositiveWindows:
+        """The objects; where svm.positive_overlap is below 1, then the proposals that cover one by so much.
+
+        Of the maps only the sizes are used, and only for proposals: of those on the same cells one is kept.
+        """
         source, threshold = self._source, self._source.config.svm.positive_overlap
-        maps = source.maps(index)
         if threshold == 1:
             annotation = source.annotation(index)
-            features = self._features(maps, source.cells(maps, annotation.boxes))
-            return features, source.labels(annotation), len(features)
-        found = self._distinct(source.image_windows(index), maps)
+            return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
+        found = self._distinct(source.image_windows(index), source.maps(index))
         rows, labels = positive_rows(found, threshold)
-        return self._features(maps, source.cells(maps, found.windows[rows])), labels, len(found.objects)
+        return PositiveWindows(found.windows[rows], labels, len(found.objects))
+
+    def features(self, index: int, windows: NDArray[np.floating]) -> Tensor:
+        maps = self._source.maps(index)
+        return self._features(maps, self._source.project(maps, windows))
 
     def _distinct(self, found: ImageWindows, maps: FeatureMaps) -> ImageWindows:
         """The objects, and one of the proposals on each distinct window of cells."""
         count = len(found.objects)
-        proposals = self._source.cells(maps, found.windows[count:])
+        proposals = self._source.project(maps, found.windows[count:])
         kept, _ = merge_windows(proposals.scale_index, proposals.cells)
         rows = np.concatenate([np.arange(count), count + kept])
         return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows])
@@ -154,7 +160,7 @@ def sample_norms(source: TrainingWindows, features: Features, images: int, windo
         proposals = read_windows(source.windows_folder, source.records[index])[:windows]
         if len(proposals):
             maps = source.maps(index)
-            norms.append(features(maps, source.cells(maps, proposals)).norm(dim=1).cpu().numpy())
+            norms.append(features(maps, source.project(maps, proposals)).norm(dim=1).cpu().numpy())
     return np.concatenate(norms)
 
 
@@ -193,7 +199,7 @@ def pool_box_examples(source: TrainingWindows, examples: BoxExamples, width: int
     for index in np.unique(examples.images):
         rows = np.flatnonzero(examples.images == index)
         maps = source.maps(int(index))
-        own = features(maps, source.cells(maps, examples.windows[rows]))
+        own = features(maps, source.project(maps, examples.windows[rows]))
         pooled[torch.from_numpy(rows)] = own.cpu()
     return pooled
 
@@ -206,7 +212,5 @@ def _drawn(
     images = np.concatenate([np.full(len(windows), index) for index, windows, _ in parts])
     windows = np.concatenate([windows for _, windows, _ in parts])
     boxes = np.concatenate([boxes for _, _, boxes in parts])
-    if len(images) > limit:
-        kept = np.sort(rng.choice(len(images), limit, replace=False))
-        images, windows, boxes = images[kept], windows[kept], boxes[kept]
-    return BoxExamples(images, windows, boxes)
+    kept = draw_rows(np.arange(len(images)), limit, rng)
+    return BoxExamples(images[kept], windows[kept], boxes[kept])

@@ -11,118 +11,101 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sppnet.backbones.geometry import Geometry
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
 from sppnet.detection.windows import choose_scales, merge_windows, project_windows
-from sppnet.network.geometry import Geometry
-from sppnet.network.pyramid import bin_columns, bin_count, pool_windows, pool_windows_by_bin
-from sppnet.network.sppnet import Layer, SPPHead, pooled_size
+from sppnet.models.sppnet import Layer, SPPHead, pooled_size
+from sppnet.ops.pyramid import pool_windows
 
 # Maps, and windows (R,) on them, to the features wanted: (R, F) float32.
-Features = Callable[["FeatureMaps", "WindowCells"], Tensor]
+Features = Callable[["FeatureMaps", "ProjectedWindows"], Tensor]
 Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
 
 BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
 
 @dataclass(frozen=True)
-class WindowCells:
+class ProjectedWindows:
     """Where windows fall on the maps: at which scale (R,), and on which cells (R, 4)."""
 
     scale_index: NDArray[np.int64]
     cells: NDArray[np.int64]
 
-    def rows(self, index: NDArray[np.int64]) -> WindowCells:
-        return WindowCells(self.scale_index[index], self.cells[index])
+    def rows(self, index: NDArray[np.int64]) -> ProjectedWindows:
+        return ProjectedWindows(self.scale_index[index], self.cells[index])
 
-    def merged(self) -> tuple[WindowCells, NDArray[np.int64]]:
-        """The distinct ones, in order of first occurrence, and for every window the row of its own."""
+    def unique(self) -> tuple[ProjectedWindows, NDArray[np.int64]]:
+        """The distinct ones, in order of first occurrence, and for every window its row among them."""
         kept, inverse = merge_windows(self.scale_index, self.cells)
         return self.rows(kept.astype(np.int64, copy=False)), inverse.astype(np.int64, copy=False)
 
 
-def window_cells(
+def project_to_maps(
     maps: FeatureMaps,
     windows: NDArray[np.floating],
     geometry: Geometry,
     pyramid: PyramidSettings,
     settings: MapSettings,
-) -> WindowCells:
+) -> ProjectedWindows:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
     scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
-    return cells_at(maps, windows, scale_index.astype(np.int64, copy=False), geometry, pyramid)
+    return project_at(maps, windows, scale_index.astype(np.int64, copy=False), geometry, pyramid)
 
 
-def cells_at(
+def project_at(
     maps: FeatureMaps,
     windows: NDArray[np.floating],
     scale_index: NDArray[np.int64],
     geometry: Geometry,
     pyramid: PyramidSettings,
-) -> WindowCells:
+) -> ProjectedWindows:
     """The same at given scales (R,), as fine-tuning draws them at random."""
     cells = np.zeros((len(windows), 4), np.int64)
     for index, (feature_map, side) in enumerate(zip(maps.maps, maps.sides, strict=True)):
         chosen = scale_index == index
         size = (feature_map.shape[1], feature_map.shape[2])
         cells[chosen] = project_windows(windows[chosen], maps.image_size, side, geometry, size, pyramid.projection)
-    return WindowCells(scale_index, cells)
+    return ProjectedWindows(scale_index, cells)
 
 
-def pool_cells(maps: FeatureMaps, where: WindowCells, levels: tuple[int, ...]) -> Tensor:
+def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple[int, ...]) -> Tensor:
     """Pyramid vectors (R, C · Σn²) of windows on the maps, float32, on the maps' device."""
     if len(maps.maps) == 1:
-        return pool_windows(maps.maps[0], where.cells, levels)
+        return pool_windows(maps.maps[0], projected.cells, levels)
     first = maps.maps[0]
-    pooled = first.new_zeros((len(where.cells), pooled_size(first.shape[0], levels)))
+    pooled = first.new_zeros((len(projected.cells), pooled_size(first.shape[0], levels)))
     for index, feature_map in enumerate(maps.maps):
-        rows = np.flatnonzero(where.scale_index == index)
+        rows = np.flatnonzero(projected.scale_index == index)
         if len(rows):
-            pooled[torch.from_numpy(rows).to(first.device)] = pool_windows(feature_map, where.cells[rows], levels)
+            pooled[torch.from_numpy(rows).to(first.device)] = pool_windows(feature_map, projected.cells[rows], levels)
     return pooled
 
 
 class FrozenHead:
-    """Pyramid, fc6 and fc7 ready for many windows, in `precision` once and for all.
-
-    Windows are pooled bin by bin, straight into that precision; the columns of fc6 are turned into the same order, and
-    the input scale is folded into them. A copy: later changes of `head` do not reach it.
-    """
+    """fc6 and fc7 ready for many windows, in `precision` once and for all; a copy that later changes do not reach."""
 
     def __init__(self, head: SPPHead, levels: tuple[int, ...], precision: str = "float32") -> None:
-        kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        first, *others = _products(head.products("fc6"), kind, head.input_scale)
-        weight, bias = first
-        columns = bin_columns(weight.shape[1] // bin_count(levels), levels).to(weight.device)
-        self._fc6: Products = ((weight[:, columns], bias), *others)
-        self._fc7 = _products(head.products("fc7"), kind)
-        self._levels, self._kind = levels, kind
+        self._kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._fc6 = _products(head.products("fc6"), self._kind, head.input_scale)
+        self._fc7 = _products(head.products("fc7"), self._kind)
+        self._levels = levels
 
     @torch.inference_mode()
-    def features(self, maps: FeatureMaps, where: WindowCells, layer: Layer) -> Tensor:
+    def features(self, maps: FeatureMaps, projected: ProjectedWindows, layer: Layer) -> Tensor:
         """Float32 features of `layer` of windows on the maps: (R, 4096 or so), for "pool" (R, C · Σn²)."""
         if layer == "pool":
-            return pool_cells(maps, where, self._levels)
+            return pool_projected(maps, projected, self._levels)
         width = (self._fc6 if layer == "fc6" else self._fc7)[-1][0].shape[0]
-        features = maps.maps[0].new_empty((len(where.cells), width))
-        if not len(where.cells):
-            return features
-        by_scale = np.argsort(where.scale_index, kind="stable")  # batches are full, whatever the number of scales
+        features = maps.maps[0].new_empty((len(projected.cells), width))
+        by_scale = np.argsort(projected.scale_index, kind="stable")  # a batch then reads few maps
         for rows in np.split(by_scale, range(BATCH, len(by_scale), BATCH)):
-            features[torch.from_numpy(rows)] = self._multiplied(self._pooled(maps, where.rows(rows)), layer).float()
+            pooled = pool_projected(maps, projected.rows(rows), self._levels).to(self._kind)
+            hidden = _multiply(pooled, self._fc6).relu_()
+            if layer == "fc7":
+                hidden = _multiply(hidden, self._fc7).relu_()
+            features[torch.from_numpy(rows)] = hidden.float()
         return features
-
-    def _pooled(self, maps: FeatureMaps, where: WindowCells) -> Tensor:
-        """Windows in the order of their scales."""
-        parts = []
-        for index in np.unique(where.scale_index):
-            cells = where.cells[where.scale_index == index]
-            parts.append(pool_windows_by_bin(maps.maps[index], cells, self._levels, self._kind))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _multiplied(self, pooled: Tensor, layer: Layer) -> Tensor:
-        hidden = _multiply(pooled, self._fc6).relu_()
-        return hidden if layer == "fc6" else _multiply(hidden, self._fc7).relu_()
 
 
 @torch.no_grad()

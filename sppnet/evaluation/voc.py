@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.boxes import as_boxes, pairwise_iou
+from sppnet.errors import SppnetError
 from sppnet.records import Annotation, Detections
 
 Metric = Literal["11point", "area"]
@@ -130,10 +131,10 @@ def evaluate_flat(
 ) -> VOCEvaluation:
     """AP per class from class -> (image ids, scores, boxes), the content of one comp4 file per class."""
     if not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"classes must be distinct names, at least one, got {list(classes)}")
+        raise SppnetError(f"classes must be distinct names, at least one, got {list(classes)}")
     missing = [name for name in classes if name not in detections]
     if missing:
-        raise ValueError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
+        raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
     results = {
         name: evaluate_class(*detections[name], annotations, name, metric, iou, use_difficult) for name in classes
     }
@@ -172,9 +173,9 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     """
     reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
     if reached.shape != exact.shape or reached.ndim != 1:
-        raise ValueError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
+        raise SppnetError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
     if metric not in ("11point", "area"):
-        raise ValueError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
+        raise SppnetError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
     envelope = np.maximum.accumulate(exact[::-1])[::-1]
     if metric == "area":
         return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
@@ -191,7 +192,7 @@ def _by_id(
     if isinstance(detections, Mapping) or isinstance(annotations, Mapping):
         raise TypeError("detections and annotations must both be mappings by image id or both be sequences")
     if len(detections) != len(annotations):
-        raise ValueError(
+        raise SppnetError(
             f"{len(detections)} detections but {len(annotations)} annotations; "
             "give one of each per image, or mappings by image id"
         )
@@ -225,7 +226,7 @@ def _require_annotations(image_ids: Mapping[str, Any] | set[str], annotations: M
     unknown = sorted(set(image_ids) - annotations.keys())
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise ValueError(
+        raise SppnetError(
             f"{what} for image {unknown[0]}{others}, which has no annotation; "
             "evaluate on the images that were searched, or drop its detections"
         )
@@ -236,13 +237,13 @@ def _checked(
 ) -> tuple[Floats, Floats]:
     values, rows = np.asarray(scores, dtype=np.float64), as_boxes(boxes)
     if not len(image_ids) == len(values) == len(rows):
-        raise ValueError(
+        raise SppnetError(
             f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
             "give one of each per detection"
         )
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
+        raise SppnetError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
     _require_annotations(set(image_ids), annotations, f"{name}: detections")
     return values, rows
 

@@ -1,0 +1,165 @@
+"""Artifacts on disk, named by stage and by the digest of what produced them, written atomically.
+
+A stage folder is ``<root>/<stage>-<digest>``; the digest covers the stage's settings and the digests of
+its inputs, so a changed setting leads to another folder and nothing stale is ever reused. A file appears
+under its final name only when it is complete and on the disk, so that neither a killed process nor a power cut leaves
+half of one; `cache_arrays` alone does not wait for the disk. Nothing here writes or reads pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sppnet.errors import ArtifactError
+
+DIGEST_LENGTH = 16
+
+
+def digest_of(*parts: Any) -> str:
+    """16 hexadecimal digits that name JSON-like values (settings dumped with ``mode="json"``, digests, names)."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def file_digest(path: Path) -> str:
+    """16 hexadecimal digits of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of named tensors: names, shapes and values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().numpy()
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()[:DIGEST_LENGTH]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` for the block to fill; it becomes `path` if the block succeeds, else goes.
+
+    Where it is `durable`, its content is on the disk before it takes the name, and the name before the block is left.
+    """
+    temporary = None
+    try:
+        made = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        if durable:
+            _sync(temporary)
+        temporary.replace(path)
+        if durable:
+            for folder in (path.parent, *(folder.parent for folder in made)):
+                _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path}: cannot write ({reason}); free some space or choose another --run") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system and file system can do this for folders
+        _sync(folder)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
+    """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`; ArtifactError if that fails."""
+    with _replacing(path, durable) as temporary, temporary.open("wb") as file:
+        write(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+
+
+def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled."""
+    _write_arrays(path, arrays, durable=True)
+
+
+def cache_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """`write_arrays` without waiting for the disk: for thousands of files, each of which can be computed again.
+
+    Waiting takes 10 to 40 ms for 2 to 6 MB. A killed process leaves no half of a file; after a power cut those of the
+    last seconds may be cut short: `has_arrays` finds these, and `read_arrays` refuses them.
+    """
+    _write_arrays(path, arrays, durable=False)
+
+
+def has_arrays(path: Path) -> bool:
+    """Whether there is an .npz with its end, which is written last; reads no more than the end."""
+    return zipfile.is_zipfile(path)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], durable: bool) -> None:
+    named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in named.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"{path}: {name} holds Python objects, expected numbers or text; give it such a dtype")
+    write_atomically(path, lambda file: np.savez(file, **named), durable)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Named tensors as .safetensors."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own class, which has no public base
+        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None

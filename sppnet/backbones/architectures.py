@@ -1,0 +1,186 @@
+"""The networks a backbone can be made of: the paper's four (table 1), a small one of our own, torchvision's.
+
+Each function returns a Plan: the layers by name, in the order in which they run, up to the pyramid's place.
+Names are torchvision's; in the paper's networks "conv5" is the map after the ReLU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from sppnet.errors import SppnetError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layers by name; a dotted name is torchvision's ("features.0")."""
+
+    layers: dict[str, nn.Module]
+    default: str  # the layer whose map is taken where none is named
+    deviation: float | None = None  # of random weights, normally distributed; None = He initialisation
+
+
+class LocalResponseNorm(nn.Module):
+    """Normalisation over a spatial neighbourhood within each channel (release: size 3, alpha 5e-5, beta 0.75).
+
+    y = x · (1 + alpha · mean(x²))^(-beta), the mean over the size × size cells around x; cells beyond the border
+    count as zeros. `size` is odd. (N, C, H, W) -> the same shape.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
+        super().__init__()
+        if size < 1 or size % 2 == 0:
+            raise SppnetError(f"size must be odd, so that a cell has as many neighbours on either side, got {size}")
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x if x.dtype == torch.float64 else x.float()  # 16-bit floats are rounded once, at the end
+        mean = F.avg_pool2d(exact * exact, self.size, stride=1, padding=self.size // 2, count_include_pad=True)
+        return (exact * (1 + self.alpha * mean).pow(-self.beta)).to(x.dtype)
+
+
+class ConvReLU(nn.Conv2d):
+    """A convolution followed by its ReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input), inplace=True)  # fresh memory for a fine map costs more than the ReLU
+
+
+def zf5() -> Plan:
+    """ZF-5 with the release's paddings (conv1, pool1, conv2, … : 1, 0, 0, 0, 1, 1, 1); maps of 13 cells at 224."""
+    return _paper_plan(
+        conv1=ConvReLU(3, 96, 7, stride=2, padding=1),
+        norm1=LocalResponseNorm(),
+        pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        conv2=ConvReLU(96, 256, 5, stride=2),
+        norm2=LocalResponseNorm(),
+        pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        conv3=ConvReLU(256, 384, 3, padding=1),
+        conv4=ConvReLU(384, 384, 3, padding=1),
+        conv5=ConvReLU(384, 256, 3, padding=1),
+    )
+
+
+def convnet5() -> Plan:
+    """Convnet*-5: maps of 55, 27 and 13 cells at 224."""
+    return _paper_plan(
+        conv1=ConvReLU(3, 96, 11, stride=4, padding=2),
+        norm1=LocalResponseNorm(),
+        conv2=ConvReLU(96, 256, 5, padding=2),
+        norm2=LocalResponseNorm(),
+        pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        conv3=ConvReLU(256, 384, 3, padding=1),
+        pool3=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        conv4=ConvReLU(384, 384, 3, padding=1),
+        conv5=ConvReLU(384, 256, 3, padding=1),
+    )
+
+
+def overfeat5() -> Plan:
+    """Overfeat-5: total stride 12, maps of 36 and 18 cells at 224."""
+    return _paper_plan(
+        conv1=ConvReLU(3, 96, 7, stride=2, padding=1),
+        pool1=nn.MaxPool2d(3, stride=3),
+        norm1=LocalResponseNorm(),
+        conv2=ConvReLU(96, 256, 5, padding=2),
+        pool2=nn.MaxPool2d(2, stride=2),
+        conv3=ConvReLU(256, 512, 3, padding=1),
+        conv4=ConvReLU(512, 512, 3, padding=1),
+        conv5=ConvReLU(512, 512, 3, padding=1),
+    )
+
+
+def overfeat7() -> Plan:
+    """Overfeat-7: Overfeat-5 and two more convolutions."""
+    more = {name: ConvReLU(512, 512, 3, padding=1) for name in ("conv6", "conv7")}
+    return _paper_plan(**overfeat5().layers, **more)
+
+
+def tiny5() -> Plan:
+    """Ours: five light convolutions with batch norm, for demonstrations and laptops, trained from scratch.
+
+    The first steps by 4 pixels: maps finer than a quarter of the image take most of the time and add little.
+    """
+    return Plan(
+        {
+            "conv1": _conv_bn_relu(3, 24, size=7, stride=4),
+            "conv2": _conv_bn_relu(24, 48, stride=2),
+            "conv3": _conv_bn_relu(48, 64, stride=2),
+            "conv4": _conv_bn_relu(64, 96),
+            "conv5": _conv_bn_relu(96, 128),
+        },
+        default="conv5",
+    )
+
+
+def alexnet() -> Plan:
+    """Up to the rectified conv5: the pool after it gives way to the pyramid."""
+    return _features_plan(torchvision.models.alexnet().features[:-1])
+
+
+def vgg16() -> Plan:
+    """Up to the rectified conv5_3: the pool after it gives way to the pyramid."""
+    return _features_plan(torchvision.models.vgg16().features[:-1])
+
+
+def squeezenet1_0() -> Plan:
+    return _features_plan(torchvision.models.squeezenet1_0().features)
+
+
+def squeezenet1_1() -> Plan:
+    return _features_plan(torchvision.models.squeezenet1_1().features)
+
+
+def mobilenet_v2() -> Plan:
+    """By default up to the last block, without the 1×1 convolution to 1280 channels behind it."""
+    return _features_plan(torchvision.models.mobilenet_v2().features, default="features.17")
+
+
+def resnet18() -> Plan:
+    return _resnet_plan(torchvision.models.resnet18())
+
+
+def resnet50() -> Plan:
+    return _resnet_plan(torchvision.models.resnet50())
+
+
+BACKBONES: dict[str, Callable[[], Plan]] = {
+    "zf5": zf5,
+    "convnet5": convnet5,
+    "overfeat5": overfeat5,
+    "overfeat7": overfeat7,
+    "tiny5": tiny5,
+    "alexnet": alexnet,
+    "vgg16": vgg16,
+    "squeezenet1_0": squeezenet1_0,
+    "squeezenet1_1": squeezenet1_1,
+    "mobilenet_v2": mobilenet_v2,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
+
+
+def _paper_plan(**layers: nn.Module) -> Plan:
+    return Plan(layers, default=list(layers)[-1], deviation=0.01)  # release: N(0, 0.01)
+
+
+def _conv_bn_relu(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
+
+
+def _features_plan(features: nn.Module, default: str | None = None) -> Plan:
+    layers = {f"features.{name}": layer for name, layer in features.named_children()}
+    return Plan(layers, default=default or list(layers)[-1])
+
+
+def _resnet_plan(model: nn.Module) -> Plan:
+    layers = {name: layer for name, layer in model.named_children() if name not in ("avgpool", "fc")}
+    return Plan(layers, default="layer4")

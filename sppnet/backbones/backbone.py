@@ -1,0 +1,148 @@
+"""Backbones: the convolutional layers below the pyramid, with their weights, geometry and preprocessing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from sppnet.backbones.architectures import BACKBONES, Plan
+from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state
+from sppnet.config import BackboneSettings, WeightsSettings
+from sppnet.errors import BackboneError
+
+MAX_STRIDE = 16  # sec. 4.1: the stride of the maps that windows are projected onto
+
+
+class Backbone(nn.Module):
+    """Runs `layers` in order and returns the map of the layer in `outputs`, or of several, joined along the channels.
+
+    Joined maps ("features.13+features.17") must have the same size for every image; the geometry is that of the
+    last. Parameter names are those of the layers. While all parameters are frozen ``train()`` leaves the
+    backbone in eval mode, so that batch norm keeps its statistics; ``requires_grad_(True)`` makes it trainable.
+    """
+
+    def __init__(
+        self, name: str, layers: Mapping[str, nn.Module], outputs: tuple[str, ...], weights: WeightsSettings
+    ) -> None:
+        super().__init__()
+        _add_modules(self, layers)
+        self.name = name
+        self.layer = "+".join(outputs)
+        self.weights = weights
+        self._order = tuple(layers)
+        self._outputs = outputs
+        self._steps = steps_of(layers.values())
+        self.geometry: Geometry = geometry_of(self._steps)
+        self.channels: int = sum(channels_of(_up_to(layers, output)) for output in outputs)
+        self._check_joined(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""
+        self.map_size((images.shape[2], images.shape[3]))
+        x = images.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for name in self._order:
+            x = self.get_submodule(name)(x)
+            if name in self._outputs:
+                maps.append(x if name == self._order[-1] else x.clone())  # the next layer may work in place
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+    def map_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of a prepared image -> (h, w) of its map, from the layers alone; BackboneError if it is too small."""
+        height, width = (map_side(self._steps, side) for side in size)
+        if min(height, width) < 1:
+            raise BackboneError(
+                f"expected an image large enough for {self.name} up to {self.layer}, "
+                f"got {size[0]} × {size[1]} pixels; use a larger scale"
+            )
+        return height, width
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+
+    def _check_joined(self, layers: Mapping[str, nn.Module]) -> None:
+        sides = range(256, 256 + 64)  # every remainder of the strides in question
+        last = [map_side(self._steps, side) for side in sides]
+        for output in self._outputs:
+            steps = steps_of(_up_to(layers, output))
+            if [map_side(steps, side) for side in sides] != last:
+                raise BackboneError(
+                    f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
+                    f"{self._outputs[-1]} differ; join layers of the same stride"
+                )
+
+
+def build_backbone(settings: BackboneSettings, seed: int = 0) -> Backbone:
+    """The backbone of `settings` with its weights, in eval mode, every parameter frozen.
+
+    Random weights depend on `seed` alone and leave torch's global generator as it was. Raises BackboneError for
+    unknown names and SppnetError for weights that cannot be had.
+    """
+    if settings.name not in BACKBONES:
+        near = difflib.get_close_matches(settings.name, BACKBONES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BackboneError(f"unknown backbone.name={settings.name}; {hint}known: {', '.join(BACKBONES)}")
+    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
+        plan = BACKBONES[settings.name]()
+    outputs = _outputs(settings, plan)
+    names = list(plan.layers)
+    layers = {name: plan.layers[name] for name in names[: names.index(outputs[-1]) + 1]}
+    limit_stride(layers.values(), MAX_STRIDE)
+    backbone = Backbone(settings.name, layers, outputs, settings.weights).to_empty(device="cpu")
+    _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
+    _load(backbone)
+    return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:
+    """The layers whose maps are wanted, in the order in which they run."""
+    names = list(plan.layers)
+    wanted = settings.layer.split("+") if settings.layer is not None else [plan.default]
+    for name in wanted:
+        if name not in names:
+            raise BackboneError(f"unknown backbone.layer={name} of {settings.name}; known: {', '.join(names)}")
+    return tuple(name for name in names if name in wanted)
+
+
+def _up_to(layers: Mapping[str, nn.Module], last: str) -> list[nn.Module]:
+    names = list(layers)
+    return [layers[name] for name in names[: names.index(last) + 1]]
+
+
+def _add_modules(parent: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Register every layer under its dotted name."""
+    for name, layer in layers.items():
+        *groups, child = name.split(".")
+        owner = parent
+        for group in groups:
+            if group not in dict(owner.named_children()):
+                owner.add_module(group, nn.Module())
+            owner = owner.get_submodule(group)
+        owner.add_module(child, layer)
+
+
+def _initialise(backbone: Backbone, deviation: float | None, generator: torch.Generator) -> None:
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            if deviation is None:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            else:
+                nn.init.normal_(module.weight, std=deviation, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+def _load(backbone: Backbone) -> None:
+    weights = backbone.weights
+    if weights.source == "torchvision":
+        load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
+    elif weights.source == "file":
+        assert weights.file is not None  # WeightsSettings has checked it
+        load_weights(backbone, load_weight_file(weights.file), str(weights.file))

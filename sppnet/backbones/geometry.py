@@ -1,0 +1,163 @@
+"""Where on the image a cell of a map looks, and how large the map is: from the layers themselves.
+
+Along the main path of a network every convolution or pool adds ((kernel - 1) · dilation / 2 - padding) · stride so
+far to the centre of the first cell, and multiplies the stride. Kernels are square and the same in both axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.squeezenet import Fire
+
+from sppnet.backbones.architectures import LocalResponseNorm
+
+SHRINK = 6.5  # release: pixels by which a window is narrowed on each side before rounding, at stride 16
+_MAIN_PATH = {  # blocks with branches -> the children that decide stride and centre, in order
+    BasicBlock: ("conv1", "conv2"),
+    Bottleneck: ("conv1", "conv2", "conv3"),
+    InvertedResidual: ("conv",),
+    Fire: ("squeeze", "expand3x3"),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cell i of a map looks at pixel first_centre + i · stride (0-based) of the network's input, in both axes.
+
+    `shrink`: pixels by which a window is narrowed on each side when it is projected; None = 6.5 at stride 16,
+    in proportion elsewhere.
+    """
+
+    stride: float
+    first_centre: float
+    shrink: float = cast(float, None)
+
+    def __post_init__(self) -> None:
+        if self.shrink is None:
+            object.__setattr__(self, "shrink", SHRINK * self.stride / 16)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One convolution or pool of the main path."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    ceil: bool
+
+    def map_side(self, side: int) -> int:
+        """Cells along one axis for `side` cells of input; 0 where the input is too small."""
+        spare = side + 2 * self.padding - self.dilation * (self.kernel - 1) - 1
+        if side < 1 or spare < 0:
+            return 0
+        if not self.ceil:
+            return spare // self.stride + 1
+        cells = -(-spare // self.stride) + 1
+        # the last pool must start inside the input or its left padding
+        return cells - 1 if (cells - 1) * self.stride >= side + self.padding else cells
+
+
+def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
+    """The convolutions, pools and normalisations that an input passes through, blocks by their main path."""
+    return [_step(layer) for module in modules for layer in _main_path(module)]
+
+
+def geometry_of(steps: Sequence[Step]) -> Geometry:
+    """Stride and first centre of the map behind these steps."""
+    stride, centre = 1, 0.0
+    for step in steps:
+        centre += ((step.kernel - 1) * step.dilation / 2 - step.padding) * stride
+        stride *= step.stride
+    return Geometry(stride, centre)
+
+
+def map_side(steps: Sequence[Step], side: int) -> int:
+    """Cells along one axis for an input of `side` pixels; 0 where the input is too small."""
+    for step in steps:
+        side = step.map_side(side)
+    return side
+
+
+def limit_stride(modules: Iterable[nn.Module], limit: int) -> None:
+    """Change the layers in place so that the total stride stays within `limit`, without changing what a cell sees.
+
+    A layer that would pass the limit loses its stride, and everything after it is dilated by as much: at every
+    position that the strided network had, the new map holds the same value.
+    """
+    stride, dilation = 1, 1
+    for module in modules:
+        for layer in _main_path(module):
+            if isinstance(layer, LocalResponseNorm):
+                if dilation > 1 and layer.size > 1:
+                    raise TypeError("a normalisation over neighbours cannot be dilated; raise the limit on the stride")
+                continue
+            if dilation > 1 and _int(layer.kernel_size) > 1:
+                _set(layer, "padding", _int(layer.padding) * dilation)
+                _set(layer, "dilation", _int(layer.dilation) * dilation)
+            if stride * _int(layer.stride) > limit:
+                dilation *= _int(layer.stride)
+                _set(layer, "stride", 1)
+            stride *= _int(layer.stride)
+        _restride_shortcuts(module)
+
+
+def channels_of(modules: Sequence[nn.Module]) -> int:
+    """Channels of the map behind these modules."""
+    last = [layer for module in modules for layer in _main_path(module) if isinstance(layer, nn.Conv2d)][-1]
+    for fire in (inner for module in modules for inner in module.modules() if isinstance(inner, Fire)):
+        if fire.expand3x3 is last:  # a fire block joins two branches
+            return fire.expand1x1.out_channels + last.out_channels
+    return last.out_channels
+
+
+def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | LocalResponseNorm]:
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocalResponseNorm):
+        yield module
+        return
+    if hasattr(module, "kernel_size"):
+        raise TypeError(
+            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d"
+        )
+    names = _MAIN_PATH.get(type(module))
+    for child in module.children() if names is None else [getattr(module, name) for name in names]:
+        yield from _main_path(child)
+
+
+def _step(layer: nn.Conv2d | nn.MaxPool2d | LocalResponseNorm) -> Step:
+    if isinstance(layer, LocalResponseNorm):
+        return Step(kernel=layer.size, stride=1, padding=layer.size // 2, dilation=1, ceil=False)
+    return Step(
+        kernel=_int(layer.kernel_size),
+        stride=_int(layer.stride),
+        padding=_int(layer.padding),
+        dilation=_int(layer.dilation),
+        ceil=isinstance(layer, nn.MaxPool2d) and layer.ceil_mode,
+    )
+
+
+def _restride_shortcuts(module: nn.Module) -> None:
+    """The 1×1 convolution beside a residual block takes the stride that is left on the block's main path."""
+    for block in module.modules():
+        if isinstance(block, BasicBlock | Bottleneck) and block.downsample is not None:
+            _set(block.downsample[0], "stride", math.prod(_int(layer.stride) for layer in _main_path(block)))
+
+
+def _int(value: Any) -> int:
+    """A layer's number, given once or once per axis."""
+    both = value if isinstance(value, tuple) else (value, value)
+    if both[0] != both[1]:
+        raise TypeError(f"expected the same number for both axes of a layer, got {value}")
+    return int(both[0])
+
+
+def _set(layer: nn.Module, name: str, value: int) -> None:
+    setattr(layer, name, (value, value) if isinstance(getattr(layer, name), tuple) else value)

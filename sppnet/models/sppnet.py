@@ -1,0 +1,198 @@
+"""SPP-net: a backbone, the pyramid over its map, fc6, fc7 and a classifier (sec. 2.2, 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sppnet.artifacts import read_tensors
+from sppnet.backbones.backbone import Backbone
+from sppnet.config import HeadSettings
+from sppnet.errors import ArtifactError, SppnetError
+from sppnet.ops.pyramid import spatial_pyramid_pool
+
+Layer = Literal["pool", "fc6", "fc7"]
+FullyConnected = Literal["fc6", "fc7"]
+
+# Where torchvision keeps fc6 and fc7, and the grid on which they were trained: (fc6, fc7, n).
+PRETRAINED_FC = {"alexnet": ("classifier.1", "classifier.4", 6), "vgg16": ("classifier.0", "classifier.3", 7)}
+
+
+class SPPHead(nn.Module):
+    """fc6, fc7 and a classifier above pooled features (R, D).
+
+    `input_scale` multiplies the pooled features first, so that one learning rate suits every backbone. A layer named in
+    `ranks` is compressed: a thin layer `basis6` or `basis7` of so many outputs and no bias stands below it.
+    """
+
+    input_scale: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, settings: HeadSettings, ranks: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__()
+        ranks = ranks or {}
+        self.basis6, self.fc6 = _layer(inputs, settings.fc6, ranks.get("fc6"))
+        self.basis7, self.fc7 = _layer(settings.fc6, settings.fc7, ranks.get("fc7"))
+        self.classifier = nn.Linear(settings.fc7, outputs)
+        self.dropout = settings.dropout
+        self.register_buffer("input_scale", torch.ones(()))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
+        hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
+        hidden = F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training)
+        return self.classifier(hidden)
+
+    def features(self, pooled: Tensor, layer: Layer) -> Tensor:
+        """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""
+        if layer == "pool":
+            return pooled
+        hidden = F.relu(self.fc6(self.basis6(pooled * self.input_scale.to(pooled.dtype))))
+        return hidden if layer == "fc6" else F.relu(self.fc7(self.basis7(hidden)))
+
+    def products(self, layer: FullyConnected) -> tuple[nn.Linear, ...]:
+        """What `layer` consists of, in order: one linear layer, or two where it is compressed."""
+        basis, linear = (self.basis6, self.fc6) if layer == "fc6" else (self.basis7, self.fc7)
+        return (basis, linear) if isinstance(basis, nn.Linear) else (linear,)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the compressed layers, by name; empty for a whole head."""
+        layers: tuple[FullyConnected, ...] = ("fc6", "fc7")
+        return {name: self.products(name)[0].out_features for name in layers if len(self.products(name)) == 2}
+
+
+def _layer(inputs: int, outputs: int, rank: int | None) -> tuple[nn.Module, nn.Linear]:
+    """What stands below a layer, and the layer itself."""
+    if rank is None:
+        return nn.Identity(), nn.Linear(inputs, outputs)
+    return nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
+
+
+class SPPNet(nn.Module):
+    """The whole network for images of any size: backbone, pyramid over the whole map, head (sec. 2.2)."""
+
+    def __init__(self, backbone: Backbone, levels: tuple[int, ...], head: SPPHead) -> None:
+        super().__init__()
+        self.backbone, self.levels, self.head = backbone, levels, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Prepared images (N, 3, H, W) -> logits (N, outputs)."""
+        return self.head(spatial_pyramid_pool(self.backbone(images), self.levels))
+
+
+def pooled_size(channels: int, levels: tuple[int, ...]) -> int:
+    """Length of the vector of one window: C · Σn²."""
+    return channels * sum(n * n for n in levels)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """From here on dropout on a device draws what `seed` says. (torch.manual_seed changes every GPU's numbers.)"""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def build_head(
+    channels: int,
+    levels: tuple[int, ...],
+    outputs: int,
+    settings: HeadSettings,
+    seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
+) -> SPPHead:
+    """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed.
+
+    `ranks` gives it the shape of a compressed head, whose weights are then loaded.
+    """
+    with torch.random.fork_rng(devices=[]):  # torch's own start values, replaced below
+        head = SPPHead(pooled_size(channels, levels), outputs, settings, ranks)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (head.fc6, head.fc7, head.classifier):
+        nn.init.normal_(linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(linear.bias)
+    return head.eval()
+
+
+def load_pretrained_fc(
+    head: SPPHead, state: Mapping[str, Tensor], backbone: str, channels: int, levels: tuple[int, ...]
+) -> None:
+    """fc6 and fc7 of torchvision's alexnet or vgg16 into `head`, in place.
+
+    The level with the same bins as the pretrained grid takes the pretrained block of fc6; the other levels
+    start at zero, so that at first the head computes what the pretrained one does.
+    """
+    if backbone not in PRETRAINED_FC:
+        raise SppnetError(
+            f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got backbone {backbone}; use head.init=random"
+        )
+    fc6, fc7, n = PRETRAINED_FC[backbone]
+    if n not in levels:
+        raise SppnetError(
+            f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
+        )
+    keys = [f"{layer}.{kind}" for layer in (fc6, fc7) for kind in ("weight", "bias")]
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise SppnetError(
+            f"the weights of {backbone} hold no {missing[0]}; use a file with the classifier, or head.init=random"
+        )
+    expected = (state[f"{fc6}.weight"].shape[0], state[f"{fc7}.weight"].shape[0])
+    if (head.fc6.out_features, head.fc7.out_features) != expected:
+        raise SppnetError(
+            f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
+            f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random"
+        )
+    inputs = state[f"{fc6}.weight"].shape[1]
+    own = channels * n * n
+    if inputs != own:
+        raise SppnetError(
+            f"head.init=imagenet: fc6 of {backbone} expects {inputs} features of its {n}×{n} level, got {own}; "
+            "leave backbone.layer at its default or use head.init=random"
+        )
+    start = channels * sum(m * m for m in levels[: levels.index(n)])
+    with torch.no_grad():
+        head.fc6.weight.zero_()
+        head.fc6.weight[:, start : start + channels * n * n] = state[f"{fc6}.weight"]
+        head.fc6.bias.copy_(state[f"{fc6}.bias"])
+        head.fc7.weight.copy_(state[f"{fc7}.weight"])
+        head.fc7.bias.copy_(state[f"{fc7}.bias"])
+
+
+def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
+    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a .safetensors file) into `head`, in place."""
+    if settings.checkpoint is None:
+        raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
+    if not settings.checkpoint.is_file():
+        raise SppnetError(
+            f"{settings.checkpoint}: no such classification checkpoint; "
+            "set head.checkpoint to an existing .safetensors file"
+        )
+    try:
+        state = read_tensors(settings.checkpoint)
+    except ArtifactError:
+        raise SppnetError(
+            f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint"
+        ) from None
+    copy_fc(head, state, str(settings.checkpoint))
+
+
+def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
+    """``head.fc6.*``, ``head.fc7.*`` and the input scale of `state` into `head`; `origin` names them in errors."""
+    own = {name: tensor for name, tensor in head.state_dict().items() if not name.startswith("classifier")}
+    for name, tensor in own.items():
+        given = state.get(f"head.{name}")
+        if given is None or given.shape != tensor.shape:
+            found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+            raise SppnetError(
+                f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
+                "use the backbone, the levels and the head sizes it was trained with"
+            )
+    head.load_state_dict({name: state[f"head.{name}"] for name in own}, strict=False)

@@ -1,0 +1,299 @@
+"""Max-pooling pyramids of thousands of windows of one map, on a CPU: the compiled loops behind ``pool_windows``.
+
+1. Windows on the same cells are found, to be computed once (`_group_windows`).
+2. The map is copied into a table: blocks of channels, channels last, so that a maximum is one of whole vectors. Where
+   there are enough windows to pay for it, the table also holds the maxima of all squares of 2, 4 and 8 cells (a sparse
+   table), and the four corner squares of a bin cover it in nearly all cases (`_fill`).
+3. Per window and block, the bins of every level are computed from the table. A level n that divides a finer level m
+   is computed from the bins of m instead: bins are floor / ceil of exact fractions, so this is exact (`_pool`).
+4. A block of bins is transposed to the order of the pyramid vector and copied into the result.
+
+Plain Python threads share the work, in loops that release the interpreter lock: that is safe in a forked process, too.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import DTypeLike, NDArray
+
+LANES = 256  # most channels of a block
+LANE_STEP = 16  # a block has a multiple of that many, the last ones of the last block unused
+TILE = 8  # numbers a side that are transposed at once
+CACHE_LINE = 64
+SQUARE_SIZES = 3  # squares of 2, 4 and 8 cells a side; larger bins are rare
+READS_PER_SQUARE = 4  # the maximum of a square costs that many reads of the table
+TABLE_BYTES = 2**28  # no squares where the table would take more
+WINDOWS_PER_PART, PARTS_PER_THREAD = 32, 8  # parts take different times: several per thread even out the work
+
+
+def pool_cells(
+    feature_map: NDArray[Any], windows: NDArray[np.int64], levels: Sequence[int], threads: int = 1
+) -> NDArray[Any]:
+    """Maximum of every bin of every window.
+
+    feature_map: (C, H, W), float32 or float64, without NaN, at least one cell; windows: (R, 4) int64 xyxy cells,
+    half-open, not empty and inside the map (neither is checked here). Returns (R, C · Σn²): level after level, and
+    within a level channel-major.
+    """
+    (channels, height, width), plan = feature_map.shape, _plan(levels)
+    pooled = _results.array((len(windows), channels * sum(n * n for n in levels)), feature_map.dtype)
+    if len(windows) == 0:
+        return pooled
+    unique, begins, rows = _group_windows(windows, height, width)
+    blocks = -(-channels // LANES)
+    lanes = -(-channels // (blocks * LANE_STEP)) * LANE_STEP
+    plane_bytes = blocks * lanes * height * width * feature_map.itemsize
+    planes = _count_planes(unique, plan, height, width, TABLE_BYTES // plane_bytes)
+    table = _tables.array((blocks, planes, height, width, lanes), feature_map.dtype)
+    _in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
+    groups = unique, begins, rows
+    _in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
+    return pooled
+
+
+def has_nan(values: NDArray[Any]) -> bool:
+    """Whether any value of an array is NaN, read once in memory order."""
+    return bool(_count_nan(values.ravel(order="K")))
+
+
+def _plan(levels: Sequence[int]) -> NDArray[np.int64]:
+    """How to compute the levels, finest first: rows (n, m, row, source, first bin).
+
+    Bins are computed into consecutive rows: those of level n begin at `row`, and are computed from those of level m,
+    which begin at `source`; m = 0 stands for the map itself. In the pyramid vector they begin at `first bin`.
+    """
+    first_bins, row = np.cumsum([0, *(n * n for n in levels)]), 0
+    plan: list[tuple[int, int, int, int, int]] = []
+    for k in sorted(range(len(levels)), key=lambda k: -levels[k]):
+        n = levels[k]
+        m, source = min(((m, start) for m, _, start, *_ in plan if m % n == 0), default=(0, 0))
+        plan.append((n, m, row, source, int(first_bins[k])))
+        row += n * n
+    return np.array(plan, dtype=np.int64)
+
+
+def _group_windows(
+    windows: NDArray[np.int64], height: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(R, 4) -> (U, 4) different windows, from top to bottom; window u is that of rows[begins[u]:begins[u + 1]]."""
+    x1, y1, x2, y2 = windows.T
+    key = np.ravel_multi_index((y1, x1, y2, x2), (height, width, height + 1, width + 1))
+    rows = np.argsort(key, kind="stable")
+    begins = np.flatnonzero(np.diff(key[rows], prepend=-1))
+    return windows[rows[begins]], np.append(begins, len(rows)), rows
+
+
+def _count_planes(windows: NDArray[np.int64], plan: NDArray[np.int64], height: int, width: int, limit: int) -> int:
+    """How many planes the table has: the cells themselves, and squares as long as they save more than they cost."""
+    most = min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1)
+    reads = _count_reads(windows, plan, max(most, 0) + 1)
+    saved = reads[:-1] - reads[1:]
+    return 1 + int(np.append(saved >= READS_PER_SQUARE * height * width, False).argmin())
+
+
+def _in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
+    """Call run(start, stop) over `count` things, in parts of at least `least` shared by the threads."""
+    count_parts = min(threads * PARTS_PER_THREAD, count // least)
+    if threads == 1 or count_parts <= 1:
+        run(0, count)
+        return
+    parts = list(pairwise(count * part // count_parts for part in range(count_parts + 1)))
+    with ThreadPoolExecutor(min(threads, count_parts) - 1) as pool:
+        futures = [pool.submit(run, *part) for part in parts]
+        for part, future in reversed(list(zip(parts, futures, strict=True))):  # the caller works too, from the end
+            if future.cancel():
+                run(*part)
+            else:  # this part and all before it have begun
+                future.result()
+
+
+class _ReusedMemory:
+    """Memory for large arrays: that of the one before, once nobody holds it any longer.
+
+    Memory that is fresh from the system takes twice as long to fill as memory that was used before. One block stays.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        self._smallest, self._largest, self._lock = smallest, largest, threading.Lock()
+        self._block = np.empty(0, np.uint8)
+        self._references = sys.getrefcount(self._block)  # every array on the block, or view of one, adds to it
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """As np.empty; a large array begins on a cache line."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        # Not waiting for the lock: in a forked process it may be held for ever.
+        if not self._smallest <= size <= self._largest or not self._lock.acquire(blocking=False):
+            return np.empty(shape, dtype)
+        try:
+            whole = size + CACHE_LINE
+            held = sys.getrefcount(self._block) > self._references
+            if held or not whole <= self._block.nbytes <= 2 * whole:  # a small array does not keep a large block
+                self._block = np.empty(whole, np.uint8)
+            first = -self._block.ctypes.data % CACHE_LINE
+            return self._block[first : first + size].view(dtype).reshape(shape)
+        finally:
+            self._lock.release()
+
+
+_results = _ReusedMemory(smallest=2**20, largest=2**28)
+_tables = _ReusedMemory(smallest=2**16, largest=2**26)
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a loop on its first call, to run without the interpreter lock; kept on disk where a folder allows it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
+        return numba.njit(nogil=True)(function)
+
+
+_copy_bytes: Any = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
+
+
+@intrinsic
+def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+    """target[j, i] = source[i, j] of 8 × 8 numbers of the type of `number`: addresses, and bytes from row to row.
+
+    In registers, which takes a sixth of the time of a loop over single numbers.
+    """
+    align = number.bitwidth // 8
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(context.get_value_type(number), TILE)
+
+        def place(address: Any, step: Any, row: int) -> Any:
+            address = builder.add(address, builder.mul(step, ir.Constant(step.type, row)))
+            return builder.inttoptr(address, vector.as_pointer())
+
+        rows = [builder.load(place(arguments[1], arguments[2], row), align=align) for row in range(TILE)]
+        for size in (1, 2, 4):  # swap the off-diagonal blocks of this size
+            for k in (k for k in range(TILE) if not k & size):
+                pair = rows[k], rows[k | size]
+                for side in (0, size):
+                    order = [(j & ~size | side) + (TILE if j & size else 0) for j in range(TILE)]
+                    mask = ir.Constant(ir.VectorType(ir.IntType(32), TILE), order)
+                    rows[k | side] = builder.shuffle_vector(*pair, mask)
+        for row in range(TILE):
+            builder.store(rows[row], place(arguments[3], arguments[4], row), align=align)
+
+    return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
+
+
+@_compiled
+def _count_nan(values: Any) -> int:
+    count = 0
+    for k in range(values.shape[0]):
+        count += values[k] != values[k]
+    return count
+
+
+@_compiled
+def _count_reads(windows: Any, plan: Any, planes: int) -> Any:
+    """(planes,): how many vectors `_pool` reads from the table, if it has one plane, two, …"""
+    reads = np.zeros(planes, np.int64)
+    for level in range(plan.shape[0]):
+        n, m = plan[level, 0], plan[level, 1]
+        for r in range(windows.shape[0] if m == 0 else 0):
+            bin_height, bin_width = -(-(windows[r, 3] - windows[r, 1]) // n), -(-(windows[r, 2] - windows[r, 0]) // n)
+            side = 1
+            for k in range(planes):
+                if k > 0 and 2 * side <= min(bin_height, bin_width):
+                    side *= 2
+                reads[k] += 4 * n * n * (-(-bin_height // (2 * side))) * (-(-bin_width // (2 * side)))
+    return reads
+
+
+@_compiled
+def _fill(feature_map: Any, table: Any, start: int, stop: int) -> None:
+    """Blocks `start` … of the table (blocks, planes, H, W, lanes).
+
+    Plane k holds at (y, x) the maximum of the 2ᵏ × 2ᵏ cells from there on; what would reach over the edge is not set.
+    """
+    _, planes, height, width, lanes = table.shape
+    for block in range(start, stop):
+        own = min(lanes, feature_map.shape[0] - block * lanes)
+        for y in range(height):
+            for x in range(width):
+                for c in range(own):
+                    table[block, 0, y, x, c] = feature_map[block * lanes + c, y, x]
+                for c in range(own, lanes):
+                    table[block, 0, y, x, c] = 0
+        for k in range(1, planes):
+            half = 1 << (k - 1)
+            for y in range(height - 2 * half + 1):
+                for x in range(width - 2 * half + 1):
+                    for c in range(lanes):
+                        above = max(table[block, k - 1, y, x, c], table[block, k - 1, y, x + half, c])
+                        below = max(table[block, k - 1, y + half, x, c], table[block, k - 1, y + half, x + half, c])
+                        table[block, k, y, x, c] = max(above, below)
+
+
+@_compiled
+def _largest(grid: Any, first: int, width: int, box: Any, side: int, out: Any, row: int) -> None:
+    """out[row] = the largest vectors of grid in box = (y1, y2, x1, x2).
+
+    Row first + y · width + x of `grid` stands for the square of `side` cells from (y, x) on. Squares are taken four at
+    a time and overlap where they must: a maximum does not notice.
+    """
+    y1, y2, x1, x2 = box
+    for y in range(y1, y2, 2 * side):
+        upper, lower = first + min(y, y2 - side) * width, first + min(y + side, y2 - side) * width
+        for x in range(x1, x2, 2 * side):
+            left, right = min(x, x2 - side), min(x + side, x2 - side)
+            a, b, c, d = upper + left, upper + right, lower + left, lower + right
+            if y == y1 and x == x1:
+                for k in range(grid.shape[1]):
+                    out[row, k] = max(max(grid[a, k], grid[b, k]), max(grid[c, k], grid[d, k]))
+            else:
+                for k in range(grid.shape[1]):
+                    out[row, k] = max(out[row, k], max(max(grid[a, k], grid[b, k]), max(grid[c, k], grid[d, k])))
+
+
+@_compiled
+def _pool(table: Any, groups: Any, plan: Any, pooled: Any, start: int, stop: int) -> None:
+    """Windows `start` … of `_group_windows` into their rows of the result (R, C · Σn²)."""
+    (blocks, planes, height, width, lanes), (windows, begins, rows) = table.shape, groups
+    vectors, size = table.reshape(-1, lanes), table.itemsize
+    bins = plan[-1, 2] + plan[-1, 0] ** 2
+    channels = pooled.shape[1] // bins
+    # The tiles of levels of few bins read a little behind the bins found, and write a little behind those turned.
+    found = np.zeros((bins + TILE, lanes), table.dtype)
+    turned = np.empty(lanes * plan[0, 0] ** 2 + TILE, table.dtype)
+    found_at, turned_at, pooled_at = found.ctypes.data, turned.ctypes.data, pooled.ctypes.data
+    for u in range(start, stop):
+        x, y, w, h = windows[u, 0], windows[u, 1], windows[u, 2] - windows[u, 0], windows[u, 3] - windows[u, 1]
+        for block in range(blocks):
+            own = min(lanes, channels - block * lanes)
+            for level in range(plan.shape[0]):
+                n, m, row, source = plan[level, 0], plan[level, 1], plan[level, 2], plan[level, 3]
+                for b in range(n * n):
+                    i, j = b // n, b % n
+                    if m > 0:
+                        q = m // n
+                        _largest(found, source, m, (i * q, (i + 1) * q, j * q, (j + 1) * q), 1, found, row + b)
+                    else:
+                        box = y + i * h // n, y - (-(i + 1) * h // n), x + j * w // n, x - (-(j + 1) * w // n)
+                        k = 0
+                        while k + 1 < planes and 2 << k <= min(box[1] - box[0], box[3] - box[2]):
+                            k += 1
+                        _largest(vectors, (block * planes + k) * height * width, width, box, 1 << k, found, row + b)
+                for c in range(0, own, TILE):
+                    for b in range(0, n * n, TILE):
+                        b = max(0, min(b, n * n - TILE))
+                        start_at, end_at = found_at + ((row + b) * lanes + c) * size, turned_at + (c * n * n + b) * size
+                        _transpose_tile(found[0, 0], start_at, lanes * size, end_at, n * n * size)  # type: ignore[call-arg]
+                column = plan[level, 4] * channels + block * lanes * n * n
+                for k in range(begins[u], begins[u + 1]):
+                    _copy_bytes(pooled_at + (rows[k] * pooled.shape[1] + column) * size, turned_at, own * n * n * size)

@@ -1,0 +1,254 @@
+"""Detect over a split, image by image, and write the devkit's files; evaluation is resumable (sec. 4.1)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sppnet import distributed
+from sppnet.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
+from sppnet.config import Config
+from sppnet.data.voc import restrict, write_comp4
+from sppnet.detection.detector import DetectorDescription, SPPDetector
+from sppnet.errors import BackboneError
+from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
+from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
+from sppnet.images import read_image
+from sppnet.pipeline.run_data import load_test_data, splits_to_test
+from sppnet.pipeline.stages import windows_folder
+from sppnet.progress import progress_bar
+from sppnet.proposals.search import propose_images, read_windows
+from sppnet.records import Annotation, Detections, ImageRecord, spread
+from sppnet.report.drawing import Picture, contact_sheet, save_image
+from sppnet.report.plots import draw_precision_recall
+from sppnet.workers import map_in_workers
+
+log = logging.getLogger("sppnet")
+
+SHOWN_SCORE = 0.0  # the SVM's own boundary
+SHOWN_IMAGES = 12  # on the sheet of examples
+FIGURES = ("metrics.json", "curves.json", "precision_recall.png", "examples.jpg")
+HELD_OUT = "held-out"  # stands for a split where none is named
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """Detections of every image of a split; their evaluation and the quality of the windows where annotated."""
+
+    detections: Mapping[str, Detections]
+    classes: tuple[str, ...]
+    evaluation: VOCEvaluation | None
+    proposals: ProposalQuality | None
+    seconds_per_image: float | None  # of the images detected now, without proposals; None if all were reused
+    origin: str  # names the detector and the windows by their content
+
+
+def detect_split(
+    run: Path,
+    config: Config,
+    records: Sequence[ImageRecord],
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> SplitResult:
+    """Detect in every record with the detector of a run, under `config`; evaluate what is annotated.
+
+    Windows and detections of each image are kept in the run, in folders named by their content, so an interrupted
+    call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
+    """
+    description = replace(DetectorDescription.read(run), config=config)
+    windows = windows_folder(run, config)
+    propose_images(records, config.proposals, windows, progress)
+    folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
+    own = [replace(r, annotation=None) for r in distributed.shard(records) if not _path(folder, r).exists()]
+    make = partial(_Searcher, run, config, device, windows, folder)
+    start = time.monotonic()
+    done = map_in_workers(make, own, 0 if torch.device(device).type == "cpu" else 1)
+    for _ in progress_bar(done, "detect", "image", len(own), shown=progress and distributed.is_main()):
+        pass
+    seconds = (time.monotonic() - start) / len(own) if own else None
+    distributed.barrier()
+    detections = {r.id: _read(_path(folder, r), description.classes) for r in records}
+    evaluation, quality = _evaluate(description, records, detections, windows)
+    return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
+
+
+class _Searcher:
+    """Detects in one image after the other and writes what it finds."""
+
+    def __init__(self, run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path) -> None:
+        self._detector = replace(SPPDetector.load(run, device), config=config)
+        self._windows, self._folder = windows, folder
+
+    def __call__(self, record: ImageRecord) -> None:
+        image, windows = read_image(record.path), read_windows(self._windows, record)
+        try:
+            found = self._detector.detect(image, windows)
+        except BackboneError as error:  # an image too narrow for the network: say which
+            raise BackboneError(f"{record.path}: {error}") from None
+        write_arrays(_path(self._folder, record), boxes=found.boxes, scores=found.scores, labels=found.labels)
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """A tested split and the folder that holds its files."""
+
+    result: SplitResult
+    folder: Path
+
+
+def evaluate_run(
+    run: Path,
+    device: torch.device | str = "cpu",
+    data: Path | None = None,
+    splits: Sequence[str] = (),
+    metric: Literal["11point", "area"] | None = None,
+    evaluate: bool = True,
+) -> RunEvaluation:
+    """Detect on a run's own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
+
+    comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
+    Results on a folder other than data.root have a folder of their own below run/results/.
+    """
+    config = SPPDetector.load(run).config  # whole: a damaged one is refused before windows are searched
+    if metric is not None:
+        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
+    other = data is not None and data.resolve() != config.data.root.resolve()
+    config = _without_imports(config) if other else _drop_missing_imports(config)
+    records, skips = load_test_data(config, data, splits)
+    for reason, count in skips.counts.items():
+        log.info("%d × %s", count, reason)
+    names = splits_to_test(config, splits)
+    if not names:
+        log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
+    result = detect_split(run, config, records, device)
+    if not evaluate:
+        result = replace(result, evaluation=None)
+    folder = _results_folder(run, data if other else None, names)
+    if distributed.is_main():
+        if evaluate or not _describe(folder, result, names):
+            for name in FIGURES:  # of earlier detections
+                (folder / name).unlink(missing_ok=True)
+        _write_comp4(folder, names, result.detections, result.classes)
+        if result.evaluation is not None:
+            tested = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
+            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
+            _draw(result, result.evaluation, records, folder)
+    distributed.barrier()
+    return RunEvaluation(result, folder)
+
+
+def _describe(folder: Path, result: SplitResult, splits: tuple[str, ...]) -> bool:
+    """Whether the figures in the folder are those of these very detections, with nothing missing among them."""
+    if not all((folder / name).is_file() for name in FIGURES):
+        return False
+    metrics = read_json(folder / "metrics.json")
+    expected = {"detections": result.origin, "images": len(result.detections), "splits": list(splits) or [HELD_OUT]}
+    return isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in expected.items())
+
+
+def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Path:
+    """Where the results go; `data` is a folder other than data.root, which may hold splits of the same names."""
+    results = run / "results"
+    if data is not None:
+        place = data.resolve()
+        results /= f"{place.name}-{digest_of(str(place))[:8]}"
+    return results / ("+".join(name.replace("/", "-") for name in splits) or HELD_OUT)
+
+
+def _drop_missing_imports(config: Config) -> Config:
+    """A detector outlives the files that its training windows came from; images are searched then."""
+    kept = tuple(path for path in config.proposals.import_from if path.is_file())
+    if kept != config.proposals.import_from:
+        log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
+    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": kept})})
+
+
+def _without_imports(config: Config) -> Config:
+    """Imported windows may be named by the bare file names of their images, which another data set may have too."""
+    if config.proposals.import_from:
+        log.info("proposals.import_from belongs to %s; the images of other data are searched", config.data.root)
+    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": ()})})
+
+
+def _write_comp4(
+    folder: Path, splits: tuple[str, ...], detections: Mapping[str, Detections], classes: tuple[str, ...]
+) -> None:
+    """The devkit's files, one folder per year where images of several years share a name."""
+    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits)) or HELD_OUT
+    by_year: dict[str, dict[str, Detections]] = {}
+    for image, found in detections.items():
+        by_year.setdefault(image.rpartition("/")[0], {})[image] = found
+    if len({image.rpartition("/")[2] for image in detections}) == len(detections):
+        write_comp4(folder, image_set, detections, classes)
+        return
+    for year, own in by_year.items():
+        write_comp4(folder / year, image_set, own, classes)
+
+
+def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
+    values = {
+        **evaluation.to_dict(),
+        "images": len(result.detections),
+        "seconds_per_image": result.seconds_per_image,
+        "detections": result.origin,
+    }
+    if result.proposals is not None:
+        values["proposals"] = {
+            "recall": result.proposals.recall,
+            "mean_best_overlap": result.proposals.mean_best_overlap,
+            "windows": result.proposals.mean_windows,
+        }
+    return values
+
+
+def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
+    """Curves, as numbers and as a picture, and a sheet of examples spread over the images."""
+    curves = {
+        name: {key: getattr(curve, key).tolist() for key in ("recall", "precision", "scores")}
+        for name, curve in evaluation.curves.items()
+    }
+    write_json(folder / "curves.json", curves)
+    save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
+    shown = spread(records, SHOWN_IMAGES)
+    pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
+    save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
+
+
+def _evaluate(
+    description: DetectorDescription,
+    records: Sequence[ImageRecord],
+    detections: Mapping[str, Detections],
+    windows: Path,
+) -> tuple[VOCEvaluation | None, ProposalQuality | None]:
+    known = restrict([r for r in records if r.annotation is not None], description.classes)
+    annotations: dict[str, Annotation] = {r.id: r.annotation for r in known if r.annotation is not None}
+    if not annotations:
+        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
+        return None, None
+    settings = description.config.evaluate
+    evaluation = evaluate_voc(
+        {image: detections[image] for image in annotations},
+        annotations,
+        description.classes,
+        settings.metric,
+        settings.iou,
+        settings.use_difficult,
+    )
+    return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
+
+
+def _path(folder: Path, record: ImageRecord) -> Path:
+    return folder / f"{record.id}-{record.digest}.npz"
+
+
+def _read(path: Path, classes: tuple[str, ...]) -> Detections:
+    arrays = read_arrays(path)
+    return Detections(arrays["boxes"], arrays["scores"], arrays["labels"].astype(np.int64), classes)

@@ -1,0 +1,197 @@
+"""The backbone and the head of a training run, built when they are first needed, and the features they give."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sppnet.artifacts import read_tensors
+from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime
+from sppnet.backbones.weights import load_weight_file, torchvision_state
+from sppnet.config import BackboneSettings, SVMSettings
+from sppnet.detection.linear_svm import mean_norm_scale
+from sppnet.detection.training_windows import TrainingWindows, sample_norms
+from sppnet.detection.window_features import Features, FrozenHead, pool_projected
+from sppnet.errors import SppnetError
+from sppnet.models.low_rank import check_rank, fc6_activations
+from sppnet.models.sppnet import (
+    FullyConnected,
+    Layer,
+    SPPHead,
+    build_head,
+    copy_fc,
+    load_head_checkpoint,
+    load_pretrained_fc,
+    pooled_size,
+)
+from sppnet.pipeline.stages import GRAPH, StageGraph, ranks
+from sppnet.progress import progress_bar
+from sppnet.records import spread
+
+NEAR = 0.5  # IoU from which on a window shows an object
+ACTIVATION_IMAGES = 256  # that choose principal components
+ACTIVATIONS = 16_384  # windows of these in all: four for each of 4,096 outputs
+
+
+class TrainingNetworks:
+    """What pretrain, finetune and low_rank have made so far, where they are wanted, else what they start from.
+
+    A stage that is wanted but not complete is a SppnetError that names it.
+    """
+
+    def __init__(self, graph: StageGraph, device: torch.device) -> None:
+        self.graph, self.config, self.device = graph, graph.config, device
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return load_backbone(self.config.backbone, self.pretrained_path).to(self.device)
+
+    def head(self) -> SPPHead:
+        """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
+        if not ranks(self.config):
+            return self.whole_head()
+        return self.low_rank_head(self._need("low_rank", "head.safetensors"))
+
+    def whole_head(self) -> SPPHead:
+        """The head before its rank is reduced: fine-tuned, or as it was initialised."""
+        if GRAPH["finetune"].skipped(self.config):
+            return self.initial_head()
+        head = self._new_head()
+        head.load_state_dict(read_tensors(self._need("finetune", "head.safetensors")))
+        return head.to(self.device)
+
+    def low_rank_head(self, path: Path) -> SPPHead:
+        """The head of low rank that a file holds."""
+        head = self._new_head(ranks(self.config))
+        head.load_state_dict(read_tensors(path))
+        return head.to(self.device)
+
+    def initial_head(self) -> SPPHead:
+        """The head before fine-tuning, with its input scaled as head.input_norm says."""
+        head = self.started_head()
+        if self.config.head.input_norm is not None:
+            head.input_scale.fill_(self.scale(self.features("pool"), self.config.head.input_norm))
+        return head.to(self.device)
+
+    def started_head(self) -> SPPHead:
+        """A new head with fc6 and fc7 from where head.init says, on the CPU."""
+        config, head = self.config, self._new_head()
+        if self.pretrained_path is not None and config.head.init == "random":
+            copy_fc(head, read_tensors(self.pretrained_path), "the pretrained network")
+        elif config.head.init == "checkpoint":
+            load_head_checkpoint(head, config.head)
+        elif config.head.init == "imagenet":
+            weights = config.backbone.weights
+            file = weights.file if weights.source == "file" else None
+            state = load_weight_file(file) if file is not None else torchvision_state(config.backbone.name)
+            load_pretrained_fc(head, state, config.backbone.name, self.backbone.channels, config.pyramid.levels)
+        return head
+
+    def features(self, layer: Layer) -> Features:
+        """What makes features of a layer from maps and windows on them."""
+        levels = self.config.pyramid.levels
+        if layer == "pool":
+            return lambda maps, projected: pool_projected(maps, projected, levels)
+        frozen = FrozenHead(self.head(), levels, self.config.precision)
+        return lambda maps, projected: frozen.features(maps, projected, layer)
+
+    def width(self, layer: Layer) -> int:
+        """How wide the features of a layer are."""
+        sizes = {"fc6": self.config.head.fc6, "fc7": self.config.head.fc7}
+        return sizes.get(layer) or pooled_size(self.backbone.channels, self.config.pyramid.levels)
+
+    def scale(self, features: Features, target: float, sample: SVMSettings | None = None) -> float:
+        """The factor that gives features the mean norm `target`, from a sample of images and windows.
+
+        `sample` gives its size; by default it is the release's, so that only the SVMs depend on svm.norm_*.
+        """
+        size = sample or SVMSettings()
+        norms = sample_norms(self.windows(train=True), features, size.norm_images, size.norm_windows)
+        if not len(norms):
+            raise SppnetError("no training image has a window; check proposals.min_side and the images")
+        return mean_norm_scale(norms, target)
+
+    def windows(self, train: bool) -> TrainingWindows:
+        """The windows of the training or of the validation images, on the maps of the backbone."""
+        graph = self.graph
+        records = graph.data.train if train else graph.data.validation
+        folders = graph.folder("proposals"), graph.folder("maps")
+        return TrainingWindows(records, graph.data.classes, *folders, self.backbone.geometry, self.config, self.device)
+
+    @torch.inference_mode()
+    def activations(self, head: SPPHead, progress: bool = True) -> Tensor:
+        """What fc6 of the whole head gives, before its rectification, of a sample of windows: (N, fc6).
+
+        Half of the windows of an image are close to objects where there are as many, because the detector must tell
+        these apart and few proposals are; the others are any proposals.
+        """
+        source, rng = self.windows(train=True), np.random.default_rng(self.config.finetune.seed)
+        chosen = spread(range(len(source.records)), ACTIVATION_IMAGES)
+        each, found = -(-ACTIVATIONS // len(chosen)), [torch.empty(0, head.fc6.out_features)]
+        for index in progress_bar(chosen, "activations", "image", shown=progress):
+            image = source.image_windows(index)
+            order = rng.permutation(len(image.windows))
+            near = order[image.overlaps.max(axis=1, initial=0)[order] >= NEAR][: each // 2]
+            others = order[~np.isin(order, near)][: each - len(near)]
+            maps = source.maps(index)
+            projected = source.project(maps, image.windows[np.concatenate([near, others])])
+            found.append(fc6_activations(head, source.pool(maps, projected)).cpu())
+        return torch.cat(found)
+
+    def check_ranks(self) -> None:
+        """SppnetError for ranks that the stage low_rank would refuse, before anything is trained."""
+        sizes, wanted = self.config.head, ranks(self.config)
+        layers: dict[FullyConnected, tuple[int, int]] = {"fc7": (sizes.fc6, sizes.fc7)}
+        if "fc6" in wanted:
+            channels = build_backbone(_without_weights(self.config.backbone)).channels
+            layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
+        for name, rank in wanted.items():
+            check_rank(name, *layers[name], rank)
+
+    @property
+    def pretrained_path(self) -> Path | None:
+        """What the stage pretrain left, where it is wanted."""
+        return self._need("pretrain", "network.safetensors") if self.config.pretrain.enabled else None
+
+    def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
+        config, outputs = self.config, len(self.graph.data.classes) + 1
+        named = {str(name): rank for name, rank in (ranks or {}).items()}
+        return build_head(
+            self.backbone.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, named
+        )
+
+    def _need(self, stage: str, name: str) -> Path:
+        path = self.graph.folder(stage) / name
+        if not path.exists():
+            raise SppnetError(
+                f"{path}: the {stage} stage is not complete for these settings; "
+                f"run `sppnet train` without --only, or with --only {stage} first"
+            )
+        return path
+
+
+def load_backbone(settings: BackboneSettings, pretrained: Path | None) -> Backbone:
+    """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file."""
+    if pretrained is None:
+        return build_backbone(settings)
+    backbone, state = build_backbone(_without_weights(settings)), read_tensors(pretrained)
+    own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    backbone.load_state_dict(own)
+    return backbone
+
+
+def load_runtime(
+    settings: BackboneSettings, pretrained: Path | None, kind: Kind, precision: Precision, device: torch.device
+) -> Runtime:
+    """The same ready to compute maps on `device`, for `extract_images`."""
+    return make_runtime(load_backbone(settings, pretrained).to(device), kind, precision)
+
+
+def _without_weights(settings: BackboneSettings) -> BackboneSettings:
+    weights = settings.weights.model_copy(update={"source": "random"})
+    return settings.model_copy(update={"weights": weights})

@@ -1,0 +1,332 @@
+"""The stages of training as one graph: what each reads, what it writes, and all that follows from that.
+
+A stage is one declaration. Its folder is named by a digest of the settings and files it reads, the data it sees, the
+version of its algorithm, and the digests of the stages it reads. So a changed setting invalidates exactly the stages
+that depend on it, and an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sppnet.artifacts import digest_of, file_digest
+from sppnet.config import STAGES, Config
+from sppnet.detection.feature_maps import maps_path
+from sppnet.models.sppnet import FullyConnected
+from sppnet.pipeline.run_data import RunData
+from sppnet.proposals.search import windows_path
+from sppnet.records import ImageRecord
+
+log = logging.getLogger("sppnet")
+
+NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result
+FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
+CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of training whose result is kept.
+
+    `settings` are sections or ``section.key``; `reads` are other stages, of which only those count that are not
+    skipped; `data` names the annotated images that it sees ("train", "validation"). `outputs` gives its files, relative
+    to its folder. `version` changes with the algorithm, so that a fix invalidates exactly its results.
+    """
+
+    name: str
+    version: int
+    settings: Callable[[Config], Sequence[str]]
+    reads: Callable[[Config], Sequence[str]]
+    outputs: Callable[[StageGraph], Sequence[Path]]
+    data: Sequence[str] = ()
+    skipped: Callable[[Config], str] = lambda _: ""  # why it is not run at all
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """What is there of a stage: `done` of `total` outputs; `skipped` says why it would not run at all."""
+
+    name: str
+    folder: Path
+    done: int
+    total: int
+    skipped: str = ""
+    checkpoint: Path | None = None  # of a single output that was interrupted
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.skipped) or self.done == self.total
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The stages of one run in `root`. `config` has its precision resolved: what is computed, not what was asked."""
+
+    root: Path
+    config: Config
+    data: RunData
+
+    def folder(self, name: str) -> Path:
+        """Where the results of a stage lie."""
+        return self.root / f"{name}-{self.digest(name)}"
+
+    def digest(self, name: str) -> str:
+        return self._digests[name]
+
+    @property
+    def detector(self) -> Path:
+        return self.root / "detector"
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """The stages whose results `name` reads, without those that are skipped."""
+        return tuple(other for other in GRAPH[name].reads(self.config) if not GRAPH[other].skipped(self.config))
+
+    def dependents(self, name: str) -> tuple[str, ...]:
+        """The stages that depend on `name`, directly or not, in order."""
+        found = {name}
+        for other in STAGES:
+            if not GRAPH[other].skipped(self.config) and found & set(self.reads(other)):
+                found.add(other)
+        return tuple(other for other in STAGES if other in found and other != name)
+
+    def status(self, name: str) -> StageStatus:
+        """What is there of a stage. Reads no weights and writes nothing."""
+        stage, folder = GRAPH[name], self.folder(name)
+        outputs = [folder / path for path in stage.outputs(self)]
+        saved = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
+        return StageStatus(
+            name, folder, sum(path.exists() for path in outputs), len(outputs), stage.skipped(self.config), saved
+        )
+
+    def statuses(self) -> list[StageStatus]:
+        return [self.status(name) for name in STAGES]
+
+    def invalidated(self, only: Sequence[str], force: Sequence[str]) -> tuple[str, ...]:
+        """The stages to delete before `only` run: those in `force` among them, and all that depend on these."""
+        used = [name for name in STAGES if not GRAPH[name].skipped(self.config)]
+        forced = [name for name in used if name in only and name in force]
+        return tuple(name for name in used if any(name in (own, *self.dependents(own)) for own in forced))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete these stages, last first: an interruption never leaves a stage whose inputs are gone.
+
+        The detector goes first, unless every stage is complete and stays.
+        """
+        if names or not all(status.complete for status in self.statuses()):
+            description = self.detector / "detector.json"
+            if description.exists():
+                log.info("%s: of other settings or of re-run stages; deleted until training is complete", description)
+                description.unlink()
+        for name in reversed(STAGES):
+            if name in names and self.folder(name).exists():
+                shutil.rmtree(self.folder(name))
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        digests: dict[str, str] = {}
+        for name in STAGES:
+            stage = GRAPH[name]
+            settings = {key: self._settings(key) for key in sorted(stage.settings(self.config))}
+            data = [self.data.digest(split) for split in stage.data]
+            digests[name] = digest_of(name, stage.version, settings, data, [digests[o] for o in self.reads(name)])
+        return digests
+
+    def _settings(self, key: str) -> Any:
+        value: Any = self._values
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        """All settings, files by their content, without those that change no result."""
+        values = self.config.model_dump(mode="json")
+        for key in (*NO_RESULT, *FILES):
+            *parents, last = key.split(".")
+            section = values
+            for parent in parents:
+                section = section[parent]
+            named = section.pop(last)
+            if key in FILES:
+                paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
+                section[last] = [file_digest(path) for path in paths if path.is_file()]
+        return values
+
+    @property
+    def flipped(self) -> list[ImageRecord]:
+        """The training images whose mirror images fine-tuning needs too."""
+        wanted = not GRAPH["finetune"].skipped(self.config) and self.config.finetune.flip
+        return self.data.train if wanted else []
+
+
+def windows_folder(root: Path, config: Config) -> Path:
+    """Where the windows of these settings lie, of training and test images alike."""
+    return StageGraph(root, config, RunData()).folder("proposals")
+
+
+def fc_layers(config: Config) -> tuple[FullyConnected, ...]:
+    """The fully connected layers that the features wanted need."""
+    wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
+    return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
+
+
+def ranks(config: Config) -> dict[FullyConnected, int]:
+    """The layers to reduce and their ranks, of those that are needed."""
+    wanted: dict[FullyConnected, int] = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
+    return {name: wanted[name] for name in fc_layers(config) if wanted[name]}
+
+
+def tunes_low_rank(config: Config) -> bool:
+    """Whether the low-rank layers are fine-tuned again."""
+    return not GRAPH["finetune"].skipped(config) and bool(config.low_rank.steps)
+
+
+# --- the declarations -------------------------------------------------------------------------------
+
+
+def _skip_finetune(config: Config) -> str:
+    wanted = config.finetune.enabled and config.svm.finetuned and fc_layers(config)
+    return "" if wanted else "the features wanted need no fine-tuned head"
+
+
+def _skip_low_rank(config: Config) -> str:
+    if ranks(config):
+        return ""
+    return "low_rank.fc6 and low_rank.fc7 are 0" if fc_layers(config) else "no fc features are wanted"
+
+
+def _head(config: Config) -> list[str]:
+    """Settings of the head before fine-tuning."""
+    return ["head", "pyramid", "precision", "finetune.seed"]
+
+
+def _low_rank_settings(config: Config) -> list[str]:
+    schedule = ["low_rank.steps", "low_rank.learning_rates", "finetune"] if tunes_low_rank(config) else []
+    return [*_head(config), *(f"low_rank.{name}" for name in ranks(config)), *schedule]
+
+
+def _features(layer: str) -> list[str]:
+    return ["proposals", "maps"] if layer == "pool" else ["proposals", "maps", "pretrain", "finetune", "low_rank"]
+
+
+def _settings_on(section: str) -> Callable[[Config], list[str]]:
+    """Settings of a stage on window features: the head's, where that is as it was initialised."""
+
+    def settings(config: Config) -> list[str]:
+        layer = getattr(config, section).layer
+        return [section, "pyramid", "data.train_on_difficult", *([] if layer == "pool" else _head(config))]
+
+    return settings
+
+
+def _images(graph: StageGraph) -> list[ImageRecord]:
+    return [*graph.data.train, *graph.data.validation]
+
+
+GRAPH: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "proposals",
+            version=1,
+            settings=lambda _: ["proposals"],
+            reads=lambda _: [],
+            outputs=lambda graph: [windows_path(Path(), record) for record in _images(graph)],
+        ),
+        Stage(
+            "pretrain",
+            version=1,
+            settings=lambda _: ["pretrain", "backbone", "head", "pyramid.levels", "data.train_on_difficult"],
+            reads=lambda _: [],
+            outputs=lambda _: [Path("network.safetensors")],
+            data=["train"],
+            skipped=lambda config: "" if config.pretrain.enabled else "pretrain.enabled is false",
+        ),
+        Stage(
+            "maps",
+            version=1,
+            settings=lambda _: ["maps", "backbone", "precision"],
+            reads=lambda _: ["pretrain"],
+            outputs=lambda graph: [
+                *(maps_path(Path(), record, flip=False) for record in _images(graph)),
+                *(maps_path(Path(), record, flip=True) for record in graph.flipped),
+            ],
+        ),
+        Stage(
+            "finetune",
+            version=2,  # 2: gradients by autograd
+            settings=lambda config: ["finetune", "data.train_on_difficult", *_head(config)],
+            reads=lambda _: ["proposals", "pretrain", "maps"],
+            outputs=lambda _: [Path("head.safetensors")],
+            data=["train", "validation"],
+            skipped=_skip_finetune,
+        ),
+        Stage(
+            "low_rank",
+            version=1,
+            settings=_low_rank_settings,
+            reads=lambda _: ["proposals", "pretrain", "maps", "finetune"],
+            outputs=lambda _: [Path("head.safetensors")],
+            data=["train"],
+            skipped=_skip_low_rank,
+        ),
+        Stage(
+            "svm",
+            version=2,  # 2: positives are drawn before their features are computed
+            settings=_settings_on("svm"),
+            reads=lambda config: _features(config.svm.layer),
+            outputs=lambda _: [Path("svm.safetensors")],
+            data=["train"],
+        ),
+        Stage(
+            "boxes",
+            version=1,
+            settings=_settings_on("boxes"),
+            reads=lambda config: _features(config.boxes.layer),
+            outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],
+            data=["train"],
+            skipped=lambda config: "" if config.boxes.enabled else "boxes.enabled is false",
+        ),
+    )
+}
+
+
+def regressor_path(label: int) -> Path:
+    """Of the box regressor of a class, relative to the folder of its stage."""
+    return Path(f"class-{label:03d}.safetensors")
+
+
+# --- in words ---------------------------------------------------------------------------------------
+
+
+def describe_stage(status: StageStatus, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
+    """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
+    action, why = _decision(status, only, invalidated)
+    return f"{status.name:<9} {action:<8} {why}"
+
+
+def _decision(status: StageStatus, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
+    name, parts = status.folder.name, f"{status.done} of {status.total}"
+    if status.skipped:
+        return "skip", status.skipped
+    if status.name not in only:
+        stale = "; depends on re-run stages and would be deleted" if status.name in invalidated and status.done else ""
+        return "leave", f"not selected; {parts} in {name}{stale}"
+    if status.name in invalidated:
+        return "run", f"from scratch, as asked; {parts} in {name} are there and would be deleted"
+    if status.done == status.total:
+        return "reuse", f"all {status.total} in {name}"
+    if status.done:
+        return "resume", f"{parts} in {name}"
+    if status.checkpoint is not None:
+        return "resume", f"from {name}/{status.checkpoint.name}"
+    others = sorted(path.name for path in status.folder.parent.glob(f"{status.name}-*") if path != status.folder)
+    if others:
+        return "run", f"settings or inputs are not those of {', '.join(others)}; {status.total} to do in {name}"
+    return "run", f"nothing there yet; {status.total} to do in {name}"

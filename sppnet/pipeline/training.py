@@ -1,0 +1,330 @@
+"""Train a detector: every stage of section 4.1 in order, on one screen; every stage resumes.
+
+proposals -> (pretrain) -> maps -> finetune -> (low_rank) -> svm -> boxes -> detector/
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sppnet import distributed
+from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
+from sppnet.backbones.backbone import build_backbone
+from sppnet.backbones.runtime import resolve_precision
+from sppnet.classification.pretraining import pretrain_network
+from sppnet.config import STAGES, Config, FinetuneSettings
+from sppnet.config_files import dump_config
+from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.feature_maps import extract_images
+from sppnet.detection.finetuning import finetune_head
+from sppnet.detection.hard_negatives import mine_detectors
+from sppnet.detection.linear_svm import LinearSVMs
+from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
+from sppnet.errors import SppnetError
+from sppnet.evaluation.proposals import proposal_recall
+from sppnet.models.low_rank import low_rank_head, variance_kept
+from sppnet.models.sppnet import SPPHead
+from sppnet.pipeline.networks import TrainingNetworks, load_runtime
+from sppnet.pipeline.run_data import load_run_data
+from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
+from sppnet.progress import progress_bar
+from sppnet.proposals.search import make_proposer, propose_images, read_windows
+
+log = logging.getLogger("sppnet")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did, in words, and how long it took."""
+
+    name: str
+    seconds: float
+    summary: str
+
+
+def train_detector(
+    config: Config,
+    root: Path,
+    device: torch.device | str = "cpu",
+    only: Sequence[str] = STAGES,
+    force: Sequence[str] = (),
+    progress: bool = True,
+) -> SPPDetector | None:
+    """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete.
+
+    The settings go to root/config.yaml. Files that are missing or do not fit are an error before anything is written.
+    What depends on a stage run from scratch is deleted too, and so is the detector of an earlier training.
+    """
+    training = Training(config, root, torch.device(device), progress)
+    graph = training.graph
+    log.info("%s", graph.data)
+    training.check_files(only)
+    if distributed.is_main():
+        graph.delete(graph.invalidated(only, force))
+        write_text(root / "config.yaml", dump_config(config))
+    distributed.barrier()
+    reports = [training.perform(status) for status in graph.statuses() if status.name in only]
+    log.info("Summary\n%s", _table(reports))
+    missing = [status.name for status in graph.statuses() if not status.complete]
+    if missing:
+        log.info("no detector yet: %s still to do", ", ".join(missing))
+        return None
+    return training.assemble()
+
+
+class Training:
+    """One training run: its stages, and the networks, each built when it is first needed."""
+
+    def __init__(self, config: Config, root: Path, device: torch.device, progress: bool = True) -> None:
+        self.asked, self.device, self.progress = config, device, progress
+        self.precision = resolve_precision(config.precision, device)
+        self.config = config.model_copy(update={"precision": self.precision})
+        self.graph = StageGraph(root, self.config, load_run_data(config))
+        self.classes = self.graph.data.classes
+        self.networks = TrainingNetworks(self.graph, device)
+
+    def missing_inputs(self, stages: Sequence[str]) -> list[str]:
+        """What `check_files` would refuse for these stages without reading a weight: a line for each."""
+        config = self.config
+        named = [("proposals.import_from", path) for path in config.proposals.import_from]
+        found = list[str]()
+        if set(stages) - {"proposals"}:
+            weights, checkpoint = config.backbone.weights, config.head.checkpoint
+            if self._needs_weights and weights.source == "file" and weights.file is not None:
+                named.append(("backbone.weights.file", weights.file))
+            if config.head.init == "checkpoint" and checkpoint is not None and self._needs_head:
+                named.append(("head.checkpoint", checkpoint))
+            try:
+                self.networks.check_ranks()
+            except SppnetError as error:
+                found.append(str(error))
+        return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
+
+    def check_files(self, stages: Sequence[str]) -> None:
+        """Raise now what would end one of these stages hours later: files that are missing or do not fit."""
+        for path in self.config.proposals.import_from:
+            if not path.is_file():
+                raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
+        if not set(stages) - {"proposals"}:
+            return
+        if not self.config.pretrain.enabled:
+            _ = self.networks.backbone
+        elif self._needs_weights:
+            build_backbone(self.config.backbone)
+        self.networks.check_ranks()
+        if self.config.head.init != "random" and self._needs_head:
+            self.networks.started_head()
+
+    def perform(self, status: StageStatus) -> StageReport:
+        """Run one stage unless it is skipped."""
+        start = time.monotonic()
+        if status.skipped:
+            return StageReport(status.name, 0.0, f"skipped: {status.skipped}")
+        summary = RUN[status.name](self)
+        seconds = time.monotonic() - start
+        log.info("%s: %s (%s)", status.name, summary, _duration(seconds))
+        return StageReport(status.name, seconds, summary)
+
+    def assemble(self) -> SPPDetector:
+        """The detector from the artifacts, saved under detector/."""
+        svms = LinearSVMs.from_tensors(read_tensors(self.graph.folder("svm") / "svm.safetensors"))
+        regressors = None
+        if self.config.boxes.enabled:
+            own = [read_tensors(self._regressor(label)) for label in range(len(self.classes))]
+            regressors = BoxRegressors.stack(
+                {n: BoxRegressors.from_tensors(t).of(0) for n, t in zip(self.classes, own, strict=True)}
+            )
+        networks, proposer = self.networks, make_proposer(self.config.proposals)
+        detector = SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
+        if distributed.is_main():
+            detector.save(self.graph.detector)
+        distributed.barrier()
+        return detector
+
+    # 1. windows of every image
+    def proposals(self) -> str:
+        records = [*self.graph.data.train, *self.graph.data.validation]
+        folder = self.graph.folder("proposals")
+        done = propose_images(records, self.config.proposals, folder, self.progress)
+        windows = {r.id: read_windows(folder, r) for r in records}
+        bare = sum(not len(found) for found in windows.values())
+        quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
+        return (
+            f"{done.computed} images searched, {done.imported} imported, {done.reused} reused; "
+            f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
+            f"mean best overlap {quality.mean_best_overlap:.3f}"
+            + (f"; {bare} × image without windows (its objects alone are used)" if bare else "")
+        )
+
+    # A backbone without pretrained weights learns from crops of the objects
+    def pretrain(self) -> str:
+        folder = self.graph.folder("pretrain")
+        if (folder / "network.safetensors").exists():
+            return "reused"
+        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
+        data, checkpoint = self.graph.data, folder / CHECKPOINT
+        network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
+        if distributed.is_main():
+            write_tensors(folder / "network.safetensors", network.state_dict())
+        self._delete(checkpoint)
+        return summary
+
+    # 2. the map of every image, and of its mirror image for fine-tuning
+    def maps(self) -> str:
+        config, data = self.config, self.graph.data
+        load = partial(
+            load_runtime,
+            config.backbone,
+            self.networks.pretrained_path,
+            config.maps.runtime,
+            self.precision,
+            self.device,
+        )
+        records = [*data.train, *data.validation]
+        workers = 0 if self.device.type == "cpu" else 1
+        folder, flipped = self.graph.folder("maps"), self.graph.flipped
+        done = extract_images(records, load, config.maps, folder, flipped, workers, self.progress)
+        return f"{done.computed} maps computed, {done.reused} reused, {done.gigabytes:.2f} GB"
+
+    # 3. fc6 and fc7
+    def finetune(self) -> str:
+        path = self.graph.folder("finetune") / "head.safetensors"
+        if path.exists():
+            self._delete(path.parent / CHECKPOINT)
+            return "reused"
+        return self._train_head("finetune", self.networks.initial_head(), self.config.finetune)
+
+    # 3½. fc6 and fc7 of low rank, where that is wanted
+    def low_rank(self) -> str:
+        path = self.graph.folder("low_rank") / "head.safetensors"
+        start = path.with_name("start.safetensors")  # before it is fine-tuned
+        if path.exists():
+            self._delete(path.parent / CHECKPOINT, start)
+            return "reused"
+        if start.exists():
+            log.info("low_rank: %s is reused", start)
+        elif distributed.is_main():
+            self._reduce_rank(start)
+        distributed.barrier()
+        summary = str(read_json(start.with_name("summary.json")))
+        head = self.networks.low_rank_head(start)
+        if tunes_low_rank(self.config):
+            own = self.config.low_rank
+            schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
+            summary += "; " + self._train_head("low_rank", head, self.config.finetune.model_copy(update=schedule))
+        elif distributed.is_main():
+            write_tensors(path, head.state_dict())
+        distributed.barrier()
+        self._delete(start)
+        return summary
+
+    def _reduce_rank(self, path: Path) -> None:
+        wanted, whole = ranks(self.config), self.networks.whole_head()
+        activations = self.networks.activations(whole, self.progress)
+        head = low_rank_head(whole, wanted, activations)
+        kept = variance_kept(whole, head, activations)
+        lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
+        write_json(path.with_name("summary.json"), ", ".join(lines))
+        write_tensors(path, head.state_dict())
+
+    def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings) -> str:
+        """Fine-tune a head; it becomes the result of `stage`."""
+        folder, windows = self.graph.folder(stage), self.networks.windows
+        train, validation = FinetuneWindows(windows(train=True), settings.flip), FinetuneWindows(windows(False), False)
+        done = finetune_head(
+            head, train, validation, len(self.classes), settings, folder, self.progress, stage, self.config.precision
+        )
+        if distributed.is_main():
+            write_tensors(folder / "head.safetensors", head.state_dict())
+        self._delete(folder / CHECKPOINT)
+        return (
+            f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
+            f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
+        )
+
+    # 4. one linear SVM per class, with hard-negative mining
+    def svm(self) -> str:
+        target = self.graph.folder("svm") / "svm.safetensors"
+        if target.exists():
+            return "reused"
+        if distributed.is_main():
+            settings, networks = self.config.svm, self.networks
+            source, features = networks.windows(train=True), networks.features(settings.layer)
+            scale = networks.scale(features, settings.feature_norm, settings)
+            mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale)
+            write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
+            write_tensors(target, mined.svms.to_tensors())
+        distributed.barrier()
+        done = f"{len(self.classes)} classes on {self.config.svm.layer} features of {len(self.graph.data.train)} images"
+        silent = [f"{name} ({why})" for name, why in read_json(target.with_name("summary.json"))["untrained"].items()]
+        return f"{done}; never fires: {', '.join(silent)}" if silent else done
+
+    # 5. class-wise box regression
+    def boxes(self) -> str:
+        missing = [label for label in range(len(self.classes)) if not self._regressor(label).exists()]
+        done = next((self._regressor(label) for label in range(len(self.classes)) if label not in missing), None)
+        counts = []
+        if distributed.is_main() and missing:
+            settings, networks = self.config.boxes, self.networks
+            source, features = networks.windows(train=True), networks.features(settings.layer)
+            # On a GPU the mean norm may differ in its last digits, but all classes must have the same.
+            scale = float(read_tensors(done)["scale"]) if done else networks.scale(features, settings.feature_norm)
+            examples = find_box_examples(source)
+            for label in progress_bar(missing, "box regression", "class", shown=self.progress):
+                own = examples[label]
+                rows = pool_box_examples(source, own, networks.width(settings.layer), features)
+                regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
+                tensors = BoxRegressors.stack({self.classes[label]: regressor}).to_tensors()
+                write_tensors(self._regressor(label), tensors)
+                counts.append(len(rows))
+        distributed.barrier()
+        return f"{len(missing)} classes fitted on {sum(counts)} windows, {len(self.classes) - len(missing)} reused"
+
+    def _regressor(self, label: int) -> Path:
+        return self.graph.folder("boxes") / regressor_path(label)
+
+    @property
+    def _needs_weights(self) -> bool:
+        pretrain = self.graph.status("pretrain")
+        return bool(pretrain.skipped) or not pretrain.complete
+
+    @property
+    def _needs_head(self) -> bool:
+        finetune = self.graph.status("finetune")
+        return bool(finetune.skipped) or not finetune.complete
+
+    def _delete(self, *files: Path) -> None:
+        """What only the making of a result needed, once that is complete; an interruption may have left it."""
+        if distributed.is_main():
+            for file in files:
+                file.unlink(missing_ok=True)
+        distributed.barrier()
+
+
+RUN: dict[str, Callable[[Training], str]] = {
+    "proposals": Training.proposals,
+    "pretrain": Training.pretrain,
+    "maps": Training.maps,
+    "finetune": Training.finetune,
+    "low_rank": Training.low_rank,
+    "svm": Training.svm,
+    "boxes": Training.boxes,
+}
+
+
+def _table(reports: Sequence[StageReport]) -> str:
+    """Stage, time, what was done."""
+    lines = [f"{'stage':<9} {'time':>9}  done"]
+    return "\n".join([*lines, *(f"{r.name:<9} {_duration(r.seconds):>9}  {r.summary}" for r in reports)])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,106 @@
+"""Work on many images in processes of their own: one image, one core, so that no image waits for another's threads.
+
+Threads inside one image meet after every layer; where another program keeps a core busy, all of them wait for the one
+that it delays. Processes that share nothing lose that core's share alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import Any, TypeVar
+
+from sppnet.errors import SppnetError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+FEW = 32  # items below which all is done in this process: starting another one takes seconds
+MOST = 8  # processes; each holds weights of its own. More cores are threads of these
+WAITING = 4  # items handed out per process ahead of their turn
+
+
+def map_in_workers(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers: int = 0) -> Iterator[tuple[T, R]]:
+    """(item, make()(item)) of every item, in the order in which they are done.
+
+    `make` is called once in every process and must be picklable; so must items and results. `workers`: 0 = one a core.
+    Few items are done in this process. An error ends the iteration: items not begun are dropped, begun ones finish; so
+    does Ctrl-C.
+    """
+    count = min(workers or available_cores(), MOST, len(items))
+    if count <= 1 or len(items) < FEW:
+        if items:
+            work = make()
+            for item in items:
+                yield item, work(item)
+        return
+    # spawn: a forked copy of a process in which torch or OpenCV has started threads can hang.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, available_cores() // count)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(make, threads)) as pool:
+        try:
+            yield from _hand_out(pool, items, count)
+        except BrokenProcessPool:
+            raise SppnetError(
+                "a worker process died: out of memory, or a script that lacks the line "
+                "'if __name__ == \"__main__\":'; repair that or set proposals.workers=1"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """The cores this process may use, shared with its siblings under torchrun."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _hand_out(pool: ProcessPoolExecutor, items: Sequence[T], count: int) -> Iterator[tuple[T, Any]]:
+    left, running = iter(items), dict[Future[Any], T]()
+    for item in itertools.islice(left, WAITING * count):
+        running[pool.submit(_do, item)] = item
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
+            for item in itertools.islice(left, 1):
+                running[pool.submit(_do, item)] = item
+
+
+_make: list[Callable[[], Callable[[Any], Any]]] = []  # of this worker process
+_work: list[Callable[[Any], Any]] = []
+
+
+def _do(item: Any) -> Any:
+    if not _work:
+        _work.append(_make[0]())  # here, so that its errors reach the parent as they are
+    return _work[0](item)
+
+
+def _start(make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
+    """Prepare a worker process; what it sets is its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; workers finish their image
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Images of many sizes must not fill the memory: oneDNN, torch's convolutions on a CPU, keeps what it prepared for
+    # the last 1024 of them, megabytes each. Read before its first convolution.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(threads)
+    _make.append(make)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers; they end themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)

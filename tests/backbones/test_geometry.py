@@ -1,0 +1,75 @@
+"""Map sides and cell centres from single layers; whole backbones are probed in test_trunks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sppnet.backbones.architectures import LocalResponseNorm
+from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+
+
+def test_the_shrink_is_the_releases_at_stride_16_and_in_proportion_elsewhere() -> None:
+    assert Geometry(16, 20).shrink == 6.5
+    assert Geometry(8, 0).shrink == 3.25
+    assert Geometry(16, 20, shrink=0.0).shrink == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"), list(itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1), (1, 2)))
+)
+def test_the_map_side_of_a_layer_equals_running_it(kernel: int, stride: int, padding: int, dilation: int) -> None:
+    layers: list[nn.Module] = [nn.Conv2d(1, 1, kernel, stride, padding, dilation)]
+    if padding <= kernel // 2:
+        layers += [nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil) for ceil in (False, True)]
+    for layer, side in itertools.product(layers, range(1, 24)):
+        expected = (
+            0 if side + 2 * padding < dilation * (kernel - 1) + 1 else layer(torch.zeros(1, 1, side, side)).shape[2]
+        )
+        assert map_side(steps_of([layer]), side) == expected
+
+
+def test_an_input_that_vanished_stays_vanished() -> None:
+    steps = steps_of([nn.Conv2d(1, 1, 5), nn.Conv2d(1, 1, 1, padding=3)])
+    assert map_side(steps, 4) == 0
+
+
+def test_no_layers_see_single_pixels() -> None:
+    assert geometry_of([]) == Geometry(1, 0.0)
+    assert map_side([], 7) == 7
+
+
+def test_a_pool_that_would_pass_the_limit_loses_its_stride_and_dilates_what_follows() -> None:
+    layers = [
+        nn.Conv2d(1, 2, 3, stride=2, padding=1),
+        nn.MaxPool2d(3, 3),
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.MaxPool2d(2),
+    ]
+    images = torch.rand(1, 1, 97, 97)
+    strided = nn.Sequential(*layers)(images)
+    limit_stride(layers, 2)
+    dense = nn.Sequential(*layers)(images)
+    assert geometry_of(steps_of(layers)).stride == 2
+    torch.testing.assert_close(dense[..., ::6, ::6][..., : strided.shape[2], : strided.shape[3]], strided)
+
+
+def test_channels_are_those_of_the_last_convolution() -> None:
+    assert channels_of([nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 7, 1), nn.MaxPool2d(2)]) == 7
+
+
+def test_layers_of_unknown_geometry_are_refused() -> None:
+    with pytest.raises(TypeError, match="geometry of a layer of type AvgPool2d is not known; use Conv2d or MaxPool2d"):
+        steps_of([nn.AvgPool2d(2)])
+    with pytest.raises(TypeError, match="same number for both axes"):
+        steps_of([nn.Conv2d(1, 1, (3, 5))])
+
+
+def test_a_normalisation_behind_a_removed_stride_is_refused() -> None:
+    layers = [nn.Conv2d(1, 2, 3, stride=2), nn.MaxPool2d(2), LocalResponseNorm()]
+    limit_stride(layers, 4)
+    with pytest.raises(TypeError, match="a normalisation over neighbours cannot be dilated; raise the limit"):
+        limit_stride(layers, 2)

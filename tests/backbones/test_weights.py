@@ -1,0 +1,180 @@
+"""Weight files and their checked loading."""
+
+from __future__ import annotations
+
+import io
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state
+from sppnet.errors import SppnetError
+
+STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3, 1, 1), "conv.bias": torch.tensor([1.0, 2.0])}
+
+
+def write(path: Path, state: dict[str, Tensor]) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, allow_pickle=False, **{name: value.numpy() for name, value in state.items()})
+    elif path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+
+KINDS = ["a.pth", "a.pt", "a.safetensors", "a.npz"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_tensors(tmp_path: Path, name: str) -> None:
+    state = load_weight_file(write(tmp_path / name, STATE))
+    assert state.keys() == STATE.keys()
+    assert all(torch.equal(state[key], STATE[key]) for key in STATE)
+
+
+def test_a_checkpoint_may_hold_the_tensors_under_state_dict(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": STATE}, tmp_path / "a.pth")
+    assert load_weight_file(tmp_path / "a.pth").keys() == STATE.keys()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SppnetError, match=r"a\.pth: expected a weight file, but there is no such file; check"):
+        load_weight_file(tmp_path / "a.pth")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.h5").write_bytes(b"x")
+    with pytest.raises(SppnetError, match=r"of kind \.pth, \.pt, \.safetensors, \.npz, got '\.h5'; convert it"):
+        load_weight_file(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("length", [0, 7, 0.5])
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, length: float) -> None:
+    path = write(tmp_path / name, STATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(length * len(content)) if isinstance(length, float) else length])
+    with pytest.raises(SppnetError, match=rf"{name}: expected a complete .* cannot be read .*; fetch or save it again"):
+        load_weight_file(path)
+
+
+class Touch:
+    """Would create a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_weight_file_is_not_run(tmp_path: Path) -> None:
+    torch.save({"a": Touch(tmp_path / "touched")}, tmp_path / "a.pth")
+    np.savez(tmp_path / "a.npz", a=np.array([Touch(tmp_path / "touched")], dtype=object))
+    for name in ("a.pth", "a.npz"):
+        with pytest.raises(SppnetError, match="cannot be read"):
+            load_weight_file(tmp_path / name)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_anything_but_named_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "a.pth")
+    with pytest.raises(SppnetError, match="expected named tensors, got list; save a model's state_dict"):
+        load_weight_file(tmp_path / "a.pth")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", STATE | {"conv.bias": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(SppnetError, match=r"expected finite numbers, but conv\.bias holds NaN"):
+        load_weight_file(path)
+
+
+def test_loading_copies_what_is_named_and_leaves_the_rest() -> None:
+    net = Net()
+    load_weights(net, STATE | {"classifier.weight": torch.zeros(9)}, "here")
+    assert torch.equal(net.conv.weight, STATE["conv.weight"])
+    assert torch.equal(net.conv.bias, STATE["conv.bias"])
+
+
+def test_missing_and_misshaped_tensors_are_named() -> None:
+    with pytest.raises(
+        SppnetError,
+        match=r"x\.npz: 2 of the 2 tensors needed do not fit: conv\.weight is missing; "
+        r"conv\.bias has shape \(3,\) instead of \(2,\); expected torchvision's .*choose the backbone\.name",
+    ):
+        load_weights(Net(), {"conv.bias": torch.zeros(3)}, "x.npz")
+
+
+def test_only_the_first_faults_are_listed() -> None:
+    net = nn.ModuleList(Net() for _ in range(3))
+    with pytest.raises(SppnetError, match=r"6 of the 6 .*0\.conv\.weight .*1\.conv\.weight is missing; …; expected"):
+        load_weights(net, {}, "x")
+
+
+# torchvision's own
+
+
+def test_without_network_the_error_says_which_file_to_put_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(url: str, *args: object, **options: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(
+        SppnetError,
+        match=r"https://download.*resnet18-f37072fd\.pth: expected to download .*no network.*; "
+        rf"fetch resnet18-f37072fd\.pth elsewhere and put it into {tmp_path}/checkpoints, or set backbone\.weights",
+    ):
+        torchvision_state("resnet18")
+
+
+def test_a_download_with_another_digest_is_refused_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"something else"))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(SppnetError, match=r"resnet18-f37072fd\.pth: .*SHA-256 .* in place of f37072fd"):
+        torchvision_state("resnet18")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_weights_already_in_the_cache_are_read_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    write(tmp_path / "checkpoints" / "resnet18-f37072fd.pth", STATE)
+    assert torchvision_state("resnet18").keys() == STATE.keys()
+
+
+@pytest.mark.parametrize("name", ["zf5", "overfeat7", "tiny5"])
+def test_networks_that_torchvision_lacks_need_a_file_or_random_weights(name: str) -> None:
+    with pytest.raises(
+        SppnetError, match=rf"no weights for '{name}'; set backbone\.weights\.source=file .* or .*random"
+    ):
+        torchvision_state(name)
+
+
+# the real files
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [("squeezenet_v1_0.npz", 52), ("squeezenet_v1_1_body.npz", 50), ("mobilenet_v2_1.0_from_uint8.npz", 314)],
+)
+def test_the_shared_weight_files_are_read(shared: Path, name: str, tensors: int) -> None:
+    assert len(load_weight_file(shared / "weights" / name)) == tensors

@@ -1,0 +1,274 @@
+"""Pre-training: crops of objects and background, views of them, and a backbone that learns from them."""
+
+import numpy as np
+import pytest
+import torch
+from doubles import annotated, picture, picture_record, random_backbone
+
+from sppnet.artifacts import read_tensors
+from sppnet.boxes import pairwise_iou
+from sppnet.classification import pretraining as multisize
+from sppnet.classification.pretraining import cut_crops, pretrain_network
+from sppnet.config import PretrainSettings, WeightsSettings
+from sppnet.config_files import parse_config
+
+CLASSES = ("stripes", "bars")
+BOXES = {"stripes": (10, 12, 42, 44), "bars": (60, 30, 92, 62)}
+SETTINGS = {"enabled": True, "steps": 30, "batch": 16, "sizes": [32, 48]}
+
+
+def config_of(**changes):
+    values = {"pretrain": {**SETTINGS, **changes}, "pyramid": {"levels": [1, 2]}, "head": {"fc6": 128, "fc7": 128}}
+    return parse_config(values, "test")
+
+
+def striped(seed):
+    """Noise with one square of horizontal and one of vertical stripes."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(100, 156, (80, 100, 3), dtype=np.uint8)
+    lines = np.where(np.arange(32) // 4 % 2, 230, 20).astype(np.uint8)
+    pixels[12:44, 10:42] = lines[:, None, None]
+    pixels[30:62, 60:92] = lines[None, :, None]
+    return pixels
+
+
+@pytest.fixture
+def records(tmp_path):
+    return [picture_record(tmp_path, f"{i}", striped(i), annotated(*BOXES.items())) for i in range(5)]
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_object_is_cut_in_the_middle_of_a_square_with_room_around_it(records):
+    crops, labels = cut_crops(records[:1], CLASSES, 40, seed=0)
+    assert crops.dtype == torch.uint8
+    assert crops.shape[1:] == (3, 56, 56)  # 40 × 1.4
+    assert labels[:2].tolist() == [0, 1]
+    # 32 px and room for 0.4 of them: 45 px on a side, resized to 56
+    assert (crops[0, 0, 10:46, 28].float().std(), crops[0, 0, 28, 10:46].float().std())[0] > 60
+    assert crops[0, 0, 28, 12:44].float().std() < 10 < 60 < crops[1, 0, 28, 12:44].float().std()
+
+
+def test_a_crop_beyond_the_border_repeats_the_edge():
+    pixels = picture(20, 20)
+    crop = multisize._cut(pixels, np.array([-10.0, -10.0, 10.0, 10.0]), 20)
+    padded = np.pad(pixels, ((10, 0), (10, 0), (0, 0)), mode="edge")[:20, :20]
+    assert np.array_equal(crop.permute(1, 2, 0).numpy(), padded)
+
+
+def test_there_is_background_and_it_avoids_every_object(records):
+    _, labels = cut_crops(records, CLASSES, 40, seed=0)
+    counts = np.bincount(labels)
+    assert counts[:2].tolist() == [5, 5]
+    assert 3 <= counts[2] <= 10
+
+
+def test_background_boxes_overlap_no_object_by_much_and_are_as_large_as_objects():
+    annotation = annotated(*BOXES.items())
+    found = np.concatenate(
+        [multisize._background_boxes(annotation, (80, 100), np.random.default_rng(seed)) for seed in range(50)]
+    )
+    assert len(found) > 50
+    assert pairwise_iou(found, annotation.boxes.astype(float)).max() < 0.3
+    sides = found[:, 2:] - found[:, :2]
+    assert sides.min() >= 16
+    assert sides.max() <= 38.4
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, 2:] <= [100, 80]).all()
+
+
+def test_an_image_full_of_one_object_has_no_background(tmp_path):
+    record = picture_record(tmp_path, "full", picture(50, 50), annotated(("bars", (0, 0, 50, 50))))
+    _, labels = cut_crops([record], CLASSES, 32, seed=0)
+    assert labels[0] == 1
+    assert pairwise_iou(np.array([[0.0, 0.0, 50.0, 50.0]]), np.array([[0.0, 0.0, 50.0, 50.0]])) == 1
+    assert set(labels[1:].tolist()) <= {2}
+
+
+def test_images_without_objects_of_the_classes_give_no_crops(tmp_path, records):
+    others = [
+        picture_record(tmp_path, "none", picture(40, 40), annotated()),
+        picture_record(tmp_path, "unknown", picture(40, 40), None),
+        picture_record(tmp_path, "dog", picture(40, 40), annotated(("dog", (0, 0, 9, 9)))),
+    ]
+    assert len(cut_crops([*records[:1], *others], CLASSES, 32, 0)[0]) == len(cut_crops(records[:1], CLASSES, 32, 0)[0])
+    with pytest.raises(
+        ValueError, match=r"pre-training needs annotated objects, .* none of the classes; check data\.classes"
+    ):
+        cut_crops(others, CLASSES, 32, 0)
+
+
+def test_an_object_without_area_is_cut_all_the_same(tmp_path):
+    record = picture_record(tmp_path, "thin", picture(40, 40), annotated(("bars", (5, 5, 5, 5))))
+    assert cut_crops([record], CLASSES, 32, 0)[0].shape[1:] == (3, 45, 45)
+
+
+def test_crops_are_the_same_for_the_same_seed(records):
+    first, again, other = (cut_crops(records, CLASSES, 32, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_every_class_is_drawn_as_often_as_any_other():
+    labels = torch.tensor([0] * 10 + [2] * 40 + [3] * 5)  # and none of class 1
+    shares = multisize._equal_shares(labels)
+    assert shares.sum() == pytest.approx(1)
+    assert [shares[labels.numpy() == k].sum() for k in (0, 2, 3)] == pytest.approx([1 / 3] * 3)
+
+
+class Whole:
+    """A generator that takes the whole crop, does not flip and leaves the channels as they are."""
+
+    def integers(self, low, high, size):
+        return np.full(size, high - 1)
+
+    def random(self, size):
+        return np.full(size, 0.99)
+
+    def uniform(self, low, high, size):
+        return np.ones(size)
+
+
+def test_a_view_of_the_whole_crop_is_the_resized_crop():
+    crops = torch.from_numpy(np.stack([picture(48, 48, seed) for seed in range(3)])).permute(0, 3, 1, 2)
+    views = multisize._random_views(crops, np.array([2, 0]), 24, 32, Whole())
+    halves = crops[[2, 0]].float().unflatten(2, (24, 2)).unflatten(4, (24, 2)).mean(dim=(3, 5))
+    assert views.shape == (2, 3, 24, 24)
+    assert (views - halves)[:, :, 2:-2, 2:-2].abs().mean() < 3  # antialiased: nearly the mean of each 2 × 2
+
+
+def test_only_the_resolution_of_a_view_depends_on_the_size():
+    crops = torch.from_numpy(np.stack([picture(67, 67, seed) for seed in range(4)])).permute(0, 3, 1, 2)
+    chosen = np.arange(4)
+    small, large = (multisize._random_views(crops, chosen, s, 48, np.random.default_rng(3)) for s in (24, 48))
+    halves = large.unflatten(2, (24, 2)).unflatten(4, (24, 2)).mean(dim=(3, 5))
+    assert (small - halves).abs().mean() < 3
+
+
+def test_views_are_flipped_shifted_and_zoomed_in_bounds():
+    ramp = torch.arange(64, dtype=torch.uint8).expand(1, 3, 64, 64).contiguous() * 3  # grows to the right
+    views = multisize._random_views(ramp, np.zeros(200, np.int64), 16, 40, np.random.default_rng(0))
+    rising = views[:, 0, 8, -1] > views[:, 0, 8, 0]
+    assert 60 < rising.sum() < 140  # about half are mirrored
+    spans = (views[:, 0, 8, -1] - views[:, 0, 8, 0]).abs() / 3
+    assert spans.min() > 36 * 0.8 - 5  # at least 0.9 of 40 px, the darkest by 0.8
+    assert views.min() >= 0
+    assert views.max() <= 255
+
+
+def test_pixels_are_prepared_as_the_backbone_expects_them():
+    pixels = torch.tensor([10.0, 20.0, 30.0]).view(1, 3, 1, 1)
+    weights = WeightsSettings(source="random", mean=(1, 2, 3), std=(2, 4, 5))
+    assert multisize._prepared(pixels, weights).flatten().tolist() == pytest.approx([4.5, 4.5, 5.4])
+    bgr = weights.model_copy(update={"channel_order": "bgr"})
+    assert multisize._prepared(pixels, bgr).flatten().tolist() == pytest.approx([14.5, 4.5, 1.4])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_twenty_crops_are_learned_and_the_network_is_frozen_afterwards(records):
+    backbone = random_backbone()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    network, summary = pretrain_network(backbone, records, CLASSES, config_of(steps=150), progress=False)
+    assert summary.startswith("150 steps on ")
+    assert float(summary.split("accuracy ")[1]) > 0.8  # 0.33 by chance
+    assert network.backbone is backbone
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert {name.split(".")[0] for name in changed} == {"conv1", "conv2", "conv3", "conv4", "conv5"}
+    crops, labels = cut_crops(records, CLASSES, 48, seed=5)
+    with torch.no_grad():
+        views = crops[:, :, 8:-8, 8:-8].float()
+        found = network(multisize._prepared(views, backbone.weights)).argmax(1)
+    assert (found == labels).float().mean() > 0.8
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pretraining_is_the_same_twice_and_leaves_the_global_generator_alone(records):
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    first, _ = pretrain_network(random_backbone(), records, CLASSES, config_of(steps=4), progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    again, _ = pretrain_network(random_backbone(), records, CLASSES, config_of(steps=4), progress=False)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pretraining_on_the_cpu_opens_no_context_on_a_gpu(records, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked {device} for its state"))
+    pretrain_network(random_backbone(), records, CLASSES, config_of(steps=1), progress=False)
+
+
+class Interruption(BaseException):
+    """Stands for Ctrl-C: nothing in the program may catch it."""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_interrupted_pretraining_goes_on_from_its_checkpoint_to_the_same_weights(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(multisize, "SAVE_EVERY", 3)
+    config, checkpoint = config_of(steps=10, dropout=0.5), tmp_path / "pretrain-1/checkpoint.safetensors"
+    whole, summary = pretrain_network(random_backbone(), records, CLASSES, config, progress=False)
+    original, steps = multisize._Trainer.train_step, []
+
+    def interrupted(self, step, *batch):
+        steps.append(step)
+        if len(steps) == 9:
+            raise Interruption
+        original(self, step, *batch)
+
+    monkeypatch.setattr(multisize._Trainer, "train_step", interrupted)
+    with pytest.raises(Interruption):
+        pretrain_network(random_backbone(), records, CLASSES, config, False, checkpoint)
+    resumed, again = pretrain_network(random_backbone(), records, CLASSES, config, False, checkpoint)
+    assert steps == [*range(9), *range(6, 10)]
+    assert again == summary.replace("10 steps", "10 steps, 6 of them from before,")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(multisize, "SAVE_EVERY", 1)
+    config = config_of(steps=50, learning_rate=1e20)
+    with pytest.raises(ValueError, match=r"the loss of pre-training is not finite; lower"):
+        pretrain_network(random_backbone(), records, CLASSES, config, False, tmp_path / "checkpoint.safetensors")
+    again = tmp_path / "checkpoint.safetensors"
+    assert not again.exists() or torch.isfinite(read_tensors(again)["sums"][0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_sizes_alternate_epoch_by_epoch(records, monkeypatch):
+    seen = []
+    original = multisize._random_views
+
+    def watched(crops, chosen, size, largest, rng):
+        seen.append((size, largest))
+        return original(crops, chosen, size, largest, rng)
+
+    monkeypatch.setattr(multisize, "_random_views", watched)
+    crops = len(cut_crops(records, CLASSES, 48, 0)[0])
+    pretrain_network(random_backbone(), records, CLASSES, config_of(steps=12, batch=crops // 3), progress=False)
+    assert seen == ([(32, 48)] * 3 + [(48, 48)] * 3) * 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_dropout_of_pretraining_is_its_own(records):
+    network, _ = pretrain_network(random_backbone(), records, CLASSES, config_of(steps=1, dropout=0.0), progress=False)
+    assert network.head.dropout == 0
+    assert PretrainSettings().dropout < config_of().head.dropout
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_loss_that_is_not_finite_is_an_error_with_the_setting_to_change(records):
+    with pytest.raises(
+        ValueError, match=r"the loss of pre-training is not finite; lower pretrain\.learning_rate=1e\+20"
+    ):
+        pretrain_network(random_backbone(), records, CLASSES, config_of(steps=5, learning_rate=1e20), progress=False)

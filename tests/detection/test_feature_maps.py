@@ -1,0 +1,169 @@
+"""Maps of an image, computed once and kept on disk."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from doubles import picture, picture_record, random_backbone
+
+from sppnet.backbones.runtime import make_runtime
+from sppnet.config import BackboneSettings, MapSettings
+from sppnet.detection import feature_maps
+from sppnet.detection.feature_maps import compute_maps, extract_images, maps_path, read_maps, write_maps
+from sppnet.errors import ArtifactError, BackboneError
+from sppnet.images import flip_image, prepare
+from sppnet.pipeline.networks import load_runtime
+
+BACKBONE = random_backbone("tiny5")
+RUNTIME = make_runtime(BACKBONE, "torch")
+FULL = MapSettings(scales=(64, 96), storage="float32")
+
+
+@pytest.fixture
+def records(tmp_path):
+    sizes = [(60, 90), (80, 50), (70, 70)]
+    return [picture_record(tmp_path, f"{i}", picture(*size, seed=i)) for i, size in enumerate(sizes)]
+
+
+def test_there_is_one_map_a_scale_of_the_resized_image():
+    image = picture(60, 90)
+    maps = compute_maps(RUNTIME, image, FULL)
+    assert maps.sides == (64.0, 96.0)
+    assert maps.image_size == (60, 90)
+    for feature_map, size in zip(maps.maps, [(64, 96), (96, 144)], strict=True):
+        weights = BACKBONE.weights
+        with torch.no_grad():
+            expected = BACKBONE(prepare(image, size, weights.channel_order, weights.mean, weights.std))[0]
+        assert feature_map.shape == (BACKBONE.channels, *BACKBONE.map_size(size))
+        torch.testing.assert_close(feature_map, expected)
+
+
+def test_maps_lie_in_memory_as_window_pooling_reads_them_fastest():
+    for feature_map in compute_maps(RUNTIME, picture(60, 90), FULL).maps:
+        assert feature_map.permute(1, 2, 0).is_contiguous()
+        assert not feature_map.requires_grad
+
+
+def test_a_long_image_is_computed_at_a_smaller_scale():
+    maps = compute_maps(RUNTIME, picture(50, 100), MapSettings(scales=(64, 96), max_side=100))
+    assert maps.sides == (50.0, 50.0)
+    assert {tuple(m.shape[1:]) for m in maps.maps} == {BACKBONE.map_size((50, 100))}
+
+
+def test_an_image_too_narrow_for_its_bound_is_named_in_pixels():
+    squeezed = make_runtime(random_backbone("squeezenet1_1"), "torch")
+    with pytest.raises(
+        BackboneError, match=r"an image of 2000 × 20 pixels is too narrow: .*expected an image large enough"
+    ):
+        compute_maps(squeezed, np.zeros((20, 2000, 3), np.uint8), MapSettings(scales=(64,), max_side=64))
+
+
+def test_half_precision_in_the_convolutions_stays_close():
+    image = picture(60, 90)
+    exact = compute_maps(RUNTIME, image, FULL).maps[0]
+    rough = compute_maps(make_runtime(BACKBONE, "torch", "bfloat16"), image, MapSettings(scales=(64,))).maps[0]
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() / exact.norm() < 0.03
+
+
+def test_maps_in_full_precision_come_back_as_they_were(tmp_path, records):
+    maps = compute_maps(RUNTIME, picture(60, 90), FULL)
+    write_maps(maps_path(tmp_path, records[0], False), maps, FULL)
+    found = read_maps(tmp_path, records[0])
+    assert (found.sides, found.image_size) == (maps.sides, maps.image_size)
+    for own, expected in zip(found.maps, maps.maps, strict=True):
+        assert torch.equal(own, expected)
+        assert own.permute(1, 2, 0).is_contiguous()
+
+
+def test_maps_in_half_precision_come_back_rounded_and_as_float32(tmp_path, records):
+    half = FULL.model_copy(update={"storage": "float16"})
+    maps = compute_maps(RUNTIME, picture(60, 90), half)
+    write_maps(maps_path(tmp_path, records[0], False), maps, half)
+    for own, expected in zip(read_maps(tmp_path, records[0]).maps, maps.maps, strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, expected.half().float())
+
+
+def test_values_beyond_half_precision_become_its_largest_number(tmp_path, records):
+    huge = feature_maps.FeatureMaps((torch.tensor([[[1e6]], [[-1e6]]]),), (64.0,), (10, 10))
+    write_maps(maps_path(tmp_path, records[0], False), huge, MapSettings(storage="float16"))
+    assert read_maps(tmp_path, records[0]).maps[0].flatten().tolist() == [65504, -65504]
+
+
+def test_every_record_gets_the_maps_of_its_image_and_of_the_mirror_image(tmp_path, records):
+    done = extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", flipped=records, progress=False)
+    assert (done.computed, done.reused) == (6, 0)
+    for index, record in enumerate(records):
+        image = picture(*record.size, seed=index)
+        for flip, pixels in ((False, image), (True, flip_image(image))):
+            for own, expected in zip(
+                read_maps(tmp_path / "maps", record, flip).maps, compute_maps(RUNTIME, pixels, FULL).maps, strict=True
+            ):
+                assert torch.equal(own, expected)
+
+
+def test_the_size_on_disk_is_reported(tmp_path, records):
+    done = extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
+    assert done.gigabytes == sum(path.stat().st_size for path in (tmp_path / "maps").rglob("*.npz")) / 1e9
+
+
+def test_a_second_run_computes_only_what_is_missing(tmp_path, records):
+    folder = tmp_path / "maps"
+    extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
+    maps_path(folder, records[1], True).unlink()
+    others = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.npz")}
+    done = extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
+    assert (done.computed, done.reused) == (1, 5)
+    assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in others.items())
+    assert maps_path(folder, records[1], True).exists()
+
+
+def test_an_interruption_leaves_whole_maps_only(tmp_path, records, monkeypatch):
+    def interrupted(backbone, image, settings):
+        if image.shape[:2] == records[1].size:
+            raise KeyboardInterrupt
+        return compute_maps(backbone, image, settings)
+
+    monkeypatch.setattr(feature_maps, "compute_maps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
+    assert list((tmp_path / "maps").rglob("*.npz")) == [maps_path(tmp_path / "maps", records[0], False)]
+    monkeypatch.undo()
+    assert extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False).reused == 1
+
+
+def test_no_records_are_no_work(tmp_path):
+    assert extract_images([], lambda: RUNTIME, FULL, tmp_path, flipped=[], progress=False).computed == 0
+
+
+def test_another_image_under_the_same_name_has_maps_of_its_own(tmp_path, records):
+    changed = picture_record(tmp_path, "0", picture(60, 90, seed=9))
+    assert changed.id == records[0].id
+    assert maps_path(tmp_path, changed, False) != maps_path(tmp_path, records[0], False)
+
+
+def test_maps_that_were_never_computed_are_asked_for_by_name(tmp_path, records):
+    with pytest.raises(ArtifactError, match=r"0-.*-flip\.npz: no maps for image TOY/0; run extract first"):
+        read_maps(tmp_path, records[0], flip=True)
+
+
+def test_maps_move_to_a_device_together():
+    maps = compute_maps(RUNTIME, picture(60, 90), FULL).to("meta")
+    assert {m.device.type for m in maps.maps} == {"meta"}
+    assert maps.sides == (64.0, 96.0)
+
+
+def test_worker_processes_write_the_same_maps(tmp_path):
+    """As many images as start worker processes; each of them loads a runtime of its own."""
+    records = [picture_record(tmp_path, f"{i}", picture(60, 90, seed=i)) for i in range(34)]
+    load = partial(
+        load_runtime, BackboneSettings(name="tiny5", weights={"source": "random"}), None, "torch", "float32", "cpu"
+    )
+    done = extract_images(records, load, FULL, tmp_path / "maps", workers=2, progress=False)
+    assert (done.computed, done.reused) == (34, 0)
+    for index, record in enumerate(records):
+        expected = compute_maps(RUNTIME, picture(60, 90, seed=index), FULL).maps
+        for own, other in zip(read_maps(tmp_path / "maps", record).maps, expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)  # sums of one thread and of several

@@ -1,0 +1,211 @@
+"""Room 5: training the fc layers on a toy problem, interrupting it, and what it reports."""
+
+import copy
+import csv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from doubles import ToyWindows
+
+from sppnet.artifacts import read_tensors
+from sppnet.config import FinetuneSettings, HeadSettings
+from sppnet.detection import finetuning
+from sppnet.detection.finetuning import finetune_head
+from sppnet.detection.sampling import LabelledWindows
+from sppnet.errors import SppnetError
+from sppnet.models.sppnet import build_head
+
+CLASSES = 3
+SETTINGS = FinetuneSettings(
+    steps=(40, 20), learning_rates=(0.1, 0.01), batch=32, images_per_batch=4, validate_every=10, validate_windows=128
+)
+
+
+def toy_head(seed=0):
+    head = build_head(12, (1,), CLASSES + 1, HeadSettings(fc6=24, fc7=24, dropout=0.2), seed)
+    for layer in (head.fc6, head.fc7):
+        torch.nn.init.kaiming_normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+    return head
+
+
+def train(folder, head=None, settings=SETTINGS, source=None, validation=None, precision="float32"):
+    head = head or toy_head()
+    source, validation = source or ToyWindows(8, CLASSES, 1), validation or ToyWindows(4, CLASSES, 2)
+    done = finetune_head(head, source, validation, CLASSES, settings, folder, progress=False, precision=precision)
+    return head, done
+
+
+def rows_of(folder):
+    with (folder / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def same(first, second):
+    return all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+
+
+def test_a_separable_problem_is_learned(tmp_path):
+    head, done = train(tmp_path)
+    assert done.untrained_error == pytest.approx(0.25)
+    assert done.best_error < 0.02
+    assert (done.steps, done.reused_steps) == (60, 0)
+    assert not head.training
+    rows = rows_of(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"] / 3
+
+
+def test_the_log_has_a_row_a_validation_with_the_rate_of_its_phase(tmp_path):
+    train(tmp_path, settings=SETTINGS.model_copy(update={"steps": (40, 15)}))
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 55]
+    assert [row["learning_rate"] for row in rows] == [0.1, 0.1, 0.1, 0.1, 0.01, 0.01]
+    assert list(tmp_path.glob("tensorboard/events*"))
+
+
+def test_the_head_ends_with_the_weights_of_its_best_step(tmp_path):
+    head, done = train(tmp_path)
+    rows = rows_of(tmp_path)
+    best = min(rows, key=lambda row: (round(1 - row["val_accuracy"], 9), row["val_loss"]))
+    assert (done.best_step, done.best_error) == (best["step"], pytest.approx(1 - best["val_accuracy"]))
+    labels, pooled = finetuning._validation_windows(ToyWindows(4, CLASSES, 2), CLASSES, SETTINGS)
+    with torch.no_grad():
+        assert F.cross_entropy(head(pooled), labels).item() == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+class Interrupting(ToyWindows):
+    """Ctrl-C while a batch is pooled."""
+
+    def __init__(self, after):
+        super().__init__(8, CLASSES, 1)
+        self.after = after
+
+    def pool(self, image, rows, rng):
+        if self.pooled >= self.after:
+            raise KeyboardInterrupt
+        return super().pool(image, rows, rng)
+
+
+@pytest.mark.parametrize("images", [3, 60, 130, 200])  # pooled before the interruption; 4 a step
+def test_an_interrupted_training_ends_bit_for_bit_like_one_that_was_not(tmp_path, images):
+    whole, expected = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", source=Interrupting(images))
+    head, done = train(tmp_path / "parts")
+    assert done.reused_steps == images // 4 // 10 * 10
+    assert same(head, whole)
+    assert (done.best_step, done.best_error) == (expected.best_step, expected.best_error)
+    assert (tmp_path / "parts" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    whole, _ = train(tmp_path)
+    source = ToyWindows(8, CLASSES, 1)
+    head, done = train(tmp_path, source=source)
+    assert (done.reused_steps, source.pooled) == (60, 0)
+    assert same(head, whole)
+
+
+def test_training_is_the_same_twice_and_leaves_the_global_generator_alone(tmp_path):
+    before = torch.random.get_rng_state()
+    first, _ = train(tmp_path / "1")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    again, _ = train(tmp_path / "2")
+    other, _ = train(tmp_path / "3", settings=SETTINGS.model_copy(update={"seed": 1}))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_training_on_the_cpu_opens_no_context_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asked {device} for its state"))
+    train(tmp_path, settings=SETTINGS.model_copy(update={"steps": (1, 1), "validate_every": 1}))
+
+
+def test_a_step_is_sgd_with_momentum_decay_on_weights_and_double_rate_on_biases(tmp_path):
+    settings = SETTINGS.model_copy(
+        update={"steps": (3,), "learning_rates": (0.1,), "weight_decay": 0.2, "validate_every": 3}
+    )
+    head = build_head(12, (1,), CLASSES + 1, HeadSettings(fc6=5, fc7=5, dropout=0), 0).double()
+    naive = copy.deepcopy(head)
+    batches = [(torch.randn(6, 12, dtype=torch.float64), torch.arange(6) % 4) for _ in range(3)]
+    trainer = finetuning._Trainer(head, settings, tmp_path, "finetune", "float32")
+    velocity = {name: torch.zeros_like(parameter) for name, parameter in naive.named_parameters()}
+    for step, batch in enumerate(batches):
+        with torch.random.fork_rng():
+            trainer.train_step(step, *batch)
+        naive.zero_grad()
+        F.cross_entropy(naive(batch[0]).float(), batch[1]).backward()
+        with torch.no_grad():
+            for name, parameter in naive.named_parameters():
+                bias = name.endswith("bias")
+                gradient = parameter.grad + (0 if bias else 0.2 * parameter)
+                velocity[name] = 0.9 * velocity[name] + gradient
+                parameter -= (0.2 if bias else 0.1) * velocity[name]
+    for name, parameter in naive.named_parameters():
+        torch.testing.assert_close(head.state_dict()[name], parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_without_momentum_the_state_is_saved_and_read_too(tmp_path):
+    settings = SETTINGS.model_copy(update={"momentum": 0.0})
+    whole, _ = train(tmp_path, settings=settings)
+    assert not [name for name in read_tensors(tmp_path / "checkpoint.safetensors") if name.startswith("momentum")]
+    head, done = train(tmp_path, settings=settings)
+    assert done.reused_steps == 60
+    assert same(head, whole)
+
+
+def test_half_precision_learns_too(tmp_path):
+    head, done = train(tmp_path / "half", precision="bfloat16")
+    assert done.best_error < 0.02
+    whole, _ = train(tmp_path / "whole")
+    assert (head.fc6.weight - whole.fc6.weight).norm() > 1e-4 * whole.fc6.weight.norm()
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_the_settings_to_change(tmp_path):
+    wild = SETTINGS.model_copy(update={"learning_rates": (1e9, 1e9)})
+    message = r"the loss is not finite at step 10; lower finetune\.learning_rates, or set head\.input_norm=300"
+    with pytest.raises(SppnetError, match=message):
+        train(tmp_path, settings=wild)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def without_positives(images):
+    source = ToyWindows(images, CLASSES, 1)
+    none = np.zeros(0, np.int64)
+    source.labelled = [LabelledWindows(none, none, own.negatives) for own in source.labelled]
+    return source
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_a_source_without_positives_is_an_error_that_says_which(tmp_path, images):
+    with pytest.raises(
+        SppnetError, match=r"no training window overlaps an object by finetune\.positive_overlap; check"
+    ):
+        train(tmp_path, source=without_positives(images))
+    with pytest.raises(SppnetError, match="no validation window overlaps an object"):
+        train(tmp_path, validation=without_positives(images))
+
+
+def test_images_without_positives_are_passed_over(tmp_path):
+    source = ToyWindows(6, CLASSES, 1)
+    empty = LabelledWindows(*[np.zeros(0, np.int64)] * 3)
+    source.labelled = [*source.labelled[:3], empty, empty, empty]
+    _, done = train(tmp_path, source=source)
+    assert done.best_error < 0.05
+
+
+def test_fewer_images_than_a_batch_wants_are_enough(tmp_path):
+    _, done = train(tmp_path, source=ToyWindows(1, CLASSES, 1), validation=ToyWindows(1, CLASSES, 2))
+    assert done.steps == 60
+
+
+def test_an_error_while_windows_are_pooled_comes_out(tmp_path):
+    class Broken(ToyWindows):
+        def pool(self, image, rows, rng):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(tmp_path, source=Broken(4, CLASSES, 1))

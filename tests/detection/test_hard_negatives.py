@@ -1,0 +1,411 @@
+import logging
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sppnet.config import SVMSettings
+from sppnet.detection.hard_negatives import NEVER, MiningImage, PositiveWindows, mine_detectors
+from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
+from sppnet.detection.sampling import distinct_negatives
+from sppnet.errors import SppnetError
+
+CLASSES = ("cat", "dog", "cow")
+QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
+
+
+class MemoryImages:
+    """Random images: rows 0…G-1 are ground truth, the rest proposals; features lean towards the class."""
+
+    def __init__(self, count=12, windows=50, width=8, labels=(0, 1, 2), seed=0):
+        rng = np.random.default_rng(seed)
+        directions = rng.standard_normal((3, width))
+        self.items = []
+        for _ in range(count):
+            own = rng.choice(labels, 3)
+            truth = np.concatenate([own, np.full(windows, -1)])
+            overlaps = np.where(rng.random((windows + 3, 3)) < 0.8, 0.1, rng.random((windows + 3, 3)))
+            overlaps[np.arange(3), own] = 1
+            overlaps[:, [k for k in range(3) if k not in own]] = 0
+            features = rng.standard_normal((windows + 3, width)) + 0.5 * overlaps @ directions
+            corner = rng.integers(0, 30, (windows + 3, 2))
+            boxes = np.concatenate([corner, corner + rng.integers(5, 30, (windows + 3, 2))], axis=1)
+            boxes = boxes + np.arange(windows + 3)[:, None] / 1024  # no two windows are the same
+            self.items.append(
+                MiningImage(torch.from_numpy(features).float(), overlaps, truth, boxes.astype(np.float32))
+            )
+        self.reads = 0
+        self.computed = []  # how many windows, for every call of `features`
+
+    def __len__(self):
+        return len(self.items)
+
+    def read(self, index):
+        self.reads += 1
+        return self.items[index]
+
+    def positives(self, index):
+        image = self.items[index]
+        rows = np.flatnonzero(image.labels >= 0)
+        return PositiveWindows(image.windows[rows], image.labels[rows], len(rows))
+
+    def features(self, index, windows):
+        self.computed.append(len(windows))
+        image = self.items[index]
+        return image.features[[int(np.flatnonzero((image.windows == window).all(axis=1))[0]) for window in windows]]
+
+
+def naive_negatives(images, label, settings):
+    """(image, row) of every negative of a class, by the definition."""
+    return [
+        (index, row)
+        for index, image in enumerate(images.items)
+        for row in range(len(image.labels))
+        if image.overlaps[row, label] < settings.negative_overlap and image.labels[row] != label
+    ]
+
+
+def rows_of(images, keys):
+    return torch.stack([images.items[i].features[r] for i, r in keys])
+
+
+def positives_of(images, label):
+    return torch.cat([image.features[image.labels == label] for image in images.items])
+
+
+def naive_mining(images, label, settings, scale=1.0):
+    """One class, lists of keys, one window at a time."""
+    every = naive_negatives(images, label, settings)
+    positives, cache, fresh, svm, counts = positives_of(images, label) * scale, [], 0, None, []
+
+    def fit():
+        negatives = rows_of(images, cache) * scale
+        model = fit_linear_svm(
+            torch.cat([positives, negatives]), [1] * len(positives) + [-1] * len(negatives), settings
+        )
+        counts.append(len(cache))
+        kept = [k for k in cache if model.score(rows_of(images, [k]) * scale)[0] >= settings.evict_below]
+        return model, kept
+
+    for _ in range(settings.epochs):
+        for index in range(len(images)):
+            before = svm
+            for key in (k for k in every if k[0] == index):
+                hard = before is None or before.score(rows_of(images, [key]) * scale)[0] > settings.mine_above
+                if hard and key not in cache:
+                    cache.append(key)
+                    fresh += 1
+            if cache and (before is None or fresh >= settings.retrain_after):
+                svm, cache = fit()
+                fresh = 0
+    svm, cache = fit()
+    return svm, cache, counts
+
+
+def svm_of(mined, label):
+    return LinearSVM(mined.svms.weight[label].double().numpy(), float(mined.svms.bias[label]))
+
+
+def objective(svm, examples, signs, settings):
+    return svm_objective(svm, svm.score(examples), signs, settings).total
+
+
+def everything(images, label, settings):
+    positives = positives_of(images, label)
+    negatives = rows_of(images, naive_negatives(images, label, settings))
+    return torch.cat([positives, negatives]), np.repeat([1, -1], [len(positives), len(negatives)])
+
+
+def test_mining_without_thresholds_is_one_fit_on_all_windows():
+    settings = QUICK.model_copy(update={"mine_above": -1e9, "evict_below": -1e9, "retrain_after": 10**9})
+    images = MemoryImages()
+    mined = mine_detectors(images, CLASSES, settings)
+    assert mined.retrains == (2, 2, 2)  # after the first image and at the end
+    for label in range(3):
+        # A tight solution does not depend on the order of the examples.
+        examples, signs = everything(images, label, settings)
+        full = objective(fit_linear_svm(examples, signs, settings), examples, signs, settings)
+        reached = objective(svm_of(mined, label), examples, signs, settings)
+        assert reached == pytest.approx(full, rel=1e-3)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_mining_equals_the_naive_miner_window_by_window(epochs, caplog):
+    settings = QUICK.model_copy(update={"epochs": epochs, "tolerance": 1e-6, "max_iterations": 100_000})
+    images = MemoryImages()
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mined = mine_detectors(images, CLASSES, settings, scale=0.8)
+    for label, name in enumerate(CLASSES):
+        svm, cache, counts = naive_mining(images, label, settings, scale=0.8)
+        np.testing.assert_allclose(mined.svms.weight[label], svm.weight, atol=2e-3)
+        assert float(mined.svms.bias[label]) == pytest.approx(svm.bias, abs=2e-3)
+        assert mined.retrains[label] == len(counts) > 2
+        lines = re.findall(rf"svm {name} retrain \d+: .* (\d+) neg, evicted (\d+)", caplog.text)
+        assert [int(kept) + int(evicted) for kept, evicted in lines] == counts
+        assert int(lines[-1][0]) == len(cache)
+    assert images.reads == epochs * len(images)
+
+
+def test_mined_svms_come_close_to_the_optimum_over_all_windows():
+    settings = QUICK.model_copy(update={"epochs": 4, "retrain_after": 30})
+    images = MemoryImages()
+    mined = mine_detectors(images, CLASSES, settings)
+    for label in range(3):
+        examples, signs = everything(images, label, settings)
+        full = objective(fit_linear_svm(examples, signs, settings), examples, signs, settings)
+        reached = objective(svm_of(mined, label), examples, signs, settings)
+        assert full * 0.999 <= reached <= full * 1.02
+
+
+def test_a_class_without_positives_never_fires_and_is_reported(caplog):
+    mined = mine_detectors(MemoryImages(labels=(0, 2)), CLASSES, QUICK)
+    assert mined.untrained == {"dog": "no positives"}
+    assert "svm dog has no positives in the training images; it never fires" in caplog.text
+    assert mined.retrains[1] == 0
+    assert mined.svms.score(torch.randn(5, 8))[:, 1].tolist() == [NEVER] * 5
+
+
+def test_a_class_without_negatives_never_fires_and_is_reported():
+    images = MemoryImages(count=2)
+    images.items = [replace(image, overlaps=np.maximum(image.overlaps, [0, 0.5, 0])) for image in images.items]
+    mined = mine_detectors(images, CLASSES, QUICK)
+    assert mined.untrained == {"dog": "no negatives"}
+
+
+def test_no_positives_at_all_give_svms_that_never_fire():
+    images = MemoryImages(count=2)
+    images.items = [
+        MiningImage(image.features[3:], image.overlaps[3:], image.labels[3:], image.windows[3:])
+        for image in images.items
+    ]
+    mined = mine_detectors(images, CLASSES, QUICK)
+    assert set(mined.untrained) == set(CLASSES)
+    assert mined.svms.weight.shape == (3, 8)
+
+
+def counts_of(text, name, retrain):
+    """Positives, and negatives before any left, that the log names for one fit."""
+    kept = re.search(rf"svm {name} retrain {retrain}: .* (\d+) pos (\d+) neg, evicted (\d+)", text)
+    return int(kept[1]), int(kept[2]) + int(kept[3])
+
+
+def test_a_class_that_meets_its_first_negative_later_is_first_fitted_there(caplog):
+    images = MemoryImages(count=4)
+    for index in (0, 1):
+        images.items[index] = replace(images.items[index], overlaps=np.ones((53, 3)))
+    fits, read = [], images.read
+
+    def watched(index):
+        fits.append(len(re.findall("retrain 1:", caplog.text)))
+        return read(index)
+
+    images.read = watched
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(images, CLASSES, QUICK)
+    assert fits == [0, 0, 0, 3]
+
+
+def test_an_image_without_windows_is_ordinary():
+    images = MemoryImages(count=3)
+    empty = MiningImage(torch.zeros(0, 8), np.zeros((0, 3)), np.zeros(0, np.int64), np.zeros((0, 4)))
+    images.items = [empty, *images.items, empty]
+    for duplicates in ("cells", "overlap"):
+        mined = mine_detectors(images, CLASSES, QUICK.model_copy(update={"duplicates": duplicates}))
+        assert mined.untrained == {}
+
+
+def test_ground_truth_of_another_class_is_a_negative_and_of_its_own_class_never(caplog):
+    images = MemoryImages(count=1, windows=0)
+    images.items = [
+        replace(
+            images.items[0],
+            labels=np.array([0, 1, 2]),
+            overlaps=np.array([[0.0, 0.0, 0.4], [0.2, 1.0, 0.0], [0.4, 0.0, 1.0]]),
+        )
+    ]
+    settings = QUICK.model_copy(update={"evict_below": -1e9})
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mined = mine_detectors(images, CLASSES, settings)
+    features = images.items[0].features
+    for label, (name, negatives) in enumerate(zip(CLASSES, ([1], [0, 2], [1]), strict=True)):
+        assert counts_of(caplog.text, name, retrain=1) == (1, len(negatives))
+        signs = [1] + [-1] * len(negatives)
+        expected = fit_linear_svm(features[[label, *negatives]], signs, settings)
+        np.testing.assert_array_equal(mined.svms.weight[label], expected.weight.astype(np.float32))
+
+
+def test_the_cache_stays_within_its_bound_and_says_what_it_dropped(caplog):
+    settings = QUICK.model_copy(update={"cache_gigabytes": 40 * 63e-9 * 1.001})  # 4 · 8 + 5 · 3 + 16 bytes each
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mined = mine_detectors(MemoryImages(), CLASSES, settings)
+    assert "cache for 40 windows" in caplog.text
+    fits = re.findall(r"(\d+) neg, evicted (\d+)", caplog.text)
+    assert 20 < max(int(kept) + int(evicted) for kept, evicted in fits) <= 40
+    assert mined.dropped > 0
+    assert (
+        f"was full and dropped {mined.dropped} negatives, the lowest scores of the largest classes first; "
+        "svm.cache_gigabytes raises it" in caplog.text
+    )
+
+
+def test_positives_beyond_their_bound_are_not_computed(caplog):
+    images = MemoryImages()
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(images, CLASSES, QUICK.model_copy(update={"max_positives": 4}))
+    assert "positives cat 4, dog 4, cow 4;" in caplog.text
+    assert sum(images.computed) == 12
+
+
+def test_positives_beyond_their_bound_are_drawn_evenly_over_the_images():
+    images, counts = MemoryImages(count=6, windows=4), np.zeros(6)
+    for seed in range(300):
+        images.features = lambda index, windows: _counted(images, counts, index, windows)
+        mine_detectors(images, CLASSES, QUICK.model_copy(update={"max_positives": 1, "seed": seed}))
+    assert counts.sum() == 900
+    expected = np.zeros(6)
+    for label in range(3):
+        own = np.array([(image.labels == label).sum() for image in images.items])
+        expected += 300 * own / own.sum()
+    assert np.abs(counts - expected).max() < 4.5 * np.sqrt(900 / 6)
+
+
+def _counted(images, counts, index, windows):
+    counts[index] += len(windows)
+    return MemoryImages.features(images, index, windows)
+
+
+def test_which_positives_are_drawn_depends_on_the_seed_alone():
+    def weights(seed):
+        settings = QUICK.model_copy(update={"max_positives": 4, "seed": seed})
+        return mine_detectors(MemoryImages(), CLASSES, settings).svms.weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert (weights(0) - weights(1)).abs().max() > 1e-2
+
+
+class WithCloseProposals(MemoryImages):
+    """Nine proposals of each image are positives of "dog" besides its objects."""
+
+    def positives(self, index):
+        own, image = super().positives(index), self.items[index]
+        labels = np.append(own.labels, np.full(9, CLASSES.index("dog")))
+        return PositiveWindows(np.concatenate([own.windows, image.windows[-9:]]), labels, own.objects)
+
+
+def kept_positives(images, settings, caplog):
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(images, CLASSES, settings)
+    return {name: int(count) for name, count in re.findall(r"(\w+) (\d+)[,;]", caplog.text.split("positives ")[1])}
+
+
+def test_proposals_among_the_positives_take_no_more_bytes_than_the_cache_and_no_object_its_place(caplog):
+    images, room = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
+    objects = {name: sum(int((image.labels == k).sum()) for image in images.items) for k, name in enumerate(CLASSES)}
+    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}), caplog)
+    assert found == objects | {"dog": objects["dog"] + 4}
+
+
+def test_proposals_among_the_positives_are_used_where_there_is_room(caplog):
+    images = WithCloseProposals()
+    dogs = sum(int((image.labels == CLASSES.index("dog")).sum()) for image in images.items)
+    assert kept_positives(images, QUICK, caplog)["dog"] == dogs + 9 * len(images)
+
+
+def test_positives_are_objects_and_then_proposals_image_by_image():
+    settings = QUICK.model_copy(update={"retrain_after": 10**9, "mine_above": 1e9, "evict_below": -1e9})
+    images = WithCloseProposals()
+    mined = mine_detectors(images, CLASSES, settings, scale=0.5)
+    dog = CLASSES.index("dog")
+    first = [(0, row) for i, row in naive_negatives(images, dog, settings) if i == 0]
+    close = torch.cat([image.features[-9:] for image in images.items])
+    examples = torch.cat([positives_of(images, dog), close, rows_of(images, first)]) * 0.5
+    signs = np.repeat([1, -1], [len(examples) - len(first), len(first)])
+    svm = fit_linear_svm(examples, signs, settings)
+    np.testing.assert_array_equal(mined.svms.weight[dog], svm.weight.astype(np.float32))
+    assert float(mined.svms.bias[dog]) == np.float32(svm.bias)
+
+
+def test_proposals_among_the_positives_are_bounded_by_their_number_too(caplog):
+    found = kept_positives(WithCloseProposals(), QUICK.model_copy(update={"max_positives": 4}), caplog)
+    assert found == {"cat": 4, "dog": 8, "cow": 4}
+
+
+def test_the_objective_that_is_logged_is_that_of_the_fit(caplog, monkeypatch):
+    totals = []
+
+    def watched(examples, signs, settings):
+        svm = fit_linear_svm(examples, signs, settings)
+        totals.append(objective(svm, examples, signs, settings))
+        return svm
+
+    monkeypatch.setattr("sppnet.detection.hard_negatives.fit_linear_svm", watched)
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
+    logged = [float(total) for total in re.findall(r"retrain \d+: (\d+\.\d+) = ", caplog.text)]
+    assert logged == pytest.approx(totals, abs=2e-3)
+
+
+def test_positives_that_are_not_finite_name_their_image():
+    images = MemoryImages()
+    row = int(np.flatnonzero(images.items[2].labels >= 0)[0])
+    images.items[2].features[row] = float("nan")
+    with pytest.raises(SppnetError, match="positives of image 2: features must be finite"):
+        mine_detectors(images, CLASSES, QUICK)
+
+
+def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
+    parts = r"0\.000 = 0\.000 pos \+ 0\.000 neg \+ 0\.000 reg".replace(r"0\.000", r"\d+\.\d{3}")
+    pattern = rf"svm dog retrain 2: {parts} \| cache \d+ pos \d+ neg, evicted \d+"
+    assert re.search(pattern, caplog.text)
+
+
+def test_duplicates_by_overlap_keep_fewer_negatives(caplog):
+    found = []
+    for duplicates in ("cells", "overlap"):
+        settings = QUICK.model_copy(update={"duplicates": duplicates, "evict_below": -1e9, "duplicate_overlap": 0.4})
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="sppnet"):
+            mine_detectors(MemoryImages(count=1, labels=(0,)), CLASSES, settings)
+        found.append(counts_of(caplog.text, "cat", retrain=1)[1])
+    by_cells, by_overlap = found
+    images = MemoryImages(count=1, labels=(0,))
+    assert by_cells == len(naive_negatives(images, 0, QUICK))
+    negatives = np.zeros((53, 1), bool)
+    negatives[[row for _, row in naive_negatives(images, 0, QUICK)]] = True
+    assert by_overlap == distinct_negatives(images.items[0].windows, negatives, 0.4).sum() < by_cells
+
+
+def test_errors_say_what_was_expected():
+    images = MemoryImages(count=2)
+    good = images.items[1]
+
+    def mine_with(**changes):
+        images.items[1] = replace(good, **changes)
+        return mine_detectors(images, CLASSES, QUICK)
+
+    with pytest.raises(SppnetError, match=r"overlaps of image 1: expected shape \(53, 3\), got \(53, 2\); one row for"):
+        mine_with(overlaps=good.overlaps[:, :2])
+    with pytest.raises(SppnetError, match=r"labels of image 1: expected shape \(53,\), got \(54,\)"):
+        mine_with(labels=np.append(good.labels, -1))
+    with pytest.raises(SppnetError, match=r"windows of image 1: expected shape \(53, 4\), got \(54, 4\)"):
+        mine_with(windows=np.concatenate([good.windows, good.windows[-1:]]))
+    images.features = lambda index, windows: MemoryImages.features(images, index, windows)[:, :8]
+    with pytest.raises(SppnetError, match=r"features of image 1: expected shape \(53, 8\), got \(53, 9\)"):
+        mine_with(features=torch.cat([good.features, good.features[:, :1]], dim=1))
+    with pytest.raises(SppnetError, match="image 1: features must be finite"):
+        mine_with(features=torch.cat([good.features[:-1], torch.full((1, 8), torch.nan)]))
+    with pytest.raises(SppnetError, match=r"positives of image 1: .* in 0 … 2, got \[3, .*; leave out objects"):
+        mine_with(labels=np.where(good.labels == -1, -1, 3))
+    images.features = lambda index, windows: torch.zeros(0, 8)
+    with pytest.raises(SppnetError, match=r"features of positives of image 0: expected shape \(3, 8\), got \(0, 8\)"):
+        mine_with()
+    images.positives = lambda index: PositiveWindows(np.zeros((2, 4)), np.zeros(1, np.int64), 1)
+    with pytest.raises(SppnetError, match=r"positives of image 0: expected shape \(1, 4\), got \(2, 4\)"):
+        mine_with()
+    images.items = []
+    with pytest.raises(SppnetError, match="expected at least one image to mine, got none"):
+        mine_detectors(images, CLASSES, QUICK)

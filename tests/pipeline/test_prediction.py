@@ -1,0 +1,168 @@
+"""Detecting in files, folders and patterns: what is written, what is skipped, what is never overwritten."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sppnet.backbones import backbone as backbones
+from sppnet.detection.detector import SPPDetector
+from sppnet.errors import SppnetError
+from sppnet.images import read_image
+from sppnet.pipeline import prediction as folder_detection
+from sppnet.pipeline.prediction import detect_files
+from sppnet.proposals.search import FixedWindows
+
+WINDOWS = np.array([[10, 10, 90, 90], [50, 40, 150, 160], [100, 20, 180, 120], [0, 0, 60, 200]], np.float32)
+EVERYTHING = -1.5
+
+
+@pytest.fixture(scope="module")
+def detector(small_run):
+    return SPPDetector.load(small_run.root, proposer=FixedWindows(WINDOWS))
+
+
+@pytest.fixture
+def photos(small_run, tmp_path) -> Path:
+    """photos/a.jpg, photos/b.png, photos/deeper/a.jpg and a text file."""
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    images = sorted((small_run.devkit / "SHAPES/JPEGImages").glob("test*"))
+    shutil.copy(images[0], folder / "a.jpg")
+    Image.open(images[1]).save(folder / "b.png")
+    shutil.copy(images[2], folder / "deeper/a.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_a_folder_gives_a_picture_per_image_and_two_lists(detector, photos, tmp_path):
+    out = tmp_path / "out"
+    result = detect_files(lambda: detector, [photos], out, EVERYTHING)
+    assert sorted(path.relative_to(photos) for path in result.detections) == [
+        Path("a.jpg"), Path("b.png"), Path("deeper/a.jpg")]  # fmt: skip
+    assert result.skipped == {}
+    assert {path.name for path in out.iterdir()} == {"a.jpg", "b.jpg", "a-2.jpg", "detections.json", "detections.csv"}
+    assert read_image(out / "b.jpg").shape == read_image(photos / "b.png").shape
+
+
+def test_the_lists_hold_the_detections(detector, photos, tmp_path):
+    result = detect_files(lambda: detector, [photos / "a.jpg", str(photos / "b.png")], tmp_path, EVERYTHING)
+    entries = json.loads((tmp_path / "detections.json").read_text())
+    assert [entry["image"] for entry in entries] == [str(photos / "a.jpg"), str(photos / "b.png")]
+    assert [entry["picture"] for entry in entries] == ["a.jpg", "b.jpg"]
+    rows = list(csv.DictReader((tmp_path / "detections.csv").read_text().splitlines()))
+    flat = [(entry["image"], found) for entry in entries for found in entry["detections"]]
+    assert len(rows) == len(flat) == sum(map(len, result.detections.values())) > 0
+    for row, (image, found) in zip(rows, flat, strict=True):
+        assert (row["image"], row["class"], float(row["score"])) == (image, found["class"], found["score"])
+        assert [float(row[corner]) for corner in ("x1", "y1", "x2", "y2")] == found["box"]
+    found = result.detections[photos / "a.jpg"]
+    expected = detector.detect(read_image(photos / "a.jpg"))
+    assert np.array_equal(found.boxes, expected.boxes)
+    first = entries[0]["detections"][0]
+    assert first["class"] == found.classes[found.labels[0]]
+    assert first["score"] == pytest.approx(found.scores[0], abs=1e-6)
+    assert first["box"] == pytest.approx(found.boxes[0].tolist(), abs=0.01)
+
+
+def test_only_scores_at_or_above_the_threshold_are_listed(detector, photos, tmp_path):
+    everything = detect_files(lambda: detector, [photos / "a.jpg"], tmp_path / "1", EVERYTHING).detections[
+        photos / "a.jpg"
+    ]
+    threshold = float(everything.scores[2])
+    found = detect_files(lambda: detector, [photos / "a.jpg"], tmp_path / "2", threshold).detections[photos / "a.jpg"]
+    assert len(found) == 3
+    nothing = detect_files(lambda: detector, [photos / "a.jpg"], tmp_path / "3", 1e6)
+    assert len(nothing.detections[photos / "a.jpg"]) == 0
+    assert json.loads((tmp_path / "3/detections.json").read_text())[0]["detections"] == []
+    assert (tmp_path / "3/detections.csv").read_text().strip() == "image,class,score,x1,y1,x2,y2"
+    assert (tmp_path / "3/a.jpg").is_file()
+
+
+def test_a_pattern_names_the_images_it_matches(detector, photos, tmp_path):
+    result = detect_files(lambda: detector, [str(photos / "*.png")], tmp_path / "out", EVERYTHING)
+    assert list(result.detections) == [photos / "b.png"]
+    deep = detect_files(lambda: detector, [str(photos / "**/a.*")], tmp_path / "deep", EVERYTHING)
+    assert list(deep.detections) == [photos / "a.jpg", photos / "deeper/a.jpg"]
+
+
+def test_an_image_named_twice_is_searched_once(detector, photos, tmp_path):
+    result = detect_files(
+        lambda: detector, [photos / "a.jpg", photos / "a.jpg", str(photos / "a*")], tmp_path, EVERYTHING
+    )
+    assert list(result.detections) == [photos / "a.jpg"]
+
+
+def test_unreadable_images_are_skipped_with_the_reason(detector, photos, tmp_path):
+    whole = (photos / "a.jpg").read_bytes()
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "text.jpg").write_text("no image")
+    result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    assert {path.name for path in result.skipped} == {"half.jpg", "text.jpg"}
+    assert "half.jpg: expected a complete image" in result.skipped[photos / "half.jpg"]
+    assert "text.jpg: expected an image" in result.skipped[photos / "text.jpg"]
+    assert len(result.detections) == 3
+    assert not (tmp_path / "out/half.jpg").exists()
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 3
+
+
+def test_images_too_narrow_for_the_network_are_skipped_with_the_reason(detector, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "map_side", lambda steps, side: 0)
+    result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    assert len(result.skipped) == 3
+    assert all("pixels is too narrow" in reason and str(path) in reason for path, reason in result.skipped.items())
+
+
+def test_an_interruption_keeps_what_was_found(detector, photos, tmp_path, monkeypatch):
+    def interrupt(path):
+        if path.name == "b.png":
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    monkeypatch.setattr(folder_detection, "read_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [entry["picture"] for entry in entries] == ["a.jpg"]
+    assert (tmp_path / "out/detections.csv").read_text().count("a.jpg") == len(entries[0]["detections"]) > 0
+
+
+def test_no_two_pictures_share_a_name(detector, photos, tmp_path):
+    for name in ("A.png", "a-2.png"):
+        shutil.copy(photos / "b.png", photos / name)
+    detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    names = {entry["picture"].lower() for entry in entries}
+    assert len(entries) == len(names) == 5
+    assert {path.name.lower() for path in (tmp_path / "out").glob("*.jpg")} == names
+
+
+def test_pictures_of_an_earlier_call_are_not_searched(detector, photos):
+    for out in (photos / "found", photos.parent):
+        first = detect_files(lambda: detector, [photos.parent], out, EVERYTHING)
+        again = detect_files(lambda: detector, [photos.parent], out, EVERYTHING)
+        assert list(again.detections) == list(first.detections)
+        shutil.rmtree(photos / "found", ignore_errors=True)
+    (photos.parent / "detections.json").write_text("{}")  # whose pictures they are is no longer known
+    with pytest.raises(SppnetError, match="choose another --out"):
+        detect_files(lambda: detector, [photos.parent], photos.parent, EVERYTHING)
+
+
+def test_an_image_that_was_asked_for_is_never_overwritten(detector, photos):
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    for asked in ([photos], [photos / "a.jpg"], [str(photos / "*.jpg")], [photos / "deeper", photos / "b.png"]):
+        with pytest.raises(SppnetError, match=r"lies in .*, where a picture could overwrite it; choose another --out"):
+            detect_files(lambda: detector, asked, photos, EVERYTHING)
+    assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_that_names_no_image_is_an_error(detector, tmp_path):
+    with pytest.raises(SppnetError, match=r"none: no such file, folder or match"):
+        detect_files(lambda: detector, [tmp_path / "none"], tmp_path / "out", EVERYTHING)
+    assert not (tmp_path / "out").exists()

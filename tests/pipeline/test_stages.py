@@ -1,0 +1,264 @@
+"""Which images a run uses, and which stages a changed setting, image or annotation redoes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import merged, small_settings
+
+from sppnet.config import STAGES, Config
+from sppnet.config_files import parse_config
+from sppnet.data.voc import write_annotation
+from sppnet.errors import SppnetError
+from sppnet.pipeline.run_data import load_run_data, load_test_data, splits_to_test
+from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
+from sppnet.pipeline.training import Training
+
+USED = tuple(stage for stage in STAGES if stage not in ("pretrain", "low_rank"))
+
+
+def changed(run, **changes) -> Config:
+    """The settings of the run with section__key=value changed."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return parse_config(merged(small_settings(run.devkit, run.config.proposals.import_from[0]), dotted), "test")
+
+
+def invalidated(run, config: Config) -> tuple[str, ...]:
+    """The stages of which nothing is there yet under these settings."""
+    status = Training(config, run.root, torch.device("cpu")).graph.statuses()
+    return tuple(stage.name for stage in status if not stage.skipped and stage.done == 0)
+
+
+def own_devkit(run, folder: Path) -> Path:
+    shutil.copytree(run.devkit, folder)
+    return folder
+
+
+# ---- which stages are redone ---------------------------------------------------------------------------------------
+
+
+def test_everything_is_reused_under_the_same_settings(small_run):
+    assert invalidated(small_run, small_run.config) == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "stages"),
+    [
+        ("name", "other", ""),
+        ("proposals__workers", 2, ""),
+        ("evaluate__metric", "area", ""),
+        ("detect__score_threshold", -1.0, ""),
+        ("boxes__enabled", False, ""),
+        ("boxes__ridge", 10.0, "boxes"),
+        ("boxes__layer", "fc7", "boxes"),
+        ("svm__C", 0.01, "svm"),
+        ("svm__layer", "fc6", "svm"),
+        ("svm__norm_images", 3, "svm"),
+        ("maps__runtime", "auto", ""),
+        ("precision", "bfloat16", "maps finetune svm boxes"),
+        ("finetune__seed", 1, "finetune svm"),
+        ("finetune__flip", False, "finetune svm"),
+        ("finetune__validate_images", 2, "finetune svm"),
+        ("head__fc7", 8, "finetune svm"),
+        ("head__input_norm", None, "finetune svm"),
+        ("pyramid__levels", [1], "finetune svm boxes"),
+        ("pyramid__projection", "paper", "finetune svm boxes"),
+        ("data__train_on_difficult", False, "finetune svm boxes"),
+        ("data__classes", ["star", "cross"], "finetune svm boxes"),
+        ("proposals__min_side", 30, "proposals finetune svm boxes"),
+        ("proposals__import_from", [], "proposals finetune svm boxes"),
+        ("maps__scales", [96], "maps finetune svm boxes"),
+        ("maps__storage", "float32", "maps finetune svm boxes"),
+        ("backbone__weights__mean", [1, 2, 3], "maps finetune svm boxes"),
+        ("backbone__name", "zf5", "maps finetune svm boxes"),
+        ("pretrain__enabled", True, "pretrain maps finetune svm boxes"),
+        ("low_rank__fc6", 5, "low_rank svm"),
+        ("low_rank__fc7", 5, "low_rank svm"),
+        ("low_rank__steps", [1, 1], ""),  # without ranks there is no such stageed
+    ],
+)
+def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run, setting, value, stages):
+    assert invalidated(small_run, changed(small_run, **{setting: value})) == tuple(stages.split())
+
+
+def test_the_features_of_svms_that_are_not_fine_tuned_do_not_depend_on_fine_tuning(small_run):
+    data = load_run_data(small_run.config)
+    own, unlike, tuned = (
+        StageGraph(small_run.root, config, data).digest("svm")
+        for config in (
+            changed(small_run, svm__finetuned=False),
+            changed(small_run, svm__finetuned=False, finetune__batch=16),
+            small_run.config,
+        )
+    )
+    assert own == unlike != tuned
+
+
+def test_the_head_before_fine_tuning_decides_where_it_is_not_fine_tuned(small_run):
+    data = load_run_data(small_run.config)
+    digests = {
+        StageGraph(small_run.root, changed(small_run, svm__finetuned=False, **changes), data).digest("svm")
+        for changes in ({}, {"head__fc6": 8}, {"finetune__seed": 1}, {"pyramid__levels": [1]})
+    }
+    assert len(digests) == 4
+
+
+def test_the_head_is_trained_only_where_its_features_are_wanted(small_run):
+    def uses(**changes) -> bool:
+        return not GRAPH["finetune"].skipped(changed(small_run, **changes))
+
+    assert uses()
+    assert uses(svm__layer="pool", boxes__layer="fc6")
+    assert not uses(svm__layer="pool")
+    assert not uses(svm__layer="pool", boxes__layer="fc6", boxes__enabled=False)
+    assert not uses(finetune__enabled=False)
+    assert not uses(svm__finetuned=False, boxes__layer="fc6")
+
+
+def test_a_newer_algorithm_invalidates_its_results_and_what_depends_on_them(small_run, monkeypatch):
+    monkeypatch.setitem(GRAPH, "finetune", replace(GRAPH["finetune"], version=GRAPH["finetune"].version + 1))
+    assert invalidated(small_run, small_run.config) == ("finetune", "svm")
+
+
+def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
+    assert tuple(GRAPH) == STAGES
+    for place, name in enumerate(STAGES):
+        assert hasattr(small_run.config, name)
+        assert set(GRAPH[name].reads(small_run.config)) <= set(STAGES[:place])
+
+
+def test_the_content_of_imported_windows_counts_and_not_their_path(small_run, tmp_path):
+    file = small_run.config.proposals.import_from[0]
+    moved = shutil.copy(file, tmp_path / "moved.npz")
+    config = small_run.config
+    same = config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": (Path(moved),)})})
+    assert windows_folder(tmp_path, same) == windows_folder(tmp_path, config)
+    with np.load(file) as archive:
+        np.savez(tmp_path / "moved.npz", **{**dict(archive), "boxes": archive["boxes"] + 1})
+    assert windows_folder(tmp_path, same) != windows_folder(tmp_path, config)
+
+
+def test_a_changed_annotation_redoes_what_is_trained_on_objects(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    config = changed(small_run, data__root=str(devkit))
+    assert invalidated(small_run, config) == ()
+    write_annotation(devkit / "SHAPES/Annotations/train_00003.xml", (50, 60), [[5, 5, 40, 40]], ["star"], [False])
+    assert invalidated(small_run, config) == ("finetune", "svm", "boxes")
+
+
+def test_a_changed_validation_annotation_redoes_fine_tuning_alone(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    write_annotation(devkit / "SHAPES/Annotations/val_00001.xml", (50, 60), [[5, 5, 40, 40]], ["star"], [False])
+    assert invalidated(small_run, changed(small_run, data__root=str(devkit))) == ("finetune", "svm")
+
+
+def test_a_changed_image_redoes_its_own_windows_and_maps(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    Image.new("RGB", (320, 240), "red").save(devkit / "SHAPES/JPEGImages/train_00003.jpg")
+    status = Training(changed(small_run, data__root=str(devkit)), small_run.root, torch.device("cpu")).graph.statuses()
+    done = {stage.name: (stage.done, stage.total) for stage in status}
+    assert done["proposals"] == (10, 11)
+    assert done["maps"] == (17, 19)  # the image and its mirror image
+    assert done["finetune"] == done["svm"] == (0, 1)
+
+
+# ---- which images --------------------------------------------------------------------------------------------------
+
+
+def test_where_no_validation_is_named_a_share_of_the_training_images_is_held_out(small_run):
+    config = changed(small_run, data__val=[], data__test=[], data__holdout=0.25)
+    data = load_run_data(config)
+    assert (len(data.train), len(data.held_out)) == (6, 2)
+    assert not {r.id for r in data.train} & {r.id for r in data.held_out}
+    assert splits_to_test(config) == ()
+    records, _ = load_test_data(config)
+    assert [r.id for r in records] == [r.id for r in data.held_out]
+
+
+def test_the_images_to_test_are_those_given_then_test_then_val(small_run):
+    config = small_run.config
+    assert splits_to_test(config, ("A/b",)) == ("A/b",)
+    assert splits_to_test(config) == ("SHAPES/test",)
+    without = changed(small_run, data__test=[])
+    assert splits_to_test(without) == ("SHAPES/val",)
+    assert len(load_test_data(without)[0]) == 3
+    assert len(load_test_data(config)[0]) == 4
+    assert len(load_test_data(config, splits=("SHAPES/train", "SHAPES/val"))[0]) == 11
+
+
+def test_validation_windows_come_from_images_spread_over_the_split(small_run):
+    config = changed(small_run, data__val=["SHAPES/train"], data__train=["SHAPES/test"], finetune__validate_images=3)
+    data = load_run_data(config)
+    assert [record.id for record in data.validation] == [data.held_out[i].id for i in (0, 2, 5)]
+
+
+def test_the_line_about_the_data_counts_images_skips_and_leaks(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    boxes = [[5, 5, 5, 40], [900, 5, 940, 40], [5, 5, 40, 40]]
+    write_annotation(devkit / "SHAPES/Annotations/train_00003.xml", (50, 60), boxes, ["star"] * 3, [False] * 3)
+    line = str(load_run_data(changed(small_run, data__root=str(devkit))))
+    assert line.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc, square, star, triangle)")
+    assert "1 × zero-area box" in line
+    assert "1 × box outside the image" in line
+    assert "without objects" not in line
+    leak = changed(small_run, data__val=["SHAPES/trainval"])
+    assert "8 validation images are training images too" in str(load_run_data(leak))
+
+
+def test_the_line_about_the_data_counts_images_without_objects_of_the_classes(small_run, tmp_path):
+    devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
+    for split, stars in (("train", 6), ("val", 2)):
+        for number in range({"train": 8, "val": 3}[split]):
+            names = ["star" if number < stars else "owl"]
+            write_annotation(
+                devkit / f"SHAPES/Annotations/{split}_{number:05d}.xml", (50, 60), [[5, 5, 40, 40]], names, [False]
+            )
+    write_annotation(devkit / "SHAPES/Annotations/train_00001.xml", (50, 60), [], [], [])
+    data = load_run_data(changed(small_run, data__root=str(devkit), data__classes=["star"]))
+    assert str(data).endswith(
+        "; 3 × training image without objects (background for the SVMs alone); "
+        "1 × validation image without objects (no part of the error)"
+    )
+
+
+def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path):
+    with pytest.raises(SppnetError, match=r"none: no such data folder; fetch .* with scripts/fetch_voc, or set"):
+        load_run_data(changed(small_run, data__root=str(tmp_path / "none")))
+    with pytest.raises(SppnetError, match=r"none: no such data folder; name the one .* with --data"):
+        load_test_data(small_run.config, tmp_path / "none")
+
+
+def test_the_stages_in_use_are_five_without_pretraining(small_run):
+    status = Training(small_run.config, small_run.root, torch.device("cpu")).graph.statuses()
+    assert tuple(stage.name for stage in status) == STAGES
+    assert tuple(stage.name for stage in status if not stage.skipped) == USED
+    assert all(stage.complete for stage in status)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "stage", "stages"),
+    [
+        ("svm__C", 1.0, "proposals", "finetune svm boxes"),
+        ("pretrain__enabled", True, "pretrain", "maps finetune svm boxes"),
+        ("svm__C", 1.0, "pretrain", ""),
+        ("svm__C", 1.0, "maps", "finetune svm boxes"),
+        ("svm__C", 1.0, "finetune", "svm"),
+        ("boxes__layer", "fc6", "finetune", "svm boxes"),
+        ("svm__layer", "pool", "finetune", ""),
+        ("svm__finetuned", False, "finetune", ""),
+        ("svm__C", 1.0, "svm", ""),
+        ("low_rank__fc6", 5, "maps", "finetune low_rank svm boxes"),
+        ("low_rank__fc6", 5, "finetune", "low_rank svm"),
+        ("low_rank__fc6", 5, "low_rank", "svm"),
+        ("svm__C", 1.0, "low_rank", ""),
+    ],
+)
+def test_the_stages_that_depend_on_another_are_known(small_run, setting, value, stage, stages):
+    graph = Training(changed(small_run, **{setting: value}), small_run.root, torch.device("cpu")).graph
+    assert graph.dependents(stage) == tuple(stages.split())

@@ -1,0 +1,359 @@
+"""Selective search, its order, and the proposals of a whole data set."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sppnet.artifacts import file_digest, write_arrays
+from sppnet.boxes import pairwise_iou
+from sppnet.config import ProposalSettings
+from sppnet.errors import ArtifactError, SppnetError
+from sppnet.images import read_image
+from sppnet.proposals import search as proposals
+from sppnet.proposals.files import export_windows, import_windows
+from sppnet.proposals.search import (
+    FixedWindows,
+    make_proposer,
+    opencv_selective_search,
+    propose_images,
+    read_windows,
+    windows_path,
+)
+from sppnet.records import ImageRecord
+
+opencv = partial(ProposalSettings, method="opencv_selective_search")
+ALONE = opencv(workers=1)
+OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
+
+
+def scene(height: int = 150, width: int = 200) -> NDArray[np.uint8]:
+    """Three flat objects on a noisy ground."""
+    image = np.random.default_rng(0).integers(90, 120, (height, width, 3), dtype=np.uint8)
+    for (x1, y1, x2, y2), colour in zip(OBJECTS, [(250, 20, 20), (20, 250, 20), (20, 20, 250)], strict=True):
+        image[y1:y2, x1:x2] = colour
+    return image
+
+
+def make_records(folder: Path, count: int = 3) -> list[ImageRecord]:
+    records = []
+    for i in range(count):
+        path = folder / "images" / f"{i:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image = scene() if i % 2 == 0 else np.ascontiguousarray(scene()[:, ::-1])
+        cv2.imwrite(str(path), image[..., ::-1])
+        records.append(ImageRecord(f"VOC2007/{i:06d}", path, image.shape[:2], file_digest(path)))
+    return records
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# selective search
+
+
+def test_the_objects_of_a_simple_scene_are_found() -> None:
+    windows = opencv_selective_search(scene(), ALONE)
+    assert windows.dtype == np.float32
+    assert pairwise_iou(OBJECTS.astype(float), windows).max(axis=1).min() > 0.8
+
+
+@pytest.mark.parametrize("mode", ["fast", "quality"])
+def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> None:
+    settings = opencv(mode=mode, max_windows=30, min_side=5)
+    first, second = opencv_selective_search(scene(), settings), opencv_selective_search(scene(), settings)
+    np.testing.assert_array_equal(first, second)
+    assert len(first) == 30
+
+
+def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough() -> None:
+    windows = opencv_selective_search(scene(), opencv(min_side=25))
+    assert len(np.unique(windows, axis=0)) == len(windows) > 5
+    assert (windows == np.rint(windows)).all()
+    assert (windows[:, 2:] - windows[:, :2]).min() >= 25
+    assert windows.min() >= 0
+    assert windows[:, 2].max() == 200
+    assert windows[:, 3].max() == 150
+
+
+def test_nothing_but_small_boxes_is_lost_against_opencv() -> None:
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(scene()[..., ::-1]))
+    search.switchToSelectiveSearchFast()
+    expected = {(x, y, x + w, y + h) for x, y, w, h in search.process().tolist() if w >= 20 and h >= 20}
+    assert {tuple(map(int, window)) for window in opencv_selective_search(scene(), ALONE)} == expected
+
+
+def test_fewer_windows_are_a_prefix_of_more() -> None:
+    many = opencv_selective_search(scene(), opencv(max_windows=40, min_side=5))
+    few = opencv_selective_search(scene(), opencv(max_windows=15, min_side=5))
+    assert len(many) > len(few) == 15
+    np.testing.assert_array_equal(few, many[:15])
+
+
+def test_the_order_of_windows_is_that_of_a_hash_in_plain_integers() -> None:
+    boxes = np.unique(np.random.default_rng(1).integers(0, 500, (300, 4)), axis=0)
+
+    def key(box: list[int]) -> int:
+        value = 0
+        for corner in box:
+            value = (value ^ corner) * 0x9E3779B97F4A7C15 % 2**64
+            value ^= value >> 32
+        return value
+
+    assert proposals._ranked(boxes).tolist() == sorted(boxes.tolist(), key=key)
+    assert proposals._ranked(np.zeros((0, 4), np.int64)).shape == (0, 4)
+
+
+def test_a_prefix_of_the_order_is_a_fair_sample_of_sizes() -> None:
+    corners = np.random.default_rng(2).integers(0, 250, (4000, 4))
+    boxes = np.unique(np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1), axis=0)
+    widths = proposals._ranked(boxes)[:, 2] - proposals._ranked(boxes)[:, 0]
+    assert widths[:400].mean() == pytest.approx(widths.mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 5), (2, 300), (19, 19), (300, 19), (3, 2000)])
+def test_an_image_smaller_than_min_side_gives_no_windows(size: tuple[int, int]) -> None:
+    assert opencv_selective_search(np.zeros((*size, 3), np.uint8), ALONE).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 5), (1, 300), (300, 1), (3, 2000), (20, 20)])
+@pytest.mark.parametrize("mode", ["fast", "quality"])
+def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int], mode: str) -> None:
+    windows = opencv_selective_search(np.full((*size, 3), 128, np.uint8), opencv(min_side=1, mode=mode))
+    assert windows.tolist() == [[0, 0, size[1], size[0]]]
+
+
+def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixels() -> None:
+    large = cv2.resize(scene(), (601, 450), interpolation=cv2.INTER_NEAREST)
+    windows = opencv_selective_search(large, opencv(max_side=200))
+    assert pairwise_iou(OBJECTS * 3.0, windows).max(axis=1).min() > 0.8
+    assert (windows[:, 2:] - windows[:, :2]).min() >= 20
+    assert windows[:, 2].max() == 601
+    assert windows[:, 3].max() == 450
+    assert len(opencv_selective_search(large, opencv(max_side=None))) > len(windows)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
+)
+def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
+    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, got uint\d+ of shape"):
+        opencv_selective_search(image, ALONE)
+
+
+def test_an_opencv_without_its_contributions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cv2, "ximgproc")
+    with pytest.raises(ImportError, match=r"no ximgproc; .* install opencv-contrib-python-headless"):
+        opencv_selective_search(scene(), ALONE)
+
+
+def test_make_proposer_gives_the_search_of_the_settings() -> None:
+    settings = opencv(max_windows=7)
+    np.testing.assert_array_equal(make_proposer(settings)(scene()), opencv_selective_search(scene(), settings))
+
+
+def test_fixed_windows_are_clipped_and_those_outside_left_out() -> None:
+    proposer = FixedWindows([[-5, 2, 8, 90], [50, 0, 60, 5], [1, 1, 2, 2]])
+    windows = proposer(np.zeros((20, 10, 3), np.uint8))
+    assert windows.dtype == np.float32
+    assert windows.tolist() == [[0, 2, 8, 20], [1, 1, 2, 2]]
+    assert FixedWindows([])(scene()).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"windows must have shape \(R, 4\)"):
+        FixedWindows([1, 2, 3, 4])(scene())
+
+
+# a data set
+
+
+def test_every_image_gets_a_file_with_its_windows(tmp_path: Path) -> None:
+    records = make_records(tmp_path)
+    summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert (summary.computed, summary.imported, summary.reused) == (3, 0, 0)
+    assert files_in(tmp_path / "out") == [f"{record.id}-{record.digest}.npz" for record in records]
+    np.testing.assert_array_equal(read_windows(tmp_path / "out", records[0]), opencv_selective_search(scene(), ALONE))
+    lengths = [len(read_windows(tmp_path / "out", record)) for record in records]
+    assert summary.mean_windows == pytest.approx(np.mean(lengths))
+
+
+def test_complete_files_are_reused_and_missing_ones_computed(tmp_path: Path) -> None:
+    records = make_records(tmp_path)
+    kept = np.array([[1, 2, 30, 40]], np.float32)
+    write_arrays(windows_path(tmp_path / "out", records[1]), windows=kept)
+    summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert (summary.computed, summary.reused) == (2, 1)
+    np.testing.assert_array_equal(read_windows(tmp_path / "out", records[1]), kept)
+    assert propose_images(records, ALONE, tmp_path / "out", progress=False).reused == 3
+
+
+def test_another_image_under_the_same_id_is_computed_anew(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 1)
+    propose_images(records, ALONE, tmp_path / "out", progress=False)
+    cv2.imwrite(str(records[0].path), np.full((40, 60, 3), 9, np.uint8))
+    changed = ImageRecord(records[0].id, records[0].path, (40, 60), file_digest(records[0].path))
+    assert propose_images([changed], ALONE, tmp_path / "out", progress=False).computed == 1
+    assert read_windows(tmp_path / "out", changed).tolist() == [[0, 0, 60, 40]]
+
+
+def test_no_images_are_an_ordinary_data_set(tmp_path: Path) -> None:
+    summary = propose_images([], opencv(), tmp_path, progress=False)
+    assert (summary.computed, summary.imported, summary.reused, summary.mean_windows) == (0, 0, 0, 0.0)
+
+
+def test_two_workers_write_what_one_writes_and_a_broken_image_is_named(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 34)
+    records[2].path.write_bytes(records[2].path.read_bytes()[:200])
+    with pytest.raises(SppnetError, match=r"image VOC2007/000002: cannot compute its windows: .*000002\.png"):
+        propose_images(records, opencv(workers=2), tmp_path / "pool", progress=False)
+    assert all(name.endswith(".npz") for name in files_in(tmp_path / "pool"))
+    good = [record for record in records if windows_path(tmp_path / "pool", record).exists()]
+    assert records[2] not in good
+    assert good  # the images before the broken one are done
+    propose_images(good, ALONE, tmp_path / "alone", progress=False)
+    for record in good:
+        np.testing.assert_array_equal(read_windows(tmp_path / "pool", record), read_windows(tmp_path / "alone", record))
+
+
+def test_a_broken_image_is_named_without_a_pool_and_the_rest_stays_done(tmp_path: Path) -> None:
+    records = make_records(tmp_path)
+    records[1].path.unlink()
+    with pytest.raises(SppnetError, match="image VOC2007/000001: cannot compute its windows"):
+        propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert files_in(tmp_path / "out") == [f"{records[0].id}-{records[0].digest}.npz"]
+
+
+def test_an_interrupt_leaves_complete_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, calls = make_records(tmp_path), []
+
+    def interrupted(image: NDArray[np.uint8], settings: ProposalSettings) -> NDArray[np.float32]:
+        calls.append(image)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return np.zeros((0, 4), np.float32)
+
+    monkeypatch.setitem(proposals.METHODS, "opencv_selective_search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert files_in(tmp_path / "out") == [f"{records[0].id}-{records[0].digest}.npz"]
+    summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert (summary.computed, summary.reused, summary.mean_windows) == (2, 1, 0.0)
+
+
+SCRIPT = """
+import signal
+from pathlib import Path
+from sppnet.config import ProposalSettings
+from sppnet.proposals.search import propose_images
+from sppnet.images import read_image
+from sppnet.records import ImageRecord
+from sppnet.errors import ArtifactError, SppnetError
+# A shell starts jobs in the background with interrupts ignored, and so would be those of tests that it started so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{guard}
+    records = [ImageRecord(f"A/{{i}}", Path({image!r}), (150, 200), "0" * 16) for i in range({count})]
+    settings = ProposalSettings(method="opencv_selective_search", workers=2, mode="quality")
+    propose_images(records, settings, Path({out!r}), progress=False)
+"""
+
+
+def start_script(folder: Path, guard: str, count: int) -> subprocess.Popen[str]:
+    image = make_records(folder, 1)[0].path
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(guard=guard, image=str(image), out=str(folder / "out"), count=count))
+    root = str(Path(proposals.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.Popen(
+        [sys.executable, script], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_leaves_complete_files_only(tmp_path: Path) -> None:
+    process = start_script(tmp_path, 'if __name__ == "__main__":', 3000)
+    out = tmp_path / "out"
+    deadline = time.monotonic() + 300
+    while not (out.exists() and len(files_in(out)) > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    errors = process.communicate(timeout=300)[1]
+    assert "KeyboardInterrupt" in errors
+    assert 3 < len(files_in(out)) < 3000
+    assert all(name.startswith("A/") and name.endswith(".npz") for name in files_in(out))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    errors = start_script(tmp_path, "if True:", 40).communicate(timeout=300)[1]
+    assert "a worker process died" in errors.strip().splitlines()[-1]
+
+
+def test_a_process_computes_its_share_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, waited = make_records(tmp_path), []
+    monkeypatch.setattr(proposals, "shard", lambda items: items[1::2])
+    monkeypatch.setattr(proposals, "barrier", lambda: waited.append(files_in(tmp_path / "out")))
+    summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
+    assert summary.computed == 1
+    assert waited == [[f"{records[1].id}-{records[1].digest}.npz"]]
+
+
+# imported windows
+
+
+def test_imported_windows_keep_their_order_and_lose_the_small_ones_before_the_cut(tmp_path: Path) -> None:
+    records = make_records(tmp_path)
+    rows = [[0, 0, 19, 50], [5, 5, 90, 90], [0, 0, 200, 150], [0, 0, 20, 20], [1, 1, 60, 60]]
+    export_windows(tmp_path / "w.npz", ["000001"], [rows])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",), max_windows=3)
+    summary = propose_images(records, settings, tmp_path / "out", progress=False)
+    assert (summary.computed, summary.imported, summary.reused) == (2, 1, 0)
+    windows = read_windows(tmp_path / "out", records[1])
+    assert windows.dtype == np.float32
+    assert windows.tolist() == [rows[1], rows[2], rows[3]]
+    np.testing.assert_array_equal(
+        read_windows(tmp_path / "out", records[2]), opencv_selective_search(scene(), opencv(max_windows=3))
+    )
+
+
+def test_an_image_without_imported_windows_has_an_empty_file(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 1)
+    export_windows(tmp_path / "w.mat", [records[0].id], [np.zeros((0, 4))])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.mat",))
+    assert propose_images(records, settings, tmp_path / "out", progress=False).imported == 1
+    assert read_windows(tmp_path / "out", records[0]).shape == (0, 4)
+
+
+def test_a_missing_import_file_stops_before_anything_is_computed(tmp_path: Path) -> None:
+    settings = opencv(workers=1, import_from=(tmp_path / "absent.npz",))
+    with pytest.raises(SppnetError, match=r"absent\.npz: no such file"):
+        propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_were_never_proposed_are_asked_for(tmp_path: Path) -> None:
+    record = make_records(tmp_path, 1)[0]
+    with pytest.raises(ArtifactError, match="no windows for image VOC2007/000000; run propose first"):
+        read_windows(tmp_path / "out", record)
+    write_arrays(windows_path(tmp_path / "out", record), boxes=np.zeros((0, 4)))
+    with pytest.raises(ArtifactError, match="expected the array windows, got boxes"):
+        read_windows(tmp_path / "out", record)
+
+
+@pytest.mark.shared_data
+def test_a_real_image_gives_the_windows_that_were_computed_elsewhere(shared: Path) -> None:
+    root = shared / "voc"
+    theirs = import_windows(root / "proposals" / "selective_search_fast_VOC2007.npz")["000012"]
+    image = read_image(root / "VOCdevkit/VOC2007/JPEGImages/000012.jpg")
+    ours = opencv_selective_search(image, opencv(min_side=16, max_windows=10_000))
+    common = set(map(tuple, ours.tolist())) & set(map(tuple, theirs.tolist()))
+    assert len(common) > 0.9 * max(len(ours), len(theirs))

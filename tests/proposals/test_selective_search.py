@@ -1,0 +1,448 @@
+"""Segmentation, grouping and windows of selective search, each against a naive loop."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sppnet.boxes import pairwise_iou
+from sppnet.config import ProposalSettings
+from sppnet.data.voc import load_splits, restrict
+from sppnet.evaluation.proposals import proposal_recall
+from sppnet.images import read_image
+from sppnet.proposals import grouping
+from sppnet.proposals import selective_search as search
+from sppnet.proposals.files import match_records
+from sppnet.proposals.grouping import ONE, Similarity, group
+from sppnet.proposals.regions import Regions, describe, pixel_bins
+from sppnet.proposals.segmentation import STEPS, segment, sorted_edges
+from sppnet.proposals.selective_search import MODES, hierarchies, selective_search, shrunk
+
+OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
+ALL = Similarity()
+SETS = [*MODES["quality"].similarities, Similarity(texture=False, fill=False)]
+
+
+def scene(height: int = 150, width: int = 200) -> NDArray[np.uint8]:
+    """Three flat objects on a noisy ground."""
+    image = np.random.default_rng(0).integers(90, 120, (height, width, 3), dtype=np.uint8)
+    for (x1, y1, x2, y2), colour in zip(OBJECTS, [(250, 20, 20), (20, 250, 20), (20, 20, 250)], strict=True):
+        image[y1:y2, x1:x2] = colour
+    return image
+
+
+def noise(height: int, width: int, seed: int, grey_levels: int = 6, channels: int = 3) -> NDArray[np.uint8]:
+    """Coarse noise, full of equal edges."""
+    values = np.random.default_rng(seed).integers(0, grey_levels, (height, width, channels))
+    return (values * (255 // grey_levels)).astype(np.uint8)
+
+
+def labelled(image: NDArray[np.uint8], k: float = 60, min_size: int = 2) -> tuple[NDArray[np.int32], int]:
+    return segment(*sorted_edges(image), image.shape[:2], k, min_size)
+
+
+def regions_of(image: NDArray[np.uint8], k: float = 60, min_size: int = 2) -> Regions:
+    return describe(*labelled(image, k, min_size), pixel_bins(image))
+
+
+# segmentation
+
+
+def naive_edges(image: NDArray[np.uint8]) -> list[tuple[int, int]]:
+    """(weight, edge) in order, by comparison."""
+    height, width = image.shape[:2]
+    edges = []
+    for y in range(height):
+        for x in range(width):
+            for direction, (v, u) in enumerate(((y, x + 1), (y + 1, x))):
+                if v < height and u < width:
+                    difference = image[y, x].astype(int) - image[v, u].astype(int)
+                    distance = np.sqrt(np.float32((difference**2).sum()))
+                    edges.append((int(distance * np.float32(STEPS)), 2 * (y * width + x) + direction))
+    return sorted(edges)
+
+
+def naive_segment(image: NDArray[np.uint8], k: float, min_size: int) -> NDArray[np.int64]:
+    """Felzenszwalb & Huttenlocher's rule with a set of pixels per region."""
+    height, width = image.shape[:2]
+    members = {pixel: {pixel} for pixel in range(height * width)}
+    region, inner = {pixel: pixel for pixel in members}, dict.fromkeys(members, np.float32(k * STEPS))
+
+    def join(a: int, b: int) -> int:
+        for pixel in members[b]:
+            region[pixel] = a
+        members[a] |= members.pop(b)
+        return a
+
+    ends = [(w, e // 2, e // 2 + (width if e % 2 else 1)) for w, e in naive_edges(image)]
+    for weight, p, q in ends:
+        a, b = region[p], region[q]
+        if a != b and weight <= min(inner[a], inner[b]):
+            a = join(a, b)
+            inner[a] = np.float32(weight) + np.float32(k * STEPS) / np.float32(len(members[a]))
+    for _, p, q in ends:
+        a, b = region[p], region[q]
+        if a != b and min(len(members[a]), len(members[b])) < min_size:
+            join(a, b)
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(region[p], len(numbers)) for p in range(height * width)]).reshape(height, width)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1), (5, 6)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_edges_come_in_the_order_of_a_comparison_sort(size: tuple[int, int], channels: int) -> None:
+    image = noise(*size, seed=3, channels=channels)
+    edges, weights = sorted_edges(image)
+    assert list(zip(weights.tolist(), edges.tolist(), strict=True)) == naive_edges(image)
+
+
+def test_the_largest_weight_fits() -> None:
+    image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
+    assert sorted_edges(image)[1].tolist() == [int(np.sqrt(3 * 255**2) * STEPS)]
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([5.0, 60.0, 400.0]), st.integers(1, 9)
+)
+def test_segments_are_those_of_sets_joined_one_by_one(h: int, w: int, seed: int, k: float, min_size: int) -> None:
+    image = noise(h, w, seed)
+    labels, count = labelled(image, k, min_size)
+    expected = naive_segment(image, k, min_size)
+    np.testing.assert_array_equal(labels, expected)
+    assert count == expected.max() + 1
+
+
+def test_every_segment_is_connected_and_none_is_too_small() -> None:
+    labels, count = labelled(noise(40, 50, 1), k=100, min_size=12)
+    assert count > 5
+    for region in range(count):
+        pieces, _ = cv2.connectedComponents((labels == region).astype(np.uint8), connectivity=4)
+        assert pieces == 2  # the region and the rest
+        assert (labels == region).sum() >= 12
+
+
+def test_flat_objects_are_single_segments() -> None:
+    labels, _ = labelled(scene(), k=300, min_size=50)
+    flat = [labels[y1:y2, x1:x2] for x1, y1, x2, y2 in OBJECTS[1:]]
+    for inside in (flat[0][:80], flat[1]):
+        assert len(np.unique(inside)) == 1
+
+
+# regions
+
+
+def test_bins_count_colours_and_gradients_as_a_loop_does() -> None:
+    image = np.random.default_rng(4).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    bins = pixel_bins(image)
+    for y, x, c in np.ndindex(image.shape):
+        assert bins[y, x, c] == c * 25 + int(image[y, x, c]) * 25 // 256
+        dx = int(image[y, min(x + 1, 6), c]) - int(image[y, max(x - 1, 0), c])
+        dy = int(image[min(y + 1, 5), x, c]) - int(image[max(y - 1, 0), x, c])
+        dx, dy = (max(-64, min(64, d)) for d in (dx, dy))
+        angle = np.degrees(np.arctan2(dy, dx)) % 360
+        magnitude = min(int(np.hypot(dx, dy) / 6.4), 9)
+        assert bins[y, x, 3 + c] == c * 80 + int((angle + 22.5) % 360 // 45) * 10 + magnitude
+
+
+def test_regions_hold_what_their_pixels_hold() -> None:
+    image = noise(12, 15, 2)
+    (labels, count), bins = labelled(image), pixel_bins(image)
+    regions = describe(labels, count, bins)
+    for r in range(count):
+        ys, xs = np.nonzero(labels == r)
+        assert regions.sizes[r] == len(ys)
+        assert regions.boxes[r].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        inside = bins[labels == r].astype(int)
+        np.testing.assert_array_equal(regions.colours[r], np.bincount(inside[:, :3].ravel(), minlength=75))
+        np.testing.assert_array_equal(regions.textures[r], np.bincount(inside[:, 3:].ravel(), minlength=240))
+    assert regions.pairs.tolist() == naive_pairs(labels)
+
+
+def naive_pairs(labels: NDArray[np.int32]) -> list[list[int]]:
+    pairs = set()
+    for a, b in ((labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])):
+        pairs |= {(min(p), max(p)) for p in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True) if p[0] != p[1]}
+    return [list(pair) for pair in sorted(pairs)]
+
+
+# grouping
+
+
+def naive_similarity(regions: Regions, a: set[int], b: set[int], terms: Similarity) -> int:
+    """From the leaves below both, in whole numbers."""
+    whole, value = int(regions.sizes.sum()), 0
+    members = [sorted(a), sorted(b)]
+    sizes = [int(regions.sizes[m].sum()) for m in members]
+    for used, counts in ((terms.colour, regions.colours), (terms.texture, regions.textures)):
+        if used:
+            channels = regions.colours.shape[1] // 25
+            factors = [np.float32(ONE) / np.float32(size * channels) for size in sizes]
+            shares = [
+                (counts[m].sum(axis=0).astype(np.float32) * factor).astype(np.int64)
+                for m, factor in zip(members, factors, strict=True)
+            ]
+            value += int(np.minimum(*shares).sum())
+    if terms.size:
+        value += ONE - sum(sizes) * ONE // whole
+    if terms.fill:
+        boxes = regions.boxes[members[0] + members[1]]
+        x1, y1, x2, y2 = *boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist()
+        value += ONE - ((x2 - x1) * (y2 - y1) - sum(sizes)) * ONE // whole
+    return value
+
+
+def naive_group(regions: Regions, terms: Similarity) -> list[list[int]]:
+    """Look at every pair again before every merger; of equal pairs, the one that came first."""
+    leaves = {r: {r} for r in range(len(regions.sizes))}
+    touching = {(int(a), int(b)): place for place, (a, b) in enumerate(regions.pairs)}
+    mergers: list[list[int]] = []
+    while touching:
+        best = max(touching, key=lambda p: (naive_similarity(regions, leaves[p[0]], leaves[p[1]], terms), -touching[p]))
+        new = len(regions.sizes) + len(mergers)
+        leaves[new] = leaves[best[0]] | leaves[best[1]]
+        near = sorted({c for pair in touching if set(pair) & set(best) for c in pair} - set(best))
+        touching = {pair: place for pair, place in touching.items() if not set(pair) & set(best)}
+        start = max(touching.values(), default=0) + len(regions.pairs) + 1000 * new
+        touching |= {(c, new): start + i for i, c in enumerate(near)}
+        mergers.append(list(best))
+    return mergers
+
+
+@pytest.mark.parametrize("terms", SETS)
+@pytest.mark.parametrize("seed", range(6))
+def test_mergers_are_those_of_a_search_through_all_pairs(terms: Similarity, seed: int) -> None:
+    regions = regions_of(noise(9 + seed, 14 - seed, seed, channels=3), k=40 + 10 * seed, min_size=1 + seed % 3)
+    assert len(regions.sizes) > 8
+    boxes, mergers = group(regions, terms)
+    assert mergers.tolist() == naive_group(regions, terms)
+    assert len(boxes) == 2 * len(regions.sizes) - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**16),
+    k=st.sampled_from([1, 60, 400]),
+    min_size=st.integers(1, 6),
+    terms=st.sampled_from(SETS),
+)
+def test_mergers_of_few_regions_are_those_of_a_search_too(
+    size: tuple[int, int], channels: int, seed: int, k: int, min_size: int, terms: Similarity
+) -> None:
+    regions = regions_of(noise(*size, seed, channels=channels), k=k, min_size=min_size)
+    assert group(regions, terms)[1].tolist() == naive_group(regions, terms)
+
+
+def test_histograms_are_compared_only_where_a_bound_leaves_the_choice_open() -> None:
+    shares = np.array([[8, 1, 0], [0, 9, 0], [7, 0, 2], [9, 0, 0]], np.int32)  # of regions 0 to 2, and 3 beside them
+    tree = grouping._Tree(shares, shares, np.ones(4, np.int32), np.zeros((4, 4), np.int32))
+    regions = np.arange(3, dtype=np.int32)
+    near = grouping._Near(regions, regions.copy(), np.empty(3, np.int64), np.empty(4, np.int32), np.empty(4, np.int32))
+    contacts = grouping._Contacts(np.array([8, 9, 7], np.int32), np.zeros(3, np.bool_))  # bounds
+    partners = np.full(4, -1, np.int32)
+    terms = grouping._Terms(1, 4, False, False)
+    assert grouping._choose(tree, 3, 3, near, contacts, terms, partners) == 8
+    assert partners.tolist() == [-1, -1, -1, 0]
+    assert contacts.exact.tolist() == [True, True, False]
+    assert contacts.common.tolist() == [8, 0, 7]
+
+
+@pytest.mark.parametrize("terms", SETS)
+def test_a_background_with_many_neighbours_is_grouped_as_by_a_search_through_all_pairs(terms: Similarity) -> None:
+    rng = np.random.default_rng(3)
+    image = np.full((26, 26, 3), 90, np.uint8)
+    for y, x in itertools.product(range(1, 25, 4), repeat=2):
+        image[y : y + 2, x : x + 2] = rng.integers(0, 256, 3)
+        image[y, x + 2] = rng.integers(0, 256, 3)  # a neighbour of its own beside each speck
+    regions = regions_of(image, k=1, min_size=1)
+    degrees = np.bincount(regions.pairs.ravel())
+    assert len(degrees) > 70
+    assert degrees.max() > 70
+    assert group(regions, terms)[1].tolist() == naive_group(regions, terms)
+
+
+def test_equal_regions_merge_in_the_order_of_their_pairs() -> None:
+    checks = np.kron(np.indices((4, 5)).sum(axis=0) % 2, np.ones((3, 3))).astype(np.uint8)[..., None] * 200
+    regions = regions_of(np.repeat(checks, 3, axis=2), k=1, min_size=1)
+    assert len(regions.sizes) == 20
+    assert group(regions, ALL)[1].tolist() == naive_group(regions, ALL)
+
+
+def test_a_hierarchy_ends_with_the_whole_image_and_boxes_enclose_what_was_merged() -> None:
+    boxes, mergers = group(regions_of(noise(30, 40, 5)), ALL)
+    assert boxes[-1].tolist() == [0, 0, 40, 30]
+    made = boxes[len(boxes) - len(mergers) :]
+    np.testing.assert_array_equal(made[:, :2], boxes[mergers, :2].min(axis=1))
+    np.testing.assert_array_equal(made[:, 2:], boxes[mergers, 2:].max(axis=1))
+    assert sorted(mergers.ravel().tolist()) == list(range(len(boxes) - 1))  # every region but the last, once
+
+
+def test_one_region_is_its_own_hierarchy() -> None:
+    boxes, mergers = group(regions_of(np.full((4, 6, 3), 7, np.uint8)), ALL)
+    assert boxes.tolist() == [[0, 0, 6, 4]]
+    assert mergers.shape == (0, 2)
+
+
+def similarity_of_halves(terms: Similarity, left: int, right: int) -> float:
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:, :4], image[:, 4:] = left, right
+    labels = np.repeat([[0] * 4 + [1] * 4], 4, axis=0).astype(np.int32)
+    regions = describe(
+        labels, 2, np.where(np.arange(6) < 3, pixel_bins(image), pixel_bins(image * 0)).astype(np.uint16)
+    )
+    tree = grouping._Tree(
+        *(np.concatenate([a, a]) for a in (regions.colours, regions.colours * 0, regions.sizes, regions.boxes))
+    )
+    for region in range(2):
+        grouping._share(tree, region, 3)
+    common = grouping._intersection(tree, 0, 1)
+    return grouping._similarity(tree, 0, 1, common, grouping._Terms(3, 32, terms.size, terms.fill)) / ONE
+
+
+def test_similarities_have_their_closed_forms() -> None:
+    none = Similarity(size=False, fill=False)
+    assert similarity_of_halves(none, 100, 100) == pytest.approx(1, abs=1e-4)  # the same histogram
+    assert similarity_of_halves(none, 10, 200) == 0  # no colour in common
+    assert similarity_of_halves(Similarity(fill=False), 10, 200) == 0  # both together are the whole image
+    assert similarity_of_halves(Similarity(size=False), 10, 200) == 1  # they fill their common box
+
+
+def test_a_heap_gives_its_entries_back_in_order() -> None:
+    entries = np.random.default_rng(0).integers(0, 50, 200)
+    heap = np.empty(200, np.int64)
+    for length, entry in enumerate(entries):
+        grouping._push(heap, length, int(entry))
+    popped = [grouping._pop(heap, length) for length in range(200, 0, -1)]
+    assert popped == sorted(entries.tolist(), reverse=True)
+
+
+# windows
+
+
+def test_the_objects_of_a_simple_scene_are_found() -> None:
+    windows = selective_search(scene(), ProposalSettings())
+    assert windows.dtype == np.float32
+    assert pairwise_iou(OBJECTS.astype(float), windows).max(axis=1).min() > 0.8
+
+
+@pytest.mark.parametrize("mode", ["fast", "quality"])
+def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> None:
+    settings = ProposalSettings(mode=mode, max_windows=40, min_side=5)
+    first, second = selective_search(scene(), settings), selective_search(np.asfortranarray(scene()), settings)
+    np.testing.assert_array_equal(first, second)
+    assert len(first) == 40
+
+
+def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough() -> None:
+    windows = selective_search(scene(), ProposalSettings(min_side=25))
+    assert len(np.unique(windows, axis=0)) == len(windows) > 5
+    assert (windows == np.rint(windows)).all()
+    assert (windows[:, 2:] - windows[:, :2]).min() >= 25
+    assert windows.min() >= 0
+    assert windows[:, 2:].max(axis=0).tolist() == [200, 150]
+
+
+def test_windows_are_the_boxes_of_all_hierarchies() -> None:
+    trees = list(hierarchies(scene(), MODES["fast"]))
+    assert len(trees) == 8
+    expected = {tuple(box) for tree in trees for box in tree.tolist() if box[2] - box[0] > 19 and box[3] - box[1] > 19}
+    assert {tuple(map(int, w)) for w in selective_search(scene(), ProposalSettings())} == expected
+    assert len(list(hierarchies(scene(), MODES["quality"]))) == 80
+
+
+def test_fewer_windows_are_a_prefix_of_more() -> None:
+    many = selective_search(scene(), ProposalSettings(max_windows=40, min_side=5))
+    few = selective_search(scene(), ProposalSettings(max_windows=15, min_side=5))
+    assert len(many) > len(few) == 15
+    np.testing.assert_array_equal(few, many[:15])
+
+
+def test_the_order_is_position_times_a_hash_in_plain_integers() -> None:
+    trees = [np.random.default_rng(n).integers(0, 400, (30, 4)).astype(np.int32) for n in range(3)]
+    trees[2][:10] = trees[0][:10]
+    best: dict[tuple[int, ...], float] = {}
+    for number, tree in enumerate(trees):
+        for row, box in enumerate(tree.tolist()):
+            key = number
+            for part in (*box, 0):
+                key = (key ^ part) * 0x9E3779B97F4A7C15 % 2**64
+                key ^= key >> 32
+            priority = (len(tree) - row) * ((key >> 11) / 2**53)
+            best[tuple(box)] = min(priority, best.get(tuple(box), np.inf))
+    ordered = search._distinct(*search._prioritised(iter(trees)))
+    assert [tuple(box) for box in ordered.tolist()] == sorted(best, key=lambda box: best[box])
+
+
+def test_wide_images_are_told_apart_by_whole_rows() -> None:
+    boxes = np.array([[40_000, 0, 70_000, 9], [0, 0, 70_000, 9], [40_000, 0, 70_000, 9]])
+    assert search._distinct(boxes, np.array([0.5, 0.2, 0.1])).tolist() == [boxes[0].tolist(), boxes[1].tolist()]
+    assert search._distinct(np.zeros((0, 4), np.int64), np.zeros(0)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3), (33, 20)])
+@pytest.mark.parametrize("mode", ["fast", "quality"])
+def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int], mode: str) -> None:
+    windows = selective_search(np.full((*size, 3), 128, np.uint8), ProposalSettings(min_side=1, mode=mode))
+    assert windows.tolist() == [[0, 0, size[1], size[0]]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (3, 3)])
+def test_tiny_and_thin_noise_ends_with_windows_inside(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for mode in ("fast", "quality"):
+        windows = selective_search(image, ProposalSettings(min_side=1, mode=mode, max_side=None))
+        assert [0, 0, size[1], size[0]] in windows.tolist()
+        assert (windows[:, 2:] > windows[:, :2]).all()
+        assert (windows[:, 2:] <= [size[1], size[0]]).all()
+
+
+def test_an_image_below_min_side_has_no_windows() -> None:
+    assert selective_search(scene(19, 300)[:, :, :], ProposalSettings()).shape == (0, 4)
+
+
+def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixels() -> None:
+    large = cv2.resize(scene(), (601, 450), interpolation=cv2.INTER_NEAREST)
+    windows = selective_search(large, ProposalSettings(max_side=200))
+    assert pairwise_iou(OBJECTS * 3.0, windows).max(axis=1).min() > 0.8
+    assert (windows[:, 2:] - windows[:, :2]).min() >= 20
+    assert windows[:, 2:].max(axis=0).tolist() == [601, 450]
+    small, scale = shrunk(large, 200)
+    assert small.shape == (150, 200, 3)
+    np.testing.assert_allclose(scale, [601 / 200, 3, 601 / 200, 3])
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
+)
+def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
+    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, got uint\d+ of shape"):
+        selective_search(image, ProposalSettings())
+
+
+def test_red_and_green_are_shares_of_the_brightness() -> None:
+    image = np.array([[[0, 0, 0], [10, 10, 10], [200, 0, 0], [60, 180, 60]]], np.uint8)
+    assert search._rgi(image)[0, :, :2].tolist() == [[85, 85], [85, 85], [255, 0], [51, 153]]
+
+
+@pytest.mark.shared_data
+@pytest.mark.slow
+def test_real_objects_are_covered_as_well_as_by_opencv(shared: Path) -> None:
+    classes = ("bus", "car", "cat", "cow", "dog", "horse", "person", "sheep", "train")
+    root = shared / "voc"
+    records = restrict(load_splits(root / "VOCdevkit", ("VOC2007/val",))[0], classes)[:40]
+    theirs = match_records(records, [root / "proposals" / "selective_search_fast_VOC2007.npz"])
+    settings = ProposalSettings(min_side=16)
+    ours = {record.id: selective_search(read_image(record.path), settings) for record in records}
+    annotations = {record.id: record.annotation for record in records if record.annotation is not None}
+    mine, peer = (proposal_recall(windows, annotations, max_windows=2000) for windows in (ours, theirs))
+    assert mine.objects > 50
+    assert mine.recall >= peer.recall - 0.04
+    assert mine.mean_best_overlap >= peer.mean_best_overlap - 0.03

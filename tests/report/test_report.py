@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sppnet.evaluation.proposals import ProposalQuality
+from sppnet.evaluation.voc import ClassResult, PRCurve, VOCEvaluation
+from sppnet.records import Detections
+from sppnet.report.drawing import Picture, class_colour, contact_sheet, draw_detections, save_image
+from sppnet.report.plots import (
+    LOG_COLUMNS,
+    draw_precision_recall,
+    draw_proposal_recall,
+    draw_recall_by_windows,
+    draw_training,
+    read_training_log,
+)
+
+CLASSES = ("cat", "dog")
+HEADER = ",".join(LOG_COLUMNS)
+
+
+def grey(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 128, dtype=np.uint8)
+
+
+def detections(*found: tuple) -> Detections:
+    """Detections as (label, score, x1, y1, x2, y2)."""
+    return Detections(
+        np.array([f[2:] for f in found], dtype=np.float32).reshape(-1, 4),
+        np.array([f[1] for f in found], dtype=np.float32),
+        np.array([f[0] for f in found], dtype=np.int64),
+        CLASSES,
+    )
+
+
+def extent(picture: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """The half-open rectangle that holds every pixel of a colour."""
+    rows, columns = np.nonzero((np.asarray(picture) == colour).all(axis=2))
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+# ---- drawn boxes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_box_is_drawn_on_its_own_pixels_in_the_colour_of_its_class():
+    picture = draw_detections(grey(200, 300), detections((1, 0.5, 40, 60, 240, 180)))
+    pixels = np.asarray(picture)
+    for y, x in [(70, 40), (70, 239), (179, 100), (60, 230)]:
+        assert tuple(pixels[y, x]) == class_colour(1)
+    assert extent(picture, class_colour(1))[::2] == (40, 240)
+    assert extent(picture, class_colour(1))[3] == 180
+    assert (pixels[100:170, 60:230] == 128).all()
+
+
+def test_the_tag_stands_on_top_of_its_box():
+    picture = draw_detections(grey(200, 300), detections((0, 0.5, 40, 60, 240, 180)))
+    left, top, _, _ = extent(picture, class_colour(0))
+    assert left == 40
+    assert 40 < top < 55
+
+
+def test_lines_and_tags_grow_with_the_image():
+    small = draw_detections(grey(200, 300), detections((0, 0.5, 40, 60, 240, 180)))
+    large = draw_detections(grey(2000, 3000), detections((0, 0.5, 400, 600, 2400, 1800)))
+    assert (np.asarray(small)[150, :100] != 128).any(axis=1).sum() == 1
+    assert (np.asarray(large)[1500, :1000] != 128).any(axis=1).sum() == 14
+    assert 600 - extent(large, class_colour(0))[1] > 60
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 200), (200, 3), (24, 30), (375, 500)])
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.6, 0.6, 1, 1), (-50, -50, 9000, 9000), (0, 0.9, 1, 3)])
+def test_an_image_of_any_size_is_drawn_on_and_keeps_its_size(height, width, box):
+    picture = draw_detections(grey(height, width), detections((0, -1.25, *box)))
+    assert picture.size == (width, height)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (450, 0), (0, 340), (450, 340)])
+def test_the_whole_tag_is_inside_the_image_at_every_corner(corner):
+    shape, colour = (375, 500), class_colour(0)
+    inner = draw_detections(grey(*shape), detections((0, 0.5, 200, 200, 250, 235)))
+    picture = draw_detections(grey(*shape), detections((0, 0.5, *corner, corner[0] + 50, corner[1] + 35)))
+    tag = [(np.asarray(p) == 255).all(axis=2).sum() for p in (inner, picture)]
+    assert tag[0] == tag[1] > 0, "the letters, white on this colour, are complete"
+    assert extent(picture, colour)[2] <= 500
+
+
+def test_tags_of_neighbouring_boxes_do_not_hide_each_other():
+    one = draw_detections(grey(375, 500), detections((0, 0.5, 100, 100, 300, 300)))
+    two = draw_detections(grey(375, 500), detections((0, 0.5, 100, 100, 300, 300), (0, 0.5, 102, 102, 302, 302)))
+    letters = [(np.asarray(picture) == 255).all(axis=2).sum() for picture in (one, two)]
+    assert letters[1] == 2 * letters[0]
+
+
+def test_in_a_crowd_only_the_best_tags_that_can_be_read_are_drawn():
+    one = draw_detections(grey(375, 500), detections((0, 1, 200, 200, 210, 210)))
+    crowd = draw_detections(grey(375, 500), detections(*[(0, 1, 200, 200, 210, 210)] * 50))
+    letters = [(np.asarray(picture) == 255).all(axis=2).sum() for picture in (one, crowd)]
+    assert letters[1] % letters[0] == 0
+    assert 1 < letters[1] // letters[0] < 8
+
+
+def test_detections_below_the_threshold_and_outside_the_image_are_not_drawn():
+    found = detections((0, 0.9, 500, 500, 600, 600), (1, 0.1, 20, 20, 60, 60), (1, 0.8, 30, 30, 30, 60))
+    assert (np.asarray(draw_detections(grey(100, 100), found, threshold=0.5)) == 128).all()
+
+
+def test_no_detections_leave_the_image_as_it_is():
+    image = grey(20, 30)
+    picture = draw_detections(image, detections())
+    assert (np.asarray(picture) == image).all()
+
+
+def test_drawing_does_not_change_the_image_it_was_given():
+    image = grey(100, 100)
+    draw_detections(image, detections((0, 1, 10, 10, 50, 50)))
+    assert (image == 128).all()
+
+
+def test_the_colours_of_twenty_classes_are_far_apart_and_more_exist():
+    colours = np.array([class_colour(index) for index in range(20)], dtype=float)
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1e3 * np.eye(20)
+    assert distances.min() > 45
+    assert len({class_colour(index) for index in range(100)}) == 100
+
+
+def test_an_image_that_is_not_rgb_bytes_is_an_error():
+    with pytest.raises(ValueError, match=r"image must be uint8 RGB of shape \(H, W, 3\), got uint8 \(4, 4\)"):
+        draw_detections(np.zeros((4, 4), dtype=np.uint8), detections())
+    with pytest.raises(ValueError, match=r"got float64 \(4, 4, 3\); convert it first"):
+        draw_detections(np.zeros((4, 4, 3)), detections())
+
+
+@pytest.mark.parametrize("name", ["a/b/c.png", "c.JPG"])
+def test_a_saved_picture_can_be_read_back(tmp_path, name):
+    save_image(Image.fromarray(grey(20, 30)), tmp_path / name)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.size == (30, 20)
+
+
+def test_a_picture_of_unknown_format_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"c\.xyz: a picture is written as \.png, \.jpg, \.jpeg, got '\.xyz'"):
+        save_image(Image.fromarray(grey(2, 2)), tmp_path / "c.xyz")
+
+
+# ---- contact sheet --------------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_has_one_cell_per_picture_and_shrinks_boxes_with_their_image():
+    picture = Picture(grey(400, 400), detections((1, 0.5, 100, 200, 300, 400)), "a caption that is far too long " * 9)
+    sheet = contact_sheet([picture] * 3, columns=2, cell=(100, 200))
+    assert sheet.size == (2 * 208 + 8, 2 * 128 + 8)
+    first = sheet.crop((8, 8, 208, 108))
+    left, _, right, bottom = extent(first, class_colour(1))
+    assert left == 50 + 25
+    assert right >= 50 + 75
+    assert bottom == 100
+    assert (np.asarray(sheet)[8:236, 208:216] == 255).all(), "captions are cut at the edge of their cell"
+
+
+def test_small_images_are_not_enlarged():
+    sheet = contact_sheet([Picture(np.zeros((10, 20, 3), dtype=np.uint8), detections())], cell=(100, 200))
+    left, top, right, bottom = extent(sheet.crop((8, 8, 208, 108)), (0, 0, 0))
+    assert (right - left, bottom - top) == (20, 10)
+
+
+def test_a_sheet_without_pictures_says_so():
+    assert (np.asarray(contact_sheet([])) < 100).any()
+
+
+def test_a_sheet_without_columns_is_an_error():
+    with pytest.raises(ValueError, match=r"at least 1 column and cells of at least 16 x 16, got 0 and \(270, 360\)"):
+        contact_sheet([], columns=0)
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def evaluation(count: int) -> VOCEvaluation:
+    """Class 0 is absent, class 1 has no detections, the others have a falling curve."""
+    empty = PRCurve(*(np.zeros(0) for _ in range(3)))
+    falling = PRCurve(np.linspace(0.1, 0.8, 8), np.linspace(1, 0.4, 8), np.linspace(2, -1, 8))
+    results = [ClassResult(None, empty, 0, 0), ClassResult(0.0, empty, 4, 0)]
+    results += [ClassResult(0.6, falling, 10, 8)] * count
+    return VOCEvaluation({f"class{i}": r for i, r in enumerate(results[:count])}, "area", 0.5, False)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_precision_recall_has_a_panel_per_class(count):
+    width, height = draw_precision_recall(evaluation(count)).size
+    assert width > 250 * min(count, 4)
+    assert height > 250 * count / 6
+
+
+def test_training_and_proposals_are_drawn():
+    log = {name: np.linspace(0, 1, 7) for name in LOG_COLUMNS} | {"val_loss": np.full(7, np.nan)}
+    assert draw_training(log).size == (1080, 432)
+    none = ProposalQuality(np.zeros(0), 0.5, float("nan"))
+    some = ProposalQuality(np.linspace(0, 1, 9), 0.5, 20.0)
+    assert draw_proposal_recall({"edge boxes": some, "nothing": none}).size == draw_proposal_recall({}).size
+
+
+def test_recall_by_windows_can_be_drawn_with_and_without_objects():
+    some = {n: ProposalQuality(np.linspace(0.2, 0.9, 9), 0.5, n) for n in (100, 1000)}
+    none = {n: ProposalQuality(np.zeros(0), 0.5, n) for n in (100, 1000)}
+    drawn = draw_recall_by_windows({"some": some, "nothing": none})
+    assert drawn.size == draw_recall_by_windows({}).size
+    assert np.asarray(drawn).tobytes() != np.asarray(draw_recall_by_windows({})).tobytes()
+
+
+def test_the_training_log_is_read_by_column_and_an_empty_cell_is_nan(tmp_path):
+    (tmp_path / "log.csv").write_text(f"{HEADER}\n20,1.5,0.25,,,0.001\n40,1.25,0.5,1.75,0.125,0.0001\n")
+    log = read_training_log(tmp_path / "log.csv")
+    assert list(log) == list(LOG_COLUMNS)
+    assert log["loss"].tolist() == [1.5, 1.25]
+    assert np.isnan(log["val_loss"][0])
+    assert log["learning_rate"][1] == 1e-4
+
+
+def test_a_training_log_without_lines_is_empty_and_can_be_drawn(tmp_path):
+    (tmp_path / "log.csv").write_text(HEADER + "\n")
+    log = read_training_log(tmp_path / "log.csv")
+    assert all(len(values) == 0 for values in log.values())
+    assert draw_training(log).size == (1080, 432)
+
+
+@pytest.mark.parametrize("text", ["", "step,loss\n1,2\n"])
+def test_a_training_log_without_a_column_is_an_error(tmp_path, text):
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"log\.csv: expected the columns step, loss, .*learning_rate not found"):
+        read_training_log(tmp_path / "log.csv")
+
+
+def test_a_training_log_with_words_is_an_error(tmp_path):
+    (tmp_path / "log.csv").write_text(f"{HEADER}\n20,1.5,0.25,,,0.001\n40,half,,,,\n")
+    with pytest.raises(ValueError, match=r"log\.csv, line 3: expected a number, got 'half'; delete the line"):
+        read_training_log(tmp_path / "log.csv")
+
+
+def test_a_missing_training_log_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"log\.csv: cannot read the training log \(No such file.*\); fine-tune first"):
+        read_training_log(tmp_path / "log.csv")
+
+
+def test_curves_are_drawn_without_the_global_state_of_pyplot():
+    code = "import sys, sppnet.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

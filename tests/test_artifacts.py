@@ -1,0 +1,261 @@
+"""Artifacts on disk: complete or not there, named by content, and never pickled."""
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sppnet.artifacts import (
+    cache_arrays,
+    digest_of,
+    file_digest,
+    has_arrays,
+    read_arrays,
+    read_json,
+    read_tensors,
+    tensors_digest,
+    write_arrays,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from sppnet.errors import ArtifactError
+
+ARRAYS = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.array([0.5], np.float16), "none": np.zeros((0, 4))}
+TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "empty": torch.zeros(0, 4)}
+WRITERS = {
+    "text": lambda path: write_text(path, "x"),
+    "json": lambda path: write_json(path, 1),
+    "arrays": lambda path: write_arrays(path, a=np.zeros(2)),
+    "tensors": lambda path: write_tensors(path, TENSORS),
+}
+
+
+def test_arrays_come_back_with_their_types_and_shapes(tmp_path):
+    write_arrays(tmp_path / "deep" / "er" / "x.npz", **ARRAYS)
+    found = read_arrays(tmp_path / "deep" / "er" / "x.npz")
+    assert list(found) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_tensors_come_back_with_their_types_and_shapes(tmp_path):
+    transposed = {**TENSORS, "view": TENSORS["w"].T}  # not contiguous, shares memory
+    write_tensors(tmp_path / "x.safetensors", transposed, {"note": "text"})
+    found = read_tensors(tmp_path / "x.safetensors")
+    assert set(found) == set(transposed)
+    for name, tensor in transposed.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_json_comes_back(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, 2.5, None], "b": "é"})
+    assert read_json(tmp_path / "x.json") == {"a": [1, 2.5, None], "b": "é"}
+
+
+@pytest.mark.parametrize("failure", [ValueError("in the middle"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, failure, old):
+    path = tmp_path / "x.bin"
+    if old is not None:
+        path.write_bytes(old)
+
+    def write(file):
+        file.write(b"half of")
+        file.flush()
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_atomically(path, write)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["x.bin"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    write_text(tmp_path / "x", "old " * 1000)
+    with (tmp_path / "x").open() as reader:
+        assert reader.read(4) == "old "
+        write_text(tmp_path / "x", "new")
+        assert reader.read() == "old " * 999
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_full_disk_is_reported_with_the_next_step(tmp_path):
+    def write(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(
+        ArtifactError, match=r"x\.bin: cannot write \(No space left on device\); free some space or choose"
+    ):
+        write_atomically(tmp_path / "x.bin", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path, kind):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ArtifactError, match=r"x: cannot write \((File exists|Not a directory)\); free some space"):
+        WRITERS[kind](tmp_path / "file" / "x")
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from sppnet.artifacts import write_atomically\n"
+        "def write(file):\n    file.write(b'n' * 100_000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(Path(sys.argv[1]), write)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert done.returncode == -9
+    assert path.read_bytes() == b"old"
+
+
+class Steps(list):
+    """What happened, in order: the inode and the name of what was synchronised, and renames."""
+
+    def watch(self, monkeypatch):
+        fsync, replace = os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda handle: (self.append(("sync", os.fstat(handle).st_ino)), fsync(handle)))
+        monkeypatch.setattr(Path, "replace", lambda own, new: (self.append(("name", new)), replace(own, new)))
+        return self
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_are_new_folders(tmp_path, monkeypatch, kind):
+    steps = Steps().watch(monkeypatch)
+    path = tmp_path / "stage" / "VOC2007" / "x"
+    WRITERS[kind](path)
+    folders = [path.parent, path.parent.parent, tmp_path]
+    assert steps == [("sync", path.stat().st_ino), ("name", path), *(("sync", f.stat().st_ino) for f in folders)]
+
+
+def test_a_folder_that_cannot_be_synchronised_is_no_error_but_a_file_is(tmp_path, monkeypatch):
+    def refuse(folders):
+        def fsync(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode) == folders:
+                raise OSError(22, "Invalid argument")
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(folders=True))
+    write_text(tmp_path / "x", "new")
+    monkeypatch.setattr(os, "fsync", refuse(folders=False))
+    with pytest.raises(ArtifactError, match=r"x: cannot write \(Invalid argument\); free some space"):
+        write_text(tmp_path / "x", "newer")
+    assert (tmp_path / "x").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_cached_arrays_are_the_same_without_waiting_for_the_disk(tmp_path, monkeypatch):
+    steps = Steps().watch(monkeypatch)
+    cache_arrays(tmp_path / "x.npz", **ARRAYS)
+    assert steps == [("name", tmp_path / "x.npz")]
+    found = read_arrays(tmp_path / "x.npz")
+    assert all(np.array_equal(found[name], ARRAYS[name]) for name in ARRAYS)
+    with pytest.raises(ValueError, match=r"x\.npz: bad holds Python objects, expected numbers or text"):
+        cache_arrays(tmp_path / "x.npz", bad=np.array([None, {}]))
+
+
+def test_an_archive_without_its_end_is_none(tmp_path):
+    path = tmp_path / "x.npz"
+    assert not has_arrays(path)
+    write_arrays(path, **ARRAYS)
+    assert has_arrays(path)
+    whole = path.read_bytes()
+    for left in (b"", whole[:100], whole[:-1], whole[:-100] + bytes(100)):
+        path.write_bytes(left)
+        assert not has_arrays(path)
+
+
+def test_an_array_of_python_objects_is_refused_because_it_would_be_pickled(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.npz: bad holds Python objects, expected numbers or text"):
+        write_arrays(tmp_path / "x.npz", good=np.zeros(2), bad=np.array([None, {}]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_in_an_archive_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", bad=np.array([print], dtype=object))
+    with pytest.raises(ArtifactError, match=r"x\.npz: cannot read this artifact \(Object arrays cannot be loaded"):
+        read_arrays(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 30, 100, 300, -1])
+def test_a_truncated_archive_is_reported_with_the_next_step(tmp_path, length):
+    path = tmp_path / "x.npz"
+    write_arrays(path, **ARRAYS)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(
+        ArtifactError, match=r"x\.npz: cannot read this artifact \(.*\); delete it and run the stage again"
+    ):
+        read_arrays(path)
+
+
+def test_a_damaged_archive_gives_an_error_of_ours_or_the_same_arrays(tmp_path):
+    path = tmp_path / "x.npz"
+    write_arrays(path, **ARRAYS)
+    whole = path.read_bytes()
+    refused = 0
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            found = read_arrays(path)
+        except ArtifactError:
+            refused += 1
+        else:
+            assert all(np.array_equal(found[name], ARRAYS[name]) for name in found if name in ARRAYS)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      more", b"\xff" * 64])
+def test_damaged_tensors_and_json_are_reported_with_the_next_step(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"x: cannot read this artifact \(.*\); delete it and run the stage again"):
+        read_tensors(tmp_path / "x")
+    with pytest.raises(ArtifactError, match=r"x: cannot read this artifact \(.*\); delete it and run the stage again"):
+        read_json(tmp_path / "x")
+
+
+def test_a_missing_artifact_is_reported(tmp_path):
+    for read in (read_json, read_arrays, read_tensors):
+        with pytest.raises(ArtifactError, match=r"none: cannot read this artifact"):
+            read(tmp_path / "none")
+
+
+def test_a_digest_is_the_same_on_every_machine_and_every_day():
+    text = b'["stage", {"a": [1.5, null, true], "b": 1}, "\\u00e9"]'
+    assert digest_of("stage", {"b": 1, "a": [1.5, None, True]}, "é") == hashlib.sha256(text).hexdigest()[:16]
+    assert digest_of() == "4f53cda18c2baa0c"  # of the text []
+
+
+def test_a_digest_depends_on_every_value_but_not_on_the_order_of_keys():
+    value = {"a": 1, "b": {"c": [1, 2]}}
+    assert digest_of(value) == digest_of({"b": {"c": [1, 2]}, "a": 1})
+    others = [{"a": 2, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [2, 1]}}, {"a": "1", "b": {"c": [1, 2]}}, {"a": 1}]
+    assert len({digest_of(value), *map(digest_of, others)}) == 5
+    assert digest_of("a", "b") != digest_of("ab")
+
+
+def test_the_digest_of_a_file_is_that_of_its_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea"  # the first digits of SHA-256("abc"), FIPS 180-2
+
+
+def test_the_digest_of_tensors_covers_names_types_shapes_and_values():
+    value = torch.arange(6.0)
+    first = tensors_digest({"a": value, "b": torch.tensor(1)})
+    assert first == tensors_digest({"b": torch.tensor(1), "a": value})
+    assert first == tensors_digest({"a": torch.arange(6.0).repeat_interleave(2)[::2], "b": torch.tensor(1)})
+    others = [{"a": value + 1}, {"c": value}, {"a": value.double()}, {"a": value.reshape(2, 3)}]
+    assert len({first, *(tensors_digest({"b": torch.tensor(1), **other}) for other in others)}) == 5

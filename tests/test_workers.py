@@ -1,0 +1,118 @@
+"""Work shared by processes: the same results as in one, errors as they are, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sppnet import workers
+from sppnet.errors import SppnetError
+from sppnet.workers import FEW, available_cores, map_in_workers
+
+
+class Doubler:
+    """Twice an item, and the process that computed it; refuses one item."""
+
+    def __init__(self, refused: int = -1) -> None:
+        self.refused, self.process = refused, os.getpid()
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        if item == self.refused:
+            raise SppnetError(f"item {item} is refused")
+        return 2 * item, self.process
+
+
+def refuse_to_start() -> Doubler:
+    raise SppnetError("cannot start")
+
+
+@pytest.mark.parametrize("count", [0, 1, FEW - 1])
+def test_few_items_are_done_in_this_process_in_their_order(count):
+    assert list(map_in_workers(Doubler, range(count), 4)) == [(i, (2 * i, os.getpid())) for i in range(count)]
+
+
+def test_one_worker_is_this_process():
+    assert {process for _, (_, process) in map_in_workers(Doubler, range(FEW), 1)} == {os.getpid()}
+
+
+def test_many_items_are_shared_by_processes_that_each_prepare_once():
+    done = dict(map_in_workers(Doubler, range(FEW + 5), 2))
+    assert {item: double for item, (double, _) in done.items()} == {item: 2 * item for item in range(FEW + 5)}
+    processes = {process for _, process in done.values()}
+    assert 1 <= len(processes) <= 2
+    assert os.getpid() not in processes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(partial(Doubler, 3), "item 3 is refused"), (refuse_to_start, "cannot start")]
+)
+@pytest.mark.parametrize("count", [8, FEW])
+def test_errors_arrive_as_they_are(make, message, count):
+    with pytest.raises(SppnetError, match=message):
+        list(map_in_workers(make, range(count), 2))
+
+
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert available_cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert available_cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert available_cores() == 1
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_workers import Slow
+from sppnet.workers import map_in_workers
+if __name__ == "__main__":
+    for _ in map_in_workers(Slow, range(40), 2):
+        print(os.getpid(), flush=True)
+"""
+
+
+class Slow:
+    """Leaves a file that names its process while it lives."""
+
+    def __call__(self, item: int) -> None:
+        Path(f"worker-{os.getpid()}").touch()
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(Path(__file__).parent)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        parent.kill()
+    processes = [int(path.name.split("-")[1]) for path in tmp_path.glob("worker-*")]
+    assert processes
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(_lives(process) for process in processes):
+        time.sleep(0.1)
+    assert not any(_lives(process) for process in processes)
+
+
+def _lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_prepares_a_worker_leaves_this_process_alone(monkeypatch):
+    before = dict(os.environ)
+    list(map_in_workers(Doubler, range(4), 2))
+    assert dict(os.environ) == before
+    assert workers._work == []
