@@ -161,7 +161,7 @@ OUTLINES: Mapping[str, NDArray[np.float64]] = {  # polygons (V, 2) that fill abo
 
 
 def _place(rng: Generator, size: tuple[int, int], others: list[_Shape]) -> _Shape | None:
-    """A shape that leaves itself and the others visible enough; None where there is no room."""
+    """A shape that leaves itself and the others visible enough; None where no place was found."""
     crowded = bool(others) and rng.random() < CROWDED
     for _ in range(TRIES):
         if crowded:  # on a visible pixel of another

@@ -165,9 +165,12 @@ def _share(tree: Any, region: int) -> None:
 @compiled(error_model="numpy")
 def _combine(tree: Any, a: int, b: int, new: int) -> None:
     tree.sizes[new] = tree.sizes[a] + tree.sizes[b]
-    tree.boxes[new, :2] = np.minimum(tree.boxes[a, :2], tree.boxes[b, :2])
-    tree.boxes[new, 2:] = np.maximum(tree.boxes[a, 2:], tree.boxes[b, 2:])
-    tree.counts[new] = tree.counts[a] + tree.counts[b]
+    for corner in range(2):
+        tree.boxes[new, corner] = min(tree.boxes[a, corner], tree.boxes[b, corner])
+        tree.boxes[new, corner + 2] = max(tree.boxes[a, corner + 2], tree.boxes[b, corner + 2])
+    counts, ours, theirs = tree.counts[new], tree.counts[a], tree.counts[b]
+    for i in range(counts.shape[0]):
+        counts[i] = ours[i] + theirs[i]
     _share(tree, new)
 
 
