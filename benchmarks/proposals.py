@@ -21,15 +21,14 @@ import cv2
 import numpy as np
 from examples import pictures, shared, spread
 from machine import alternate, cpu_seconds, describe, milliseconds, ratio
+from matplotlib.figure import Figure
 
 from sppnet.config import ProposalSettings
 from sppnet.data.voc import load_splits, restrict
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.images import read_image
-from sppnet.proposals.search import opencv_selective_search
-from sppnet.proposals.selective_search import selective_search
+from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
-from sppnet.report.plots import draw_recall_by_windows
 
 CLASSES = ("bus", "car", "cat", "cow", "dog", "horse", "person", "sheep", "train")
 COUNTS = (100, 200, 500, 1000, 1500, 2000)
@@ -54,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number, min_side in enumerate(options.min_sides if records else []):
         results = compare_recall(records, ProposalSettings(mode=options.mode, min_side=min_side))
         if number == 0 and options.picture is not None:
-            options.picture.parent.mkdir(parents=True, exist_ok=True)
-            draw_recall_by_windows(results).save(options.picture, optimize=True)
+            draw_recall(results, options.picture)
     return 0
 
 
@@ -97,6 +95,19 @@ def compare_recall(records: list[ImageRecord], settings: ProposalSettings) -> di
         overlaps = f"{a.recall:.3f} | {b.recall:.3f} | {a.mean_best_overlap:.3f} | {b.mean_best_overlap:.3f}"
         print(f"| {count:,} | {overlaps} | {a.mean_windows:.0f} | {b.mean_windows:.0f} |", flush=True)
     return results
+
+
+def draw_recall(results: dict[str, dict[int, ProposalQuality]], path: Path) -> None:
+    """Recall and mean best overlap over the number of windows an image may keep."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    for axes, value in zip(figure.subplots(1, 2), ("recall", "mean_best_overlap"), strict=True):
+        for name, by_count in results.items():
+            axes.plot(list(by_count), [getattr(q, value) for q in by_count.values()], marker="o", label=name)
+        axes.set(xlabel="windows per image", title=value.replace("_", " "), ylim=(0, 1.02))
+        axes.grid(color="#e6e8eb")
+        axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

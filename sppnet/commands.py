@@ -18,7 +18,7 @@ from sppnet import distributed
 from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config
-from sppnet.data.voc import read_annotation, read_comp4, read_image_set, stated_size
+from sppnet.data.voc import read_annotation, read_comp4, read_image_set
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
@@ -153,7 +153,7 @@ def _score(options: argparse.Namespace) -> int:
     if not classes:
         raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
     files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set)}
-    annotations = {image: read_annotation(path, stated_size(path))[0] for image, path in files.items()}
+    annotations = {image: read_annotation(path)[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()

@@ -10,14 +10,14 @@ from __future__ import annotations
 import colorsys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import cv2
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import read_json, write_json, write_text
 from sppnet.data.voc import write_annotation
@@ -28,7 +28,7 @@ Pixels = NDArray[np.float32]  # (H, W, 3) RGB in [0, 1]
 VERSION = 1  # changes with everything that changes a pixel or a box
 YEAR = "SHAPES"  # the year folder; splits are SHAPES/train, SHAPES/val, SHAPES/trainval, SHAPES/test
 SETS = ("train", "val", "test")
-DEFAULT_IMAGES: Mapping[str, int] = MappingProxyType({"train": 240, "val": 60, "test": 100})
+DEFAULT_IMAGES: Mapping[str, int] = {"train": 240, "val": 60, "test": 100}
 SETTINGS_FILE = "shapes.json"
 
 HEIGHTS, WIDTHS = (208, 272), (280, 360)
@@ -79,18 +79,21 @@ def generate_shapes(root: Path | str, images: Mapping[str, int] = DEFAULT_IMAGES
         raise SppnetError(f"images must map some of {', '.join(SETS)} to counts of at least 1, got {dict(images)}")
     devkit = Path(root) / "VOCdevkit"
     settings = {"version": VERSION, "seed": seed, "images": dict(images)}
-    if (devkit / YEAR).exists():
-        _check_same(devkit / YEAR, settings)
-        return devkit
-    devkit.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=devkit) as temporary:
-        complete = Path(temporary) / YEAR
-        _write_folder(complete, images, seed)
-        write_json(complete / SETTINGS_FILE, settings)
-        try:
-            complete.rename(devkit / YEAR)
-        except OSError:  # another process was faster
-            _check_same(devkit / YEAR, settings)
+    if not (devkit / YEAR).exists():
+        devkit.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shapes-", dir=devkit) as temporary:
+            complete = Path(temporary) / YEAR
+            _write_folder(complete, images, seed)
+            write_json(complete / SETTINGS_FILE, settings)
+            with suppress(OSError):  # another process was faster
+                complete.rename(devkit / YEAR)
+    try:
+        found = read_json(devkit / YEAR / SETTINGS_FILE)
+    except ArtifactError:
+        found = "something else"
+    if found != settings:
+        expected = f"{devkit / YEAR}: expected shapes of {settings}"
+        raise SppnetError(f"{expected}, found {found}; delete it or choose another folder")
     return devkit
 
 
@@ -101,10 +104,11 @@ def draw_scene(rng: Generator) -> Scene:
     visible, behind others or beyond the edge, is difficult.
     """
     size = (int(rng.integers(*HEIGHTS)), int(rng.integers(*WIDTHS)))
-    image, backdrop = _background(rng, size)
+    backdrop = _colour(rng, saturation=(0.05, 0.3), value=(0.25, 0.85))
+    image = _textured(rng, size, backdrop, contrast=rng.uniform(0.03, 0.12))
+    image += (_smooth_noise(rng, size, rng.uniform(40, 120))[..., None] - 0.5) * 0.2
     _add_clutter(rng, image)
-    shapes: list[_Shape] = []
-    colours = [backdrop]
+    shapes, colours = list[_Shape](), [backdrop]
     for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))):
         placed = _place(rng, size, shapes)
         if placed is None:
@@ -115,12 +119,9 @@ def draw_scene(rng: Generator) -> Scene:
         shapes = [*(shape.behind(placed.cover) for shape in shapes), placed]
     image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0.005, 0.025))
     pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    boxes = np.array([_tight_box(shape.visible) for shape in shapes], dtype=np.float64)
+    boxes = np.array([tight_box(shape.visible) for shape in shapes], dtype=np.float64)
     difficult = tuple(shape.share < DIFFICULT_BELOW for shape in shapes)
     return Scene(pixels, boxes, tuple(shape.name for shape in shapes), difficult)
-
-
-# --- files ------------------------------------------------------------------------------------------
 
 
 def _write_folder(folder: Path, images: Mapping[str, int], seed: int) -> None:
@@ -128,46 +129,30 @@ def _write_folder(folder: Path, images: Mapping[str, int], seed: int) -> None:
     (folder / "JPEGImages").mkdir(parents=True)
     for name, of_set in stems.items():
         for number, stem in enumerate(of_set):
-            _write_scene(folder, stem, draw_scene(np.random.default_rng([seed, SETS.index(name), number])))
+            scene = draw_scene(np.random.default_rng([seed, SETS.index(name), number]))
+            encoded = cv2.imencode(".jpg", scene.pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            (folder / "JPEGImages" / f"{stem}.jpg").write_bytes(encoded.tobytes())
+            path, (height, width, _) = folder / "Annotations" / f"{stem}.xml", scene.pixels.shape
+            write_annotation(path, (height, width), scene.boxes, scene.names, scene.difficult)
     stems["trainval"] = [*stems.get("train", ()), *stems.get("val", ())]
     for name, of_set in stems.items():
         if of_set:
             write_text(folder / "ImageSets" / "Main" / f"{name}.txt", "\n".join([*of_set, ""]))
 
 
-def _write_scene(folder: Path, stem: str, scene: Scene) -> None:
-    encoded = cv2.imencode(".jpg", scene.pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-    (folder / "JPEGImages" / f"{stem}.jpg").write_bytes(encoded.tobytes())
-    size = (scene.pixels.shape[0], scene.pixels.shape[1])
-    write_annotation(folder / "Annotations" / f"{stem}.xml", size, scene.boxes, scene.names, scene.difficult)
-
-
-def _check_same(folder: Path, settings: Mapping[str, object]) -> None:
-    try:
-        found = read_json(folder / SETTINGS_FILE)
-    except ArtifactError:
-        found = "something else"
-    if found != settings:
-        raise SppnetError(f"{folder}: expected shapes of {settings}, found {found}; delete it or choose another folder")
-
-
 # --- shapes -----------------------------------------------------------------------------------------
 
 
-def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> NDArray[np.float64]:
+def _regular(corners: int, radii: ArrayLike = 1.0) -> NDArray[np.float64]:
     """Corners on circles of these radii by turns: (V, 2)."""
     angles = np.arange(corners) * 2 * np.pi / corners
     return np.resize(radii, corners)[:, None] * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
 
 
-def _cross(arm: float = 0.34) -> NDArray[np.float64]:
-    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
-    turns = (np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), turn) for turn in range(4))
-    return np.concatenate([quarter @ turn.T for turn in turns])
-
-
+ARM = 0.34  # half the width of a cross's arms
+QUARTER = np.array([(ARM, -1), (ARM, -ARM), (1, -ARM)])
 OUTLINES: Mapping[str, NDArray[np.float64]] = {  # polygons (V, 2) that fill about [-1, 1]²
-    "cross": _cross(),
+    "cross": np.concatenate([QUARTER @ np.linalg.matrix_power([[0, 1], [-1, 0]], turn) for turn in range(4)]),
     "disc": _regular(60),
     "square": _regular(4) / np.sqrt(0.5) * 0.64,
     "star": _regular(10, (1.08, 0.46)),
@@ -176,10 +161,15 @@ OUTLINES: Mapping[str, NDArray[np.float64]] = {  # polygons (V, 2) that fill abo
 
 
 def _place(rng: Generator, size: tuple[int, int], others: list[_Shape]) -> _Shape | None:
-    """A shape that leaves itself and the others visible enough; None where there is no room."""
+    """A shape that leaves itself and the others visible enough; None where no place was found."""
     crowded = bool(others) and rng.random() < CROWDED
     for _ in range(TRIES):
-        centre = _visible_point(rng, others) if crowded else rng.uniform((0, 0), (size[1], size[0]))
+        if crowded:  # on a visible pixel of another
+            rows, columns = np.nonzero(others[int(rng.integers(len(others)))].visible)
+            chosen = int(rng.integers(len(rows)))
+            centre = np.array([columns[chosen], rows[chosen]], dtype=np.float64)
+        else:
+            centre = rng.uniform((0, 0), (size[1], size[0]))
         shape = _random_shape(rng, size, centre)
         least = (VISIBLE_AT_LEAST if crowded else other.share - 0.05 for other in others)
         left = (other.behind(shape.cover).share for other in others)
@@ -188,31 +178,24 @@ def _place(rng: Generator, size: tuple[int, int], others: list[_Shape]) -> _Shap
     return None
 
 
-def _visible_point(rng: Generator, shapes: list[_Shape]) -> NDArray[np.float64]:
-    """(x, y) of a visible pixel of one of the shapes."""
-    rows, columns = np.nonzero(shapes[int(rng.integers(len(shapes)))].visible)
-    chosen = int(rng.integers(len(rows)))
-    return np.array([columns[chosen], rows[chosen]], dtype=np.float64)
-
-
 def _random_shape(rng: Generator, size: tuple[int, int], centre: NDArray[np.float64]) -> _Shape:
     name = str(rng.choice(list(OUTLINES)))
     side = float(np.exp(rng.uniform(*np.log(SIDES))))
     angle, stretch = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-0.15, 0.15))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     corners = (OUTLINES[name] * side / 2 * (stretch, 1 / stretch)) @ turn.T + centre
-    cover = _fill(corners, size)
-    return _Shape(name, cover, _area(corners), cover >= 0.5)
+    cover = polygon_cover(corners, size)
+    return _Shape(name, cover, polygon_area(corners), cover >= 0.5)
 
 
-def _area(corners: NDArray[np.float64]) -> float:
-    """Of a polygon, by the shoelace formula."""
+def polygon_area(corners: NDArray[np.float64]) -> float:
+    """Of a polygon (V, 2), by the shoelace formula."""
     x, y = corners.T
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 
-def _fill(corners: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
-    """Cover (H, W) in [0, 1] of a polygon, smooth at its edges; pixel (0, 0) spans [0, 1]²."""
+def polygon_cover(corners: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
+    """Cover (H, W) in [0, 1] of a polygon (V, 2), smooth at its edges; pixel (0, 0) spans [0, 1]²."""
     cover = np.zeros(size, dtype=np.float32)
     x1, y1 = np.floor(corners.min(axis=0)).clip(0, size[::-1]).astype(int)
     x2, y2 = np.ceil(corners.max(axis=0)).clip(0, size[::-1]).astype(int)
@@ -225,7 +208,8 @@ def _fill(corners: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
     return cover
 
 
-def _tight_box(visible: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+def tight_box(visible: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """The smallest half-open box of the true pixels of (H, W); zeros where there is none."""
     rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
@@ -259,19 +243,11 @@ def _checks(rng: Generator, size: tuple[int, int]) -> Pixels:
     return ((np.floor(u / period) + np.floor(v / period)) % 2).astype(np.float32)
 
 
-def _noise(rng: Generator, size: tuple[int, int]) -> Pixels:
-    return _smooth_noise(rng, size, rng.uniform(2, 7))
-
-
-def _gradient(rng: Generator, size: tuple[int, int]) -> Pixels:
-    return np.sin(_ramp(rng, size) * (np.pi / rng.uniform(60, 160))) / 2 + 0.5
-
-
 TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], Pixels]] = {  # values (H, W) in [0, 1]
     "stripes": _stripes,
     "checks": _checks,
-    "noise": _noise,
-    "gradient": _gradient,
+    "noise": lambda rng, size: _smooth_noise(rng, size, rng.uniform(2, 7)),
+    "gradient": lambda rng, size: np.sin(_ramp(rng, size) * (np.pi / rng.uniform(60, 160))) / 2 + 0.5,
 }
 
 
@@ -281,31 +257,22 @@ def _textured(rng: Generator, size: tuple[int, int], colour: Pixels, contrast: f
     return colour + (texture[..., None] - 0.5) * contrast * rng.uniform(0.4, 1, 3).astype(np.float32)
 
 
-def _background(rng: Generator, size: tuple[int, int]) -> tuple[Pixels, Pixels]:
-    """Pixels of a muted background, and its colour."""
-    colour = _colour(rng, saturation=(0.05, 0.3), value=(0.25, 0.85))
-    image = _textured(rng, size, colour, contrast=rng.uniform(0.03, 0.12))
-    image += (_smooth_noise(rng, size, rng.uniform(40, 120))[..., None] - 0.5) * 0.2
-    return image, colour
-
-
 def _add_clutter(rng: Generator, image: Pixels) -> None:
     """Draw thin lines and irregular specks, too small and ragged to be one of the shapes."""
-    size = (image.shape[0], image.shape[1])
+    height, width, _ = image.shape
     for _ in range(int(rng.integers(0, 5))):
-        ends = rng.uniform((0, 0), (size[1], size[0]), (2, 2))
+        ends = rng.uniform((0, 0), (width, height), (2, 2))
         along = ends[1] - ends[0]
         across = np.array([-along[1], along[0]]) / np.hypot(*along) * rng.uniform(0.5, 1.5)
         corners = np.concatenate([ends + across, ends[::-1] - across])
-        _paint(rng, image, _fill(corners, size), _colour(rng, (0, 0.6), (0.1, 0.95)))
+        _paint(rng, image, polygon_cover(corners, (height, width)), _colour(rng, (0, 0.6), (0.1, 0.95)))
     for _ in range(int(rng.integers(3, 14))):
-        radii = rng.uniform(1.5, 7, 9)
-        corners = _regular(9, tuple(radii)) + rng.uniform((0, 0), (size[1], size[0]))
-        _paint(rng, image, _fill(corners, size), _colour(rng, (0, 0.6), (0.1, 0.95)))
+        corners = _regular(9, rng.uniform(1.5, 7, 9)) + rng.uniform((0, 0), (width, height))
+        _paint(rng, image, polygon_cover(corners, (height, width)), _colour(rng, (0, 0.6), (0.1, 0.95)))
 
 
 def _paint(rng: Generator, image: Pixels, cover: Pixels, colour: Pixels) -> None:
-    x1, y1, x2, y2 = _tight_box(cover > 0)
+    x1, y1, x2, y2 = tight_box(cover > 0)
     pixels = _textured(rng, (y2 - y1, x2 - x1), colour, contrast=rng.uniform(0.1, 0.4))
     image[y1:y2, x1:x2] += cover[y1:y2, x1:x2, None] * (pixels - image[y1:y2, x1:x2])
 

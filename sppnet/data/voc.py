@@ -32,20 +32,8 @@ from sppnet.images import image_size
 from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
-FLAGS = frozenset({"-1", "0", "1"})  # second column of an image set: not in the image, difficult, in it
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 INWARD = np.array([1, 1, 0, 0], dtype=np.float64)  # 1-based inclusive corners minus half-open ones
-
-ZERO_AREA = "zero-area box"
-CLIPPED = "box clipped to the image"
-OUTSIDE = "box outside the image"
-WRONG_SIZE = "annotation size disagrees with the image"
-NO_ANNOTATION = "image without annotation, not evaluated"
-
-
-def stated_size(path: Path) -> tuple[int, int] | None:
-    """The (height, width) that an annotation file states; None where it states none. Raises as `read_annotation`."""
-    return _stated_size(_xml_root(path))
 
 
 def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[Annotation, SkipCounts]:
@@ -53,26 +41,31 @@ def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[An
 
     Documented skips, counted: boxes with xmax <= xmin or ymax <= ymin ("zero-area box": a click or a slip)
     and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a <size> that
-    differs from `size` is only counted, `size` wins. Without `size` boxes are clipped at the left and top
-    edges alone. A missing <difficult> means 0. No object at all is ordinary.
+    differs from `size` is only counted, `size` wins. Without `size` the stated one holds, where there is one;
+    else boxes are clipped at the left and top edges alone. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
     corners = as_boxes([corners for _, corners, _ in objects])
-    limit = size or (math.inf, math.inf)
-    boxes = np.clip(corners - INWARD, 0, np.array([limit[1], limit[0]] * 2))
+    stated = _stated_size(root)
+    height, width = size or stated or (math.inf, math.inf)
+    boxes = np.clip(corners - INWARD, 0, [width, height] * 2)
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
     zero_area = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
     outside = ~zero_area & (areas(boxes) <= 0)
     keep = ~zero_area & ~outside
     clipped = keep & (boxes != corners - INWARD).any(axis=1)
-    skips = {ZERO_AREA: int(zero_area.sum()), OUTSIDE: int(outside.sum()), CLIPPED: int(clipped.sum())}
-    skips[WRONG_SIZE] = int(size is not None and _stated_size(root) not in (None, size))
+    skips = {
+        "zero-area box": int(zero_area.sum()),
+        "box outside the image": int(outside.sum()),
+        "box clipped to the image": int(clipped.sum()),
+        "annotation size disagrees with the image": int(None not in (size, stated) and size != stated),
+    }
     names = tuple(name for (name, _, _), kept in zip(objects, keep, strict=True) if kept)
     difficult = np.array([flag for _, _, flag in objects], dtype=bool)[keep]
-    counts = {reason: count for reason, count in skips.items() if count}
-    return Annotation(boxes[keep].astype(np.float32), names, difficult), SkipCounts(counts)
+    annotation = Annotation(boxes[keep].astype(np.float32), names, difficult)
+    return annotation, SkipCounts({reason: count for reason, count in skips.items() if count})
 
 
 def write_annotation(
@@ -83,8 +76,7 @@ def write_annotation(
     lines += [f"  <size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"]
     for name, corners, flag in zip(names, as_boxes(boxes) + INWARD, difficult, strict=True):
         lines += [f"  <object>\n    <name>{escape(name)}</name>\n    <difficult>{int(flag)}</difficult>"]
-        tags = zip(CORNERS, corners, strict=True)
-        bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in tags)
+        bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in zip(CORNERS, corners, strict=True))
         lines += [f"    <bndbox>{bndbox}</bndbox>\n  </object>"]
     write_text(path, "\n".join([*lines, "</annotation>\n"]))
 
@@ -113,28 +105,26 @@ def _read_object(element: Element, path: Path) -> tuple[str, list[float], bool]:
     bndbox = element.find("bndbox")
     if bndbox is None:
         raise SppnetError(f"{path}: object {name!r} has no <bndbox>; add its box or remove the object")
-    corners = [_number(bndbox.findtext(tag), tag, name, path) for tag in CORNERS]
+    corners = []
+    for tag in CORNERS:
+        text = bndbox.findtext(tag)
+        try:
+            corners.append(float(text or ""))
+        except ValueError:
+            corners.append(math.nan)
+        if not abs(corners[-1]) < 1e9:  # nor NaN
+            raise SppnetError(f"{path}: <{tag}> of object {name!r} must be a number, got {text!r}; correct the box")
     difficult = (element.findtext("difficult") or "0").strip()
     if difficult not in ("0", "1"):
         raise SppnetError(f"{path}: <difficult> of object {name!r} must be 0 or 1, got {difficult!r}")
     return name, corners, difficult == "1"
 
 
-def _number(text: str | None, tag: str, name: str, path: Path) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not abs(value) < 1e9:  # nor NaN
-        raise SppnetError(f"{path}: <{tag}> of object {name!r} must be a number, got {text!r}; correct the box")
-    return value
-
-
 def _stated_size(root: Element) -> tuple[int, int] | None:
     """The (height, width) that the annotation states; None where it states none, or zeros."""
     height, width = ((root.findtext(f"size/{tag}") or "").strip() for tag in ("height", "width"))
-    usable = all(re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII) for text in (height, width))
-    return (int(height), int(width)) if usable else None
+    present = all(re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII) for text in (height, width))
+    return (int(height), int(width)) if present else None
 
 
 def read_image_set(path: Path) -> list[str]:
@@ -148,7 +138,7 @@ def read_image_set(path: Path) -> list[str]:
         columns = line.split()
         if not columns:
             continue
-        name = columns[0] if len(columns) == 2 and columns[1] in FLAGS else line.strip()
+        name = columns[0] if len(columns) == 2 and columns[1] in ("-1", "0", "1") else line.strip()
         if "/" in name or "\\" in name or name in (".", ".."):
             raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
         if name in first_line:
@@ -167,16 +157,23 @@ def load_split(
     SppnetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
     """
     set_file = _set_file(Path(root), split)
-    folder = set_file.parent.parent.parent
     names = read_image_set(set_file)
     if not names:
         raise SppnetError(f"{set_file}: lists no image; write one image id per line")
-    image_of = _find_images(folder, names, set_file)
-    loaded = [_load_record(name, image_of[name], require_annotations) for name in names]
-    records = [record for record, _ in loaded]
-    counts: Counter[str] = Counter()
-    for _, skips in loaded:
-        counts.update(skips.counts)
+    folder, records, counts = set_file.parents[2], [], Counter[str]()
+    for path in _find_images(set_file, names):
+        try:
+            record = ImageRecord(f"{folder.name}/{path.stem}", path, image_size(path), file_digest(path))
+        except (ImageError, OSError) as error:
+            raise SppnetError(f"an image of the data set cannot be used: {error}") from None
+        xml = folder / "Annotations" / f"{path.stem}.xml"
+        if require_annotations or xml.exists():
+            annotation, skips = read_annotation(xml, record.size)
+            record = replace(record, annotation=annotation)
+            counts.update(skips.counts)
+        else:
+            counts["image without annotation, not evaluated"] += 1
+        records.append(record)
     return records if classes is None else restrict(records, classes), SkipCounts(dict(counts))
 
 
@@ -184,9 +181,7 @@ def load_splits(
     root: Path | str, splits: Sequence[str], classes: tuple[str, ...] | None = None, require_annotations: bool = True
 ) -> tuple[list[ImageRecord], SkipCounts]:
     """Several splits one after the other; an image that is in two of them is an error."""
-    records: list[ImageRecord] = []
-    skips = SkipCounts()
-    split_of: dict[str, str] = {}
+    records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
     for split in splits:
         more, counted = load_split(root, split, classes, require_annotations)
         for record in more:
@@ -197,20 +192,6 @@ def load_splits(
         records += more
         skips = skips.plus(counted)
     return records, skips
-
-
-def _load_record(name: str, path: Path, require_annotation: bool) -> tuple[ImageRecord, SkipCounts]:
-    try:
-        size, digest = image_size(path), file_digest(path)
-    except (ImageError, OSError) as error:
-        raise SppnetError(f"an image of the data set cannot be used: {error}") from None
-    folder = path.parent.parent
-    record = ImageRecord(f"{folder.name}/{name}", path, size, digest)
-    xml = folder / "Annotations" / f"{name}.xml"
-    if not require_annotation and not xml.exists():
-        return record, SkipCounts({NO_ANNOTATION: 1})
-    annotation, skips = read_annotation(xml, size)
-    return replace(record, annotation=annotation), skips
 
 
 def _set_file(root: Path, split: str) -> Path:
@@ -228,19 +209,19 @@ def _set_file(root: Path, split: str) -> Path:
     return path
 
 
-def _find_images(folder: Path, names: Sequence[str], set_file: Path) -> dict[str, Path]:
-    images = folder / "JPEGImages"
-    present = images.iterdir() if images.is_dir() else ()
-    files = [path for path in present if path.suffix.lower() in IMAGE_SUFFIXES]
+def _find_images(set_file: Path, names: Sequence[str]) -> list[Path]:
+    """The image file of each id of an image set."""
+    folder = set_file.parents[2] / "JPEGImages"
+    files = [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     files.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
     image_of = {path.stem: path for path in files}  # the first suffix comes last and wins
     missing = [name for name in names if name not in image_of]
     if missing:
         raise SppnetError(
-            f"{images / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
+            f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
             f"the {len(names)} in {set_file}; add them, and list ids there without the ending"
         )
-    return image_of
+    return [image_of[name] for name in names]
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -250,14 +231,9 @@ def _read_lines(path: Path) -> list[str]:
         raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None
 
 
-def discover_classes(records: Sequence[ImageRecord]) -> tuple[str, ...]:
-    """The class names that occur, sorted."""
-    return tuple(sorted({name for record in records if record.annotation for name in record.annotation.names}))
-
-
 def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The classes to train: those asked for, each of which must occur in `records`, or all that occur."""
-    found = discover_classes(records)
+    """The classes to train: those asked for, each of which must occur in `records`, or all that occur, sorted."""
+    found = tuple(sorted({name for record in records if record.annotation for name in record.annotation.names}))
     chosen = found if classes is None else classes
     listing = f"classes found in the training images: {', '.join(found) or 'none'}"
     for name in chosen:
@@ -311,25 +287,22 @@ def write_comp4(
     if len(set(stems.values())) < len(stems):
         stem = Counter(stems.values()).most_common(1)[0][0]
         raise SppnetError(f"comp4 files name images by stem, but {stem!r} occurs twice; write each year by itself")
-    paths = []
-    for name in classes:
-        lines = [line for image_id, found in detections.items() for line in _comp4_lines(stems[image_id], found, name)]
-        paths.append(folder / f"comp4_det_{image_set_name}_{name}.txt")
-        write_text(paths[-1], "".join(lines))
+    lines: dict[str, list[str]] = {name: [] for name in classes}
+    for image_id, found in detections.items():
+        corners = found.boxes.astype(np.float64) + INWARD
+        for label, score, box in zip(found.labels, found.scores, corners, strict=True):
+            if found.classes[label] in lines:  # nine decimals keep float32 scores in their order
+                values = " ".join(f"{value:.6f}" for value in box)
+                lines[found.classes[label]].append(f"{stems[image_id]} {score:.9f} {values}\n")
+    paths = [folder / f"comp4_det_{image_set_name}_{name}.txt" for name in classes]
+    for path, name in zip(paths, classes, strict=True):
+        write_text(path, "".join(lines[name]))
     return paths
-
-
-def _comp4_lines(stem: str, found: Detections, name: str) -> list[str]:
-    of_class = np.array([found.classes[label] == name for label in found.labels], dtype=bool)
-    corners = found.boxes[of_class].astype(np.float64) + INWARD
-    rows = zip(found.scores[of_class], corners, strict=True)  # nine decimals keep float32 scores in their order
-    return [f"{stem} {score:.9f} {' '.join(f'{value:.6f}' for value in box)}\n" for score, box in rows]
 
 
 def read_comp4(path: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
     """Image stems, scores (R,) and half-open boxes (R, 4) of a comp4 file, in the order of the file."""
-    stems: list[str] = []
-    values: list[list[float]] = []
+    stems, values = list[str](), list[list[float]]()
     for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue

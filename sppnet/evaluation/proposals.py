@@ -28,15 +28,12 @@ class ProposalQuality:
     @property
     def recall(self) -> float:
         """Share of the objects that a window covers with IoU >= `iou`; nan without objects."""
-        return self.recall_at(self.iou)
+        return float((self.best_overlaps >= self.iou).mean()) if self.objects else math.nan
 
     @property
     def mean_best_overlap(self) -> float:
         """Mean over the objects of their best IoU; nan without objects."""
         return float(self.best_overlaps.mean()) if self.objects else math.nan
-
-    def recall_at(self, iou: float) -> float:
-        return float((self.best_overlaps >= iou).mean()) if self.objects else math.nan
 
 
 def proposal_recall(
@@ -61,11 +58,6 @@ def proposal_recall(
     for image_id, annotation in annotations.items():
         boxes = as_boxes(windows[image_id], "windows")[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
-        overlaps.append(_best_overlaps(boxes, as_boxes(truth.boxes)))
+        overlaps.append(pairwise_iou(as_boxes(truth.boxes), boxes).max(axis=1, initial=0.0))
         counts.append(len(boxes))
     return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)
-
-
-def _best_overlaps(windows: NDArray[np.float64], objects: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, 4), (M, 4) -> (M,); 0 where there is no window."""
-    return pairwise_iou(objects, windows).max(axis=1, initial=0.0)

@@ -1,4 +1,4 @@
-"""Room 9: average precision of detections, by the rules of the PASCAL VOC devkit.
+"""Average precision of detections, by the rules of the PASCAL VOC devkit.
 
 A detection, in order of descending score, is compared with the object of its class and image that it overlaps most,
 difficult and already found objects included. Below the IoU threshold it is a false positive; on a difficult object it
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,6 @@ from sppnet.records import Annotation, Detections
 Metric = Literal["11point", "area"]
 Floats = NDArray[np.float64]
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
-T = TypeVar("T")
 
 RECALL_TOLERANCE = 1e-9  # recall is a fraction of two counts: 3 of 10 must reach the threshold 0.3
 
@@ -62,22 +61,14 @@ class VOCEvaluation:
         return {name: result.ap for name, result in self.results.items()}
 
     @property
-    def map(self) -> float:
-        """Mean AP over the classes that have objects; nan where none has."""
-        present = [ap for ap in self.ap.values() if ap is not None]
-        return float(np.mean(present)) if present else math.nan
-
-    @property
-    def curves(self) -> dict[str, PRCurve]:
-        return {name: result.curve for name, result in self.results.items()}
-
-    @property
     def objects(self) -> dict[str, int]:
         return {name: result.objects for name, result in self.results.items()}
 
     @property
-    def detections(self) -> dict[str, int]:
-        return {name: result.detections for name, result in self.results.items()}
+    def map(self) -> float:
+        """Mean AP over the classes that have objects; nan where none has."""
+        present = [ap for ap in self.ap.values() if ap is not None]
+        return float(np.mean(present)) if present else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, as JSON can hold it (an undefined mean is null)."""
@@ -87,13 +78,13 @@ class VOCEvaluation:
             "use_difficult": self.use_difficult,
             "map": None if math.isnan(self.map) else self.map,
             "ap": self.ap,
-            "objects": self.objects,
-            "detections": self.detections,
+            "objects": {name: result.objects for name, result in self.results.items()},
+            "detections": {name: result.detections for name, result in self.results.items()},
         }
 
     def table(self) -> str:
         """One line per class and one for the mean, as text."""
-        width = max(len("class"), *(len(name) for name in self.results))
+        width = max(len("class"), *map(len, self.results))
         lines = [f"{'class':{width}}      AP  objects  detections  recall  precision"]
         lines += [f"{name:{width}}  {_row(result)}" for name, result in self.results.items()]
         present = sum(ap is not None for ap in self.ap.values())
@@ -111,14 +102,30 @@ def evaluate_voc(
     iou: float = 0.5,
     use_difficult: bool = False,
 ) -> VOCEvaluation:
-    """AP per class from image id -> value, or from two sequences aligned by position.
+    """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Detections of classes that are not asked for are left out. ValueError for an image with
+    order inside the image. Detections of classes that are not asked for are left out. SppnetError for an image with
     detections but without annotation.
     """
-    found, truth = _by_id(detections, annotations)
-    return evaluate_flat(_flatten(found, truth, classes), truth, classes, metric, iou, use_difficult)
+    if not isinstance(detections, Mapping):
+        detections = {str(index): found for index, found in enumerate(detections)}
+    if not isinstance(annotations, Mapping):
+        annotations = {str(index): truth for index, truth in enumerate(annotations)}
+    _require_annotations(detections, annotations, "detections")
+    ids: dict[str, list[str]] = {name: [] for name in classes}
+    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
+    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
+    for image_id in (key for key in annotations if key in detections):
+        found = detections[image_id]
+        for label in np.unique(found.labels):
+            name, rows = found.classes[label], np.flatnonzero(found.labels == label)
+            if name in ids:
+                ids[name] += [image_id] * len(rows)
+                scores[name].append(found.scores[rows])
+                boxes[name].append(found.boxes[rows])
+    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
+    return evaluate_flat(flat, annotations, classes, metric, iou, use_difficult)
 
 
 def evaluate_flat(
@@ -152,15 +159,30 @@ def evaluate_class(
     use_difficult: bool = False,
 ) -> ClassResult:
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    values, rows = _checked(image_ids, scores, boxes, annotations, name)
+    values, rows = np.asarray(scores, dtype=np.float64), as_boxes(boxes)
+    if not len(image_ids) == len(values) == len(rows):
+        raise SppnetError(
+            f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
+            "give one of each per detection"
+        )
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise SppnetError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
+    _require_annotations(image_ids, annotations, f"{name}: detections")
     order = np.argsort(-values, kind="stable")
     ranked_ids = [image_ids[row] for row in order]
     overlaps, objects, difficult = _best_objects(ranked_ids, rows[order], annotations, name)
     if use_difficult:
         difficult = np.zeros_like(difficult)
-    positive, ignored = _verdicts(overlaps, objects, difficult, iou)
+    hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
+    on_difficult = difficult[objects[hits]]
+    ignored, positive = np.zeros(len(values), dtype=bool), np.zeros(len(values), dtype=bool)
+    ignored[hits[on_difficult]] = True
+    claims = hits[~on_difficult]
+    positive[claims[np.unique(objects[claims], return_index=True)[1]]] = True  # the best of each object
     total = int((~difficult).sum())
-    curve = _curve(positive[~ignored], values[order][~ignored], total)
+    true = np.cumsum(positive[~ignored], dtype=np.float64)
+    curve = PRCurve(true / max(total, 1), true / np.arange(1, len(true) + 1), values[order][~ignored])
     ap = average_precision(curve.recall, curve.precision, metric)
     return ClassResult(ap if total else None, curve, total, len(values))
 
@@ -183,46 +205,7 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     return float(np.append(envelope, 0.0)[first].sum() / 11)
 
 
-def _by_id(
-    detections: Mapping[str, Detections] | Sequence[Detections],
-    annotations: Mapping[str, Annotation] | Sequence[Annotation],
-) -> tuple[Mapping[str, Detections], Mapping[str, Annotation]]:
-    if isinstance(detections, Mapping) and isinstance(annotations, Mapping):
-        return detections, annotations
-    if isinstance(detections, Mapping) or isinstance(annotations, Mapping):
-        raise TypeError("detections and annotations must both be mappings by image id or both be sequences")
-    if len(detections) != len(annotations):
-        raise SppnetError(
-            f"{len(detections)} detections but {len(annotations)} annotations; "
-            "give one of each per image, or mappings by image id"
-        )
-    return _numbered(detections), _numbered(annotations)
-
-
-def _numbered(values: Sequence[T]) -> dict[str, T]:
-    return {str(index): value for index, value in enumerate(values)}
-
-
-def _flatten(
-    detections: Mapping[str, Detections], annotations: Mapping[str, Annotation], classes: Sequence[str]
-) -> dict[str, FlatDetections]:
-    _require_annotations(detections, annotations, "detections")
-    ids: dict[str, list[str]] = {name: [] for name in classes}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
-    for image_id in (key for key in annotations if key in detections):
-        found = detections[image_id]
-        for label in np.unique(found.labels):
-            name = found.classes[label]
-            if name in ids:
-                rows = np.flatnonzero(found.labels == label)
-                ids[name] += [image_id] * len(rows)
-                scores[name].append(found.scores[rows])
-                boxes[name].append(found.boxes[rows])
-    return {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
-
-
-def _require_annotations(image_ids: Mapping[str, Any] | set[str], annotations: Mapping[str, Any], what: str) -> None:
+def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Annotation], what: str) -> None:
     unknown = sorted(set(image_ids) - annotations.keys())
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -230,22 +213,6 @@ def _require_annotations(image_ids: Mapping[str, Any] | set[str], annotations: M
             f"{what} for image {unknown[0]}{others}, which has no annotation; "
             "evaluate on the images that were searched, or drop its detections"
         )
-
-
-def _checked(
-    image_ids: Sequence[str], scores: ArrayLike, boxes: ArrayLike, annotations: Mapping[str, Annotation], name: str
-) -> tuple[Floats, Floats]:
-    values, rows = np.asarray(scores, dtype=np.float64), as_boxes(boxes)
-    if not len(image_ids) == len(values) == len(rows):
-        raise SppnetError(
-            f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
-            "give one of each per detection"
-        )
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise SppnetError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
-    _require_annotations(set(image_ids), annotations, f"{name}: detections")
-    return values, rows
 
 
 def _best_objects(
@@ -266,25 +233,6 @@ def _best_objects(
             overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
         flags += objects.difficult.tolist()
     return overlaps, best, np.array(flags, dtype=bool)
-
-
-def _verdicts(
-    overlaps: Floats, objects: NDArray[np.int64], difficult: NDArray[np.bool_], iou: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(true positive?, ignored?) per detection, both (R,), from detections in order of descending score."""
-    hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
-    on_difficult = difficult[objects[hits]]
-    ignored, positive = np.zeros(len(overlaps), dtype=bool), np.zeros(len(overlaps), dtype=bool)
-    ignored[hits[on_difficult]] = True
-    claims = hits[~on_difficult]
-    _, first = np.unique(objects[claims], return_index=True)
-    positive[claims[first]] = True
-    return positive, ignored
-
-
-def _curve(positive: NDArray[np.bool_], scores: Floats, objects: int) -> PRCurve:
-    found = np.cumsum(positive, dtype=np.float64)
-    return PRCurve(found / max(objects, 1), found / np.arange(1, len(found) + 1), scores)
 
 
 def _row(result: ClassResult) -> str:

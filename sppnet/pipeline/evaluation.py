@@ -209,8 +209,8 @@ def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
 def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
     """Curves, as numbers and as a picture, and a sheet of examples spread over the images."""
     curves = {
-        name: {key: getattr(curve, key).tolist() for key in ("recall", "precision", "scores")}
-        for name, curve in evaluation.curves.items()
+        name: {key: getattr(of_class.curve, key).tolist() for key in ("recall", "precision", "scores")}
+        for name, of_class in evaluation.results.items()
     }
     write_json(folder / "curves.json", curves)
     save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")

@@ -3,7 +3,7 @@
 ``.npz``: ``ids`` (N,) strings, ``offsets`` (N + 1,) integers, ``boxes`` (total, 4) xyxy, zero-based, half-open;
 image i owns ``boxes[offsets[i]:offsets[i + 1]]``.
 ``.mat``: the layout of R-CNN's releases: ``boxes``, a cell per image of (R, 4) (y1, x1, y2, x2), one-based and
-inclusive, and ``images``, a cell of names. Only here are those corners known; neither format needs pickle.
+inclusive, and ``images``, a cell of names. Neither format needs pickle.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from sppnet.records import ImageRecord
 
 SUFFIXES = (".npz", ".mat")
 INT16_LIMIT = np.iinfo(np.int16).max
+INWARD = np.array([1, 1, 0, 0])  # one-based inclusive corners minus half-open ones
+Y_FIRST = [1, 0, 3, 2]  # x1 y1 x2 y2 <-> y1 x1 y2 x2
 
 
 def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
@@ -38,9 +40,17 @@ def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike])
     _check_unique(path, ids)
     arrays = [as_boxes(rows, "windows") for rows in windows]
     if path.suffix == ".npz":
-        _write_npz(path, ids, arrays)
+        boxes = np.concatenate([np.zeros((0, 4)), *arrays])
+        whole = bool((np.rint(boxes) == boxes).all() and (np.abs(boxes) <= INT16_LIMIT).all())
+        boxes = boxes.astype("i2" if whole else "f4")
+        write_arrays(path, ids=np.array(ids, dtype=np.str_), offsets=_offsets(arrays), boxes=boxes)
     else:
-        _write_mat(path, ids, arrays)
+        cells, names = np.empty((1, len(ids)), dtype=object), np.empty((len(ids), 1), dtype=object)
+        for i, (name, rows) in enumerate(zip(ids, arrays, strict=True)):
+            cells[0, i] = (rows + INWARD)[:, Y_FIRST]
+            names[i, 0] = name
+        content = {"boxes": cells, "images": names}
+        write_atomically(path, lambda file: scipy.io.savemat(file, content, do_compression=True))
 
 
 def import_windows(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -53,7 +63,14 @@ def import_windows(path: Path) -> dict[str, NDArray[np.float32]]:
         raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
     ids, offsets, boxes = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
     _check_unique(path, ids)
-    _check_boxes(path, boxes)
+    if not np.isfinite(boxes).all():
+        raise SppnetError(f"{path}: boxes hold values that are not finite; remove those rows")
+    inverted = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
+    if len(inverted):
+        raise SppnetError(
+            f"{path}: {len(inverted)} boxes end before they begin, e.g. xyxy {boxes[inverted[0]].tolist()}; "
+            "the order of the corners is x1 y1 x2 y2 in .npz and y1 x1 y2 x2 in .mat"
+        )
     return {name: boxes[start:stop] for name, start, stop in zip(ids, offsets[:-1], offsets[1:], strict=True)}
 
 
@@ -64,7 +81,7 @@ def match_records(records: Sequence[ImageRecord], paths: Sequence[Path]) -> dict
     SppnetError where two files or two records claim the same entry, and for windows outside the image.
     """
     files = {path: import_windows(path) for path in paths}
-    stems = Counter(_stem(record.id) for record in records)
+    stems = Counter(record.id.rpartition("/")[2] for record in records)
     matched = {}
     for record in records:
         found = _find(record.id, files)
@@ -73,16 +90,20 @@ def match_records(records: Sequence[ImageRecord], paths: Sequence[Path]) -> dict
         path, name = found
         if name != record.id and stems[name] > 1:
             raise SppnetError(f"{path}: {name} fits {stems[name]} images, e.g. {record.id}; name them by full id")
-        matched[record.id] = _inside(path, record, files[path][name])
+        windows = files[path][name]
+        matched[record.id] = clip_boxes(windows, record.size)
+        worst = np.abs(windows - matched[record.id]).max(initial=0)
+        if worst > 1:  # a pixel is rounding, more is another image or convention
+            raise SppnetError(
+                f"{path}: a window of {record.id} lies {worst:g} px outside the image of (height, width) "
+                f"{record.size}; were the windows computed on this image, and are its corners x1 y1 x2 y2, "
+                "zero-based, half-open?"
+            )
     return matched
 
 
-def _stem(record_id: str) -> str:
-    return record_id.rpartition("/")[2]
-
-
 def _find(record_id: str, files: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, str] | None:
-    for name in (record_id, _stem(record_id)):
+    for name in (record_id, record_id.rpartition("/")[2]):
         holders = [path for path, windows in files.items() if name in windows]
         if len(holders) > 1:
             both = " and ".join(str(path) for path in holders)
@@ -92,34 +113,6 @@ def _find(record_id: str, files: Mapping[Path, Mapping[str, Any]]) -> tuple[Path
     return None
 
 
-def _inside(path: Path, record: ImageRecord, windows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The windows clipped to the image; up to one pixel outside is rounding, more is another image or convention."""
-    clipped = clip_boxes(windows, record.size)
-    worst = np.abs(windows - clipped).max(initial=0)
-    if worst > 1:
-        raise SppnetError(
-            f"{path}: a window of {record.id} lies {worst:g} px outside the image of (height, width) {record.size}; "
-            "were the windows computed on this image, and are its corners x1 y1 x2 y2, zero-based, half-open?"
-        )
-    return clipped
-
-
-def _write_npz(path: Path, ids: Sequence[str], arrays: Sequence[NDArray[np.float64]]) -> None:
-    boxes = np.concatenate([np.zeros((0, 4)), *arrays])
-    whole = bool((np.rint(boxes) == boxes).all() and (np.abs(boxes) <= INT16_LIMIT).all())
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-    write_arrays(path, ids=np.array(ids, dtype=np.str_), offsets=offsets, boxes=boxes.astype("i2" if whole else "f4"))
-
-
-def _write_mat(path: Path, ids: Sequence[str], arrays: Sequence[NDArray[np.float64]]) -> None:
-    boxes, images = np.empty((1, len(ids)), dtype=object), np.empty((len(ids), 1), dtype=object)
-    for i, (name, rows) in enumerate(zip(ids, arrays, strict=True)):
-        boxes[0, i] = (rows + np.array([1, 1, 0, 0]))[:, [1, 0, 3, 2]]
-        images[i, 0] = name
-    cells = {"boxes": boxes, "images": images}
-    write_atomically(path, lambda file: scipy.io.savemat(file, cells, do_compression=True))
-
-
 def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
     if not zipfile.is_zipfile(path):
         raise SppnetError(f"{path}: not a readable .npz file (no zip archive); copy or export it again")
@@ -127,11 +120,25 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
         with np.load(path, allow_pickle=False) as archive:
             _check_keys(path, ("ids", "offsets", "boxes"), archive.files)
             ids, offsets, boxes = archive["ids"], archive["offsets"], archive["boxes"]
-    except SppnetError:
-        raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, SppnetError):
+            raise
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None
-    _check_layout(path, ids, offsets, boxes)
+    if ids.ndim != 1 or ids.dtype.kind != "U":
+        raise SppnetError(f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}")
+    if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
+        raise SppnetError(
+            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {offsets.dtype} of shape "
+            f"{offsets.shape}; write one offset per image and the total"
+        )
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "iuf":
+        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {boxes.dtype} of shape {boxes.shape}")
+    if (offsets[1:] < offsets[:-1]).any():
+        raise SppnetError(f"{path}: offsets must not decrease; write the boxes of the images in the order of ids")
+    if offsets[0] != 0 or offsets[-1] != len(boxes):
+        raise SppnetError(
+            f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, got {offsets[0]} to {offsets[-1]}"
+        )
     return ids.tolist(), offsets.astype(np.int64), boxes.astype(np.float32)
 
 
@@ -149,25 +156,22 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
             f"{path}: expected the cells boxes and images, one entry per image, got {cells.dtype} of shape "
             f"{cells.shape} and {names.dtype} of shape {names.shape}; save them as R-CNN's releases do"
         )
-    ids = [_matlab_name(path, cell) for cell in names.ravel()]
-    arrays = [_from_matlab(path, name, cell) for name, cell in zip(ids, cells.ravel(), strict=True)]
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-    return ids, offsets, np.concatenate([np.zeros((0, 4), np.float32), *arrays])
+    ids, arrays = [], [np.zeros((0, 4), np.float32)]
+    for name, cell in zip(names.ravel(), cells.ravel(), strict=True):
+        if name.dtype.kind != "U" or name.size != 1:
+            raise SppnetError(f"{path}: images must hold one name per cell, got {name.dtype} of shape {name.shape}")
+        if cell.dtype.kind not in "iuf" or (cell.size and (cell.ndim != 2 or cell.shape[1] != 4)):
+            raise SppnetError(
+                f"{path}: boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2), "
+                f"got {cell.dtype} of shape {cell.shape}"
+            )
+        ids.append(str(name.item()))
+        arrays.append((cell.reshape(-1, 4)[:, Y_FIRST] - INWARD).astype(np.float32))
+    return ids, _offsets(arrays[1:]), np.concatenate(arrays)
 
 
-def _matlab_name(path: Path, cell: NDArray[Any]) -> str:
-    if cell.dtype.kind != "U" or cell.size != 1:
-        raise SppnetError(f"{path}: images must hold one name per cell, got {cell.dtype} of shape {cell.shape}")
-    return str(cell.item())
-
-
-def _from_matlab(path: Path, name: str, cell: NDArray[Any]) -> NDArray[np.float32]:
-    """(y1, x1, y2, x2), one-based, inclusive -> (x1, y1, x2, y2), zero-based, half-open."""
-    if cell.dtype.kind not in "iuf" or (cell.size and (cell.ndim != 2 or cell.shape[1] != 4)):
-        raise SppnetError(
-            f"{path}: boxes of {name} must be (R, 4) numbers (y1, x1, y2, x2), got {cell.dtype} of shape {cell.shape}"
-        )
-    return (cell.reshape(-1, 4)[:, [1, 0, 3, 2]] - np.array([1, 1, 0, 0])).astype(np.float32)
+def _offsets(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
 
 def _check_suffix(path: Path) -> None:
@@ -186,32 +190,3 @@ def _check_unique(path: Path, ids: Sequence[str]) -> None:
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise SppnetError(f"{path}: image {repeated[0]} occurs more than once; give each image one entry")
-
-
-def _check_layout(path: Path, ids: NDArray[Any], offsets: NDArray[Any], boxes: NDArray[Any]) -> None:
-    if ids.ndim != 1 or ids.dtype.kind != "U":
-        raise SppnetError(f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}")
-    if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
-        raise SppnetError(
-            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {offsets.dtype} of shape "
-            f"{offsets.shape}; write one offset per image and the total"
-        )
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "iuf":
-        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {boxes.dtype} of shape {boxes.shape}")
-    if (offsets[1:] < offsets[:-1]).any():
-        raise SppnetError(f"{path}: offsets must not decrease; write the boxes of the images in the order of ids")
-    if offsets[0] != 0 or offsets[-1] != len(boxes):
-        raise SppnetError(
-            f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, got {offsets[0]} to {offsets[-1]}"
-        )
-
-
-def _check_boxes(path: Path, boxes: NDArray[np.float32]) -> None:
-    if not np.isfinite(boxes).all():
-        raise SppnetError(f"{path}: boxes hold values that are not finite; remove those rows")
-    inverted = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
-    if len(inverted):
-        raise SppnetError(
-            f"{path}: {len(inverted)} boxes end before they begin, e.g. xyxy {boxes[inverted[0]].tolist()}; "
-            "the order of the corners is x1 y1 x2 y2 in .npz and y1 x1 y2 x2 in .mat"
-        )

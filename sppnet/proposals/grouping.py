@@ -1,5 +1,5 @@
-"""Hierarchical grouping of regions (Uijlings et al. 2013, sec. 3): the two most similar neighbours become one, again
-and again, until the image is one region. Compiled loops; ``segmentation`` says why numba has a door here.
+"""Hierarchical grouping of regions (Uijlings et al. 2013, sec. 3) in compiled loops: the two most similar neighbours
+become one, again and again, until the image is one region.
 
 Similarities are sums of colour, texture, size and fill, each a whole number of 1 / ONE. Integers make every sum exact,
 so an image gives the same hierarchy on every machine; ties go to the pair that came first: of the given pairs to the
@@ -8,7 +8,7 @@ earlier one, of a new region's to that with the smallest number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +21,10 @@ ONE = 1 << 18  # a similarity of 1
 LARGEST = 4 * ONE  # beyond what any two regions have in common
 NONE = -1  # instead of a region
 GONE = -1  # instead of what two regions have in common
-REGION_BITS = 32  # of a heap entry, for a region; the similarity, at most 4 · ONE, lies above
+REGION_BITS = 32  # of a heap entry, for a region; what its similarity lacks of the largest lies above
 
 
-@dataclass(frozen=True)
-class Similarity:
+class Similarity(NamedTuple):
     """Which terms are summed (sec. 3.2)."""
 
     colour: bool = True
@@ -41,17 +40,16 @@ def group(regions: Regions, similarity: Similarity) -> tuple[NDArray[np.int32], 
     The regions of one image touch each other, directly or through others; N >= 1.
     """
     count = len(regions.sizes)
-    total = 2 * count - 1
-    channels = regions.colours.shape[1] // COLOUR_BINS
     used = [regions.colours] * similarity.colour + [regions.textures] * similarity.texture
-    counts = np.zeros((total, sum(part.shape[1] for part in used)), np.int32)
-    counts[:count] = np.concatenate([*used, np.zeros((count, 0), np.int32)], axis=1)
-    sizes, boxes = np.zeros(total, np.int32), np.zeros((total, 4), np.int32)
-    sizes[:count], boxes[:count] = regions.sizes, regions.boxes
-    tree = _Tree(counts, np.empty_like(counts), sizes, boxes)
-    terms = _Terms(channels, int(regions.sizes.sum()), similarity.size, similarity.fill)
+    counts = np.concatenate([*used, np.zeros((count, 0), np.int32)], axis=1)
+    counts, sizes, boxes = (
+        np.concatenate([given, np.zeros((count - 1, *given.shape[1:]), np.int32)])
+        for given in (counts, regions.sizes, regions.boxes)
+    )
+    channels = regions.colours.shape[1] // COLOUR_BINS
+    tree = _Tree(counts, np.empty_like(counts), sizes, boxes, channels, int(regions.sizes.sum()))
     mergers = np.empty((count - 1, 2), np.int32)
-    _merge(tree, _chains(regions.pairs, total), terms, mergers)
+    _merge(tree, _contacts(regions.pairs, 2 * count - 1), similarity, mergers)
     return boxes, mergers
 
 
@@ -62,10 +60,12 @@ class _Tree(NamedTuple):
     shares: Any  # (2N - 1, bins) the same as parts of ONE, rounded down
     sizes: Any
     boxes: Any
+    channels: int
+    pixels: int  # of the image
 
 
-class _Chains(NamedTuple):
-    """The neighbours of each region: a chain of links. A link may name a region that has been merged since.
+class _Contacts(NamedTuple):
+    """P pairs of neighbours, and per region the chain of links to its own; a link may name a region merged since.
 
     Links 2p and 2p + 1 are the two ends of contact p, in the chains of the regions on either side.
     """
@@ -75,9 +75,6 @@ class _Chains(NamedTuple):
     following: Any  # (2P,) link after a link, -1 = none
     neighbour: Any  # (2P,) the region that a link names
     merged_into: Any  # (2N - 1,) itself while the region lives
-
-
-class _Contacts(NamedTuple):
     common: Any  # (P,) what the histograms of both sides have in common, or more; GONE: another contact says it
     exact: Any  # (P,) whether it is not more
 
@@ -92,31 +89,24 @@ class _Near(NamedTuple):
     seen: Any  # (2N - 1,) the newest region that a region was seen beside
 
 
-class _Terms(NamedTuple):
-    channels: int
-    image_pixels: int
-    size: bool
-    fill: bool
-
-
-def _chains(pairs: NDArray[np.int32], total: int) -> _Chains:
-    none, links = np.full(total, -1, np.int32), 2 * len(pairs)
-    numbers = np.arange(total, dtype=np.int32)
-    chains = _Chains(none, none.copy(), np.full(links, -1, np.int32), np.empty(links, np.int32), numbers)
-    _link(pairs, chains)
-    return chains
+def _contacts(pairs: NDArray[np.int32], total: int) -> _Contacts:
+    first, following = np.full(total, -1, np.int32), np.full(pairs.size, -1, np.int32)
+    last = first.copy()
+    _link(pairs.ravel(), first, last, following)
+    common, exact = np.full(len(pairs), LARGEST, np.int32), np.zeros(len(pairs), np.bool_)
+    merged_into = np.arange(total, dtype=np.int32)
+    return _Contacts(first, last, following, pairs[:, ::-1].ravel(), merged_into, common, exact)
 
 
 @compiled(error_model="numpy")
-def _link(pairs: Any, chains: Any) -> None:
-    for link in range(chains.neighbour.shape[0]):
-        region = pairs[link >> 1, link & 1]
-        chains.neighbour[link] = pairs[link >> 1, 1 - (link & 1)]
-        if chains.first[region] < 0:
-            chains.first[region] = link
+def _link(regions: Any, first: Any, last: Any, following: Any) -> None:
+    for link in range(regions.shape[0]):
+        region = regions[link]
+        if first[region] < 0:
+            first[region] = link
         else:
-            chains.following[chains.last[region]] = link
-        chains.last[region] = link
+            following[last[region]] = link
+        last[region] = link
 
 
 @compiled(error_model="numpy")
@@ -129,16 +119,16 @@ def _living(merged_into: Any, region: int) -> int:
 
 
 @compiled(error_model="numpy")
-def _neighbours(a: int, b: int, new: int, growth: Any, chains: Any, contacts: Any, near: Any) -> int:
+def _neighbours(a: int, b: int, new: int, growth: Any, contacts: Any, near: Any) -> int:
     """Make the chains of a and b that of `new`, every neighbour once; the neighbours, unordered, and their number.
 
     What a neighbour has in common with `new` is at most what it had with a, or with b, and the `growth` of these.
     """
-    chains.following[chains.last[a]] = chains.first[b]
-    count, end, link, side, last_of_a = 0, -1, chains.first[a], 0, chains.last[a]
+    contacts.following[contacts.last[a]] = contacts.first[b]
+    count, end, link, side, last_of_a = 0, -1, contacts.first[a], 0, contacts.last[a]
     while link >= 0:
         contact = link >> 1
-        region = _living(chains.merged_into, chains.neighbour[link])
+        region = _living(contacts.merged_into, contacts.neighbour[link])
         if region != new and contacts.common[contact] != GONE:
             bound = min(contacts.common[contact] + growth[side], LARGEST)
             if near.seen[region] != new:
@@ -147,9 +137,9 @@ def _neighbours(a: int, b: int, new: int, growth: Any, chains: Any, contacts: An
                 contacts.common[contact], contacts.exact[contact] = bound, False
                 count += 1
                 if end < 0:
-                    chains.first[new] = link
+                    contacts.first[new] = link
                 else:
-                    chains.following[end] = link
+                    contacts.following[end] = link
                 end = link
             else:
                 kept = near.contacts[near.place[region]]
@@ -157,23 +147,23 @@ def _neighbours(a: int, b: int, new: int, growth: Any, chains: Any, contacts: An
                 contacts.common[contact] = GONE
         if link == last_of_a:
             side = 1
-        link = chains.following[link]
+        link = contacts.following[link]
     if end >= 0:
-        chains.following[end] = -1
-    chains.last[new] = end
+        contacts.following[end] = -1
+    contacts.last[new] = end
     return count
 
 
 @compiled(error_model="numpy")
-def _share(tree: Any, region: int, channels: int) -> None:
-    factor = np.float32(ONE) / np.float32(tree.sizes[region] * channels)
+def _share(tree: Any, region: int) -> None:
+    factor = np.float32(ONE) / np.float32(tree.sizes[region] * tree.channels)
     counts, shares = tree.counts[region], tree.shares[region]
     for i in range(counts.shape[0]):
         shares[i] = np.int32(np.float32(counts[i]) * factor)
 
 
 @compiled(error_model="numpy")
-def _combine(tree: Any, a: int, b: int, new: int, channels: int) -> None:
+def _combine(tree: Any, a: int, b: int, new: int) -> None:
     tree.sizes[new] = tree.sizes[a] + tree.sizes[b]
     for corner in range(2):
         tree.boxes[new, corner] = min(tree.boxes[a, corner], tree.boxes[b, corner])
@@ -181,7 +171,7 @@ def _combine(tree: Any, a: int, b: int, new: int, channels: int) -> None:
     counts, ours, theirs = tree.counts[new], tree.counts[a], tree.counts[b]
     for i in range(counts.shape[0]):
         counts[i] = ours[i] + theirs[i]
-    _share(tree, new, channels)
+    _share(tree, new)
 
 
 @compiled(error_model="numpy")
@@ -207,58 +197,34 @@ def _similarity(tree: Any, a: int, b: int, common: Any, terms: Any) -> Any:
     """Sum of the terms in 1 / ONE: what is common, 1 - size of both, 1 - what fills the common box."""
     value, both = np.int64(common), np.int64(tree.sizes[a]) + np.int64(tree.sizes[b])
     if terms.size:
-        value += ONE - both * ONE // terms.image_pixels
+        value += ONE - both * ONE // tree.pixels
     if terms.fill:
         width = max(tree.boxes[a, 2], tree.boxes[b, 2]) - min(tree.boxes[a, 0], tree.boxes[b, 0])
         height = max(tree.boxes[a, 3], tree.boxes[b, 3]) - min(tree.boxes[a, 1], tree.boxes[b, 1])
-        value += ONE - (np.int64(width) * np.int64(height) - both) * ONE // terms.image_pixels
+        value += ONE - (np.int64(width) * np.int64(height) - both) * ONE // tree.pixels
     return value
 
 
 @compiled(error_model="numpy")
-def _push(heap: Any, length: int, entry: int) -> None:
-    place = length
-    while place > 0 and heap[(place - 1) >> 1] < entry:
-        heap[place] = heap[(place - 1) >> 1]
-        place = (place - 1) >> 1
-    heap[place] = entry
-
-
-@compiled(error_model="numpy")
-def _pop(heap: Any, length: int) -> int:
-    """The largest entry; the last one sinks into its place."""
-    top, entry, place, child = heap[0], heap[length - 1], 0, 1
-    while child < length - 1:
-        if child + 1 < length - 1 and heap[child + 1] > heap[child]:
-            child += 1
-        if heap[child] <= entry:
-            break
-        heap[place] = heap[child]
-        place, child = child, 2 * child + 1
-    heap[place] = entry
-    return top
-
-
-@compiled(error_model="numpy")
-def _owned(owner: int, count: int, chains: Any, near: Any) -> int:
+def _owned(owner: int, count: int, contacts: Any, near: Any) -> int:
     """The living neighbours with which a region owns the pair, and their number; `count` regions were given.
 
     A pair belongs to its younger region, one of two given regions to the smaller number. So no region gains pairs once
     it is made, and pairs came in the order of (owner, other region).
     """
-    found, link = 0, chains.first[owner]
+    found, link = 0, contacts.first[owner]
     while link >= 0:
-        region = _living(chains.merged_into, chains.neighbour[link])
+        region = _living(contacts.merged_into, contacts.neighbour[link])
         if region < owner if owner >= count else owner < region < count:
             near.regions[found], near.contacts[found] = region, link >> 1
             found += 1
-        link = chains.following[link]
+        link = contacts.following[link]
     return found
 
 
 @compiled(error_model="numpy")
-def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms: Any, partners: Any) -> Any:
-    """The partner of `owner`: the most similar of `degree` neighbours, of several the earliest; returns how similar.
+def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms: Any, partners: Any, heap: Any) -> None:
+    """The partner of `owner`: the most similar of `degree` neighbours, of several the earliest; onto the heap with it.
 
     What two have in common is computed only where the bound reaches the best so far; the highest bound comes first.
     """
@@ -278,50 +244,38 @@ def _choose(tree: Any, owner: int, degree: int, near: Any, contacts: Any, terms:
         if near.values[k] > value or (near.values[k] == value and region < best):
             best, value = region, near.values[k]
     partners[owner] = best
-    return value
+    if best != NONE:
+        heappush(heap, ((LARGEST - value) << REGION_BITS) | owner)
 
 
 @compiled(error_model="numpy")
-def _merge(tree: Any, chains: Any, terms: Any, mergers: Any) -> None:
-    """A heap holds the most similar pair that a region owns: similarity above, the region below, earlier ones larger.
+def _merge(tree: Any, contacts: Any, terms: Any, mergers: Any) -> None:
+    """A heap holds the most similar pair that a region owns, the most similar first, of several the earliest region's.
 
     A pair whose other region has been merged is chosen again when it comes up; by then it can only be less similar.
     """
-    count, total, links = mergers.shape[0] + 1, tree.sizes.shape[0], chains.neighbour.shape[0]
-    near = _Near(
-        np.empty(count, np.int32),
-        np.empty(count, np.int32),
-        np.empty(count, np.int64),
-        np.empty(total, np.int32),
-        np.full(total, NONE, np.int32),
-    )
-    contacts = _Contacts(np.full(links // 2, LARGEST, np.int32), np.zeros(links // 2, np.bool_))
+    count, total, new = mergers.shape[0] + 1, tree.sizes.shape[0], mergers.shape[0] + 1
+    place, seen = np.empty(total, np.int32), np.full(total, NONE, np.int32)
+    near = _Near(np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int64), place, seen)
     partners, growth = np.full(total, NONE, np.int32), np.zeros(2, np.int32)
-    heap, length, new, newest = np.empty(total, np.int64), 0, count, (1 << REGION_BITS) - 1
+    heap = [np.int64(0) for _ in range(0)]
     for region in range(count):
-        _share(tree, region, terms.channels)
+        _share(tree, region)
     for region in range(count):
-        value = _choose(tree, region, _owned(region, count, chains, near), near, contacts, terms, partners)
-        if partners[region] != NONE:
-            _push(heap, length, (value << REGION_BITS) | (newest - region))
-            length += 1
-    while length > 0:
-        owner = newest - (_pop(heap, length) & newest)
-        length -= 1
-        if chains.merged_into[owner] != owner:
+        _choose(tree, region, _owned(region, count, contacts, near), near, contacts, terms, partners, heap)
+    while len(heap) > 0:
+        owner = heappop(heap) & ((1 << REGION_BITS) - 1)
+        if contacts.merged_into[owner] != owner:
             continue
         partner = partners[owner]
-        if chains.merged_into[partner] == partner:
+        if contacts.merged_into[partner] == partner:
             a, b = min(owner, partner), max(owner, partner)
             mergers[new - count, 0], mergers[new - count, 1] = a, b
-            chains.merged_into[a] = chains.merged_into[b] = new
-            _combine(tree, a, b, new, terms.channels)
+            contacts.merged_into[a] = contacts.merged_into[b] = new
+            _combine(tree, a, b, new)
             growth[0], growth[1] = _growth(tree, a, new), _growth(tree, b, new)
-            owner, degree = new, _neighbours(a, b, new, growth, chains, contacts, near)
+            owner, degree = new, _neighbours(a, b, new, growth, contacts, near)
             new += 1
         else:
-            degree = _owned(owner, count, chains, near)
-        value = _choose(tree, owner, degree, near, contacts, terms, partners)
-        if partners[owner] != NONE:
-            _push(heap, length, (value << REGION_BITS) | (newest - owner))
-            length += 1
+            degree = _owned(owner, count, contacts, near)
+        _choose(tree, owner, degree, near, contacts, terms, partners, heap)

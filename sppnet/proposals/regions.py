@@ -45,9 +45,8 @@ def describe(labels: NDArray[np.int32], count: int, bins: NDArray[np.uint16]) ->
     channels = bins.shape[2] // 2
     colours = np.zeros((count, channels * COLOUR_BINS), np.int32)
     textures = np.zeros((count, channels * ORIENTATIONS * MAGNITUDES), np.int32)
-    sizes, boxes = np.zeros(count, np.int32), np.zeros((count, 4), np.int32)
-    _count(labels, bins, colours, textures)
-    _measure(labels, sizes, boxes)
+    sizes, boxes = np.zeros(count, np.int32), np.tile(np.array([*labels.shape[::-1], 0, 0], np.int32), (count, 1))
+    _count(labels, bins, colours, textures, sizes, boxes)
     borders = np.empty(2 * labels.size, np.int64)
     found = _border_pairs(labels, np.full(count, -1, np.int32), borders)
     keys = np.unique(borders[:found])
@@ -83,24 +82,14 @@ def _find_bins(image: Any, gradient_bins: Any, bins: Any) -> None:
 
 
 @compiled(error_model="numpy")
-def _count(labels: Any, bins: Any, colours: Any, textures: Any) -> None:
-    height, width, channels = bins.shape[0], bins.shape[1], bins.shape[2] // 2
-    for y in range(height):
-        for x in range(width):
+def _count(labels: Any, bins: Any, colours: Any, textures: Any, sizes: Any, boxes: Any) -> None:
+    channels = bins.shape[2] // 2
+    for y in range(labels.shape[0]):
+        for x in range(labels.shape[1]):
             region = labels[y, x]
             for c in range(channels):
                 colours[region, bins[y, x, c]] += 1
                 textures[region, bins[y, x, channels + c]] += 1
-
-
-@compiled(error_model="numpy")
-def _measure(labels: Any, sizes: Any, boxes: Any) -> None:
-    height, width = labels.shape
-    for region in range(sizes.shape[0]):
-        boxes[region, 0], boxes[region, 1] = width, height
-    for y in range(height):
-        for x in range(width):
-            region = labels[y, x]
             sizes[region] += 1
             boxes[region, 0] = min(boxes[region, 0], x)
             boxes[region, 1] = min(boxes[region, 1], y)
@@ -109,24 +98,18 @@ def _measure(labels: Any, sizes: Any, boxes: Any) -> None:
 
 
 @compiled(error_model="numpy")
-def _note_pair(a: Any, b: Any, latest: Any, pairs: Any, found: Any) -> Any:
-    """Append the pair, unless it is the one that its smaller region noted last; how many there are now."""
-    low, high = min(a, b), max(a, b)
-    if low == high or latest[low] == high:
-        return found
-    latest[low] = high
-    pairs[found] = (np.int64(low) << 32) | high
-    return found + 1
-
-
-@compiled(error_model="numpy")
 def _border_pairs(labels: Any, latest: Any, pairs: Any) -> int:
+    """Note the regions on both sides of every border pixel, unless the smaller one noted the other last; how many."""
     height, width = labels.shape
     found = 0
     for y in range(height):
         for x in range(width):
-            if x + 1 < width:
-                found = _note_pair(labels[y, x], labels[y, x + 1], latest, pairs, found)
-            if y + 1 < height:
-                found = _note_pair(labels[y, x], labels[y + 1, x], latest, pairs, found)
+            for lower in range(2):
+                v, u = y + lower, x + 1 - lower
+                if v < height and u < width:
+                    low, high = min(labels[y, x], labels[v, u]), max(labels[y, x], labels[v, u])
+                    if low != high and latest[low] != high:
+                        latest[low] = high
+                        pairs[found] = (np.int64(low) << 32) | high
+                        found += 1
     return found

@@ -26,11 +26,11 @@ def sorted_edges(image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[n
     the lower one; E = H (W - 1) + (H - 1) W.
     """
     weights = np.full(2 * image.shape[0] * image.shape[1], NO_EDGE, np.uint16)
-    starts = np.zeros(NO_EDGE + 1, np.int64)
-    _weigh(image, weights, starts)
-    edges = np.empty(int(starts.sum()), np.int32)
+    counts = np.zeros(NO_EDGE, np.int64)
+    _weigh(image, weights, counts)
+    edges = np.empty(int(counts.sum()), np.int32)
     ordered = np.empty(len(edges), np.uint16)
-    _counting_sort(weights, starts, edges, ordered)
+    _counting_sort(weights, np.cumsum(counts) - counts, edges, ordered)
     return edges, ordered
 
 
@@ -42,51 +42,39 @@ def segment(
     edges and weights from `sorted_edges`; size (height, width). Regions below `min_size` pixels are joined
     with a neighbour along their lightest edges afterwards, as in the authors' program.
     """
-    height, width = size
     # A pixel's parent in the tree of its region; at a root, minus the region's pixels. One array instead of two: large
     # images do not fit the caches.
-    parents = np.full(height * width, -1, np.int32)
-    _join(edges, weights, width, np.float32(k * STEPS), min_size, parents)
-    labels = np.empty(height * width, np.int32)
-    return labels.reshape(height, width), _number(parents, labels)
+    parents = np.full(size[0] * size[1], -1, np.int32)
+    _join(edges, weights, size[1], np.float32(k * STEPS), min_size, parents)
+    labels = np.full(len(parents), -1, np.int32)
+    return labels.reshape(size), _number(parents, labels)
 
 
 @compiled(error_model="numpy")
-def _weight(image: Any, y: int, x: int, v: int, u: int) -> Any:
-    squares: Any = 0
-    for c in range(image.shape[2]):
-        difference = np.int32(image[y, x, c]) - np.int32(image[v, u, c])
-        squares += difference * difference
-    return np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
-
-
-@compiled(error_model="numpy")
-def _weigh(image: Any, weights: Any, histogram: Any) -> None:
-    height, width = image.shape[:2]
+def _weigh(image: Any, weights: Any, counts: Any) -> None:
+    height, width, channels = image.shape
     for y in range(height):
         for x in range(width):
-            edge = 2 * (y * width + x)
-            if x + 1 < width:
-                weights[edge] = _weight(image, y, x, y, x + 1)
-                histogram[weights[edge]] += 1
-            if y + 1 < height:
-                weights[edge + 1] = _weight(image, y, x, y + 1, x)
-                histogram[weights[edge + 1]] += 1
+            for lower in range(2):
+                v, u = y + lower, x + 1 - lower
+                if v < height and u < width:
+                    squares: Any = 0
+                    for c in range(channels):
+                        difference = np.int32(image[y, x, c]) - np.int32(image[v, u, c])
+                        squares += difference * difference
+                    weight = np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
+                    weights[2 * (y * width + x) + lower] = weight
+                    counts[weight] += 1
 
 
 @compiled(error_model="numpy")
-def _counting_sort(weights: Any, counts: Any, edges: Any, ordered: Any) -> None:
-    first = 0
-    for q in range(counts.shape[0]):
-        count = counts[q]
-        counts[q] = first
-        first += count
+def _counting_sort(weights: Any, places: Any, edges: Any, ordered: Any) -> None:
     for e in range(weights.shape[0]):
         q = weights[e]
         if q != NO_EDGE:
-            edges[counts[q]] = e
-            ordered[counts[q]] = q
-            counts[q] += 1
+            edges[places[q]] = e
+            ordered[places[q]] = q
+            places[q] += 1
 
 
 @compiled(error_model="numpy")
@@ -127,12 +115,10 @@ def _join(edges: Any, weights: Any, width: int, k: float, min_size: int, parents
     for i in range(edges.shape[0]):
         a, b = _ends(edges[i], width, parents)
         weight = np.float32(weights[i])
-        if a == b:
-            continue
-        if weight <= bounds[a] and weight <= bounds[b]:
+        if a != b and weight <= bounds[a] and weight <= bounds[b]:
             joined = _unite(a, b, parents)
             bounds[joined] = weight + k / np.float32(-parents[joined])
-        else:
+        elif a != b:
             left[count] = edges[i]
             count += 1
     for edge in left[:count]:
@@ -144,8 +130,6 @@ def _join(edges: Any, weights: Any, width: int, k: float, min_size: int, parents
 @compiled(error_model="numpy")
 def _number(parents: Any, labels: Any) -> int:
     count = 0
-    for pixel in range(parents.shape[0]):
-        labels[pixel] = -1
     for pixel in range(parents.shape[0]):
         root = _root(parents, pixel)
         if labels[root] < 0:

@@ -9,7 +9,7 @@ on one core (``benchmarks/proposals.py``), and in the same order on every machin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,10 +21,11 @@ from sppnet.proposals.regions import describe, pixel_bins
 from sppnet.proposals.segmentation import segment, sorted_edges
 
 Image = NDArray[np.uint8]
+Priorities = NDArray[np.float64] | NDArray[np.uint64]  # (N,), small ones first in line
+Ranked = tuple[NDArray[np.int64], Priorities | None]  # boxes (N, 4) and their priorities; None: a hash of the corners
 
 
-@dataclass(frozen=True)
-class Strategies:
+class Strategies(NamedTuple):
     """The diversification of a mode: every combination makes one hierarchy (sec. 4)."""
 
     spaces: tuple[str, ...]  # keys of COLOUR_SPACES
@@ -43,15 +44,8 @@ MODES = {
         ("hsv", "lab", "rgi", "hue", "intensity"), (50, 100, 150, 300), (ALL_TERMS, WITHOUT_COLOUR, FILL, SIZE)
     ),
 }
-# Ours. Sigma, k and the smallest region were chosen on training images of VOC-9 (700 images, nine classes;
-# recall at IoU 0.5 and mean best overlap, 2,000 windows with sides >= 20; OpenCV's fast: 0.936 0.791):
-#   k 100, 300, sigma 0.7, regions of 50 pixels    0.946  0.791
-#   k 100, 200, sigma 0.6, regions of 50 pixels    0.949  0.790
-#   k 100, 200, sigma 0.8, regions of 50 pixels    0.949  0.789
-#   k 150, 300, sigma 0.6, regions of 50 pixels    0.941  0.788
-# and on another draw of 450 (OpenCV 0.948 0.806): regions of k pixels, as published, 0.953 0.801 (k 100, 200) and
-# 0.957 0.803 (k 50, 100), of 20 pixels 0.956 0.803 (k 100, 200). The blur after the conversion of colours instead of
-# before it cost 0.005 of overlap; a copy of half the size takes 12 instead of 44 ms and costs 0.03 of both.
+# Ours: k, sigma and the smallest region by recall at IoU 0.5 and mean best overlap on 700 training images of VOC, where
+# they reach OpenCV's; nearby values change either by at most 0.005. A copy of half the size costs 0.03 of both.
 SIGMA = 0.7
 SMALLEST_REGION = 50  # pixels
 
@@ -61,8 +55,21 @@ def selective_search(image: Image, settings: ProposalSettings) -> NDArray[np.flo
 
     Image (H, W, 3) uint8 RGB -> (R, 4) float32 xyxy half-open, whole pixels inside the image. Images with a side above
     max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below min_side
-    gives (0, 4).
+    gives (0, 4). ValueError for another kind of array.
     """
+    return _search(image, settings, lambda small: _prioritised(hierarchies(small, MODES[settings.mode])))
+
+
+def opencv_selective_search(image: Image, settings: ProposalSettings) -> NDArray[np.float32]:
+    """OpenCV's selective search, in and out as `selective_search`.
+
+    OpenCV gives a fixed set in an order of C's rand. Ours is by a hash of the corners, so that every prefix is a fair
+    sample of all sizes and places: as good a recall as the random order, where orders by size or shape lose much of it.
+    """
+    return _search(image, settings, lambda small: (_opencv_boxes(small, settings.mode), None))
+
+
+def _search(image: Image, settings: ProposalSettings, search: Callable[[Image], Ranked]) -> NDArray[np.float32]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
             f"image must be (H, W, 3) uint8 RGB, got {image.dtype} of shape {image.shape}; read it with read_image"
@@ -70,11 +77,11 @@ def selective_search(image: Image, settings: ProposalSettings) -> NDArray[np.flo
     if min(image.shape[:2]) < settings.min_side:
         return np.zeros((0, 4), np.float32)
     small, scale = shrunk(image, settings.max_side)
-    boxes, priorities = _prioritised(hierarchies(small, MODES[settings.mode]))
+    boxes, priorities = search(small)
     boxes = np.rint(boxes * scale).astype(np.int64)
+    places = box_hash(boxes) if priorities is None else priorities
     large = (boxes[:, 2:] - boxes[:, :2] >= settings.min_side).all(axis=1)
-    windows = _distinct(boxes[large], priorities[large])
-    return windows[: settings.max_windows].astype(np.float32)
+    return _distinct(boxes[large], places[large])[: settings.max_windows].astype(np.float32)
 
 
 def shrunk(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float64]]:
@@ -103,51 +110,35 @@ def hierarchies(image: Image, strategies: Strategies) -> Iterator[NDArray[np.int
                 yield group(regions, similarity)[0]
 
 
-def _hsv(image: Image) -> Image:
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), dtype=np.uint8)
-
-
-def _lab(image: Image) -> Image:
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2LAB), dtype=np.uint8)
-
-
-def _intensity(image: Image) -> Image:
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), dtype=np.uint8)[..., None]
+def _converter(code: int, channels: int = 3) -> Callable[[Image], Image]:
+    """(H, W, 3) RGB -> the first of the channels that cv2.cvtColor makes."""
+    return lambda image: np.atleast_3d(np.asarray(cv2.cvtColor(image, code), dtype=np.uint8))[..., :channels]
 
 
 def _rgi(image: Image) -> Image:
     """Red and green as shares of red + green + blue (a third each in black), and the intensity."""
     total = image.sum(axis=2, dtype=np.int32)[..., None]
     shares = np.where(total > 0, 255 * image[..., :2].astype(np.int32) // np.maximum(total, 1), 85)
-    return np.concatenate([shares.astype(np.uint8), _intensity(image)], axis=2)
+    return np.concatenate([shares.astype(np.uint8), COLOUR_SPACES["intensity"](image)], axis=2)
 
 
 COLOUR_SPACES: dict[str, Callable[[Image], Image]] = {
-    "hsv": _hsv,
-    "lab": _lab,
+    "hsv": _converter(cv2.COLOR_RGB2HSV),
+    "lab": _converter(cv2.COLOR_RGB2LAB),
     "rgi": _rgi,
-    "hue": lambda image: _hsv(image)[..., :1],
-    "intensity": _intensity,
+    "hue": _converter(cv2.COLOR_RGB2HSV, channels=1),
+    "intensity": _converter(cv2.COLOR_RGB2GRAY),
 }
 
 
-def _prioritised(trees: Iterator[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """All boxes and their priorities, small ones first in line: position below the top times a number in [0, 1).
-
-    As published (sec. 4), with a hash of box and hierarchy for the random number.
-    """
+def _prioritised(trees: Iterator[NDArray[np.int32]]) -> Ranked:
+    """As published (sec. 4): position below the top times a number in [0, 1), here a hash of box and hierarchy."""
     boxes, priorities = [], []
     for number, tree in enumerate(trees):
-        position = np.arange(len(tree), 0, -1)
+        key = _mixed(box_hash(tree, number))  # a last round without a corner
         boxes.append(tree.astype(np.int64))
-        priorities.append(position * _pseudo_random(tree, number))
+        priorities.append(np.arange(len(tree), 0, -1) * ((key >> np.uint64(11)).astype(np.float64) / 2.0**53))
     return np.concatenate(boxes), np.concatenate(priorities)
-
-
-def _pseudo_random(boxes: NDArray[np.int32], number: int) -> NDArray[np.float64]:
-    """(R,) in [0, 1), a hash of the corners and the number."""
-    key = _mixed(box_hash(boxes, number))  # a last round without a corner
-    return (key >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 def box_hash(boxes: NDArray[np.integer], number: int = 0) -> NDArray[np.uint64]:
@@ -163,12 +154,25 @@ def _mixed(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return key ^ (key >> np.uint64(32))  # and back down
 
 
-def _distinct(boxes: NDArray[np.int64], priorities: NDArray[np.float64]) -> NDArray[np.int64]:
+def _distinct(boxes: NDArray[np.int64], priorities: Priorities) -> NDArray[np.int64]:
     """Each box once, at its first place; boxes of equal priority in the order of their corners."""
     boxes = boxes[np.lexsort((*boxes.T[::-1], priorities))]
-    side = int(boxes.max(initial=0)) + 1
-    if side >= 1 << 15:  # four corners of 15 bits make one number, which is faster than rows
+    if boxes.max(initial=0) >= 1 << 15:
         _, first = np.unique(boxes, axis=0, return_index=True)
-    else:
+    else:  # four corners of 15 bits make one number, which is faster than rows
         _, first = np.unique(boxes @ (np.int64(1) << np.arange(0, 60, 15)), return_index=True)
     return boxes[np.sort(first)]
+
+
+def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
+    """All boxes that OpenCV finds, xyxy half-open."""
+    if not hasattr(cv2, "ximgproc"):
+        raise ImportError(
+            "this OpenCV has no ximgproc; uninstall the other opencv-* packages "
+            "and install opencv-contrib-python-headless"
+        )
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
+    (search.switchToSelectiveSearchFast if mode == "fast" else search.switchToSelectiveSearchQuality)()
+    corner_and_size = np.asarray(search.process(), dtype=np.int64).reshape(-1, 4)
+    return np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], axis=1)

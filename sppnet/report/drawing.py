@@ -56,9 +56,16 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, threshold:
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
     line = max(1, round(max(canvas.size) / PIXELS_PER_LINE))
-    shown = _visible(detections.above(threshold), canvas.size)
-    for rectangle, _, colour in reversed(shown):
-        _draw_box(draw, rectangle, colour, line)
+    found = detections.above(threshold)
+    boxes = np.rint(clip_boxes(found.boxes, image.shape[:2])).astype(int)
+    shown = []  # rectangle, text and colour, best first
+    for row in np.argsort(-found.scores, kind="stable"):
+        x1, y1, x2, y2 = boxes[row].tolist()
+        if x2 > x1 and y2 > y1:
+            text = f"{found.classes[found.labels[row]]} {found.scores[row]:.2f}"
+            shown.append(((x1, y1, x2, y2), text, class_colour(int(found.labels[row]))))
+    for (x1, y1, x2, y2), _, colour in reversed(shown):
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=min(line, x2 - x1, y2 - y1))
     _draw_tags(draw, shown, canvas.size)
     return canvas
 
@@ -73,25 +80,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_atomically(path, lambda file: image.save(file, name, quality=90))
 
 
-def _visible(detections: Detections, size: tuple[int, int]) -> list[tuple[Rectangle, str, Colour]]:
-    """Rectangle, text and colour of what lies in the image of (width, height), best first."""
-    order = np.argsort(-detections.scores, kind="stable")
-    boxes = np.rint(clip_boxes(detections.boxes, size[::-1])).astype(int)
-    shown = []
-    for row in order:
-        x1, y1, x2, y2 = boxes[row].tolist()
-        if x2 > x1 and y2 > y1:
-            label = int(detections.labels[row])
-            text = f"{detections.classes[label]} {detections.scores[row]:.2f}"
-            shown.append(((x1, y1, x2, y2), text, class_colour(label)))
-    return shown
-
-
-def _draw_box(draw: ImageDraw.ImageDraw, rectangle: Rectangle, colour: Colour, line: int) -> None:
-    x1, y1, x2, y2 = rectangle
-    draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=min(line, x2 - x1, y2 - y1))
-
-
 def _draw_tags(draw: ImageDraw.ImageDraw, shown: list[tuple[Rectangle, str, Colour]], size: tuple[int, int]) -> None:
     """The best get their place first; in a crowd a tag that finds none is left out, for nobody could read it."""
     wanted = max(SMALLEST_FONT, round(max(size) / PIXELS_PER_FONT))
@@ -104,7 +92,8 @@ def _draw_tags(draw: ImageDraw.ImageDraw, shown: list[tuple[Rectangle, str, Colo
     for tag, text, colour, font in tags:
         draw.rectangle((tag[0], tag[1], tag[2] - 1, tag[3] - 1), fill=colour)
         middle = (tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2
-        draw.text(middle, text, fill=_ink(colour), font=font, anchor="mm")
+        luma = np.dot(colour, (0.299, 0.587, 0.114))  # ITU-R BT.601
+        draw.text(middle, text, fill="black" if luma > 140 else "white", font=font, anchor="mm")
 
 
 def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, wanted: int, width: int) -> Font:
@@ -131,25 +120,13 @@ def _place(
     left, right = x1, x2 - tag[0]
     above, top, bottom, below = y1 - tag[1], y1, y2 - tag[1], y2
     places = [(left, above), (left, top), (right, above), (right, top), (left, below), (left, bottom), (right, bottom)]
-    candidates = [_moved_inside(place, tag, size) for place in places if 0 <= place[1] <= size[1] - tag[1]]
-    candidates = candidates or [_moved_inside((left, top), tag, size)]
-    return next((c for c in candidates if not any(_overlap(c, other) for other in taken)), None)
-
-
-def _moved_inside(place: tuple[int, int], tag: tuple[int, int], size: tuple[int, int]) -> Rectangle:
-    x = max(0, min(place[0], size[0] - tag[0]))
-    y = max(0, min(place[1], size[1] - tag[1]))
-    return x, y, x + tag[0], y + tag[1]
-
-
-def _overlap(one: Rectangle, other: Rectangle) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _ink(background: Colour) -> Colour:
-    """Black or white, whichever stands out (ITU-R BT.601 luma)."""
-    red, green, blue = background
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
+    for x, y in [place for place in places if 0 <= place[1] <= size[1] - tag[1]] or [(left, top)]:
+        x, y = (max(0, min(corner, limit - side)) for corner, limit, side in zip((x, y), size, tag, strict=True))
+        if not any(
+            x < other[2] and other[0] < x + tag[0] and y < other[3] and other[1] < y + tag[1] for other in taken
+        ):
+            return x, y, x + tag[0], y + tag[1]
+    return None
 
 
 @dataclass(frozen=True)
@@ -174,33 +151,20 @@ def contact_sheet(
     height, width = cell[0] + CAPTION_HEIGHT + MARGIN, cell[1] + MARGIN
     rows = max(math.ceil(len(pictures) / columns), 1)
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
-    for index, picture in enumerate(pictures):
-        corner = (MARGIN + index % columns * width, MARGIN + index // columns * height)
-        _fill_cell(sheet, corner, cell, picture, threshold)
-    if not pictures:
-        _write_line(ImageDraw.Draw(sheet), (MARGIN, MARGIN), "no pictures", cell[1])
-    return sheet
-
-
-def _fill_cell(
-    sheet: Image.Image, corner: tuple[int, int], cell: tuple[int, int], picture: Picture, threshold: float
-) -> None:
-    left, top = corner
     draw = ImageDraw.Draw(sheet)
-    draw.rectangle((left, top, left + cell[1] - 1, top + cell[0] - 1), fill=GREY)
-    small = _shrink(picture, cell)
-    drawn = draw_detections(small.image, small.detections, threshold)
-    sheet.paste(drawn, (left + (cell[1] - drawn.width) // 2, top + (cell[0] - drawn.height) // 2))
-    _write_line(draw, (left, top + cell[0] + 3), picture.caption, cell[1])
-
-
-def _shrink(picture: Picture, cell: tuple[int, int]) -> Picture:
-    height, width = picture.image.shape[:2]
-    factor = min(cell[0] / height, cell[1] / width, 1.0)
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    image = np.asarray(Image.fromarray(picture.image).resize(size, Image.Resampling.LANCZOS))
-    boxes = picture.detections.boxes * np.float32(factor)
-    return replace(picture, image=image, detections=replace(picture.detections, boxes=boxes))
+    for index, picture in enumerate(pictures):
+        left, top = MARGIN + index % columns * width, MARGIN + index // columns * height
+        draw.rectangle((left, top, left + cell[1] - 1, top + cell[0] - 1), fill=GREY)
+        small = Image.fromarray(picture.image)
+        small.thumbnail(cell[::-1], Image.Resampling.LANCZOS, reducing_gap=None)
+        factors = np.array([small.width / picture.image.shape[1], small.height / picture.image.shape[0]] * 2, "f4")
+        found = replace(picture.detections, boxes=picture.detections.boxes * factors)
+        drawn = draw_detections(np.asarray(small), found, threshold)
+        sheet.paste(drawn, (left + (cell[1] - drawn.width) // 2, top + (cell[0] - drawn.height) // 2))
+        _write_line(draw, (left, top + cell[0] + 3), picture.caption, cell[1])
+    if not pictures:
+        _write_line(draw, (MARGIN, MARGIN), "no pictures", cell[1])
+    return sheet
 
 
 def _write_line(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:

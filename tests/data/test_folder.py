@@ -1,9 +1,8 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from sppnet.data.folder import find_images, load_image_folder
+from sppnet.data.folder import find_images
 from sppnet.errors import SppnetError
 
 
@@ -63,40 +62,3 @@ def test_a_folder_without_images_is_an_error(tmp_path):
 def test_no_path_at_all_is_an_error():
     with pytest.raises(SppnetError, match="expected at least one image, folder or pattern, got none"):
         find_images([])
-
-
-def test_sub_folders_are_classes(tmp_path):
-    for name in ("dog/2.jpg", "dog/1.jpg", "cat/1.png", "cat/notes.txt", ".cache/x.jpg", "readme.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    paths, labels, classes = load_image_folder(tmp_path)
-    assert names(paths, tmp_path) == ["cat/1.png", "dog/1.jpg", "dog/2.jpg"]
-    assert labels.dtype == np.int64
-    assert labels.tolist() == [0, 1, 1]
-    assert classes == ("cat", "dog")
-
-
-def test_a_class_without_images_is_an_error(tmp_path):
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(SppnetError, match="cat: no image in this folder"):
-        load_image_folder(tmp_path)
-
-
-def test_a_folder_without_classes_is_an_error(tmp_path):
-    with pytest.raises(SppnetError, match="expected one sub-folder of images per class, found none; sort the images"):
-        load_image_folder(tmp_path)
-
-
-def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(
-        SppnetError, match="gone: no such folder; give one that holds one sub-folder of images per class"
-    ):
-        load_image_folder(tmp_path / "gone")
-
-
-@pytest.mark.shared_data
-def test_the_twenty_categories_are_read(shared):
-    paths, labels, classes = load_image_folder(shared / "caltech20")
-    assert len(classes) == 20
-    assert np.bincount(labels).tolist() == [60] * 20
-    assert all(path.parent.name == classes[label] for path, label in zip(paths, labels, strict=True))

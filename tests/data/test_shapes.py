@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 
 from sppnet.boxes import areas, pairwise_iou
-from sppnet.data.shapes import OUTLINES, Scene, _area, _fill, _tight_box, draw_scene, generate_shapes
-from sppnet.data.voc import discover_classes, load_split, load_splits
+from sppnet.config import ProposalSettings
+from sppnet.data.shapes import (
+    OUTLINES,
+    Scene,
+    draw_scene,
+    generate_shapes,
+    polygon_area,
+    polygon_cover,
+    tight_box,
+)
+from sppnet.data.voc import choose_classes, load_split, load_splits
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
+from sppnet.proposals.selective_search import selective_search
 
 
 def scene(number: int, seed: int = 0) -> Scene:
@@ -31,7 +41,7 @@ def test_the_folder_is_a_devkit_with_all_its_splits(devkit):
     records, skips = load_splits(devkit, ("SHAPES/train", "SHAPES/val", "SHAPES/test"))
     assert (len(records), skips.counts) == (20, {})
     assert len(load_split(devkit, "SHAPES/trainval")[0]) == 15
-    assert set(discover_classes(records)) <= set(OUTLINES)
+    assert set(choose_classes(records, None)) <= set(OUTLINES)
     assert read_image(records[0].path).shape[:2] == records[0].size
 
 
@@ -130,7 +140,7 @@ def test_scenes_hold_what_they_promise():
 
 
 def test_the_cover_of_a_polygon_is_its_area_in_every_pixel():
-    cover = _fill(np.array([[2, 3], [6.5, 3], [6.5, 8], [2, 8]], dtype=np.float64), (12, 10))
+    cover = polygon_cover(np.array([[2, 3], [6.5, 3], [6.5, 8], [2, 8]], dtype=np.float64), (12, 10))
     expected = np.zeros((12, 10))
     expected[3:8, 2:6], expected[3:8, 6] = 1, 0.5
     np.testing.assert_allclose(cover, expected, atol=0.26)  # a quarter pixel
@@ -139,35 +149,29 @@ def test_the_cover_of_a_polygon_is_its_area_in_every_pixel():
 @pytest.mark.parametrize("name", OUTLINES)
 def test_a_shape_covers_as_much_as_its_polygon_measures(name):
     corners = OUTLINES[name] * 40 + 50.3
-    assert _fill(corners, (100, 100)).sum() == pytest.approx(_area(corners), rel=0.02)
+    assert polygon_cover(corners, (100, 100)).sum() == pytest.approx(polygon_area(corners), rel=0.02)
 
 
 def test_the_area_of_a_square_is_its_side_squared():
-    assert _area(np.array([[1, 1], [4, 1], [4, 4], [1, 4]], dtype=np.float64)) == 9
-    assert _area(OUTLINES["disc"]) == pytest.approx(np.pi, rel=0.01)
+    assert polygon_area(np.array([[1, 1], [4, 1], [4, 4], [1, 4]], dtype=np.float64)) == 9
+    assert polygon_area(OUTLINES["disc"]) == pytest.approx(np.pi, rel=0.01)
 
 
 def test_the_box_of_a_shape_is_tight_and_half_open():
     visible = np.zeros((12, 10), dtype=bool)
     visible[3, 2] = visible[7, 5] = True
-    assert _tight_box(visible) == (2, 3, 6, 8)
+    assert tight_box(visible) == (2, 3, 6, 8)
 
 
 def test_what_lies_outside_the_image_covers_nothing():
-    assert not _fill(OUTLINES["star"] * 10 - 30, (50, 60)).any()
+    assert not polygon_cover(OUTLINES["star"] * 10 - 30, (50, 60)).any()
 
 
 @pytest.mark.slow
 def test_selective_search_finds_the_shapes():
-    cv2 = pytest.importorskip("cv2")
     overlaps: list[float] = []
     for number in range(20):
         drawn = scene(number)
-        search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-        search.setBaseImage(np.ascontiguousarray(drawn.pixels[..., ::-1]))
-        search.switchToSelectiveSearchFast()
-        found = search.process().astype(np.float64)
-        windows = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], axis=1)
-        windows = windows[(found[:, 2:] >= 20).all(axis=1)]
+        windows = selective_search(drawn.pixels, ProposalSettings())
         overlaps += list(pairwise_iou(drawn.boxes, windows).max(axis=1)[~np.array(drawn.difficult)])
     assert np.mean(np.array(overlaps) >= 0.5) >= 0.95

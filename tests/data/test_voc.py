@@ -15,7 +15,6 @@ from PIL import Image
 from sppnet.data.voc import (
     annotations_digest,
     choose_classes,
-    discover_classes,
     hold_out,
     load_split,
     load_splits,
@@ -120,9 +119,10 @@ def test_boxes_beyond_the_edge_are_clipped_or_skipped_and_counted(tmp_path):
     assert skips.counts == {"box clipped to the image": 2, "box outside the image": 2}
 
 
-def test_without_a_size_boxes_are_clipped_at_left_and_top_alone(tmp_path):
-    found, skips = annotated(tmp_path, xml_of(thing("cat", 0, 5, 5000, 6000)), size=None)
-    np.testing.assert_array_equal(found.boxes, [[0, 4, 5000, 6000]])
+@pytest.mark.parametrize(("size", "kept"), [("", [0, 4, 5000, 6000]), (stated(100, 200), [0, 4, 200, 100])])
+def test_without_a_size_boxes_are_clipped_to_the_stated_one_or_at_left_and_top_alone(tmp_path, size, kept):
+    found, skips = annotated(tmp_path, xml_of(thing("cat", 0, 5, 5000, 6000), size=size), size=None)
+    np.testing.assert_array_equal(found.boxes, [kept])
     assert skips.counts == {"box clipped to the image": 1}
 
 
@@ -379,10 +379,8 @@ def test_an_image_in_two_splits_is_an_error(tmp_path):
 
 def test_classes_are_discovered_sorted():
     records = [record("1", things("dog", "cat")), record("2"), record("3", things("ant"))]
-    assert discover_classes(records) == ("ant", "cat", "dog")
     assert choose_classes(records, None) == ("ant", "cat", "dog")
     assert choose_classes(records, ("dog", "ant")) == ("dog", "ant")
-    assert discover_classes([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -527,14 +525,16 @@ def test_the_real_splits_are_read_completely_and_quickly(shared):
     records, skips = load_splits(shared / "voc" / "VOCdevkit", ("VOC2007/train", "VOC2012/train"))
     assert time.perf_counter() - start < 10  # half a second on an idle machine
     assert (len(records), skips.counts) == (2052, {})
-    assert {"bus", "car", "cat", "cow", "dog", "horse", "person", "sheep", "train"} <= set(discover_classes(records))
+    assert {"bus", "car", "cat", "cow", "dog", "horse", "person", "sheep", "train"} <= set(
+        choose_classes(records, None)
+    )
 
 
 @pytest.mark.shared_data
 def test_the_two_zero_area_boxes_of_the_blood_cells_are_counted(shared):
     records, skips = load_split(shared / "bccd" / "VOCdevkit", "VOC2007/trainval")
     assert (len(records), skips.counts) == (364, {"zero-area box": 2})
-    assert discover_classes(records) == ("Platelets", "RBC", "WBC")
+    assert choose_classes(records, None) == ("Platelets", "RBC", "WBC")
 
 
 # --- scripts/fetch_voc ------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_another_devkit_is_tested_by_its_own_split_and_two_column_image_set(run,
     output = evaluate(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",))
     assert output.folder.name == "OTHER-all"
     assert len(output.result.detections) == 4
-    assert output.result.evaluation.objects == own.objects
+    assert output.result.evaluation.to_dict()["objects"] == own.to_dict()["objects"]
     metrics = json.loads((output.folder / "metrics.json").read_text())
     assert (metrics["data"], metrics["splits"]) == (str(devkit), ["OTHER/all"])
     found = score(output.folder, devkit, "OTHER/all", "all")
@@ -195,7 +195,7 @@ def test_of_a_split_annotated_in_part_that_part_is_evaluated(run, detector, tmp_
     result = evaluate(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",)).result
     assert len(result.detections) == 4
     whole = evaluate(detector, run.root).result.evaluation
-    assert 0 < sum(result.evaluation.objects.values()) < sum(whole.objects.values())
+    assert 0 < sum(result.evaluation.to_dict()["objects"].values()) < sum(whole.to_dict()["objects"].values())
 
 
 def test_several_splits_are_one_result(run, detector):

@@ -17,7 +17,6 @@ from sppnet.errors import SppnetError
 from sppnet.images import read_image
 from sppnet.pipeline import prediction as folder_detection
 from sppnet.pipeline.prediction import detect_files
-from sppnet.proposals.search import FixedWindows
 
 WINDOWS = np.array([[10, 10, 90, 90], [50, 40, 150, 160], [100, 20, 180, 120], [0, 0, 60, 200]], np.float32)
 EVERYTHING = -1.5
@@ -25,7 +24,7 @@ EVERYTHING = -1.5
 
 @pytest.fixture(scope="module")
 def detector(small_run):
-    return SPPDetector.load(small_run.root, proposer=FixedWindows(WINDOWS))
+    return SPPDetector.load(small_run.root, proposer=lambda image: WINDOWS)
 
 
 @pytest.fixture

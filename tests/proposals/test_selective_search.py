@@ -17,13 +17,11 @@ from sppnet.config import ProposalSettings
 from sppnet.data.voc import load_splits, restrict
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.images import read_image
-from sppnet.proposals import grouping
-from sppnet.proposals import selective_search as search
 from sppnet.proposals.files import match_records
 from sppnet.proposals.grouping import ONE, Similarity, group
 from sppnet.proposals.regions import Regions, describe, pixel_bins
 from sppnet.proposals.segmentation import STEPS, segment, sorted_edges
-from sppnet.proposals.selective_search import MODES, hierarchies, selective_search, shrunk
+from sppnet.proposals.selective_search import COLOUR_SPACES, MODES, hierarchies, selective_search, shrunk
 
 OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
 ALL = Similarity()
@@ -241,20 +239,6 @@ def test_mergers_of_few_regions_are_those_of_a_search_too(
     assert group(regions, terms)[1].tolist() == naive_group(regions, terms)
 
 
-def test_histograms_are_compared_only_where_a_bound_leaves_the_choice_open() -> None:
-    shares = np.array([[8, 1, 0], [0, 9, 0], [7, 0, 2], [9, 0, 0]], np.int32)  # of regions 0 to 2, and 3 beside them
-    tree = grouping._Tree(shares, shares, np.ones(4, np.int32), np.zeros((4, 4), np.int32))
-    regions = np.arange(3, dtype=np.int32)
-    near = grouping._Near(regions, regions.copy(), np.empty(3, np.int64), np.empty(4, np.int32), np.empty(4, np.int32))
-    contacts = grouping._Contacts(np.array([8, 9, 7], np.int32), np.zeros(3, np.bool_))  # bounds
-    partners = np.full(4, -1, np.int32)
-    terms = grouping._Terms(1, 4, False, False)
-    assert grouping._choose(tree, 3, 3, near, contacts, terms, partners) == 8
-    assert partners.tolist() == [-1, -1, -1, 0]
-    assert contacts.exact.tolist() == [True, True, False]
-    assert contacts.common.tolist() == [8, 0, 7]
-
-
 @pytest.mark.parametrize("terms", SETS)
 def test_a_background_with_many_neighbours_is_grouped_as_by_a_search_through_all_pairs(terms: Similarity) -> None:
     rng = np.random.default_rng(3)
@@ -291,37 +275,44 @@ def test_one_region_is_its_own_hierarchy() -> None:
     assert mergers.shape == (0, 2)
 
 
-def similarity_of_halves(terms: Similarity, left: int, right: int) -> float:
+def halves(left: int, right: int) -> Regions:
+    """Two regions of one colour each, without texture."""
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, :4], image[:, 4:] = left, right
-    labels = np.repeat([[0] * 4 + [1] * 4], 4, axis=0).astype(np.int32)
-    regions = describe(
-        labels, 2, np.where(np.arange(6) < 3, pixel_bins(image), pixel_bins(image * 0)).astype(np.uint16)
-    )
-    tree = grouping._Tree(
-        *(np.concatenate([a, a]) for a in (regions.colours, regions.colours * 0, regions.sizes, regions.boxes))
-    )
-    for region in range(2):
-        grouping._share(tree, region, 3)
-    common = grouping._intersection(tree, 0, 1)
-    return grouping._similarity(tree, 0, 1, common, grouping._Terms(3, 32, terms.size, terms.fill)) / ONE
+    bins = np.where(np.arange(6) < 3, pixel_bins(image), pixel_bins(image * 0)).astype(np.uint16)
+    return describe(np.repeat([[0] * 4 + [1] * 4], 4, axis=0).astype(np.int32), 2, bins)
 
 
-def test_similarities_have_their_closed_forms() -> None:
-    none = Similarity(size=False, fill=False)
-    assert similarity_of_halves(none, 100, 100) == pytest.approx(1, abs=1e-4)  # the same histogram
-    assert similarity_of_halves(none, 10, 200) == 0  # no colour in common
-    assert similarity_of_halves(Similarity(fill=False), 10, 200) == 0  # both together are the whole image
-    assert similarity_of_halves(Similarity(size=False), 10, 200) == 1  # they fill their common box
+@pytest.mark.parametrize(
+    ("terms", "colours", "expected"),
+    [
+        (Similarity(size=False, fill=False, texture=False), (100, 100), 1),  # the same histogram
+        (Similarity(size=False, fill=False, texture=False), (10, 200), 0),  # no colour in common
+        (Similarity(size=False, fill=False, colour=False), (10, 200), 1),  # both without texture
+        (Similarity(colour=False, texture=False, fill=False), (10, 200), 0),  # both together are the whole image
+        (Similarity(colour=False, texture=False, size=False), (10, 200), 1),  # they fill their common box
+    ],
+)
+def test_the_loop_that_grouping_is_compared_with_has_closed_forms(
+    terms: Similarity, colours: tuple[int, int], expected: int
+) -> None:
+    assert naive_similarity(halves(*colours), {0}, {1}, terms) / ONE == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_heap_gives_its_entries_back_in_order() -> None:
-    entries = np.random.default_rng(0).integers(0, 50, 200)
-    heap = np.empty(200, np.int64)
-    for length, entry in enumerate(entries):
-        grouping._push(heap, length, int(entry))
-    popped = [grouping._pop(heap, length) for length in range(200, 0, -1)]
-    assert popped == sorted(entries.tolist(), reverse=True)
+@pytest.mark.parametrize(
+    ("terms", "first"),
+    [
+        (Similarity(texture=False, size=False, fill=False), [1, 2]),  # the two of one colour
+        (Similarity(colour=False, texture=False, fill=False), [0, 1]),  # the two that are smallest together
+    ],
+)
+def test_three_strips_are_merged_by_what_they_have_in_common(terms: Similarity, first: list[int]) -> None:
+    image = np.zeros((4, 12, 3), np.uint8)
+    image[:, :2] = 200
+    labels = np.repeat([[0] * 2 + [1] * 2 + [2] * 8], 4, axis=0).astype(np.int32)
+    boxes, mergers = group(describe(labels, 3, pixel_bins(image)), terms)
+    assert mergers[0].tolist() == first
+    assert boxes[3].tolist() == ([2, 0, 12, 4] if first == [1, 2] else [0, 0, 4, 4])
 
 
 # windows
@@ -365,11 +356,10 @@ def test_fewer_windows_are_a_prefix_of_more() -> None:
     np.testing.assert_array_equal(few, many[:15])
 
 
-def test_the_order_is_position_times_a_hash_in_plain_integers() -> None:
-    trees = [np.random.default_rng(n).integers(0, 400, (30, 4)).astype(np.int32) for n in range(3)]
-    trees[2][:10] = trees[0][:10]
+def naive_windows(image: NDArray[np.uint8], mode: str) -> list[list[int]]:
+    """Each box once, ordered by position times a hash in plain integers, then by corners."""
     best: dict[tuple[int, ...], float] = {}
-    for number, tree in enumerate(trees):
+    for number, tree in enumerate(hierarchies(image, MODES[mode])):
         for row, box in enumerate(tree.tolist()):
             key = number
             for part in (*box, 0):
@@ -377,14 +367,22 @@ def test_the_order_is_position_times_a_hash_in_plain_integers() -> None:
                 key ^= key >> 32
             priority = (len(tree) - row) * ((key >> 11) / 2**53)
             best[tuple(box)] = min(priority, best.get(tuple(box), np.inf))
-    ordered = search._distinct(*search._prioritised(iter(trees)))
-    assert [tuple(box) for box in ordered.tolist()] == sorted(best, key=lambda box: best[box])
+    return [list(box) for box in sorted(best, key=lambda box: (best[box], box))]
 
 
-def test_wide_images_are_told_apart_by_whole_rows() -> None:
-    boxes = np.array([[40_000, 0, 70_000, 9], [0, 0, 70_000, 9], [40_000, 0, 70_000, 9]])
-    assert search._distinct(boxes, np.array([0.5, 0.2, 0.1])).tolist() == [boxes[0].tolist(), boxes[1].tolist()]
-    assert search._distinct(np.zeros((0, 4), np.int64), np.zeros(0)).shape == (0, 4)
+@pytest.mark.parametrize("mode", ["fast", "quality"])
+def test_the_order_is_position_times_a_hash(mode: str) -> None:
+    windows = selective_search(scene(), ProposalSettings(mode=mode, min_side=1, max_windows=100_000))
+    assert windows.tolist() == naive_windows(scene(), mode)
+
+
+def test_the_windows_of_a_very_wide_image_are_told_apart() -> None:
+    image = np.zeros((1, 70_000, 3), np.uint8)
+    for start in (10, 5_000, 32_768, 65_536, 66_000):  # the same low bits again and again
+        image[:, start : start + 3000] = start % 251
+    windows = selective_search(image, ProposalSettings(min_side=1, max_windows=100_000, max_side=None))
+    assert len(windows) > 10
+    assert windows.tolist() == naive_windows(image, "fast")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3), (33, 20)])
@@ -429,7 +427,7 @@ def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
 
 def test_red_and_green_are_shares_of_the_brightness() -> None:
     image = np.array([[[0, 0, 0], [10, 10, 10], [200, 0, 0], [60, 180, 60]]], np.uint8)
-    assert search._rgi(image)[0, :, :2].tolist() == [[85, 85], [85, 85], [255, 0], [51, 153]]
+    assert COLOUR_SPACES["rgi"](image)[0, :, :2].tolist() == [[85, 85], [85, 85], [255, 0], [51, 153]]
 
 
 @pytest.mark.shared_data

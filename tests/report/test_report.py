@@ -7,21 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sppnet.evaluation.proposals import ProposalQuality
 from sppnet.evaluation.voc import ClassResult, PRCurve, VOCEvaluation
 from sppnet.records import Detections
 from sppnet.report.drawing import Picture, class_colour, contact_sheet, draw_detections, save_image
-from sppnet.report.plots import (
-    LOG_COLUMNS,
-    draw_precision_recall,
-    draw_proposal_recall,
-    draw_recall_by_windows,
-    draw_training,
-    read_training_log,
-)
+from sppnet.report.plots import draw_precision_recall
 
 CLASSES = ("cat", "dog")
-HEADER = ",".join(LOG_COLUMNS)
 
 
 def grey(height: int, width: int) -> np.ndarray:
@@ -194,56 +185,6 @@ def test_precision_recall_has_a_panel_per_class(count):
     width, height = draw_precision_recall(evaluation(count)).size
     assert width > 250 * min(count, 4)
     assert height > 250 * count / 6
-
-
-def test_training_and_proposals_are_drawn():
-    log = {name: np.linspace(0, 1, 7) for name in LOG_COLUMNS} | {"val_loss": np.full(7, np.nan)}
-    assert draw_training(log).size == (1080, 432)
-    none = ProposalQuality(np.zeros(0), 0.5, float("nan"))
-    some = ProposalQuality(np.linspace(0, 1, 9), 0.5, 20.0)
-    assert draw_proposal_recall({"edge boxes": some, "nothing": none}).size == draw_proposal_recall({}).size
-
-
-def test_recall_by_windows_can_be_drawn_with_and_without_objects():
-    some = {n: ProposalQuality(np.linspace(0.2, 0.9, 9), 0.5, n) for n in (100, 1000)}
-    none = {n: ProposalQuality(np.zeros(0), 0.5, n) for n in (100, 1000)}
-    drawn = draw_recall_by_windows({"some": some, "nothing": none})
-    assert drawn.size == draw_recall_by_windows({}).size
-    assert np.asarray(drawn).tobytes() != np.asarray(draw_recall_by_windows({})).tobytes()
-
-
-def test_the_training_log_is_read_by_column_and_an_empty_cell_is_nan(tmp_path):
-    (tmp_path / "log.csv").write_text(f"{HEADER}\n20,1.5,0.25,,,0.001\n40,1.25,0.5,1.75,0.125,0.0001\n")
-    log = read_training_log(tmp_path / "log.csv")
-    assert list(log) == list(LOG_COLUMNS)
-    assert log["loss"].tolist() == [1.5, 1.25]
-    assert np.isnan(log["val_loss"][0])
-    assert log["learning_rate"][1] == 1e-4
-
-
-def test_a_training_log_without_lines_is_empty_and_can_be_drawn(tmp_path):
-    (tmp_path / "log.csv").write_text(HEADER + "\n")
-    log = read_training_log(tmp_path / "log.csv")
-    assert all(len(values) == 0 for values in log.values())
-    assert draw_training(log).size == (1080, 432)
-
-
-@pytest.mark.parametrize("text", ["", "step,loss\n1,2\n"])
-def test_a_training_log_without_a_column_is_an_error(tmp_path, text):
-    (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"log\.csv: expected the columns step, loss, .*learning_rate not found"):
-        read_training_log(tmp_path / "log.csv")
-
-
-def test_a_training_log_with_words_is_an_error(tmp_path):
-    (tmp_path / "log.csv").write_text(f"{HEADER}\n20,1.5,0.25,,,0.001\n40,half,,,,\n")
-    with pytest.raises(ValueError, match=r"log\.csv, line 3: expected a number, got 'half'; delete the line"):
-        read_training_log(tmp_path / "log.csv")
-
-
-def test_a_missing_training_log_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"log\.csv: cannot read the training log \(No such file.*\); fine-tune first"):
-        read_training_log(tmp_path / "log.csv")
 
 
 def test_curves_are_drawn_without_the_global_state_of_pyplot():
