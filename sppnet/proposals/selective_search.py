@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppnet.config import ProposalSettings
+from sppnet.errors import SppnetError
 from sppnet.proposals.grouping import Similarity, group
 from sppnet.proposals.regions import describe, pixel_bins
 from sppnet.proposals.segmentation import segment, sorted_edges
@@ -167,7 +168,7 @@ def _distinct(boxes: NDArray[np.int64], priorities: Priorities) -> NDArray[np.in
 def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
     """All boxes that OpenCV finds, xyxy half-open."""
     if not hasattr(cv2, "ximgproc"):
-        raise ImportError(
+        raise SppnetError(
             "this OpenCV has no ximgproc; uninstall the other opencv-* packages "
             "and install opencv-contrib-python-headless"
         )

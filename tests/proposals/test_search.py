@@ -149,7 +149,7 @@ def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
 
 def test_an_opencv_without_its_contributions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "ximgproc")
-    with pytest.raises(ImportError, match=r"no ximgproc; .* install opencv-contrib-python-headless"):
+    with pytest.raises(SppnetError, match=r"no ximgproc; .* install opencv-contrib-python-headless"):
         opencv_selective_search(scene(), ALONE)
 
 
