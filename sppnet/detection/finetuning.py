@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,15 +27,6 @@ logger = logging.getLogger("sppnet")
 
 COLUMNS = ("step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 PREFETCH = 3  # batches pooled ahead while the head trains
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows drawn from several images: position of the image in the batch, row in it, class (K = background)."""
-
-    image: NDArray[np.int64]
-    row: NDArray[np.int64]
-    label: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -184,9 +176,10 @@ class _Trainer:
 
 def draw_batch(
     images: Sequence[LabelledWindows], background: int, settings: FinetuneSettings, rng: np.random.Generator
-) -> Batch:
+) -> NDArray[np.int64]:
     """`settings.batch` windows from these images, `positive_share` of them positive, with replacement.
 
+    (3, B): position of the image in `images`, row of the window in it, class (`background` for a negative).
     Every image gives the same number where it can, so that one crowded image does not fill the batch. With
     `settings.balance` every class of an image is as likely: of a small object few windows are positives. Where the
     images hold no positives (or no negatives) at all the batch is made of the others; it is empty if there are neither.
@@ -206,8 +199,7 @@ def draw_batch(
         rows.append((i, images[i].positives[chosen], labels[chosen]))
     for i in _draw_evenly(has_negatives, settings.batch - wanted, rng):
         rows.append((i, rng.choice(images[i].negatives), background))
-    image, row, label = np.array(rows, np.int64).reshape(-1, 3).T
-    return Batch(image, row, label)
+    return np.array(rows, np.int64).reshape(-1, 3).T
 
 
 def validation_windows(source: FinetuneWindows, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
@@ -223,7 +215,7 @@ def _draw_evenly(choices: Sequence[int], count: int, rng: np.random.Generator) -
     """`count` of the choices, each as often as any other, give or take one."""
     if not choices or not count:
         return []
-    rounds = [rng.permutation(choices) for _ in range(-(-count // len(choices)))]
+    rounds = [rng.permutation(choices) for _ in range(math.ceil(count / len(choices)))]
     return np.concatenate(rounds)[:count].tolist()
 
 
@@ -270,11 +262,10 @@ def _draw_and_pool(
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Pooled features and labels of a batch from these images, grouped by image."""
-    drawn = draw_batch([source.labelled[i] for i in images], background, settings, rng)
-    parts, labels = [], []
-    for position, image in enumerate(images):
-        own = drawn.image == position
-        if own.any():
-            parts.append(source.pool(int(image), drawn.row[own], rng))
-            labels.append(drawn.label[own])
-    return torch.cat(parts), torch.from_numpy(np.concatenate(labels))
+    position, row, label = draw_batch([source.labelled[i] for i in images], background, settings, rng)
+    order = np.argsort(position, kind="stable")
+    drawn, starts = np.unique(position[order], return_index=True)
+    parts = [
+        source.pool(int(images[i]), rows, rng) for i, rows in zip(drawn, np.split(row[order], starts[1:]), strict=True)
+    ]
+    return torch.cat(parts), torch.from_numpy(label[order])

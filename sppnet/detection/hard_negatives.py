@@ -21,7 +21,7 @@ from torch import Tensor
 from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
-from sppnet.detection.training_windows import MiningImage, MiningWindows, draw_rows
+from sppnet.detection.training_windows import ImageWindows, MiningWindows, draw_rows
 from sppnet.errors import SppnetError
 from sppnet.progress import progress_bar
 
@@ -85,18 +85,16 @@ class _Miner:
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, self.positives, strict=True))
-        logger.info(
-            "svm mining %d images; positives %s; cache for %d windows", len(images), counts, self.cache.capacity
-        )
+        logger.info(f"svm mining {len(images)} images; positives {counts}; cache for {self.cache.capacity} windows")
 
     def visit(self, index: int) -> None:
         """Let the hard negatives of one image enter the cache; fit the classes that are due."""
-        image = self.images.read(index)
-        _check_finite(f"image {index}", image.features)
-        scores = self.svms.score(image.features.detach()).cpu().numpy()
+        image, features = self.images.read(index)
+        _check_finite(f"image {index}", features)
+        scores = self.svms.score(features.detach()).cpu().numpy()
         scores[:, self.retrains == 0] = np.inf  # all negatives enter the first fit of a class
         wanted = self._negatives(image) & (scores > self.settings.mine_above)
-        self.fresh += self.cache.add(image.features.detach(), wanted, scores, self.svms.scale)
+        self.fresh += self.cache.add(features.detach(), wanted, scores, self.svms.scale)
         first = (self.retrains == 0) & (self.cache.counts() > 0)
         for label in np.flatnonzero(first | (self.fresh >= self.settings.retrain_after)):
             self._fit(int(label))
@@ -114,17 +112,15 @@ class _Miner:
             logger.warning("svm %s has %s in the training images; it never fires", name, reason)
         if self.cache.dropped:
             logger.warning(
-                "the cache of %g GB was full and dropped %d negatives, the lowest scores of the largest classes first; "
-                "svm.cache_gigabytes raises it",
-                self.settings.cache_gigabytes,
-                self.cache.dropped,
+                f"the cache of {self.settings.cache_gigabytes:g} GB was full and dropped {self.cache.dropped} negatives, "
+                "the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
             )
         return MinedSVMs(self.svms, untrained, tuple(self.retrains.tolist()), self.cache.dropped)
 
-    def _negatives(self, image: MiningImage) -> NDArray[np.bool_]:
-        """(R, K): which window is a negative of which class."""
-        far = image.overlaps < self.settings.negative_overlap
-        negatives = far & (image.labels[:, None] != np.arange(len(self.active))) & self.active
+    def _negatives(self, image: ImageWindows) -> NDArray[np.bool_]:
+        """(R, K): which window is a negative of which class; an object is none of its own."""
+        negatives = (image.overlaps < self.settings.negative_overlap) & self.active
+        negatives[np.arange(len(image.objects)), image.objects] = False
         if self.settings.duplicates == "overlap":
             return distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)
         return negatives
@@ -141,15 +137,9 @@ class _Miner:
         evicted = self.cache.rescore(label, scores[positives:], self.settings.evict_below)
         self.retrains[label] += 1
         self.fresh[label] = 0
-        logger.info(
-            "svm %s retrain %d: %s | cache %d pos %d neg, evicted %d",
-            self.svms.classes[label],
-            self.retrains[label],
-            svm_objective(svm, scores, signs, self.settings),
-            positives,
-            negatives - evicted,
-            evicted,
-        )
+        objective = svm_objective(svm, scores, signs, self.settings)
+        kept = f"cache {positives} pos {negatives - evicted} neg, evicted {evicted}"
+        logger.info(f"svm {self.svms.classes[label]} retrain {self.retrains[label]}: {objective} | {kept}")
 
 
 class NegativeCache:

@@ -135,11 +135,8 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
     weight, bias, converged = _descend(rows, signs, costs, norms, *limits, state)
     if not converged:
         logger.warning(
-            "linear SVM of %d x %d stopped at %d iterations before it reached tolerance %g; its weights are used, "
-            "raise svm.max_iterations or svm.tolerance",
-            *rows.shape,
-            settings.max_iterations,
-            settings.tolerance,
+            f"linear SVM of {len(rows)} x {rows.shape[1]} stopped at {settings.max_iterations} iterations before it "
+            f"reached tolerance {settings.tolerance:g}; its weights are used, raise svm.max_iterations or svm.tolerance"
         )
     return LinearSVM(weight, float(bias))
 

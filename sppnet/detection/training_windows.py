@@ -54,19 +54,6 @@ class PositiveWindows:
 
 
 @dataclass(frozen=True)
-class MiningImage:
-    """All windows of one image: its objects, and its proposals, one for each distinct window of cells.
-
-    Proposals on the same cells of the same scale have the same features; one of them is kept (release).
-    """
-
-    features: Tensor  # (R, D), unscaled, on any device
-    overlaps: NDArray[np.floating]  # (R, K) highest IoU with an object of each class, 0 where there is none
-    labels: NDArray[np.int64]  # (R,) class of an object, -1 for a proposal
-    windows: NDArray[np.floating]  # (R, 4) half-open pixels
-
-
-@dataclass(frozen=True)
 class BoxExamples:
     """Which proposals train the regressor of one class: image and row (N,), and the object each covers (N, 4)."""
 
@@ -148,7 +135,7 @@ class FinetuneWindows:
 
 
 class MiningWindows:
-    """Windows for mining: the objects of an image, then its proposals on distinct cells.
+    """Windows for mining: the objects of an image, then its proposals, one for each distinct window of cells (release).
 
     The same call gives the same values in the same order every time.
     """
@@ -159,13 +146,11 @@ class MiningWindows:
     def __len__(self) -> int:
         return len(self._source.records)
 
-    def read(self, index: int) -> MiningImage:
+    def read(self, index: int) -> tuple[ImageWindows, Tensor]:
+        """The windows of an image and their features (R, D), unscaled, on any device."""
         maps = self._source.maps(index)
         found = self._distinct(index, maps)
-        features = self._features(maps, self._source.project(maps, found.windows))
-        labels = np.full(len(found.windows), -1, np.int64)
-        labels[: len(found.objects)] = found.objects
-        return MiningImage(features, found.overlaps, labels, found.windows)
+        return found, self._features(maps, self._source.project(maps, found.windows))
 
     def positives(self, index: int) -> PositiveWindows:
         """The objects; where svm.positive_overlap is below 1, then the proposals that cover one by so much.

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sppnet.backbones.geometry import Geometry
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
-from sppnet.detection.windows import Geometry, choose_scales, project_windows
+from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.models.sppnet import Layer, SPPHead, pooled_size
 from sppnet.ops.pyramid import pool_windows
 

@@ -7,28 +7,16 @@ cells. numpy arrays give numpy arrays, torch tensors give torch tensors on the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sppnet.backbones.geometry import Geometry
 from sppnet.boxes import areas, as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
-
-
-class Geometry(Protocol):
-    """Where the cells of a map lie in the resized image, in pixels."""
-
-    @property
-    def stride(self) -> float: ...  # between the centres of neighbouring cells
-
-    @property
-    def first_centre(self) -> float: ...  # 0-based centre of the first cell's receptive field: 20 for ZF-5
-
-    @property
-    def shrink(self) -> float: ...  # release: by how much each side of a window moves inwards: 6.5 for ZF-5
 
 
 def choose_scales(
@@ -88,11 +76,10 @@ def project_windows(
 
 
 def _finite_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(_numpy(boxes))
-    bad = ~np.isfinite(array).all(axis=1)
-    if bad.any():
-        first = int(bad.argmax())
-        raise ValueError(f"box {first} is not finite: got {array[first].tolist()}; drop it before projecting")
+    array = as_boxes(boxes.detach().cpu().numpy() if isinstance(boxes, torch.Tensor) else boxes)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        raise ValueError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")
     return array
 
 
@@ -101,12 +88,6 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
         raise ValueError(f"{name} must be (height, width), both at least 1, got {tuple(size)}")
 
 
-def _numpy(array: NDArray[np.generic] | torch.Tensor) -> NDArray[np.generic]:
-    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-
-
 def _like(model: Array, values: NDArray[np.int64]) -> Array:
     """`values` as what `model` is: an array, or a tensor on its device."""
-    if isinstance(model, torch.Tensor):
-        return torch.from_numpy(values).to(model.device)
-    return cast(Array, values)
+    return torch.from_numpy(values).to(model.device) if isinstance(model, torch.Tensor) else cast(Array, values)

@@ -45,8 +45,7 @@ class SPPHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
         hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
-        hidden = F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training)
-        return self.classifier(hidden)
+        return self.classifier(F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training))
 
     def features(self, pooled: Tensor, layer: Layer) -> Tensor:
         """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""
@@ -167,20 +166,18 @@ def load_pretrained_fc(
 
 def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
     """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a .safetensors file) into `head`, in place."""
-    if settings.checkpoint is None:
+    path = settings.checkpoint
+    if path is None:
         raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
-    if not settings.checkpoint.is_file():
+    if not path.is_file():
         raise SppnetError(
-            f"{settings.checkpoint}: no such classification checkpoint; "
-            "set head.checkpoint to an existing .safetensors file"
+            f"{path}: no such classification checkpoint; set head.checkpoint to an existing .safetensors file"
         )
     try:
-        state = read_tensors(settings.checkpoint)
+        state = read_tensors(path)
     except ArtifactError:
-        raise SppnetError(
-            f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint"
-        ) from None
-    copy_fc(head, state, str(settings.checkpoint))
+        raise SppnetError(f"{path}: not a .safetensors file; give an SPP classification checkpoint") from None
+    copy_fc(head, state, str(path))
 
 
 def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:

@@ -1,6 +1,6 @@
 import logging
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,11 +10,21 @@ from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_svms
 from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
-from sppnet.detection.training_windows import MiningImage, PositiveWindows
+from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
 
 CLASSES = ("cat", "dog", "cow")
 QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
+
+
+@dataclass(frozen=True)
+class MiningImage:
+    """What the mining reads of one image; labels are -1 for proposals."""
+
+    features: torch.Tensor
+    overlaps: np.ndarray
+    labels: np.ndarray
+    windows: np.ndarray
 
 
 class MemoryImages:
@@ -45,7 +55,8 @@ class MemoryImages:
 
     def read(self, index):
         self.reads += 1
-        return self.items[index]
+        image = self.items[index]
+        return ImageWindows(image.windows, image.labels[image.labels >= 0], image.overlaps), image.features
 
     def positives(self, index):
         image = self.items[index]

@@ -103,13 +103,13 @@ def test_a_window_may_be_a_positive_of_two_classes(source, monkeypatch):
 
 
 def test_mining_reads_the_objects_and_one_proposal_of_each_window_of_cells(source):
-    image = mining(source(1)).read(0)
-    assert image.labels.tolist()[:3] == [1, 0, -1]
+    image, features = mining(source(1)).read(0)
+    assert image.objects.tolist() == [1, 0]
     assert image.windows[:2].tolist() == OBJECTS.tolist()
-    assert torch.equal(image.features, pooled(source(1), image.windows.astype(np.float32)))
-    proposals = image.features[2:]
+    assert torch.equal(features, pooled(source(1), image.windows))
+    proposals = features[2:]
     assert len(torch.unique(proposals, dim=0)) == len(proposals) < 5
-    assert image.overlaps.shape == (len(image.features), 2)
+    assert image.overlaps.shape == (len(features), 2)
 
 
 # ---- overlaps and labels -------------------------------------------------------------------------------------------
