@@ -47,9 +47,8 @@ def pretrain_network(
     and for a loss that is not finite.
     """
     settings = config.pretrain
-    crops, labels = cut_crops(
-        records, classes, max(settings.sizes), settings.seed, difficult=config.data.train_on_difficult
-    )
+    difficult = config.data.train_on_difficult
+    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed, difficult)
     head = build_head(backbone.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
     head.dropout = settings.dropout
     device = next(backbone.parameters()).device
@@ -97,7 +96,14 @@ def cut_crops(
         if not len(wanted.boxes):
             continue
         image = read_image(record.path)
-        background = _background_boxes(annotation.boxes, record.size, rng)[: len(wanted.boxes)]
+        # background: boxes of the sizes of the objects, anywhere in the image away from them
+        objects = annotation.boxes.astype(np.float64)
+        sides = np.repeat(annotation.boxes[:, 2:] - annotation.boxes[:, :2], 4, axis=0)
+        sides = sides * rng.uniform(0.5, 1.2, (len(sides), 1))
+        corner = rng.random((len(sides), 2)) * np.maximum(np.array(record.size)[::-1] - sides, 1)
+        boxes = np.concatenate([corner, corner + sides], axis=1)
+        away = pairwise_iou(boxes, objects).max(axis=1) < BACKGROUND_OVERLAP
+        background = boxes[away][: len(wanted.boxes)]
         crops += [_cut(image, box, stored) for box in [*wanted.boxes, *background]]
         labels += [classes.index(name) for name in wanted.names] + [len(classes)] * len(background)
     if not crops:
@@ -184,15 +190,3 @@ def _cut(image: NDArray[np.uint8], box: NDArray[np.floating], side: int) -> Tens
     part = np.ascontiguousarray(image[rows[:, None], columns[None, :]])
     resized = prepare(part, (side, side), "rgb", (0, 0, 0), (1, 1, 1))[0]
     return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-def _background_boxes(
-    objects: NDArray[np.floating], size: tuple[int, int], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """As many boxes as objects, of their sizes, placed anywhere in the image away from them."""
-    height, width = size
-    sides = np.repeat(objects[:, 2:] - objects[:, :2], 4, axis=0) * rng.uniform(0.5, 1.2, (4 * len(objects), 1))
-    corner = rng.random((len(sides), 2)) * np.maximum([width, height] - sides, 1)
-    boxes = np.concatenate([corner, corner + sides], axis=1)
-    away = pairwise_iou(boxes, objects.astype(np.float64)).max(axis=1, initial=0) < BACKGROUND_OVERLAP
-    return boxes[away][: len(objects)]

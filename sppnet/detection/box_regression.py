@@ -7,7 +7,7 @@ and fitted by ridge regression on the features with a column of ones, which is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -116,10 +116,9 @@ def fit_box_regressor(
 ) -> BoxRegressor:
     """The regressor from features (N, D) of windows (N, 4) to the boxes (N, 4) of the objects they cover.
 
-    `scale` multiplies the features here and in the result (see `mean_norm_scale`). The system of min(N, D + 1)²
-    numbers is solved in float64 on `device` (default: where the features are). Memory: the features once in float32
-    and once in float64, or the system twice. No examples give the regressor that leaves windows unchanged.
-    Raises ValueError for windows or boxes without extent and for lengths that differ.
+    `scale` multiplies the features here and in the result (see `mean_norm_scale`). A system of min(N, D + 1) unknowns
+    is solved in float64 on `device` (default: where the features are). No examples give the regressor that leaves
+    windows unchanged. Raises ValueError for windows or boxes without extent and for lengths that differ.
     """
     settings = settings or BoxRegressionSettings()
     features = _as_tensor(features)
@@ -149,9 +148,7 @@ def apply_targets(windows: Boxes, targets: NDArray[np.floating]) -> NDArray[np.f
     return np.concatenate([centre - half, centre + half], axis=1)
 
 
-def _whiten(
-    targets: NDArray[np.float64], epsilon: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _whiten(targets: NDArray[np.float64], epsilon: float) -> Sequence[NDArray[np.float64]]:
     """Targets (N, 4) -> their mean, (S + ε I)^(1/2), and the targets centred and multiplied by its inverse."""
     if not len(targets):
         return np.zeros(4), np.eye(4), targets

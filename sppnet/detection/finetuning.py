@@ -138,8 +138,7 @@ class _Trainer:
         return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
     def _rate(self, step: int) -> float:
-        phase = int(np.searchsorted(np.cumsum(self.settings.steps), step, side="right"))
-        return self.settings.learning_rates[min(phase, len(self.settings.learning_rates) - 1)]
+        return self.settings.learning_rates[int(np.searchsorted(np.cumsum(self.settings.steps), step, side="right"))]
 
     def _save(self, step: int) -> None:
         if not distributed.is_main():

@@ -62,9 +62,9 @@ def mine_svms(
 def distinct_negatives(
     windows: NDArray[np.floating], negatives: NDArray[np.bool_], overlap: float
 ) -> NDArray[np.bool_]:
-    """Per class, the negatives without those that overlap an earlier one that stays by more than `overlap` (sec. 4.1).
+    """Per class, the negatives without those that overlap an earlier row that stays by more than `overlap` (sec. 4.1).
 
-    windows (R, 4), negatives (R, K) -> (R, K). Earlier means by row.
+    windows (R, 4), negatives (R, K) -> (R, K).
     """
     kept, corners = negatives.copy(), windows.astype(np.float64)
     earlier, later = np.nonzero(np.triu(pairwise_iou(corners, corners) > overlap, k=1))
@@ -112,8 +112,8 @@ class _Miner:
             logger.warning("svm %s has %s in the training images; it never fires", name, reason)
         if self.cache.dropped:
             logger.warning(
-                f"the cache of {self.settings.cache_gigabytes:g} GB was full and dropped {self.cache.dropped} negatives, "
-                "the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
+                f"the cache of {self.settings.cache_gigabytes:g} GB was full and dropped {self.cache.dropped} "
+                "negatives, the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
             )
         return MinedSVMs(self.svms, untrained, tuple(self.retrains.tolist()), self.cache.dropped)
 
@@ -190,7 +190,7 @@ class NegativeCache:
 
     def features_of(self, label: int, first: Tensor) -> Tensor:
         """The rows of `first` (P, D), then the negatives of a class in the order of their slots: (P + N, D) float32."""
-        slots = torch.from_numpy(self._slots_of(label))
+        slots = torch.from_numpy(np.flatnonzero(self._members[: self._used, label]))
         rows = torch.from_numpy(np.empty((len(first) + len(slots), self._features.shape[1]), np.float32))
         rows[: len(first)] = first
         torch.index_select(self._features, 0, slots, out=rows[len(first) :])
@@ -201,14 +201,11 @@ class NegativeCache:
 
         Those that score below the limit leave the class; returns how many.
         """
-        slots = self._slots_of(label)
+        slots = np.flatnonzero(self._members[: self._used, label])
         self._scores[slots, label] = scores
         leaving = scores < evict_below
         self._members[slots[leaving], label] = False
         return int(leaving.sum())
-
-    def _slots_of(self, label: int) -> NDArray[np.int64]:
-        return np.flatnonzero(self._members[: self._used, label])
 
     def _make_room(
         self, entering: NDArray[np.int64], wanted: NDArray[np.bool_], scores: NDArray[np.float32]

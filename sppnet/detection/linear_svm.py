@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +51,7 @@ class LinearSVM:
         return _as_array(features) @ self.weight + self.bias
 
 
-@dataclass(frozen=True)
-class SVMObjective:
+class SVMObjective(NamedTuple):
     """The minimised sum in its three parts."""
 
     positive: float
