@@ -26,7 +26,7 @@ from sppnet.models.sppnet import SPPNet, build_head, seed_dropout
 from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 
-CONTEXT = 1.4  # side of a stored crop over the longer side of its object: room for shifts and other scales
+CONTEXT = 1.4  # side of a stored crop over the longer side of its object: margin for shifts and other scales
 BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this
 SAVE_EVERY = 200  # steps from one checkpoint to the next
 
@@ -82,8 +82,8 @@ def cut_crops(
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB and labels (N,).
 
-    s is `side` with room for shifts; label K stands for the background. Beyond the border of an image its edge pixels
-    repeat. Without `difficult` such objects are left out, but are no background either.
+    s is `side` with a margin for shifts; label K stands for the background. Beyond the border of an image its edge
+    pixels repeat. Without `difficult` such objects are left out, but are no background either.
     """
     rng = np.random.default_rng(seed)
     stored = round(side * CONTEXT)
@@ -116,8 +116,7 @@ def cut_crops(
 def random_views(crops: Tensor, size: int, largest: int, rng: np.random.Generator) -> Tensor:
     """Crops (B, 3, s, s) uint8 shifted, zoomed, flipped, their channels brighter or darker: (B, 3, size, size) float32.
 
-    They are cut before they are resized, so only the resolution depends on `size`; bytes are resized faster than
-    floats. Values stay within 0-255; at least 0.9 of `largest` pixels are seen.
+    They are cut, at least 0.9 of `largest` pixels, before they are resized: only the resolution depends on `size`.
     """
     stored, count = crops.shape[-1], len(crops)
     sides = rng.integers(round(largest * 0.9), stored + 1, size=count)
@@ -138,7 +137,7 @@ class _Trainer:
         self.device = self.parameters[0].device
         rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
         self.optimiser = torch.optim.SGD(self.parameters, rate, momentum, weight_decay=decay, fused=True)
-        self.sums = torch.zeros(2, device=self.device)  # loss; shares of right answers in the last quarter of the steps
+        self.sums = torch.zeros(2, device=self.device)  # loss; accuracy in the last quarter of the steps
 
     def train_step(self, step: int, views: Tensor, labels: Tensor) -> None:
         settings, weights = self.settings, self.network.backbone.weights
@@ -151,8 +150,8 @@ class _Trainer:
         loss.backward()
         distributed.average_gradients(self.parameters)
         self.optimiser.step()
-        right = (logits.detach().argmax(1) == labels).float().mean()
-        self.sums += torch.stack([loss.detach(), right * (step >= settings.steps * 3 // 4)])
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        self.sums += torch.stack([loss.detach(), accuracy * (step >= settings.steps * 3 // 4)])
 
     def check_loss(self) -> None:
         if not torch.isfinite(self.sums[0]):

@@ -125,9 +125,8 @@ def fit_box_regressor(
     corners = _matching_boxes(windows, len(features), "windows")
     targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
     mean, unwhiten, whitened = _whiten(targets, settings.whitening)
-    features = features.to(device) if device is not None else features
     kind = torch.float64 if min(features.shape) <= EXACT_SIDE else torch.float32
-    rows = torch.cat([features.to(kind) * scale, features.new_ones(len(features), 1, dtype=kind)], dim=1)
+    rows = torch.nn.functional.pad(features.to(device or features.device, kind) * scale, (0, 1), value=1.0)
     solution = _solve_ridge(rows, torch.from_numpy(whitened).to(rows.device), settings.ridge).cpu()
     weight, bias = solution[:-1].T.contiguous(), solution[-1]
     return BoxRegressor(weight, bias, torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
@@ -176,7 +175,7 @@ def _solve_ridge(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
         system[start : start + BLOCK, : start + BLOCK] = factors[start : start + BLOCK] @ factors[: start + BLOCK].T
     system.diagonal().add_(ridge)
     right = targets if dual else factors.double() @ targets
-    solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+    solution = torch.cholesky_solve(right, torch.linalg.cholesky(system, out=system))
     del system
     return factors.T.double() @ solution if dual else solution
 

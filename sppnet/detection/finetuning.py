@@ -64,7 +64,7 @@ def finetune_head(
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
     with ThreadPoolExecutor(1) as loader, torch.random.fork_rng(devices=devices):
-        labels, pooled = loader.submit(validation_windows, validation, background, settings).result()
+        pooled, labels = loader.submit(validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, with_positives, background, settings, range(done, total))
         bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
         for step in bar:
@@ -91,7 +91,7 @@ class _Trainer:
         groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": biases, "weight_decay": 0.0}]
         self.optimiser = torch.optim.SGD(groups, lr=settings.learning_rates[0], momentum=settings.momentum, fused=True)
         self.rows: list[tuple[float, ...]] = []
-        self.sums = torch.zeros(3, device=self.device)  # loss, right answers, windows since the last validation
+        self.sums = torch.zeros(3, device=self.device)  # loss, correct windows, windows since the last validation
         self.best_step, self.best_error, self.best_loss = 0, float("inf"), float("inf")
         self.best = {name: tensor.clone() for name, tensor in head.state_dict().items()}
 
@@ -115,7 +115,12 @@ class _Trainer:
     def validate(self, step: int, pooled: Tensor, labels: Tensor) -> tuple[float, ...]:
         """Log a row, keep the head if it is the best, save the state; returns the row."""
         train_loss, right, count = self.sums.tolist()
-        val_loss, val_accuracy = self._evaluate(pooled, labels)
+        self.head.eval()
+        with torch.no_grad():
+            logits = torch.cat([self.head(part.to(self.device)).cpu() for part in pooled.split(512)])
+        self.head.train()
+        val_loss = float(F.cross_entropy(logits, labels))
+        val_accuracy = float((logits.argmax(1) == labels).float().mean())
         if not np.isfinite(train_loss) or not np.isfinite(val_loss):
             raise SppnetError(
                 f"the loss is not finite at step {step}; lower {self.stage}.learning_rates, or set head.input_norm=300"
@@ -129,13 +134,6 @@ class _Trainer:
         logger.debug("%s step %d: loss %.4f accuracy %.4f, validation %.4f %.4f", self.stage, *row[:5])
         self._save(step)
         return row
-
-    def _evaluate(self, pooled: Tensor, labels: Tensor) -> tuple[float, float]:
-        self.head.eval()
-        with torch.no_grad():
-            logits = torch.cat([self.head(part.to(self.device)).cpu() for part in pooled.split(512)])
-        self.head.train()
-        return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
     def _rate(self, step: int) -> float:
         return self.settings.learning_rates[int(np.searchsorted(np.cumsum(self.settings.steps), step, side="right"))]
@@ -202,12 +200,11 @@ def draw_batch(
 
 
 def validation_windows(source: FinetuneWindows, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """(labels, pooled) of windows drawn once from all images of the source."""
+    """(pooled, labels) of windows drawn once from all images of the source."""
     # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
     own = settings.model_copy(update={"batch": settings.validate_windows})
-    pooled, labels = _draw_and_pool(source, _with_positives(source, "validation"), background, own, rng)
-    return labels, pooled
+    return _draw_and_pool(source, _with_positives(source, "validation"), background, own, rng)
 
 
 def _draw_evenly(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:

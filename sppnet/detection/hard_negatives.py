@@ -1,10 +1,9 @@
 """Step 6: hard-negative mining, one pass over the images for the SVMs of all classes (sec. 4.1; the release).
 
-Ground-truth windows are the positives, and proposals close to them where the images give these too. Negatives of a
-class are the windows whose overlap with all its objects is below 0.3. All negatives of the first image train the first
-SVM; later only those that score above −1.0001 enter the cache. A class is fitted again after 2,000 new negatives and
-at the end. After each fit the cached negatives that score below −1.2 leave. Features are computed image by image and
-kept only in the bounded cache.
+Objects are the positives, and proposals close to them where the settings say so. Negatives of a class are the windows
+whose overlap with all its objects is below 0.3. All negatives of the first image train the first SVM; later only those
+that score above −1.0001 enter the cache. A class is fitted again after 2,000 new negatives and at the end. After each
+fit the cached negatives that score below −1.2 leave. Features are computed image by image.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
-from sppnet.detection.training_windows import ImageWindows, MiningWindows, draw_rows
+from sppnet.detection.training_windows import MiningWindows, draw_rows
 from sppnet.errors import SppnetError
 from sppnet.progress import progress_bar
 
@@ -32,8 +31,6 @@ NEVER = -1e3  # bias of a class that could not be trained: below any threshold o
 
 @dataclass(frozen=True)
 class MinedSVMs:
-    """What mining gives: the SVMs, and what it could not or did not do."""
-
     svms: LinearSVMs
     untrained: dict[str, str]  # class -> reason; its SVM never fires
     retrains: tuple[int, ...]  # fits of each class
@@ -56,7 +53,21 @@ def mine_svms(
     miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale)
     for index in progress_bar(range(len(images)), "mining", "image"):
         miner.visit(index)
-    return miner.finish()
+    for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
+        miner.fit(int(label))
+    untrained = {
+        name: "no negatives" if miner.active[label] else "no positives"
+        for label, name in enumerate(classes)
+        if miner.retrains[label] == 0
+    }
+    for name, reason in untrained.items():
+        logger.warning("svm %s has %s in the training images; it never fires", name, reason)
+    if miner.cache.dropped:
+        logger.warning(
+            f"the cache of {miner.settings.cache_gigabytes:g} GB was full and dropped {miner.cache.dropped} negatives, "
+            "the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
+        )
+    return MinedSVMs(miner.svms, untrained, tuple(miner.retrains.tolist()), miner.cache.dropped)
 
 
 def distinct_negatives(
@@ -93,41 +104,18 @@ class _Miner:
         _check_finite(f"image {index}", features)
         scores = self.svms.score(features.detach()).cpu().numpy()
         scores[:, self.retrains == 0] = np.inf  # all negatives enter the first fit of a class
-        wanted = self._negatives(image) & (scores > self.settings.mine_above)
+        negatives = (image.overlaps < self.settings.negative_overlap) & self.active
+        negatives[np.arange(len(image.objects)), image.objects] = False  # an object is no negative of its own class
+        if self.settings.duplicates == "overlap":
+            negatives = distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)
+        wanted = negatives & (scores > self.settings.mine_above)
         self.fresh += self.cache.add(features.detach(), wanted, scores, self.svms.scale)
         first = (self.retrains == 0) & (self.cache.counts() > 0)
         for label in np.flatnonzero(first | (self.fresh >= self.settings.retrain_after)):
-            self._fit(int(label))
+            self.fit(int(label))
 
-    def finish(self) -> MinedSVMs:
-        """Fit every class once more, and report what was left out."""
-        for label in np.flatnonzero(self.active & (self.cache.counts() > 0)):
-            self._fit(int(label))
-        untrained = {
-            name: "no negatives" if self.active[label] else "no positives"
-            for label, name in enumerate(self.svms.classes)
-            if self.retrains[label] == 0
-        }
-        for name, reason in untrained.items():
-            logger.warning("svm %s has %s in the training images; it never fires", name, reason)
-        if self.cache.dropped:
-            logger.warning(
-                f"the cache of {self.settings.cache_gigabytes:g} GB was full and dropped {self.cache.dropped} "
-                "negatives, the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
-            )
-        return MinedSVMs(self.svms, untrained, tuple(self.retrains.tolist()), self.cache.dropped)
-
-    def _negatives(self, image: ImageWindows) -> NDArray[np.bool_]:
-        """(R, K): which window is a negative of which class; an object is none of its own."""
-        negatives = (image.overlaps < self.settings.negative_overlap) & self.active
-        negatives[np.arange(len(image.objects)), image.objects] = False
-        if self.settings.duplicates == "overlap":
-            return distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)
-        return negatives
-
-    def _fit(self, label: int) -> None:
-        positives = len(self.positives[label])
-        examples = self.cache.features_of(label, first=self.positives[label])
+    def fit(self, label: int) -> None:
+        positives, examples = len(self.positives[label]), self.cache.features_of(label, first=self.positives[label])
         negatives = len(examples) - positives
         signs = np.repeat([1, -1], [positives, negatives])
         svm = fit_linear_svm(examples, signs, self.settings)
@@ -174,11 +162,8 @@ class NegativeCache:
     def add(
         self, features: Tensor, wanted: NDArray[np.bool_], scores: NDArray[np.float32], scale: float = 1.0
     ) -> NDArray[np.int64]:
-        """Let windows enter: features (R, D) on any device, wanted and scores (R, K).
-
-        Returns how many entered each class, (K,). Only entering rows are copied, times `scale`.
-        """
-        entering = self._make_room(np.flatnonzero(wanted.any(axis=1)), wanted, scores)
+        """Features (R, D), times `scale`, enter where wanted (R, K), with scores (R, K); returns how many did, (K,)."""
+        entering = self._free_slots(np.flatnonzero(wanted.any(axis=1)), wanted, scores)
         free = np.flatnonzero(~self._members[: self._used].any(axis=1))
         fresh = np.arange(self._used, min(self.capacity, self._used + len(entering)))
         slots = np.concatenate([free, fresh])[: len(entering)]
@@ -197,20 +182,17 @@ class NegativeCache:
         return rows
 
     def rescore(self, label: int, scores: NDArray[np.float32], evict_below: float) -> int:
-        """Take over what the new SVM of a class gives its negatives, (N,) in the order of their slots.
-
-        Those that score below the limit leave the class; returns how many.
-        """
+        """Scores (N,) of the negatives of a class by its new SVM; those below the limit leave it: returns how many."""
         slots = np.flatnonzero(self._members[: self._used, label])
         self._scores[slots, label] = scores
         leaving = scores < evict_below
         self._members[slots[leaving], label] = False
         return int(leaving.sum())
 
-    def _make_room(
+    def _free_slots(
         self, entering: NDArray[np.int64], wanted: NDArray[np.bool_], scores: NDArray[np.float32]
     ) -> NDArray[np.int64]:
-        """Free slots for the entering rows; returns those rows that do enter."""
+        """Make slots free for the entering rows; returns those rows that do enter."""
         held = np.flatnonzero(self._members[: self._used].any(axis=1))
         excess = len(held) + len(entering) - self.capacity
         if excess <= 0:

@@ -11,8 +11,7 @@ each example, with the upper bound cᵢ = C, or C p for a positive:
 
     min over 0 ≤ αᵢ ≤ cᵢ of  1/2 |Σ αᵢ yᵢ (xᵢ, B)|² − Σ αᵢ,    w = Σ αᵢ yᵢ xᵢ,  b = B² Σ αᵢ yᵢ
 
-The loop stands here because of memory: liblinear copies the features to double precision and then to pairs of index
-and value, 24 bytes where a float32 feature has four.
+The loop stands here because of memory: liblinear needs 24 bytes for a feature, where float32 has four.
 """
 
 from __future__ import annotations

@@ -225,23 +225,20 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
     Where there are more they are drawn evenly, so that memory is bounded whatever the number of images.
     """
     settings = source.config.boxes
-    none = BoxExamples(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32))
+    none = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32)
     found = [[none] for _ in source.classes]
     for index in range(len(source.records)):
         image = source.image_windows(index)
-        count = len(image.objects)
-        objects, proposals = image.windows[:count], image.windows[count:]
+        objects, proposals = np.split(image.windows, [len(image.objects)])
         for label in np.unique(image.objects):
             own = objects[image.objects == label]
-            near = proposals[image.overlaps[count:, label] >= settings.overlap]
+            near = proposals[image.overlaps[len(objects) :, label] >= settings.overlap]
             covered = own[pairwise_iou(near, own).argmax(axis=1)]
-            found[label].append(BoxExamples(np.full(len(near), index), near, covered))
+            found[label].append((np.full(len(near), index), near, covered))
     rng = np.random.default_rng(settings.seed)
     examples = []
     for parts in found:
-        images = np.concatenate([part.images for part in parts])
-        windows = np.concatenate([part.windows for part in parts])
-        boxes = np.concatenate([part.boxes for part in parts])
+        images, windows, boxes = (np.concatenate(column) for column in zip(*parts, strict=True))
         rows = draw_rows(np.arange(len(images)), settings.max_examples, rng)
         examples.append(BoxExamples(images[rows], windows[rows], boxes[rows]))
     return examples

@@ -22,14 +22,12 @@ BLOCK = 4096  # activations in double precision at once
 
 
 def low_rank_head(head: SPPHead, ranks: Mapping[FullyConnected, int], activations: Tensor) -> SPPHead:
-    """A copy of `head` in which the layers named in `ranks` have these ranks.
+    """A copy of `head` in which the layers named in `ranks` have these ranks, as `check_rank` allows them.
 
     `activations` (N, fc6) are those of fc6 before its rectification (`fc6_activations`); fc7's follow from them. Raises
-    SppnetError where a rank exceeds the number of activations, and what `check_rank` does.
+    SppnetError where a rank exceeds the number of activations.
     """
     for name, rank in ranks.items():
-        linear = head.products(name)[-1]
-        check_rank(name, linear.in_features, linear.out_features, rank)
         if len(activations) < rank:
             raise SppnetError(
                 f"{len(activations)} windows of training images cannot tell {rank} principal components of {name} "
@@ -105,10 +103,9 @@ def _fc7_activations(head: SPPHead, activations: Tensor) -> Tensor:
 
 
 def _explained(activations: Tensor, approximations: Tensor) -> float:
-    mean, deviations, lost = _mean(activations), 0.0, 0.0
-    for own, other in zip(activations.split(BLOCK), approximations.split(BLOCK), strict=True):
-        deviations += float((own.double() - mean).square().sum())
-        lost += float((own.double() - other).square().sum())
+    mean, pairs = _mean(activations), list(zip(activations.split(BLOCK), approximations.split(BLOCK), strict=True))
+    deviations = sum(float((own.double() - mean).square().sum()) for own, _ in pairs)
+    lost = sum(float((own.double() - other).square().sum()) for own, other in pairs)
     return 1 - lost / deviations if deviations > 0 else 1.0
 
 

@@ -68,7 +68,7 @@ def test_the_head_ends_with_the_weights_of_its_best_step(tmp_path):
     rows = rows_of(tmp_path)
     best = min(rows, key=lambda row: (round(1 - row["val_accuracy"], 9), row["val_loss"]))
     assert (done.best_step, done.best_error) == (best["step"], pytest.approx(1 - best["val_accuracy"]))
-    labels, pooled = validation_windows(ToyWindows(4, CLASSES, 2), CLASSES, SETTINGS)
+    pooled, labels = validation_windows(ToyWindows(4, CLASSES, 2), CLASSES, SETTINGS)
     with torch.no_grad():
         assert F.cross_entropy(head(pooled), labels).item() == pytest.approx(best["val_loss"], rel=1e-5)
 
@@ -237,7 +237,7 @@ class Recorded:
 
 def test_validation_windows_come_from_every_image_with_a_positive():
     source = Recorded()
-    labels, pooled = validation_windows(source, 1, FinetuneSettings(validate_windows=1200))
+    pooled, labels = validation_windows(source, 1, FinetuneSettings(validate_windows=1200))
     assert source.images == set(range(300))
     assert len(labels) == len(pooled) == 1200
 
