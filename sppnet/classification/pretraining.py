@@ -47,8 +47,7 @@ def pretrain_network(
     and for a loss that is not finite.
     """
     settings = config.pretrain
-    difficult = config.data.train_on_difficult
-    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed, difficult)
+    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed, config.data.train_on_difficult)
     head = build_head(backbone.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
     head.dropout = settings.dropout
     device = next(backbone.parameters()).device

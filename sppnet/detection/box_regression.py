@@ -175,7 +175,7 @@ def _solve_ridge(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
         system[start : start + BLOCK, : start + BLOCK] = factors[start : start + BLOCK] @ factors[: start + BLOCK].T
     system.diagonal().add_(ridge)
     right = targets if dual else factors.double() @ targets
-    solution = torch.cholesky_solve(right, torch.linalg.cholesky(system, out=system))
+    solution = torch.cholesky_solve(right, torch.linalg.cholesky(system, out=system))  # in place
     del system
     return factors.T.double() @ solution if dual else solution
 

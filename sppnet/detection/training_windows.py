@@ -82,12 +82,9 @@ class TrainingWindows:
         annotation = annotation.of(self.classes)
         return annotation if self.config.data.train_on_difficult else annotation.easy()
 
-    def proposals(self, index: int) -> NDArray[np.float32]:
-        return read_windows(self.windows_folder, self.records[index])
-
     def windows(self, index: int) -> NDArray[np.float32]:
         """The objects of an image, then its proposals: (G + R, 4)."""
-        return np.concatenate([self.annotation(index).boxes, self.proposals(index)])
+        return np.concatenate([self.annotation(index).boxes, read_windows(self.windows_folder, self.records[index])])
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
@@ -212,7 +209,7 @@ def sample_norms(source: TrainingWindows, features: Features, images: int, windo
     """Norms of the features of the first `windows` proposals of `images` images, spread over all; (0,) without any."""
     norms = [np.zeros(0, np.float32)]
     for index in spread(range(len(source.records)), images):
-        proposals = source.proposals(index)[:windows]
+        proposals = read_windows(source.windows_folder, source.records[index])[:windows]
         if len(proposals):
             maps = source.maps(index)
             norms.append(features(maps, source.project(maps, proposals)).norm(dim=1).cpu().numpy())
