@@ -1,26 +1,25 @@
-"""Room 4: feature maps and windows become pyramid vectors, and those become fc features (sec. 4.1)."""
+"""Feature maps and windows become pyramid vectors, and those become fc features (sec. 4.1)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sppnet.backbones.geometry import Geometry
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
-from sppnet.detection.windows import choose_scales, merge_windows, project_windows
+from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.models.sppnet import Layer, SPPHead, pooled_size
 from sppnet.ops.pyramid import pool_windows
 
 # Maps, and windows (R,) on them, to the features wanted: (R, F) float32.
-Features = Callable[["FeatureMaps", "ProjectedWindows"], Tensor]
-Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
+Features = Callable[[FeatureMaps, "ProjectedWindows"], Tensor]
 
 BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
@@ -36,9 +35,16 @@ class ProjectedWindows:
         return ProjectedWindows(self.scale_index[index], self.cells[index])
 
     def unique(self) -> tuple[ProjectedWindows, NDArray[np.int64]]:
-        """The distinct ones, in order of first occurrence, and for every window its row among them."""
-        kept, inverse = merge_windows(self.scale_index, self.cells)
-        return self.rows(kept.astype(np.int64, copy=False)), inverse.astype(np.int64, copy=False)
+        """The distinct ones, in order of first occurrence, and for every window its row (R,) among them.
+
+        The release compares windows before it clamps them to the map, and so keeps a few that become the same.
+        """
+        rows = np.column_stack([self.scale_index, self.cells])
+        rows = rows - rows.min(axis=0, initial=0)
+        keys = np.ravel_multi_index(tuple(rows.T), tuple(rows.max(axis=0, initial=0) + 1))
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        return self.rows(first[order]), np.argsort(order)[group]
 
 
 def project_to_maps(
@@ -50,7 +56,7 @@ def project_to_maps(
 ) -> ProjectedWindows:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
     scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
-    return project_at(maps, windows, scale_index.astype(np.int64, copy=False), geometry, pyramid)
+    return project_at(maps, windows, scale_index.astype(np.int64), geometry, pyramid)
 
 
 def project_at(
@@ -71,9 +77,9 @@ def project_at(
 
 def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple[int, ...]) -> Tensor:
     """Pyramid vectors (R, C · Σn²) of windows on the maps, float32, on the maps' device."""
-    if len(maps.maps) == 1:
-        return pool_windows(maps.maps[0], projected.cells, levels)
     first = maps.maps[0]
+    if len(maps.maps) == 1:
+        return pool_windows(first, projected.cells, levels)
     pooled = first.new_zeros((len(projected.cells), pooled_size(first.shape[0], levels)))
     for index, feature_map in enumerate(maps.maps):
         rows = np.flatnonzero(projected.scale_index == index)
@@ -85,38 +91,22 @@ def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple
 class FrozenHead:
     """fc6 and fc7 ready for many windows, in `precision` once and for all; a copy that later changes do not reach."""
 
+    @torch.no_grad()
     def __init__(self, head: SPPHead, levels: tuple[int, ...], precision: str = "float32") -> None:
-        self._kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self._fc6 = _products(head.products("fc6"), self._kind, head.input_scale)
-        self._fc7 = _products(head.products("fc7"), self._kind)
-        self._levels = levels
+        self._levels, self._kind = levels, torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._head = copy.deepcopy(head).eval()
+        self._head.products("fc6")[0].weight.mul_(head.input_scale)
+        self._head.input_scale.fill_(1)
+        self._head.to(self._kind)
 
     @torch.inference_mode()
     def features(self, maps: FeatureMaps, projected: ProjectedWindows, layer: Layer) -> Tensor:
         """Float32 features of `layer` of windows on the maps: (R, 4096 or so), for "pool" (R, C · Σn²)."""
         if layer == "pool":
             return pool_projected(maps, projected, self._levels)
-        width = (self._fc6 if layer == "fc6" else self._fc7)[-1][0].shape[0]
-        features = maps.maps[0].new_empty((len(projected.cells), width))
+        features = maps.maps[0].new_empty((len(projected.cells), self._head.products(layer)[-1].out_features))
         by_scale = np.argsort(projected.scale_index, kind="stable")  # a batch then reads few maps
         for rows in np.split(by_scale, range(BATCH, len(by_scale), BATCH)):
             pooled = pool_projected(maps, projected.rows(rows), self._levels).to(self._kind)
-            hidden = _multiply(pooled, self._fc6).relu_()
-            if layer == "fc7":
-                hidden = _multiply(hidden, self._fc7).relu_()
-            features[torch.from_numpy(rows)] = hidden.float()
+            features[torch.from_numpy(rows)] = self._head.features(pooled, layer).float()
         return features
-
-
-@torch.no_grad()
-def _products(layers: tuple[nn.Linear, ...], kind: torch.dtype, scale: Tensor | float = 1.0) -> Products:
-    """Weights and biases of layers that follow each other, copied as `kind`; `scale` goes into the first weight."""
-    weights = [layers[0].weight * scale, *(layer.weight.clone() for layer in layers[1:])]
-    biases = [None if layer.bias is None else layer.bias.to(kind, copy=True) for layer in layers]
-    return tuple((weight.to(kind), bias) for weight, bias in zip(weights, biases, strict=True))
-
-
-def _multiply(features: Tensor, products: Products) -> Tensor:
-    for weight, bias in products:
-        features = F.linear(features, weight, bias)
-    return features

@@ -22,14 +22,12 @@ BLOCK = 4096  # activations in double precision at once
 
 
 def low_rank_head(head: SPPHead, ranks: Mapping[FullyConnected, int], activations: Tensor) -> SPPHead:
-    """A copy of `head` in which the layers named in `ranks` have these ranks.
+    """A copy of `head` in which the layers named in `ranks` have these ranks, as `check_rank` allows them.
 
     `activations` (N, fc6) are those of fc6 before its rectification (`fc6_activations`); fc7's follow from them. Raises
-    SppnetError where a rank exceeds the number of activations, and what `check_rank` does.
+    SppnetError where a rank exceeds the number of activations.
     """
     for name, rank in ranks.items():
-        linear = head.products(name)[-1]
-        check_rank(name, linear.in_features, linear.out_features, rank)
         if len(activations) < rank:
             raise SppnetError(
                 f"{len(activations)} windows of training images cannot tell {rank} principal components of {name} "
@@ -56,10 +54,7 @@ def check_rank(name: FullyConnected, inputs: int, outputs: int, rank: int) -> No
 
 def fc6_activations(head: SPPHead, pooled: Tensor) -> Tensor:
     """Pooled features (R, D) -> fc6 before its rectification (R, fc6)."""
-    hidden = pooled * head.input_scale
-    for layer in head.products("fc6"):
-        hidden = F.linear(hidden, layer.weight, layer.bias)
-    return hidden
+    return head.fc6(head.basis6(pooled * head.input_scale))
 
 
 @torch.no_grad()
@@ -104,17 +99,13 @@ def _low_rank_layers(linear: nn.Linear, rank: int, activations: Tensor) -> tuple
 @torch.no_grad()
 def _fc7_activations(head: SPPHead, activations: Tensor) -> Tensor:
     """fc7 before its rectification (N, fc7), from the same of fc6 (N, fc6)."""
-    hidden = activations.to(head.fc6.weight).relu()
-    for layer in head.products("fc7"):
-        hidden = F.linear(hidden, layer.weight, layer.bias)
-    return hidden.cpu()
+    return head.fc7(head.basis7(activations.to(head.fc6.weight).relu())).cpu()
 
 
 def _explained(activations: Tensor, approximations: Tensor) -> float:
-    mean, deviations, lost = _mean(activations), 0.0, 0.0
-    for own, other in zip(activations.split(BLOCK), approximations.split(BLOCK), strict=True):
-        deviations += float((own.double() - mean).square().sum())
-        lost += float((own.double() - other).square().sum())
+    mean, pairs = _mean(activations), list(zip(activations.split(BLOCK), approximations.split(BLOCK), strict=True))
+    deviations = sum(float((own.double() - mean).square().sum()) for own, _ in pairs)
+    lost = sum(float((own.double() - other).square().sum()) for own, other in pairs)
     return 1 - lost / deviations if deviations > 0 else 1.0
 
 

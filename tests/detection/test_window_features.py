@@ -1,4 +1,4 @@
-"""Room 4: maps and windows become features, window by window the same as naively."""
+"""Maps and windows become features, window by window the same as naively."""
 
 import numpy as np
 import pytest
@@ -60,22 +60,22 @@ def test_scales_may_be_given_as_fine_tuning_draws_them():
 
 
 @pytest.mark.parametrize("maps", [ONE, THREE], ids=["one scale", "three scales"])
-def test_merged_windows_have_the_features_of_all(maps):
+def test_distinct_windows_have_the_features_of_all(maps):
     windows = np.repeat(random_windows(40), 3, axis=0) + np.tile([[0], [0.5], [1]], (40, 1)).astype(np.float32)
     where = project_to_maps(maps, windows, GEOMETRY, PYRAMID, MapSettings())
-    merged, inverse = where.unique()
-    assert len(merged.cells) < 80
+    distinct, inverse = where.unique()
+    assert len(distinct.cells) < 80
     assert len(
-        {(scale, *cells) for scale, cells in zip(merged.scale_index, map(tuple, merged.cells), strict=True)}
-    ) == len(merged.cells)
-    few = pool_projected(maps, merged, PYRAMID.levels)
+        {(scale, *cells) for scale, cells in zip(distinct.scale_index, map(tuple, distinct.cells), strict=True)}
+    ) == len(distinct.cells)
+    few = pool_projected(maps, distinct, PYRAMID.levels)
     assert torch.equal(few[torch.from_numpy(inverse)], pool_projected(maps, where, PYRAMID.levels))
 
 
 def test_the_same_cells_at_two_scales_are_two_windows():
     where = ProjectedWindows(np.array([0, 1, 0]), np.array([[0, 0, 2, 2]] * 3))
-    merged, inverse = where.unique()
-    assert merged.scale_index.tolist() == [0, 1]
+    distinct, inverse = where.unique()
+    assert distinct.scale_index.tolist() == [0, 1]
     assert inverse.tolist() == [0, 1, 0]
 
 
