@@ -37,7 +37,7 @@ class MinedSVMs:
     dropped: int  # negatives that the full cache dropped
 
 
-def mine_svms(
+def mine_detectors(
     images: MiningWindows, classes: Sequence[str], settings: SVMSettings | None = None, scale: float = 1.0
 ) -> MinedSVMs:
     """SVMs of all classes from one pass over the images, in their order.

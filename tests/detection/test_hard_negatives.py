@@ -8,7 +8,7 @@ import torch
 
 from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
-from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_svms
+from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
 from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
@@ -131,7 +131,7 @@ def everything(images, label, settings):
 def test_mining_without_thresholds_is_one_fit_on_all_windows():
     settings = QUICK.model_copy(update={"mine_above": -1e9, "evict_below": -1e9, "retrain_after": 10**9})
     images = MemoryImages()
-    mined = mine_svms(images, CLASSES, settings)
+    mined = mine_detectors(images, CLASSES, settings)
     assert mined.retrains == (2, 2, 2)  # after the first image and at the end
     for label in range(3):
         # A tight solution does not depend on the order of the examples.
@@ -145,7 +145,7 @@ def test_mining_equals_the_naive_miner_window_by_window(caplog):
     settings = QUICK.model_copy(update={"tolerance": 1e-6, "max_iterations": 100_000})
     images = MemoryImages()
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mined = mine_svms(images, CLASSES, settings, scale=0.8)
+        mined = mine_detectors(images, CLASSES, settings, scale=0.8)
     for label, name in enumerate(CLASSES):
         svm, cache, counts = naive_mining(images, label, settings, scale=0.8)
         np.testing.assert_allclose(mined.svms.weight[label], svm.weight, atol=2e-3)
@@ -160,7 +160,7 @@ def test_mining_equals_the_naive_miner_window_by_window(caplog):
 def test_mined_svms_come_close_to_the_optimum_over_all_windows():
     settings = QUICK.model_copy(update={"retrain_after": 30})
     images = MemoryImages()
-    mined = mine_svms(images, CLASSES, settings)
+    mined = mine_detectors(images, CLASSES, settings)
     for label in range(3):
         examples, signs = everything(images, label, settings)
         full = objective(fit_linear_svm(examples, signs, settings), examples, signs, settings)
@@ -169,7 +169,7 @@ def test_mined_svms_come_close_to_the_optimum_over_all_windows():
 
 
 def test_a_class_without_positives_never_fires_and_is_reported(caplog):
-    mined = mine_svms(MemoryImages(labels=(0, 2)), CLASSES, QUICK)
+    mined = mine_detectors(MemoryImages(labels=(0, 2)), CLASSES, QUICK)
     assert mined.untrained == {"dog": "no positives"}
     assert "svm dog has no positives in the training images; it never fires" in caplog.text
     assert mined.retrains[1] == 0
@@ -179,7 +179,7 @@ def test_a_class_without_positives_never_fires_and_is_reported(caplog):
 def test_a_class_without_negatives_never_fires_and_is_reported():
     images = MemoryImages(count=2)
     images.items = [replace(image, overlaps=np.maximum(image.overlaps, [0, 0.5, 0])) for image in images.items]
-    mined = mine_svms(images, CLASSES, QUICK)
+    mined = mine_detectors(images, CLASSES, QUICK)
     assert mined.untrained == {"dog": "no negatives"}
 
 
@@ -189,7 +189,7 @@ def test_no_positives_at_all_give_svms_that_never_fire():
         MiningImage(image.features[3:], image.overlaps[3:], image.labels[3:], image.windows[3:])
         for image in images.items
     ]
-    mined = mine_svms(images, CLASSES, QUICK)
+    mined = mine_detectors(images, CLASSES, QUICK)
     assert set(mined.untrained) == set(CLASSES)
     assert mined.svms.weight.shape == (3, 8)
 
@@ -212,7 +212,7 @@ def test_a_class_that_meets_its_first_negative_later_is_first_fitted_there(caplo
 
     images.read = watched
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_svms(images, CLASSES, QUICK)
+        mine_detectors(images, CLASSES, QUICK)
     assert fits == [0, 0, 0, 3]
 
 
@@ -221,7 +221,7 @@ def test_an_image_without_windows_is_ordinary():
     empty = MiningImage(torch.zeros(0, 8), np.zeros((0, 3)), np.zeros(0, np.int64), np.zeros((0, 4)))
     images.items = [empty, *images.items, empty]
     for duplicates in ("cells", "overlap"):
-        mined = mine_svms(images, CLASSES, QUICK.model_copy(update={"duplicates": duplicates}))
+        mined = mine_detectors(images, CLASSES, QUICK.model_copy(update={"duplicates": duplicates}))
         assert mined.untrained == {}
 
 
@@ -236,7 +236,7 @@ def test_ground_truth_of_another_class_is_a_negative_and_of_its_own_class_never(
     ]
     settings = QUICK.model_copy(update={"evict_below": -1e9})
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mined = mine_svms(images, CLASSES, settings)
+        mined = mine_detectors(images, CLASSES, settings)
     features = images.items[0].features
     for label, (name, negatives) in enumerate(zip(CLASSES, ([1], [0, 2], [1]), strict=True)):
         assert counts_of(caplog.text, name, retrain=1) == (1, len(negatives))
@@ -248,7 +248,7 @@ def test_ground_truth_of_another_class_is_a_negative_and_of_its_own_class_never(
 def test_the_cache_stays_within_its_bound_and_says_what_it_dropped(caplog):
     settings = QUICK.model_copy(update={"cache_gigabytes": 40 * 47e-9 * 1.001})  # 4 · 8 + 5 · 3 bytes each
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mined = mine_svms(MemoryImages(), CLASSES, settings)
+        mined = mine_detectors(MemoryImages(), CLASSES, settings)
     assert "cache for 40 windows" in caplog.text
     fits = re.findall(r"(\d+) neg, evicted (\d+)", caplog.text)
     assert 20 < max(int(kept) + int(evicted) for kept, evicted in fits) <= 40
@@ -262,7 +262,7 @@ def test_the_cache_stays_within_its_bound_and_says_what_it_dropped(caplog):
 def test_positives_beyond_their_bound_are_not_computed(caplog):
     images = MemoryImages()
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_svms(images, CLASSES, QUICK.model_copy(update={"max_positives": 4}))
+        mine_detectors(images, CLASSES, QUICK.model_copy(update={"max_positives": 4}))
     assert "positives cat 4, dog 4, cow 4;" in caplog.text
     assert sum(images.computed) == 12
 
@@ -271,7 +271,7 @@ def test_positives_beyond_their_bound_are_drawn_evenly_over_the_images():
     images, counts = MemoryImages(count=6, windows=4), np.zeros(6)
     for seed in range(300):
         images.features = lambda index, windows: _counted(images, counts, index, windows)
-        mine_svms(images, CLASSES, QUICK.model_copy(update={"max_positives": 1, "seed": seed}))
+        mine_detectors(images, CLASSES, QUICK.model_copy(update={"max_positives": 1, "seed": seed}))
     assert counts.sum() == 900
     expected = np.zeros(6)
     for label in range(3):
@@ -288,7 +288,7 @@ def _counted(images, counts, index, windows):
 def test_which_positives_are_drawn_depends_on_the_seed_alone():
     def weights(seed):
         settings = QUICK.model_copy(update={"max_positives": 4, "seed": seed})
-        return mine_svms(MemoryImages(), CLASSES, settings).svms.weight
+        return mine_detectors(MemoryImages(), CLASSES, settings).svms.weight
 
     assert torch.equal(weights(0), weights(0))
     assert (weights(0) - weights(1)).abs().max() > 1e-2
@@ -305,7 +305,7 @@ class WithCloseProposals(MemoryImages):
 
 def kept_positives(images, settings, caplog):
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_svms(images, CLASSES, settings)
+        mine_detectors(images, CLASSES, settings)
     return {name: int(count) for name, count in re.findall(r"(\w+) (\d+)[,;]", caplog.text.split("positives ")[1])}
 
 
@@ -325,7 +325,7 @@ def test_proposals_among_the_positives_are_used_where_there_is_room(caplog):
 def test_positives_are_objects_and_then_proposals_image_by_image():
     settings = QUICK.model_copy(update={"retrain_after": 10**9, "mine_above": 1e9, "evict_below": -1e9})
     images = WithCloseProposals()
-    mined = mine_svms(images, CLASSES, settings, scale=0.5)
+    mined = mine_detectors(images, CLASSES, settings, scale=0.5)
     dog = CLASSES.index("dog")
     first = [(0, row) for i, row in naive_negatives(images, dog, settings) if i == 0]
     close = torch.cat([image.features[-9:] for image in images.items])
@@ -351,7 +351,7 @@ def test_the_objective_that_is_logged_is_that_of_the_fit(caplog, monkeypatch):
 
     monkeypatch.setattr("sppnet.detection.hard_negatives.fit_linear_svm", watched)
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_svms(MemoryImages(), CLASSES, QUICK)
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
     logged = [float(total) for total in re.findall(r"retrain \d+: (\d+\.\d+) = ", caplog.text)]
     assert logged == pytest.approx(totals, abs=2e-3)
 
@@ -361,12 +361,12 @@ def test_positives_that_are_not_finite_name_their_image():
     row = int(np.flatnonzero(images.items[2].labels >= 0)[0])
     images.items[2].features[row] = float("nan")
     with pytest.raises(SppnetError, match="positives of image 2: features must be finite"):
-        mine_svms(images, CLASSES, QUICK)
+        mine_detectors(images, CLASSES, QUICK)
 
 
 def test_each_fit_is_logged_with_its_objective_in_parts(caplog):
     with caplog.at_level(logging.INFO, logger="sppnet"):
-        mine_svms(MemoryImages(), CLASSES, QUICK)
+        mine_detectors(MemoryImages(), CLASSES, QUICK)
     parts = r"0\.000 = 0\.000 pos \+ 0\.000 neg \+ 0\.000 reg".replace(r"0\.000", r"\d+\.\d{3}")
     pattern = rf"svm dog retrain 2: {parts} \| cache \d+ pos \d+ neg, evicted \d+"
     assert re.search(pattern, caplog.text)
@@ -378,7 +378,7 @@ def test_duplicates_by_overlap_keep_fewer_negatives(caplog):
         settings = QUICK.model_copy(update={"duplicates": duplicates, "evict_below": -1e9, "duplicate_overlap": 0.4})
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="sppnet"):
-            mine_svms(MemoryImages(count=1, labels=(0,)), CLASSES, settings)
+            mine_detectors(MemoryImages(count=1, labels=(0,)), CLASSES, settings)
         found.append(counts_of(caplog.text, "cat", retrain=1)[1])
     by_cells, by_overlap = found
     images = MemoryImages(count=1, labels=(0,))
@@ -393,10 +393,10 @@ def test_errors_say_what_was_expected():
     features = torch.cat([images.items[1].features[:-1], torch.full((1, 8), torch.nan)])
     images.items[1] = replace(images.items[1], features=features)
     with pytest.raises(SppnetError, match="image 1: features must be finite"):
-        mine_svms(images, CLASSES, QUICK)
+        mine_detectors(images, CLASSES, QUICK)
     images.items = []
     with pytest.raises(SppnetError, match="expected at least one image to mine, got none"):
-        mine_svms(images, CLASSES, QUICK)
+        mine_detectors(images, CLASSES, QUICK)
 
 
 @pytest.mark.parametrize("seed", range(5))
