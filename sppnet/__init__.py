@@ -49,27 +49,7 @@ _MODULES = {
     "spatial_pyramid_pool": "ops.pyramid",
 }
 
-__all__ = [
-    "Annotation",
-    "BoxRegressionSettings",
-    "Config",
-    "Detections",
-    "Geometry",
-    "ImageRecord",
-    "SPPDetector",
-    "SVMSettings",
-    "SpatialPyramidPool",
-    "choose_scales",
-    "evaluate_voc",
-    "fit_box_regressor",
-    "fit_linear_svm",
-    "load_config",
-    "nms",
-    "pool_windows",
-    "project_windows",
-    "read_image",
-    "spatial_pyramid_pool",
-]
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, elsewhere a line in the log every minute. The door to tqdm."""
+"""How far a long job is: a bar on a terminal, elsewhere a line in the log every minute; the only importer of tqdm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
+
+from sppnet.distributed import is_main
 
 T = TypeVar("T")
 SECONDS = 60  # between two lines, and before the first one
@@ -32,9 +34,16 @@ def progress_bar(
 ) -> tqdm[T]:
     """tqdm over the things; `done` of `total` were there before.
 
-    Not `shown`: silent. Where standard error is no terminal a job of less than a minute says nothing.
+    Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
+    job of less than a minute says nothing.
     """
-    options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not shown}
+    options: dict[str, Any] = {
+        "desc": what,
+        "unit": unit,
+        "total": total,
+        "initial": done,
+        "disable": not (shown and is_main()),
+    }
     if not sys.stderr.isatty():
         options |= {
             "file": _LogLines(),

@@ -19,6 +19,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
 from sppnet.errors import SppnetError
+from sppnet.progress import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,8 +29,20 @@ MOST = 8  # processes; each holds weights of its own. More cores are threads of 
 WAITING = 4  # items handed out per process ahead of their turn
 
 
-def map_in_workers(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers: int = 0) -> Iterator[tuple[T, R]]:
-    """(item, make()(item)) of every item, in the order in which they are done.
+def map_in_workers(
+    make: Callable[[], Callable[[T], R]], items: Sequence[T], what: str, unit: str, workers: int = 0, shown: bool = True
+) -> list[tuple[T, R]]:
+    """(item, make()(item)) of every item, in the order in which they were done; see `iterate_in_workers`.
+
+    `what` and `unit` name the work in its progress bar, which is there where `shown`.
+    """
+    return list(progress_bar(iterate_in_workers(make, items, workers), what, unit, len(items), shown=shown))
+
+
+def iterate_in_workers(
+    make: Callable[[], Callable[[T], R]], items: Sequence[T], workers: int = 0
+) -> Iterator[tuple[T, R]]:
+    """(item, make()(item)) of every item, as soon as it is done.
 
     `make` is called once in every process and must be picklable; so must items and results. `workers`: 0 = one a core.
     Few items are done in this process. An error ends the iteration: items not begun are dropped, begun ones finish; so

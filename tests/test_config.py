@@ -171,3 +171,31 @@ def test_settings_made_in_python_refuse_unknown_names_too():
         FinetuneSettings(batches=3)
     with pytest.raises(ValueError, match="source is 'file' but no file is named"):
         WeightsSettings(source="file")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trunk": {"name": "zf5"}}, "unknown setting trunk; it is now called backbone"),
+        ({"compress": {"fc6": 4, "images": 3}}, "unknown setting compress; it is now called low_rank"),
+        ({"maps": {"compute": "bfloat16"}}, r"unknown setting maps\.compute; the setting precision"),
+        ({"finetune": {"precision": "float32"}}, r"unknown setting finetune\.precision; the setting precision"),
+        ({"detect": {"precision": "float32"}}, r"unknown setting detect\.precision; the setting precision"),
+        ({"svm": {"solver": "liblinear"}}, r"unknown setting svm\.solver; there is one solver now"),
+        (
+            {"backbone": {"stride": "cut"}},
+            r"unknown setting backbone\.stride; layers beyond stride 16 are always dilated",
+        ),
+    ],
+)
+def test_a_setting_of_an_earlier_version_is_answered_with_what_to_write_now(tmp_path, values, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SppnetError, match=message):
+        load_config(path)
+    key, value = next(iter(values.items()))
+    if isinstance(value, dict):
+        inner, given = next(iter(value.items()))
+        path.write_text("")
+        with pytest.raises(SppnetError, match=message):
+            load_config(path, [f"{key}.{inner}={given}"])

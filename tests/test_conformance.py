@@ -14,6 +14,8 @@ import torch
 from small_run import run_command
 
 import sppnet
+from sppnet.detection.box_regression import BoxRegressor
+from sppnet.evaluation.voc import evaluate_flat
 
 ZF5 = sppnet.Geometry(stride=16, first_centre=20, shrink=6.5)
 LEVELS = (1, 2, 3, 6)
@@ -127,6 +129,69 @@ def test_evaluate_voc_gives_ap_per_class_and_their_mean():
 
 
 # ---- against the release's numbers ---------------------------------------------------------------------------------
+
+
+# A part of them lies in tests/golden and is compared everywhere; all of them where SPPNET_SHARED names their folder.
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def kept(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def test_windows_fall_on_the_releases_cells_and_pool_its_values():
+    values = kept("windows")
+    boxes, size = values["boxes_1based"] - [1, 1, 0, 0], size_of(values)
+    feature_map = values["map_688"]
+    cells = sppnet.project_windows(boxes, size, 688, ZF5, feature_map.shape[1:])
+    assert np.array_equal(cells, released_cells(values["window_688_1based_unclipped"], feature_map.shape[1:]))
+    pooled = sppnet.pool_windows(torch.from_numpy(feature_map), cells[:30], LEVELS).numpy()
+    assert np.array_equal(pooled, values["pooled_688"])
+
+
+def test_windows_take_the_releases_scale_of_five_and_its_cells_there():
+    values = kept("windows")
+    boxes, size = values["boxes_1based"] - [1, 1, 0, 0], size_of(values)
+    chosen = sppnet.choose_scales(boxes, size, values["scales"])
+    assert np.array_equal(chosen, values["best_scale_index"])
+    for index, (scale, map_size) in enumerate(zip(values["scales"].tolist(), values["map_sizes"], strict=True)):
+        own = chosen == index
+        cells = sppnet.project_windows(boxes[own], size, scale, ZF5, map_size)
+        assert np.array_equal(cells, released_cells(values["window_1based_unclipped"][own], map_size))
+
+
+def test_suppression_keeps_the_releases_boxes_in_its_order():
+    values = kept("nms")
+    found = sppnet.nms(values["boxes"] - [1, 1, 0, 0], values["scores"], float(values["nms_threshold"]))
+    assert found.tolist() == values["keep_order"].tolist()
+
+
+def test_the_releases_regressor_predicts_its_boxes():
+    values = kept("box_regression")
+    weight, parts = torch.from_numpy(values["weights"]), ("target_mean", "target_unwhiten")
+    own = BoxRegressor(weight[:, :-1], weight[:, -1], *(torch.from_numpy(values[name]) for name in parts))
+    predicted = own.refine(values["features"], values["examples"])
+    np.testing.assert_allclose(predicted, values["predicted"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("column", "metric"), [(0, "11point"), (1, "area")])
+def test_average_precision_is_the_devkits(column, metric):
+    values = kept("voc_ap")
+    annotations = {}
+    for image in range(int(values["images"])):
+        own = values["object_images"] == image
+        names = tuple(values["object_names"][own].tolist())
+        annotations[str(image)] = sppnet.Annotation(values["object_boxes"][own], names, values["object_difficult"][own])
+    classes = [key.removesuffix("_expected") for key in values if key.endswith("_expected")]
+    detections = {
+        name: ([str(i) for i in values[f"{name}_images"]], values[f"{name}_scores"], values[f"{name}_boxes"])
+        for name in classes
+    }
+    found = evaluate_flat(detections, annotations, classes, metric).ap
+    assert len(classes) == 3
+    assert found == pytest.approx({name: values[f"{name}_expected"][column] for name in classes}, abs=1e-9)
 
 
 @pytest.mark.shared_data

@@ -13,7 +13,7 @@ import pytest
 
 from sppnet import workers
 from sppnet.errors import SppnetError
-from sppnet.workers import FEW, available_cores, map_in_workers
+from sppnet.workers import FEW, available_cores, iterate_in_workers
 
 
 class Doubler:
@@ -34,15 +34,15 @@ def refuse_to_start() -> Doubler:
 
 @pytest.mark.parametrize("count", [0, 1, FEW - 1])
 def test_few_items_are_done_in_this_process_in_their_order(count):
-    assert list(map_in_workers(Doubler, range(count), 4)) == [(i, (2 * i, os.getpid())) for i in range(count)]
+    assert list(iterate_in_workers(Doubler, range(count), 4)) == [(i, (2 * i, os.getpid())) for i in range(count)]
 
 
 def test_one_worker_is_this_process():
-    assert {process for _, (_, process) in map_in_workers(Doubler, range(FEW), 1)} == {os.getpid()}
+    assert {process for _, (_, process) in iterate_in_workers(Doubler, range(FEW), 1)} == {os.getpid()}
 
 
 def test_many_items_are_shared_by_processes_that_each_prepare_once():
-    done = dict(map_in_workers(Doubler, range(FEW + 5), 2))
+    done = dict(iterate_in_workers(Doubler, range(FEW + 5), 2))
     assert {item: double for item, (double, _) in done.items()} == {item: 2 * item for item in range(FEW + 5)}
     processes = {process for _, process in done.values()}
     assert 1 <= len(processes) <= 2
@@ -55,7 +55,7 @@ def test_many_items_are_shared_by_processes_that_each_prepare_once():
 @pytest.mark.parametrize("count", [8, FEW])
 def test_errors_arrive_as_they_are(make, message, count):
     with pytest.raises(SppnetError, match=message):
-        list(map_in_workers(make, range(count), 2))
+        list(iterate_in_workers(make, range(count), 2))
 
 
 def test_processes_share_the_cores(monkeypatch):
@@ -72,9 +72,9 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from test_workers import Slow
-from sppnet.workers import map_in_workers
+from sppnet.workers import iterate_in_workers
 if __name__ == "__main__":
-    for _ in map_in_workers(Slow, range(40), 2):
+    for _ in iterate_in_workers(Slow, range(40), 2):
         print(os.getpid(), flush=True)
 """
 
@@ -113,6 +113,6 @@ def _lives(process: int) -> bool:
 
 def test_what_prepares_a_worker_leaves_this_process_alone(monkeypatch):
     before = dict(os.environ)
-    list(map_in_workers(Doubler, range(4), 2))
+    list(iterate_in_workers(Doubler, range(4), 2))
     assert dict(os.environ) == before
     assert workers._work == []

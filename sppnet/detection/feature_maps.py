@@ -15,10 +15,9 @@ from torch import Tensor
 from sppnet.artifacts import cache_arrays, has_arrays, read_arrays
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
-from sppnet.distributed import barrier, is_main, shard
+from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare, read_image, scaled_size
-from sppnet.progress import progress_bar
 from sppnet.records import ImageRecord
 from sppnet.workers import map_in_workers
 
@@ -82,9 +81,7 @@ def extract_images(
     """
     jobs = [(record, False) for record in shard(records)] + [(record, True) for record in shard(flipped)]
     missing = [job for job in jobs if not has_arrays(maps_path(folder, *job))]
-    done = map_in_workers(partial(_Extractor, load, settings, folder), missing, workers)
-    for _ in progress_bar(done, "maps", "map", len(missing), shown=progress and is_main()):
-        pass
+    map_in_workers(partial(_Extractor, load, settings, folder), missing, "maps", "map", workers, progress)
     barrier()
     size = sum(maps_path(folder, *job).stat().st_size for job in jobs)
     return ExtractSummary(len(missing), len(jobs) - len(missing), size / 1e9)

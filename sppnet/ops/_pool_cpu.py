@@ -56,8 +56,10 @@ def pool_cells(
     lanes = -(-channels // (blocks * LANE_STEP)) * LANE_STEP
     plane_bytes = blocks * lanes * height * width * feature_map.itemsize
     planes = _count_planes(unique, plan, height, width, TABLE_BYTES // plane_bytes)
-    table = _tables.array((blocks, planes, height, width, lanes), feature_map.dtype)
-    _in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
+    table = feature_map.transpose(1, 2, 0)[None, None]
+    if planes > 1 or channels % LANE_STEP or not table.flags.c_contiguous:  # else few windows read the map itself
+        table = _tables.array((blocks, planes, height, width, lanes), feature_map.dtype)
+        _in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
     groups = unique, begins, rows
     _in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
     return pooled
@@ -120,10 +122,7 @@ def _in_parts(run: Callable[[int, int], None], count: int, threads: int, least: 
 
 
 class _ReusedMemory:
-    """Memory for large arrays: that of the one before, once nobody holds it any longer.
-
-    Memory that is fresh from the system takes twice as long to fill as memory that was used before. One block stays.
-    """
+    """Memory for large arrays: that of the one before, once free. To fill fresh memory takes twice as long."""
 
     def __init__(self, smallest: int, largest: int) -> None:
         self._smallest, self._largest, self._lock = smallest, largest, threading.Lock()

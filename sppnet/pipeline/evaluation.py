@@ -24,7 +24,6 @@ from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.pipeline.run_data import load_test_data, splits_to_test
 from sppnet.pipeline.stages import windows_folder
-from sppnet.progress import progress_bar
 from sppnet.proposals.search import propose_images, read_windows
 from sppnet.records import Annotation, Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
@@ -70,9 +69,7 @@ def detect_split(
     own = [replace(r, annotation=None) for r in distributed.shard(records) if not _path(folder, r).exists()]
     make = partial(_Searcher, run, config, device, windows, folder)
     start = time.monotonic()
-    done = map_in_workers(make, own, 0 if torch.device(device).type == "cpu" else 1)
-    for _ in progress_bar(done, "detect", "image", len(own), shown=progress and distributed.is_main()):
-        pass
+    map_in_workers(make, own, "detect", "image", 0 if torch.device(device).type == "cpu" else 1, progress)
     seconds = (time.monotonic() - start) / len(own) if own else None
     distributed.barrier()
     detections = {r.id: _read(_path(folder, r), description.classes) for r in records}

@@ -19,7 +19,7 @@ from sppnet.images import read_image
 from sppnet.progress import progress_bar
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, save_image
-from sppnet.workers import map_in_workers
+from sppnet.workers import iterate_in_workers
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def detect_files(
     names = _picture_names(_find_inputs(paths, out))
     jobs = [(path, out / name) for path, name in names.items()]
     try:
-        done = map_in_workers(partial(_Painter, load, threshold), jobs, workers)
+        done = iterate_in_workers(partial(_Painter, load, threshold), jobs, workers)
         for (path, _), result in progress_bar(done, "detect", "image", len(names), shown=progress):
             if isinstance(result, str):
                 skipped[path] = result

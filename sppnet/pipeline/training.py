@@ -17,7 +17,7 @@ import torch
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
 from sppnet.backbones.backbone import build_backbone
-from sppnet.backbones.runtime import resolve_precision
+from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.classification.pretraining import pretrain_network
 from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import dump_config
@@ -65,6 +65,8 @@ def train_detector(
     """
     training = Training(config, root, torch.device(device), progress)
     graph = training.graph
+    runtime = resolve_runtime(config.maps.runtime, device)
+    log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
     log.info("%s", graph.data)
     training.check_files(only)
     if distributed.is_main():

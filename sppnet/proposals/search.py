@@ -18,10 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from sppnet.artifacts import read_arrays, write_arrays
 from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.config import ProposalSettings
-from sppnet.distributed import barrier, is_main, shard
+from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
-from sppnet.progress import progress_bar
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import box_hash, selective_search, shrunk
 from sppnet.records import ImageRecord
@@ -139,9 +138,7 @@ def propose_images(
             _write(folder, record, _selected(imported[record.id], settings))
     searched = [record for record in missing if record.id not in imported]
     bare = [replace(record, annotation=None) for record in searched]
-    found = map_in_workers(partial(_Searcher, settings, folder), bare, settings.workers)
-    for _ in progress_bar(found, "proposals", "image", len(searched), shown=progress and is_main()):
-        pass
+    map_in_workers(partial(_Searcher, settings, folder), bare, "proposals", "image", settings.workers, progress)
     barrier()
     counts = [len(read_windows(folder, record)) for record in mine]
     mean = float(np.mean(counts)) if counts else 0.0

@@ -384,3 +384,18 @@ def test_the_gpu_gives_the_same_bits(dtype):
     pooled = pool_windows(feature_map.cuda(), torch.from_numpy(windows).cuda(), (1, 2, 3, 6))
     assert pooled.is_cuda
     assert torch.equal(pooled.cpu(), pool_windows(feature_map, windows, (1, 2, 3, 6)))
+
+
+@pytest.mark.parametrize("channels", [16, 320])
+@pytest.mark.parametrize("count", [1, 3, 400])
+def test_few_windows_of_a_map_that_lies_channels_last_equal_the_crops_too(channels: int, count: int) -> None:
+    """So few that the map is read as it lies; the result shares no memory with it."""
+    feature_map = channels_last(torch.randn(channels, 22, 30, generator=torch.Generator().manual_seed(0)))
+    rng = np.random.default_rng(0)
+    corner = rng.integers(0, [29, 21], (count, 2))
+    windows = np.concatenate([corner, corner + 1 + rng.integers(0, [30, 22] - corner)], axis=1)
+    expected = torch.stack([spatial_pyramid_pool(feature_map[:, b:d, a:c], (1, 2, 3, 6)) for a, b, c, d in windows])
+    pooled = pool_windows(feature_map, windows, (1, 2, 3, 6))
+    assert torch.equal(pooled, expected)
+    feature_map.zero_()
+    assert torch.equal(pooled, expected)
