@@ -201,7 +201,6 @@ class SVMSettings(Settings):
     mine_above: float = -1.0001  # release: negatives that score above enter the cache
     evict_below: float = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
-    epochs: int = Field(1, ge=1)  # R-CNN: one pass over the images is enough
     cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives, and on the proposals that are positives
     max_positives: int = Field(20_000, ge=1)  # ours: bound on a class's objects, and on its proposals
     tolerance: float = Field(1e-3, gt=0)  # ours: liblinear (release) stops at 0.1, up to 1 % above the optimum

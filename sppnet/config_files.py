@@ -45,6 +45,7 @@ RENAMED = {
     "finetune.precision": "the setting precision now holds for the whole run",
     "detect.precision": "the setting precision now holds for the whole run",
     "svm.solver": "there is one solver now; leave it out",
+    "svm.epochs": "mining is one pass; leave it out",
 }
 
 

@@ -15,7 +15,7 @@ from sppnet.artifacts import file_digest
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.detection.feature_maps import FeatureMaps
-from sppnet.detection.sampling import LabelledWindows
+from sppnet.detection.training_windows import LabelledWindows
 from sppnet.records import Annotation, ImageRecord
 
 NO_WINDOWS = np.zeros((0, 4), np.float32)
@@ -58,7 +58,7 @@ def random_maps(
 
 
 class ToyWindows:
-    """A `finetuning.WindowSource` of images whose windows are points around their class's corner of a cube.
+    """Stands for `FinetuneWindows`: images whose windows are points around their class's corner of a cube.
 
     Each image holds as many positives as classes and twice as many negatives, which lie around the origin.
     """

@@ -68,8 +68,8 @@ def test_overrides_are_yaml_values(file, override, value):
 
 
 def test_the_last_override_counts_and_leaves_its_section_alone(file):
-    config = load_config(file("svm: {C: 5, epochs: 3}"), ["svm.C=1", "svm.C=2"])
-    assert (config.svm.C, config.svm.epochs) == (2, 3)
+    config = load_config(file("svm: {C: 5, retrain_after: 3}"), ["svm.C=1", "svm.C=2"])
+    assert (config.svm.C, config.svm.retrain_after) == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,8 @@ def test_the_last_override_counts_and_leaves_its_section_alone(file):
         ("=3", r"--set =3: expected key=value"),
         ("svm.C=[", r"--set svm\.C=\[: the value is not valid YAML"),
         ("name.x=3", r"--set name\.x=3: name is not a section"),
-        ("svm.epoch=3", r"unknown setting svm\.epoch; did you mean svm\.epochs\?"),
+        ("svm.layers=fc6", r"unknown setting svm\.layers; did you mean svm\.layer\?"),
+        ("svm.epochs=3", r"unknown setting svm\.epochs; mining is one pass; leave it out"),
         ("svm.C=much", r"svm\.C: expected a number, got 'much'"),
     ],
 )

@@ -18,13 +18,13 @@ from torch import Tensor
 from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.backbones.backbone import Backbone
-from sppnet.boxes import as_boxes, pairwise_iou
-from sppnet.config import Config, PretrainSettings, WeightsSettings
+from sppnet.boxes import pairwise_iou
+from sppnet.config import Config, PretrainSettings
 from sppnet.errors import SppnetError
 from sppnet.images import prepare, read_image
 from sppnet.models.sppnet import SPPNet, build_head, seed_dropout
 from sppnet.progress import progress_bar
-from sppnet.records import Annotation, ImageRecord
+from sppnet.records import ImageRecord
 
 CONTEXT = 1.4  # side of a stored crop over the longer side of its object: room for shifts and other scales
 BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this
@@ -41,75 +41,86 @@ def pretrain_network(
 ) -> tuple[SPPNet, str]:
     """Train `backbone` and a new head on crops of the records; returns the network, frozen in eval mode, and a summary.
 
-    The backbone is trained in place. With a file `checkpoint` the state is saved there now and then, and a later call
-    goes on from it, with the same result as without the interruption; the file is the caller's to delete. Raises
-    SppnetError where no record holds an object of the classes.
+    The backbone is trained in place, one epoch at one size, the next at another (sec. 2.3). With a file `checkpoint`
+    the state is saved there now and then, and a later call goes on from it, with the same result as without the
+    interruption; the file is the caller's to delete. Raises SppnetError where no record holds an object of the classes,
+    and for a loss that is not finite.
     """
     settings = config.pretrain
-    difficult = config.data.train_on_difficult
-    crops, labels = cut_crops(records, classes, max(settings.sizes), settings.seed, difficult)
+    crops, labels = cut_crops(
+        records, classes, max(settings.sizes), settings.seed, difficult=config.data.train_on_difficult
+    )
     head = build_head(backbone.channels, config.pyramid.levels, len(classes) + 1, config.head, settings.seed)
     head.dropout = settings.dropout
     device = next(backbone.parameters()).device
     network = SPPNet(backbone.requires_grad_(True), config.pyramid.levels, head.to(device)).train()
     trainer = _Trainer(network, settings)
     done = trainer.restore(checkpoint) if checkpoint is not None and checkpoint.exists() else 0
-    _train(trainer, crops, labels, done, progress, checkpoint)
+    counts = np.bincount(labels)
+    shares = 1 / (counts[labels] * np.count_nonzero(counts))  # every class is drawn as often as any other
+    epoch_steps = max(1, len(crops) // settings.batch)
+    shown = progress and distributed.is_main()
+    devices = [device] if device.type == "cuda" else []  # all GPUs by default, each with a context
+    with torch.random.fork_rng(devices=devices):
+        for step in progress_bar(range(done, settings.steps), "pretrain", "step", settings.steps, done, shown):
+            rng = np.random.default_rng((settings.seed, step, distributed.rank()))  # of this step alone, for resuming
+            seed_dropout(device, int(rng.integers(1 << 62)))
+            size = settings.sizes[step // epoch_steps % len(settings.sizes)]
+            chosen = rng.choice(len(crops), size=settings.batch, p=shares)
+            views = random_views(crops[torch.from_numpy(chosen)], size, max(settings.sizes), rng)
+            trainer.train_step(step, views, torch.from_numpy(labels[chosen]))
+            if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:
+                trainer.save(checkpoint, step + 1)
+    trainer.check_loss()
     network.requires_grad_(False).eval()
+    accuracy = float(trainer.sums[1]) / (settings.steps - settings.steps * 3 // 4)
     steps = f"{settings.steps} steps, {done} of them from before," if done else f"{settings.steps} steps"
-    return network, f"{steps} on {len(crops)} crops, training accuracy {trainer.accuracy:.3f}"
+    return network, f"{steps} on {len(crops)} crops, training accuracy {accuracy:.3f}"
 
 
 def cut_crops(
     records: Sequence[ImageRecord], classes: Sequence[str], side: int, seed: int, difficult: bool = True
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, NDArray[np.int64]]:
     """Square crops around every object and as many of the background: (N, 3, s, s) uint8 RGB and labels (N,).
 
-    s is `side` with room for shifts; label K stands for the background. Without `difficult` such objects are left out,
-    but are no background either.
+    s is `side` with room for shifts; label K stands for the background. Beyond the border of an image its edge pixels
+    repeat. Without `difficult` such objects are left out, but are no background either.
     """
     rng = np.random.default_rng(seed)
     stored = round(side * CONTEXT)
     crops, labels = [], []
     for record in records:
-        annotation = (record.annotation or _no_objects()).of(tuple(classes))
+        if record.annotation is None:
+            continue
+        annotation = record.annotation.of(tuple(classes))
         wanted = annotation if difficult else annotation.easy()
         if not len(wanted.boxes):
             continue
         image = read_image(record.path)
-        around = [_square(box, CONTEXT) for box in wanted.boxes]
-        away = _background_boxes(annotation, record.size, rng)[: len(wanted.boxes)]
-        background = [_square(box, CONTEXT) for box in away]
-        crops += [_cut(image, square, stored) for square in around + background]
+        background = _background_boxes(annotation.boxes, record.size, rng)[: len(wanted.boxes)]
+        crops += [_cut(image, box, stored) for box in [*wanted.boxes, *background]]
         labels += [classes.index(name) for name in wanted.names] + [len(classes)] * len(background)
     if not crops:
         raise SppnetError(
             "pre-training needs annotated objects, but the training images hold none of the classes; check data.classes"
         )
-    return torch.stack(crops).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last), np.array(labels)
 
 
-def _train(
-    trainer: _Trainer, crops: Tensor, labels: Tensor, done: int, progress: bool, checkpoint: Path | None
-) -> None:
-    """One epoch at one size, the next at another (sec. 2.3). Every step has random numbers of its own, for resuming."""
-    settings = trainer.settings
-    epoch_steps = max(1, len(crops) // settings.batch)
-    shares = _equal_shares(labels)
-    shown = progress and distributed.is_main()
-    steps = progress_bar(range(done, settings.steps), "pretrain", "step", settings.steps, done, shown)
-    devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
-    with torch.random.fork_rng(devices=devices):
-        for step in steps:
-            rng = np.random.default_rng((settings.seed, step, distributed.rank()))
-            seed_dropout(trainer.device, int(rng.integers(1 << 62)))
-            size = settings.sizes[step // epoch_steps % len(settings.sizes)]
-            chosen = rng.choice(len(crops), size=settings.batch, p=shares)
-            views = _random_views(crops, chosen, size, max(settings.sizes), rng)
-            trainer.train_step(step, views, labels[torch.from_numpy(chosen)])
-            if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:
-                trainer.save(checkpoint, step + 1)
-    trainer.check_loss()
+def random_views(crops: Tensor, size: int, largest: int, rng: np.random.Generator) -> Tensor:
+    """Crops (B, 3, s, s) uint8 shifted, zoomed, flipped, their channels brighter or darker: (B, 3, size, size) float32.
+
+    They are cut before they are resized, so only the resolution depends on `size`; bytes are resized faster than
+    floats. Values stay within 0-255; at least 0.9 of `largest` pixels are seen.
+    """
+    stored, count = crops.shape[-1], len(crops)
+    sides = rng.integers(round(largest * 0.9), stored + 1, size=count)
+    corners = (rng.random((count, 2)) * (stored - sides + 1)[:, None]).astype(np.int64)
+    cut = [crops[i : i + 1, :, y : y + s, x : x + s] for i, (s, (x, y)) in enumerate(zip(sides, corners, strict=True))]
+    views = torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in cut])
+    flipped = torch.from_numpy(rng.random(count) < 0.5).view(-1, 1, 1, 1)
+    gains = torch.from_numpy(rng.uniform(0.8, 1.2, (count, 3, 1, 1)).astype(np.float32))
+    return torch.where(flipped, views.flip(3), views).mul(gains).clamp_(0, 255)
 
 
 class _Trainer:
@@ -119,25 +130,16 @@ class _Trainer:
         self.network, self.settings = network, settings
         self.parameters = list(network.parameters())
         self.device = self.parameters[0].device
-        self.optimiser = torch.optim.SGD(
-            self.parameters,
-            settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
+        self.optimiser = torch.optim.SGD(self.parameters, rate, momentum, weight_decay=decay, fused=True)
         self.sums = torch.zeros(2, device=self.device)  # loss; shares of right answers in the last quarter of the steps
 
-    @property
-    def accuracy(self) -> float:
-        return float(self.sums[1]) / (self.settings.steps - self.settings.steps * 3 // 4)
-
     def train_step(self, step: int, views: Tensor, labels: Tensor) -> None:
-        settings = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * (1 - step / settings.steps)
-        logits = self.network(_prepared(views, self.network.backbone.weights).to(self.device))
-        labels = labels.to(self.device)
+        settings, weights = self.settings, self.network.backbone.weights
+        self.optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (weights.mean, weights.std))
+        pixels = views.flip(1) if weights.channel_order == "bgr" else views
+        logits, labels = self.network(((pixels - mean) / std).to(self.device)), labels.to(self.device)
         self.optimiser.zero_grad()
         loss = F.cross_entropy(logits, labels)
         loss.backward()
@@ -173,50 +175,10 @@ class _Trainer:
         return int(state["step"])
 
 
-def _equal_shares(labels: Tensor) -> NDArray[np.float64]:
-    """The probability of each crop (N,) with which every class is drawn as often as any other."""
-    counts = np.bincount(labels.numpy())
-    return 1 / (counts[labels.numpy()] * np.count_nonzero(counts))
-
-
-def _random_views(
-    crops: Tensor, chosen: NDArray[np.int64], size: int, largest: int, rng: np.random.Generator
-) -> Tensor:
-    """The chosen crops, shifted, zoomed, flipped, their channels brighter or darker: (B, 3, size, size) float32, 0-255.
-
-    They are cut before they are resized, so only the resolution depends on `size`. Resizing bytes, not floats, takes
-    3 ms for 64 of them instead of 17.
-    """
-    stored, count = crops.shape[-1], len(chosen)
-    sides = rng.integers(round(largest * 0.9), stored + 1, size=count)
-    corners = (rng.random((count, 2)) * (stored - sides + 1)[:, None]).astype(np.int64)
-    views = torch.cat(
-        [
-            F.interpolate(
-                crops[i : i + 1, :, y : y + side, x : x + side], (size, size), mode="bilinear", antialias=True
-            )
-            for i, side, (y, x) in zip(chosen.tolist(), sides.tolist(), corners.tolist(), strict=True)
-        ]
-    )
-    flipped = torch.from_numpy(rng.random(count) < 0.5).view(-1, 1, 1, 1)
-    gains = torch.from_numpy(rng.uniform(0.8, 1.2, (count, 3, 1, 1)).astype(np.float32))
-    return torch.where(flipped, views.flip(3), views).mul(gains).clamp_(0, 255)
-
-
-def _prepared(pixels: Tensor, weights: WeightsSettings) -> Tensor:
-    """RGB pixels (N, 3, H, W), 0-255, as the backbone expects its input."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (weights.mean, weights.std))
-    return ((pixels.flip(1) if weights.channel_order == "bgr" else pixels) - mean) / std
-
-
-def _square(box: NDArray[np.floating], context: float) -> NDArray[np.float64]:
-    centre, side = (box[:2] + box[2:]) / 2, max(float((box[2:] - box[:2]).max()), 2.0) * context
-    return np.concatenate([centre - side / 2, centre + side / 2])
-
-
-def _cut(image: NDArray[np.uint8], square: NDArray[np.float64], side: int) -> Tensor:
-    """A square of the image as (3, side, side) uint8; beyond the border the edge pixels repeat."""
-    x1, y1, x2, y2 = np.rint(square).astype(int)
+def _cut(image: NDArray[np.uint8], box: NDArray[np.floating], side: int) -> Tensor:
+    """The square around a box, with context, as (3, side, side) uint8."""
+    centre, half = (box[:2] + box[2:]) / 2, max(float((box[2:] - box[:2]).max()), 2.0) * CONTEXT / 2
+    (x1, y1), (x2, y2) = np.rint(centre - half).astype(int), np.rint(centre + half).astype(int)
     rows = np.clip(np.arange(y1, max(y2, y1 + 1)), 0, image.shape[0] - 1)
     columns = np.clip(np.arange(x1, max(x2, x1 + 1)), 0, image.shape[1] - 1)
     part = np.ascontiguousarray(image[rows[:, None], columns[None, :]])
@@ -224,16 +186,13 @@ def _cut(image: NDArray[np.uint8], square: NDArray[np.float64], side: int) -> Te
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _background_boxes(annotation: Annotation, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
+def _background_boxes(
+    objects: NDArray[np.floating], size: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.float64]:
     """As many boxes as objects, of their sizes, placed anywhere in the image away from them."""
     height, width = size
-    sides = annotation.boxes[:, 2:] - annotation.boxes[:, :2]
-    sides = np.repeat(sides, 4, axis=0) * rng.uniform(0.5, 1.2, (4 * len(sides), 1))
+    sides = np.repeat(objects[:, 2:] - objects[:, :2], 4, axis=0) * rng.uniform(0.5, 1.2, (4 * len(objects), 1))
     corner = rng.random((len(sides), 2)) * np.maximum([width, height] - sides, 1)
-    boxes = as_boxes(np.concatenate([corner, corner + sides], axis=1))
-    away = pairwise_iou(boxes, as_boxes(annotation.boxes)).max(axis=1, initial=0) < BACKGROUND_OVERLAP
-    return boxes[away][: len(annotation.boxes)]
-
-
-def _no_objects() -> Annotation:
-    return Annotation(np.zeros((0, 4), np.float32), (), np.zeros(0, bool))
+    boxes = np.concatenate([corner, corner + sides], axis=1)
+    away = pairwise_iou(boxes, objects.astype(np.float64)).max(axis=1, initial=0) < BACKGROUND_OVERLAP
+    return boxes[away][: len(objects)]

@@ -1,13 +1,12 @@
 """Detection, the paper's section 4, in this order: the map of an image once, then thousands of windows on it.
 
     feature_maps      the convolutional maps of an image, at every scale
-    windows           choose the scale of a window, project it onto the map, find windows on the same cells
+    windows           choose the scale of a window, project it onto the map
     window_features   maps + windows -> pyramid vectors -> fc features
-    sampling          foreground and background windows, by overlap
-    training_windows  the windows of the training images, as the steps below draw them
+    training_windows  the windows of the training images, by overlap, as the steps below draw them
     finetuning        fc6, fc7 and a classifier, the backbone frozen
-    linear_svm        one linear SVM per class (dual_descent: its solver)
-    hard_negatives    mining: one pass over the images (negative_cache: its bounded memory)
+    linear_svm        one linear SVM per class
+    hard_negatives    mining: one pass over the images, in bounded memory
     box_regression    class-wise corrections of boxes
     nms               suppression, per class
     detector          all of it at test time, on one screen

@@ -1,50 +1,32 @@
-"""Room 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
+"""Step 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import logging
-import time
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors, write_text
 from sppnet.config import FinetuneSettings
-from sppnet.detection.sampling import Batch, LabelledWindows, draw_batch
+from sppnet.detection.training_windows import FinetuneWindows, LabelledWindows
 from sppnet.errors import SppnetError
 from sppnet.models.sppnet import SPPHead, seed_dropout
 from sppnet.progress import progress_bar
 
-log = logging.getLogger("sppnet")
+logger = logging.getLogger("sppnet")
 
 COLUMNS = ("step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 PREFETCH = 3  # batches pooled ahead while the head trains
-
-
-class WindowSource(Protocol):
-    """Labelled windows of many images, and their pooled features on demand."""
-
-    @property
-    def labelled(self) -> Sequence[LabelledWindows]:
-        """One entry an image."""
-        ...
-
-    def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-        """Pyramid vectors (R, D) float32 of these windows of an image; `rng` draws their scales."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,13 +36,12 @@ class FinetuneSummary:
     untrained_error: float  # of always answering background
     steps: int
     reused_steps: int
-    seconds: float
 
 
 def finetune_head(
     head: SPPHead,
-    train: WindowSource,
-    validation: WindowSource,
+    train: FinetuneWindows,
+    validation: FinetuneWindows,
     background: int,
     settings: FinetuneSettings,
     folder: Path,
@@ -70,35 +51,31 @@ def finetune_head(
 ) -> FinetuneSummary:
     """Train `head` in place; it ends with the weights of the step that had the smallest validation error.
 
-    The weights that it starts with are no candidate. `stage` names it in progress and errors; `precision` is that of
-    the products ("float32" or "bfloat16").
-
-    `background` is the index of the background class, K. Losses go to folder/log.csv and to TensorBoard files
-    beside it; the state is saved at every validation, and a later call with the same folder goes on from there,
-    with the same result as without the interruption. Under torchrun a batch is shared by the processes.
+    The weights that it starts with are no candidate. `background` is the index of the background class, K. `stage`
+    names it in progress and errors; `precision` is that of the products ("float32" or "bfloat16").
+    Losses go to folder/log.csv. The state is saved at every validation, and a later call with the same folder goes on
+    from there, with the same result as without the interruption. Under torchrun a batch is shared by the processes.
+    Raises SppnetError where no window is a positive, and for a loss that is not finite.
     """
-    start = time.monotonic()
-    usable = _usable_images(train, "training")
+    with_positives = _with_positives(train, "training")
     trainer = _Trainer(head, settings, folder, stage, precision)
     done = trainer.restore()
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
-    with ThreadPoolExecutor(1) as loader, _tensorboard(folder, done) as board, torch.random.fork_rng(devices=devices):
-        labels, pooled = loader.submit(_validation_windows, validation, background, settings).result()
-        batches = _batches(loader, train, usable, background, settings, range(done, total))
-        shown = progress and distributed.is_main()
-        bar = progress_bar(range(done, total), stage, "step", total, done, shown)
+    with ThreadPoolExecutor(1) as loader, torch.random.fork_rng(devices=devices):
+        labels, pooled = loader.submit(validation_windows, validation, background, settings).result()
+        batches = _batches(loader, train, with_positives, background, settings, range(done, total))
+        bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
         for step in bar:
             trainer.train_step(step, *next(batches))
             if (step + 1) % settings.validate_every == 0 or step + 1 == total:
-                row = trainer.validate(step + 1, pooled, labels, background)
+                row = trainer.validate(step + 1, pooled, labels)
                 bar.set_postfix(loss=f"{row[1]:.3f}", val_error=f"{1 - row[4]:.3f}", refresh=False)
-                for name, value in zip(COLUMNS[1:], row[1:], strict=True):
-                    board.add_scalar(name, value, step + 1)
-    trainer.load_best()
+    head.load_state_dict(trainer.best)
+    head.eval()
     untrained = float((labels != background).float().mean())
-    return FinetuneSummary(trainer.best_step, trainer.best_error, untrained, total, done, time.monotonic() - start)
+    return FinetuneSummary(trainer.best_step, trainer.best_error, untrained, total, done)
 
 
 class _Trainer:
@@ -122,7 +99,8 @@ class _Trainer:
         rate = self._rate(step)
         for group, factor in zip(self.optimiser.param_groups, (1.0, self.settings.bias_rate), strict=True):
             group["lr"] = rate * factor
-        seed_dropout(self.device, _seed(self.settings.seed, step, distributed.rank()))  # the same after a resume
+        own = np.random.SeedSequence((self.settings.seed, step, distributed.rank()))
+        seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
         pooled, labels = pooled.to(self.device), labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits = self.head(pooled).float()
@@ -134,7 +112,7 @@ class _Trainer:
         right = (logits.detach().argmax(1) == labels).float().sum()
         self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
 
-    def validate(self, step: int, pooled: Tensor, labels: Tensor, background: int) -> tuple[float, ...]:
+    def validate(self, step: int, pooled: Tensor, labels: Tensor) -> tuple[float, ...]:
         """Log a row, keep the head if it is the best, save the state; returns the row."""
         train_loss, right, count = self.sums.tolist()
         val_loss, val_accuracy = self._evaluate(pooled, labels)
@@ -148,7 +126,7 @@ class _Trainer:
         if (1 - val_accuracy, val_loss) < (self.best_error, self.best_loss):
             self.best_step, self.best_error, self.best_loss = step, 1 - val_accuracy, val_loss
             self.best = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
-        log.debug("%s step %d: loss %.4f accuracy %.4f, validation %.4f %.4f", self.stage, *row[:5])
+        logger.debug("%s step %d: loss %.4f accuracy %.4f, validation %.4f %.4f", self.stage, *row[:5])
         self._save(step)
         return row
 
@@ -176,7 +154,8 @@ class _Trainer:
             "rows": torch.tensor(self.rows, dtype=torch.float64),
         }
         write_tensors(self.folder / "checkpoint.safetensors", {**momentum, **now, **best, **progress})
-        write_text(self.folder / "log.csv", _csv(self.rows))
+        lines = [COLUMNS, *([int(row[0]), *row[1:]] for row in self.rows)]
+        write_text(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
 
     def restore(self) -> int:
         """Continue from the saved state, if there is one; returns the steps done."""
@@ -194,38 +173,77 @@ class _Trainer:
         self.rows = [tuple(row) for row in state["rows"].tolist()]
         return int(state["step"])
 
-    def load_best(self) -> None:
-        self.head.load_state_dict(self.best)
-        self.head.eval()
+
+def draw_batch(
+    images: Sequence[LabelledWindows], background: int, settings: FinetuneSettings, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """`settings.batch` windows from these images, `positive_share` of them positive, with replacement.
+
+    (3, B): position of the image in `images`, row of the window in it, class (`background` for a negative).
+    Every image gives the same number where it can, so that one crowded image does not fill the batch. With
+    `settings.balance` every class of an image is as likely: of a small object few windows are positives. Where the
+    images hold no positives (or no negatives) at all the batch is made of the others; it is empty if there are neither.
+    """
+    wanted = round(settings.batch * settings.positive_share)
+    has_positives = [i for i, image in enumerate(images) if len(image.positives)]
+    has_negatives = [i for i, image in enumerate(images) if len(image.negatives)]
+    if not has_positives:
+        wanted = 0
+    elif not has_negatives:
+        wanted = settings.batch
+    rows = []
+    for i in _draw_evenly(has_positives, wanted, rng):
+        labels = images[i].labels
+        own = np.flatnonzero(labels == rng.choice(np.unique(labels))) if settings.balance else np.arange(len(labels))
+        chosen = own[rng.integers(len(own))]
+        rows.append((i, images[i].positives[chosen], labels[chosen]))
+    for i in _draw_evenly(has_negatives, settings.batch - wanted, rng):
+        rows.append((i, rng.choice(images[i].negatives), background))
+    return np.array(rows, np.int64).reshape(-1, 3).T
 
 
-def _usable_images(source: WindowSource, kind: str) -> NDArray[np.int64]:
+def validation_windows(source: FinetuneWindows, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
+    """(labels, pooled) of windows drawn once from all images of the source."""
+    # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
+    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
+    own = settings.model_copy(update={"batch": settings.validate_windows})
+    pooled, labels = _draw_and_pool(source, _with_positives(source, "validation"), background, own, rng)
+    return labels, pooled
+
+
+def _draw_evenly(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
+    """`count` of the choices, each as often as any other, give or take one."""
+    if not choices or not count:
+        return []
+    rounds = [rng.permutation(choices) for _ in range(math.ceil(count / len(choices)))]
+    return np.concatenate(rounds)[:count].tolist()
+
+
+def _with_positives(source: FinetuneWindows, kind: str) -> NDArray[np.int64]:
     """Images with a positive; SppnetError if there is none."""
-    usable = [i for i, image in enumerate(source.labelled) if len(image.positives)]
-    if not usable:
+    found = [i for i, image in enumerate(source.labelled) if len(image.positives)]
+    if not found:
         raise SppnetError(
             f"no {kind} window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
         )
-    return np.array(usable, np.int64)
+    return np.array(found, np.int64)
 
 
 def _batches(
     loader: ThreadPoolExecutor,
-    source: WindowSource,
-    usable: NDArray[np.int64],
+    source: FinetuneWindows,
+    images: NDArray[np.int64],
     background: int,
     settings: FinetuneSettings,
     steps: range,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pooled, labels) of every step, in order, pooled ahead by the loader's one thread."""
-    share = max(1, settings.batch // distributed.world_size())
-    own = _with_batch(settings, share)
+    own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
 
     def load(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((settings.seed, step, distributed.rank()))
-        chosen = rng.choice(usable, min(settings.images_per_batch, len(usable)), replace=False)
-        drawn = draw_batch([source.labelled[i] for i in chosen], background, own, rng)
-        return _pool_batch(source, chosen, drawn, rng)
+        chosen = rng.choice(images, min(settings.images_per_batch, len(images)), replace=False)
+        return _draw_and_pool(source, chosen, background, own, rng)
 
     waiting: list[Future[tuple[Tensor, Tensor]]] = []
     for step in steps:
@@ -236,50 +254,18 @@ def _batches(
         yield waiting.pop(0).result()
 
 
-def _with_batch(settings: FinetuneSettings, batch: int) -> FinetuneSettings:
-    return settings.model_copy(update={"batch": batch})
-
-
-def _pool_batch(
-    source: WindowSource, images: NDArray[np.int64], drawn: Batch, rng: np.random.Generator
+def _draw_and_pool(
+    source: FinetuneWindows,
+    images: NDArray[np.int64],
+    background: int,
+    settings: FinetuneSettings,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features and labels, grouped by image."""
-    parts, labels = [], []
-    for position, image in enumerate(images):
-        own = drawn.image == position
-        if own.any():
-            parts.append(source.pool(int(image), drawn.row[own], rng))
-            labels.append(drawn.label[own])
-    return torch.cat(parts), torch.from_numpy(np.concatenate(labels))
-
-
-def _validation_windows(source: WindowSource, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """(labels, pooled) of windows drawn once from all images of the source."""
-    # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
-    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
-    chosen = _usable_images(source, "validation")
-    own = _with_batch(settings, settings.validate_windows)
-    drawn = draw_batch([source.labelled[i] for i in chosen], background, own, rng)
-    pooled, labels = _pool_batch(source, chosen, drawn, rng)
-    return labels, pooled
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def _csv(rows: Sequence[tuple[float, ...]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    writer.writerows([int(row[0]), *row[1:]] for row in rows)
-    return text.getvalue()
-
-
-@contextlib.contextmanager
-def _tensorboard(folder: Path, done: int) -> Iterator[SummaryWriter]:
-    writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1 if done else None)
-    try:
-        yield writer
-    finally:
-        writer.close()
+    """Pooled features and labels of a batch from these images, grouped by image."""
+    position, row, label = draw_batch([source.labelled[i] for i in images], background, settings, rng)
+    order = np.argsort(position, kind="stable")
+    drawn, starts = np.unique(position[order], return_index=True)
+    parts = [
+        source.pool(int(images[i]), rows, rng) for i, rows in zip(drawn, np.split(row[order], starts[1:]), strict=True)
+    ]
+    return torch.cat(parts), torch.from_numpy(label[order])

@@ -12,62 +12,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 
+from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
-from sppnet.detection.negative_cache import NegativeCache
-from sppnet.detection.sampling import distinct_negatives, draw_rows
+from sppnet.detection.training_windows import ImageWindows, MiningWindows, draw_rows
 from sppnet.errors import SppnetError
 from sppnet.progress import progress_bar
 
 logger = logging.getLogger("sppnet")
 
 NEVER = -1e3  # bias of a class that could not be trained: below any threshold on scores
-
-
-@dataclass(frozen=True)
-class PositiveWindows:
-    """The positives of one image, known from overlaps alone: its objects, then proposals that cover one."""
-
-    windows: NDArray[np.floating]  # (P, 4) half-open pixels
-    labels: NDArray[np.int64]  # (P,) class
-    objects: int  # how many are objects: the first
-
-
-@dataclass(frozen=True)
-class MiningImage:
-    """All windows of one image: its objects, and its proposals, one for each distinct window of cells.
-
-    Proposals on the same cells of the same scale have the same features; one of them is kept (release).
-    """
-
-    features: Tensor  # (R, D), unscaled, on any device
-    overlaps: NDArray[np.floating]  # (R, K) highest IoU with an object of each class, 0 where there is none
-    labels: NDArray[np.int64]  # (R,) class of an object, -1 for a proposal
-    windows: NDArray[np.floating]  # (R, 4) half-open pixels; used where svm.duplicates is "overlap"
-
-
-class MiningImages(Protocol):
-    """The training images. The same call gives the same values in the same order every time."""
-
-    def __len__(self) -> int: ...
-
-    def positives(self, index: int) -> PositiveWindows:
-        """The positives of an image; no features are computed."""
-        ...
-
-    def features(self, index: int, windows: NDArray[np.floating]) -> Tensor:
-        """Features (R, D), unscaled, of windows (R, 4) of an image."""
-        ...
-
-    def read(self, index: int) -> MiningImage: ...
 
 
 @dataclass(frozen=True)
@@ -80,52 +40,61 @@ class MinedSVMs:
     dropped: int  # negatives that the full cache dropped
 
 
-def mine_detectors(
-    images: MiningImages, classes: Sequence[str], settings: SVMSettings | None = None, scale: float = 1.0
+def mine_svms(
+    images: MiningWindows, classes: Sequence[str], settings: SVMSettings | None = None, scale: float = 1.0
 ) -> MinedSVMs:
-    """SVMs of all classes from one pass (or ``settings.epochs``) over the images, in their order.
+    """SVMs of all classes from one pass over the images, in their order.
 
     `scale` multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or
     negatives is reported and never fires.
     Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
     the cache), one image, and one fit.
-    Raises SppnetError for no images, for wrong shapes or labels, and for features that are not finite.
+    Raises SppnetError for no images and for features that are not finite.
     """
     if len(images) == 0:
         raise SppnetError("expected at least one image to mine, got none; check data.train")
     miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale)
-    for position in progress_bar(range(len(images) * miner.settings.epochs), "mining", "image"):
-        miner.visit(position % len(images))
+    for index in progress_bar(range(len(images)), "mining", "image"):
+        miner.visit(index)
     return miner.finish()
 
 
+def distinct_negatives(
+    windows: NDArray[np.floating], negatives: NDArray[np.bool_], overlap: float
+) -> NDArray[np.bool_]:
+    """Per class, the negatives without those that overlap an earlier one that stays by more than `overlap` (sec. 4.1).
+
+    windows (R, 4), negatives (R, K) -> (R, K). Earlier means by row.
+    """
+    kept, corners = negatives.copy(), windows.astype(np.float64)
+    earlier, later = np.nonzero(np.triu(pairwise_iou(corners, corners) > overlap, k=1))
+    rows, starts = np.unique(earlier, return_index=True)
+    for row, close in zip(rows, np.split(later, starts[1:]), strict=False):
+        kept[close] &= ~kept[row]
+    return kept
+
+
 class _Miner:
-    def __init__(self, images: MiningImages, classes: tuple[str, ...], settings: SVMSettings, scale: float) -> None:
-        self.images, self.classes, self.settings, self.scale = images, classes, settings, scale
+    def __init__(self, images: MiningWindows, classes: tuple[str, ...], settings: SVMSettings, scale: float) -> None:
+        self.images, self.settings = images, settings
         self.positives = _collect_positives(images, len(classes), settings, scale)
         width = self.positives[0].shape[1]
         self.active = np.array([len(rows) > 0 for rows in self.positives])
-        self.weight = torch.zeros(len(classes), width)
-        self.bias = torch.full((len(classes),), NEVER)
+        self.svms = LinearSVMs(torch.zeros(len(classes), width), torch.full((len(classes),), NEVER), scale, classes)
         self.retrains = np.zeros(len(classes), np.int64)
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, self.positives, strict=True))
-        logger.info(
-            "svm mining %d images; positives %s; cache for %d windows", len(images), counts, self.cache.capacity
-        )
+        logger.info(f"svm mining {len(images)} images; positives {counts}; cache for {self.cache.capacity} windows")
 
     def visit(self, index: int) -> None:
         """Let the hard negatives of one image enter the cache; fit the classes that are due."""
-        image = self.images.read(index)
-        count = len(image.features)
-        _check_shape(f"overlaps of image {index}", image.overlaps, (count, len(self.classes)))
-        _check_shape(f"labels of image {index}", image.labels, (count,))
-        _check_shape(f"windows of image {index}", image.windows, (count, 4))
-        _check_features(f"image {index}", image.features, (count, self.weight.shape[1]))
-        scores = self._scores(image.features)
+        image, features = self.images.read(index)
+        _check_finite(f"image {index}", features)
+        scores = self.svms.score(features.detach()).cpu().numpy()
+        scores[:, self.retrains == 0] = np.inf  # all negatives enter the first fit of a class
         wanted = self._negatives(image) & (scores > self.settings.mine_above)
-        self.fresh += self.cache.add(index, image.features, wanted, scores, self.scale)
+        self.fresh += self.cache.add(features.detach(), wanted, scores, self.svms.scale)
         first = (self.retrains == 0) & (self.cache.counts() > 0)
         for label in np.flatnonzero(first | (self.fresh >= self.settings.retrain_after)):
             self._fit(int(label))
@@ -136,32 +105,22 @@ class _Miner:
             self._fit(int(label))
         untrained = {
             name: "no negatives" if self.active[label] else "no positives"
-            for label, name in enumerate(self.classes)
+            for label, name in enumerate(self.svms.classes)
             if self.retrains[label] == 0
         }
         for name, reason in untrained.items():
             logger.warning("svm %s has %s in the training images; it never fires", name, reason)
         if self.cache.dropped:
             logger.warning(
-                "the cache of %g GB was full and dropped %d negatives, the lowest scores of the largest classes first; "
-                "svm.cache_gigabytes raises it",
-                self.settings.cache_gigabytes,
-                self.cache.dropped,
+                f"the cache of {self.settings.cache_gigabytes:g} GB was full and dropped {self.cache.dropped} negatives, "
+                "the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
             )
-        svms = LinearSVMs(self.weight, self.bias, self.scale, self.classes)
-        return MinedSVMs(svms, untrained, tuple(self.retrains.tolist()), self.cache.dropped)
+        return MinedSVMs(self.svms, untrained, tuple(self.retrains.tolist()), self.cache.dropped)
 
-    def _scores(self, features: Tensor) -> NDArray[np.float32]:
-        """(R, K); infinite for a class that was never fitted, so that all its negatives enter."""
-        weight, bias = (self.weight * self.scale).to(features.device), self.bias.to(features.device)
-        scores = linear(features.detach().float(), weight, bias).cpu().numpy()
-        scores[:, self.retrains == 0] = np.inf
-        return scores
-
-    def _negatives(self, image: MiningImage) -> NDArray[np.bool_]:
-        """(R, K): which window is a negative of which class."""
-        far = image.overlaps < self.settings.negative_overlap
-        negatives = far & (image.labels[:, None] != np.arange(len(self.classes))) & self.active
+    def _negatives(self, image: ImageWindows) -> NDArray[np.bool_]:
+        """(R, K): which window is a negative of which class; an object is none of its own."""
+        negatives = (image.overlaps < self.settings.negative_overlap) & self.active
+        negatives[np.arange(len(image.objects)), image.objects] = False
         if self.settings.duplicates == "overlap":
             return distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)
         return negatives
@@ -172,46 +131,128 @@ class _Miner:
         negatives = len(examples) - positives
         signs = np.repeat([1, -1], [positives, negatives])
         svm = fit_linear_svm(examples, signs, self.settings)
-        self.weight[label], self.bias[label] = torch.from_numpy(svm.weight), svm.bias
-        scores = (examples @ self.weight[label] + svm.bias).numpy()
+        weight = self.svms.weight[label] = torch.from_numpy(svm.weight).float()
+        self.svms.bias[label] = svm.bias
+        scores = (examples @ weight + svm.bias).numpy()
         evicted = self.cache.rescore(label, scores[positives:], self.settings.evict_below)
         self.retrains[label] += 1
         self.fresh[label] = 0
-        logger.info(
-            "svm %s retrain %d: %s | cache %d pos %d neg, evicted %d",
-            self.classes[label],
-            self.retrains[label],
-            svm_objective(svm, scores, signs, self.settings),
-            positives,
-            negatives - evicted,
-            evicted,
-        )
+        objective = svm_objective(svm, scores, signs, self.settings)
+        kept = f"cache {positives} pos {negatives - evicted} neg, evicted {evicted}"
+        logger.info(f"svm {self.svms.classes[label]} retrain {self.retrains[label]}: {objective} | {kept}")
 
 
-def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings, scale: float) -> list[Tensor]:
+class NegativeCache:
+    """Features (D wide, float32) of negatives of K classes, in at most `gigabytes` (10⁹ bytes).
+
+    A window that is a negative of several classes is kept once, in a slot, with its score in each; a slot is free once
+    no class holds it. A window stays in its slot, because the result of a fit depends, within its tolerance, on the
+    order of the examples.
+    Where the cache is full, the window is dropped that is furthest down the list of scores of every class that holds
+    it: so the largest classes give way, and none loses its hardest negatives. (Scores of two classes do not compare.)
+    """
+
+    def __init__(self, width: int, classes: int, gigabytes: float) -> None:
+        bytes_per_slot = 4 * width + 5 * classes
+        self.capacity = int(gigabytes * 1e9 // bytes_per_slot)
+        if self.capacity < 1:
+            raise SppnetError(
+                f"a cache of {gigabytes} gigabytes does not hold one window of {bytes_per_slot} bytes; "
+                "raise svm.cache_gigabytes"
+            )
+        # Pages are touched only as slots fill. (torch.empty would fill them under deterministic algorithms.)
+        self._features = torch.from_numpy(np.empty((self.capacity, width), np.float32))
+        self._members = np.zeros((self.capacity, classes), np.bool_)
+        self._scores = np.zeros((self.capacity, classes), np.float32)  # meaningless outside `_members`
+        self._used = 0  # slots from here on were never filled
+        self.dropped = 0  # windows that the full cache gave up or did not take
+
+    def counts(self) -> NDArray[np.int64]:
+        """Negatives of each class, (K,)."""
+        return self._members[: self._used].sum(axis=0)
+
+    def add(
+        self, features: Tensor, wanted: NDArray[np.bool_], scores: NDArray[np.float32], scale: float = 1.0
+    ) -> NDArray[np.int64]:
+        """Let windows enter: features (R, D) on any device, wanted and scores (R, K).
+
+        Returns how many entered each class, (K,). Only entering rows are copied, times `scale`.
+        """
+        entering = self._make_room(np.flatnonzero(wanted.any(axis=1)), wanted, scores)
+        free = np.flatnonzero(~self._members[: self._used].any(axis=1))
+        fresh = np.arange(self._used, min(self.capacity, self._used + len(entering)))
+        slots = np.concatenate([free, fresh])[: len(entering)]
+        chosen = features[torch.from_numpy(entering).to(features.device)]
+        self._features[torch.from_numpy(slots)] = chosen.float().mul(scale).cpu()
+        self._members[slots], self._scores[slots] = wanted[entering], scores[entering]
+        self._used = max(self._used, int(slots.max(initial=-1)) + 1)
+        return wanted[entering].sum(axis=0)
+
+    def features_of(self, label: int, first: Tensor) -> Tensor:
+        """The rows of `first` (P, D), then the negatives of a class in the order of their slots: (P + N, D) float32."""
+        slots = torch.from_numpy(self._slots_of(label))
+        rows = torch.from_numpy(np.empty((len(first) + len(slots), self._features.shape[1]), np.float32))
+        rows[: len(first)] = first
+        torch.index_select(self._features, 0, slots, out=rows[len(first) :])
+        return rows
+
+    def rescore(self, label: int, scores: NDArray[np.float32], evict_below: float) -> int:
+        """Take over what the new SVM of a class gives its negatives, (N,) in the order of their slots.
+
+        Those that score below the limit leave the class; returns how many.
+        """
+        slots = self._slots_of(label)
+        self._scores[slots, label] = scores
+        leaving = scores < evict_below
+        self._members[slots[leaving], label] = False
+        return int(leaving.sum())
+
+    def _slots_of(self, label: int) -> NDArray[np.int64]:
+        return np.flatnonzero(self._members[: self._used, label])
+
+    def _make_room(
+        self, entering: NDArray[np.int64], wanted: NDArray[np.bool_], scores: NDArray[np.float32]
+    ) -> NDArray[np.int64]:
+        """Free slots for the entering rows; returns those rows that do enter."""
+        held = np.flatnonzero(self._members[: self._used].any(axis=1))
+        excess = len(held) + len(entering) - self.capacity
+        if excess <= 0:
+            return entering
+        members = np.concatenate([self._members[held], wanted[entering]])
+        places = _best_places(np.concatenate([self._scores[held], scores[entering]]), members)
+        leaving = np.argsort(-places, kind="stable")[:excess]
+        self._members[held[leaving[leaving < len(held)]]] = False
+        self.dropped += excess
+        return np.delete(entering, leaving[leaving >= len(held)] - len(held))
+
+
+def _best_places(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(M,): the place of each window in the list of scores, highest first, of the class where it stands highest."""
+    places = np.full(len(scores), len(scores))
+    for label in range(members.shape[1]):
+        own = np.flatnonzero(members[:, label])
+        order = own[np.argsort(-scores[own, label], kind="stable")]
+        places[order] = np.minimum(places[order], np.arange(len(own)))
+    return places
+
+
+def _collect_positives(images: MiningWindows, classes: int, settings: SVMSettings, scale: float) -> list[Tensor]:
     """Scaled features of the positives of each class: K tensors (P, D) float32 on the CPU.
 
     Objects come first, at most ``max_positives`` of a class; then as many proposals, which over all classes take no
     more bytes than the cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
     """
     found = [images.positives(index) for index in progress_bar(range(len(images)), "positives", "image")]
-    for index, image in enumerate(found):
-        _check_shape(f"positives of image {index}", image.windows, (len(image.labels), 4))
-        if not np.isin(image.labels, np.arange(classes)).all():
-            raise SppnetError(
-                f"positives of image {index}: expected labels in 0 … {classes - 1}, got {image.labels.tolist()}; "
-                "leave out objects of other classes"
-            )
     labels = np.concatenate([image.labels for image in found])
     is_object = np.concatenate([np.arange(len(image.labels)) < image.objects for image in found])
     width = images.features(0, np.zeros((0, 4), np.float32)).shape[1]
-    room = max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes)))
+    most = max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes)))
     rng = np.random.default_rng(settings.seed)
     places = np.full(len(labels), -1)  # row of each positive that is kept among those of its class
     kept = []
     for label in range(classes):
         objects = draw_rows(np.flatnonzero((labels == label) & is_object), settings.max_positives, rng)
-        close = draw_rows(np.flatnonzero((labels == label) & ~is_object), min(settings.max_positives, room), rng)
+        close = draw_rows(np.flatnonzero((labels == label) & ~is_object), min(settings.max_positives, most), rng)
         rows = np.concatenate([objects, close])
         places[rows] = np.arange(len(rows))
         kept.append(torch.empty(len(rows), width))
@@ -220,21 +261,13 @@ def _collect_positives(images: MiningImages, classes: int, settings: SVMSettings
         chosen = np.flatnonzero(own >= 0)
         if len(chosen):
             features = images.features(index, found[index].windows[chosen])
-            _check_features(f"positives of image {index}", features, (len(chosen), width))
+            _check_finite(f"positives of image {index}", features)
             features = features.detach().float().mul(scale).cpu()
             for row, place, label in zip(features, own[chosen], found[index].labels[chosen], strict=True):
                 kept[label][place] = row
     return kept
 
 
-def _check_features(what: str, features: Tensor, shape: tuple[int, ...]) -> None:
-    _check_shape(f"features of {what}", features, shape)
+def _check_finite(what: str, features: Tensor) -> None:
     if not bool(torch.isfinite(features).all()):
         raise SppnetError(f"{what}: features must be finite; check the image and the network's weights")
-
-
-def _check_shape(what: str, values: Tensor | NDArray[Any], shape: tuple[int, ...]) -> None:
-    if tuple(values.shape) != shape:
-        raise SppnetError(
-            f"{what}: expected shape {shape}, got {tuple(values.shape)}; one row for each window, one overlap a class"
-        )

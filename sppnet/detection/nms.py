@@ -1,4 +1,4 @@
-"""Room 8: greedy non-maximum suppression, per class.
+"""Greedy non-maximum suppression, per class.
 
 A box leaves when it overlaps a better one of its class by more than the threshold (sec. 4.1: 0.3). Boxes are
 half-open, so the plain IoU here equals the "+ 1" IoU of inclusive corners. Everything is computed in float64 on
@@ -7,7 +7,7 @@ the CPU: the kept boxes then do not depend on the device or on the precision in 
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,23 +17,10 @@ from torchvision.ops import nms as suppress
 
 from sppnet.boxes import as_boxes
 
-
-@overload
-def nms(boxes: Tensor, scores: Tensor, threshold: float, limit: int | None = None) -> Tensor: ...
+Array = TypeVar("Array", NDArray[np.generic], Tensor)
 
 
-@overload
-def nms(
-    boxes: NDArray[np.floating], scores: NDArray[np.floating], threshold: float, limit: int | None = None
-) -> NDArray[np.int64]: ...
-
-
-def nms(
-    boxes: NDArray[np.floating] | Tensor,
-    scores: NDArray[np.floating] | Tensor,
-    threshold: float,
-    limit: int | None = None,
-) -> NDArray[np.int64] | Tensor:
+def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None) -> Array:
     """Indices of the boxes that survive, best first, ties by the lower index; at most `limit` of them.
 
     boxes (R, 4) half-open, scores (R,). A box is suppressed where its IoU with a kept one is above `threshold`
@@ -41,13 +28,9 @@ def nms(
     Raises ValueError for other shapes, for scores that are NaN and for a threshold outside [0, 1].
     """
     if isinstance(boxes, Tensor):
-        kept = nms(boxes.detach().cpu().numpy(), torch.as_tensor(scores).detach().cpu().numpy(), threshold, limit)
+        kept = _nms(boxes.detach().cpu().numpy(), torch.as_tensor(scores).detach().cpu().numpy(), threshold, limit)
         return torch.from_numpy(kept).to(boxes.device)
-    boxes64 = as_boxes(boxes)
-    scores64 = _checked_scores(np.asarray(scores), boxes64)
-    _check_threshold(threshold)
-    order = np.argsort(-scores64, kind="stable")
-    return order[_greedy(boxes64[order], threshold, len(order) if limit is None else limit)]
+    return cast(Array, _nms(boxes, np.asarray(scores), threshold, limit))
 
 
 def nms_per_class(
@@ -59,16 +42,19 @@ def nms_per_class(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What remains of every class, best first over all classes: (indices, labels), both (S,) int64.
 
-    boxes (R, 4), or (R, K, 4) where each class has its own; scores (R, K). Only scores above `score_threshold`
-    (strictly) take part, and a class keeps at most `max_per_class`. Ties go to the lower label, then the lower index.
+    boxes (R, 4), scores (R, K). Only scores above `score_threshold` (strictly) take part, and a class keeps at most
+    `max_per_class`. Ties go to the lower label, then the lower index.
     """
     boxes, scores = np.asarray(boxes), np.asarray(scores)
-    _check_class_shapes(boxes, scores)
+    if scores.ndim != 2 or boxes.shape != (len(scores), 4):
+        raise ValueError(
+            f"expected scores (R, K) with boxes (R, 4), got scores {scores.shape} and boxes {boxes.shape}; "
+            "use nms for the scores of one class"
+        )
     indices, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for label in range(scores.shape[1]):
         candidates = np.flatnonzero(scores[:, label] > score_threshold)
-        own = boxes[candidates, label] if boxes.ndim == 3 else boxes[candidates]
-        kept = candidates[nms(own, scores[candidates, label], threshold, max_per_class)]
+        kept = candidates[_nms(boxes[candidates], scores[candidates, label], threshold, max_per_class)]
         indices.append(kept)
         labels.append(np.full(len(kept), label, np.int64))
     index, label_of = np.concatenate(indices), np.concatenate(labels)
@@ -76,42 +62,28 @@ def nms_per_class(
     return index[order], label_of[order]
 
 
-def _greedy(boxes: NDArray[np.float64], threshold: float, limit: int) -> NDArray[np.int64]:
-    """Positions kept of boxes that are sorted, best first; at most `limit`."""
-    # What survives of the best boxes does not depend on the rest, so a short head often suffices.
-    for head in (4 * limit, len(boxes)):
-        first = torch.from_numpy(np.ascontiguousarray(boxes[:head]))
-        falling = torch.arange(len(first), 0, -1, dtype=torch.float64)
-        kept = suppress(first, falling, threshold).numpy()
-        if len(kept) >= limit or head >= len(boxes):
-            break
-    return kept[:limit]
-
-
-def _checked_scores(scores: NDArray[np.floating], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    scores64 = np.asarray(scores, dtype=np.float64)
-    if scores64.shape != (len(boxes),):
+def _nms(
+    boxes: NDArray[np.generic], scores: NDArray[np.generic], threshold: float, limit: int | None
+) -> NDArray[np.int64]:
+    boxes64, scores64 = as_boxes(boxes), scores.astype(np.float64)
+    if scores64.shape != (len(boxes64),):
         raise ValueError(
-            f"scores must have shape ({len(boxes)},), one for each box, got {scores64.shape}; "
+            f"scores must have shape ({len(boxes64)},), one for each box, got {scores64.shape}; "
             "use nms_per_class for scores of several classes"
         )
     if np.isnan(scores64).any():
         raise ValueError(
-            f"scores must be numbers, got NaN at index {int(np.flatnonzero(np.isnan(scores64))[0])}; "
+            f"scores must be numbers, got NaN at index {np.flatnonzero(np.isnan(scores64))[0]}; "
             "check the features and weights that made them"
         )
-    return scores64
-
-
-def _check_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be an overlap in [0, 1], got {threshold}; the paper uses 0.3")
-
-
-def _check_class_shapes(boxes: NDArray[np.floating], scores: NDArray[np.floating]) -> None:
-    expected = ((scores.shape[0], 4), (*scores.shape, 4)) if scores.ndim == 2 else ()
-    if boxes.shape not in expected:
-        raise ValueError(
-            f"expected scores (R, K) with boxes (R, 4) or (R, K, 4), got scores {scores.shape} and boxes "
-            f"{boxes.shape}; use nms for the scores of one class"
-        )
+    order = np.argsort(-scores64, kind="stable")
+    limit = len(order) if limit is None else limit
+    # What survives of the best boxes does not depend on the rest, so the first few often suffice.
+    for count in (4 * limit, len(order)):
+        first = torch.from_numpy(boxes64[order[:count]])
+        kept = suppress(first, torch.arange(len(first), 0, -1, dtype=torch.float64), threshold).numpy()
+        if len(kept) >= limit:
+            break
+    return order[kept[:limit]]

@@ -1,4 +1,4 @@
-"""Room 4: feature maps and windows become pyramid vectors, and those become fc features (sec. 4.1)."""
+"""Feature maps and windows become pyramid vectors, and those become fc features (sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from sppnet.backbones.geometry import Geometry
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
-from sppnet.detection.windows import choose_scales, merge_windows, project_windows
+from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.models.sppnet import Layer, SPPHead, pooled_size
 from sppnet.ops.pyramid import pool_windows
 
 # Maps, and windows (R,) on them, to the features wanted: (R, F) float32.
-Features = Callable[["FeatureMaps", "ProjectedWindows"], Tensor]
+Features = Callable[[FeatureMaps, "ProjectedWindows"], Tensor]
 Products = tuple[tuple[Tensor, Tensor | None], ...]  # weight and bias of one layer after another
 
 BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
@@ -36,9 +36,16 @@ class ProjectedWindows:
         return ProjectedWindows(self.scale_index[index], self.cells[index])
 
     def unique(self) -> tuple[ProjectedWindows, NDArray[np.int64]]:
-        """The distinct ones, in order of first occurrence, and for every window its row among them."""
-        kept, inverse = merge_windows(self.scale_index, self.cells)
-        return self.rows(kept.astype(np.int64, copy=False)), inverse.astype(np.int64, copy=False)
+        """The distinct ones, in order of first occurrence, and for every window its row (R,) among them.
+
+        The release compares windows before it clamps them to the map, and so keeps a few that become the same.
+        """
+        rows = np.column_stack([self.scale_index, self.cells])
+        rows = rows - rows.min(axis=0, initial=0)
+        keys = np.ravel_multi_index(tuple(rows.T), tuple(rows.max(axis=0, initial=0) + 1))
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        return self.rows(first[order]), np.argsort(order)[group]
 
 
 def project_to_maps(
@@ -50,7 +57,7 @@ def project_to_maps(
 ) -> ProjectedWindows:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
     scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
-    return project_at(maps, windows, scale_index.astype(np.int64, copy=False), geometry, pyramid)
+    return project_at(maps, windows, scale_index.astype(np.int64), geometry, pyramid)
 
 
 def project_at(
@@ -71,9 +78,9 @@ def project_at(
 
 def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple[int, ...]) -> Tensor:
     """Pyramid vectors (R, C · Σn²) of windows on the maps, float32, on the maps' device."""
-    if len(maps.maps) == 1:
-        return pool_windows(maps.maps[0], projected.cells, levels)
     first = maps.maps[0]
+    if len(maps.maps) == 1:
+        return pool_windows(first, projected.cells, levels)
     pooled = first.new_zeros((len(projected.cells), pooled_size(first.shape[0], levels)))
     for index, feature_map in enumerate(maps.maps):
         rows = np.flatnonzero(projected.scale_index == index)

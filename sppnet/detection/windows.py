@@ -1,4 +1,4 @@
-"""Windows of the image become windows of the map: choose the scale, project, merge (sec. 4.1, app. A).
+"""Windows of the image become windows of the map: choose the scale, project (sec. 4.1, app. A).
 
 Boxes are xyxy, 0-based, half-open, in pixels of the original image; windows on the map are xyxy half-open
 cells. numpy arrays give numpy arrays, torch tensors give torch tensors on the same device.
@@ -7,28 +7,16 @@ cells. numpy arrays give numpy arrays, torch tensors give torch tensors on the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sppnet.backbones.geometry import Geometry
 from sppnet.boxes import areas, as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
-
-
-class Geometry(Protocol):
-    """Where the cells of a map lie in the resized image, in pixels."""
-
-    @property
-    def stride(self) -> float: ...  # between the centres of neighbouring cells
-
-    @property
-    def first_centre(self) -> float: ...  # 0-based centre of the first cell's receptive field: 20 for ZF-5
-
-    @property
-    def shrink(self) -> float: ...  # release: by how much each side of a window moves inwards: 6.5 for ZF-5
 
 
 def choose_scales(
@@ -67,10 +55,17 @@ def project_windows(
     """
     _check_size("image_size", image_size)
     _check_size("map_size", map_size)
-    if projection not in _EDGES:
-        raise ValueError(f"projection must be one of {', '.join(_EDGES)}, got {projection!r}")
-    corner1, corner2 = _resized_corners(_finite_boxes(boxes), image_size, scale)
-    first, last = _EDGES[projection](corner1, corner2, geometry)
+    # Release: first and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 counted from 1.
+    corners, span = _finite_boxes(boxes), max(min(image_size) - 1, 1)  # an image one pixel wide has no span
+    corner1, corner2 = corners[:, :2] * (scale - 1) / span, (corners[:, 2:] - 1) * (scale - 1) / span
+    centre, shrink, stride = geometry.first_centre, geometry.shrink, geometry.stride
+    if projection == "release":
+        first = np.floor((corner1 - centre + shrink) / stride + 0.5)
+        last = np.ceil((corner2 - centre - shrink) / stride - 0.5)
+    elif projection == "paper":
+        first, last = np.floor((corner1 - centre) / stride) + 1, np.ceil((corner2 - centre) / stride) - 1
+    else:
+        raise ValueError(f"projection must be one of release, paper, got {projection!r}")
     middle = np.floor((first + last) / 2)
     crossed = first > last
     height, width = map_size
@@ -80,58 +75,11 @@ def project_windows(
     return _like(boxes, np.concatenate([first, last + 1], axis=1).astype(np.int64))
 
 
-def merge_windows(scale_index: Array, cells: Array) -> tuple[Array, Array]:
-    """Find windows that fall on the same cells at the same scale, so that they are computed once.
-
-    scale_index: (R,); cells: (R, 4). Returns (kept, inverse), both int64: `kept` (U,) are rows of `cells`, the first
-    of each group in their order, and ``cells[kept][inverse]`` equals `cells`, likewise ``scale_index``. The release
-    compares windows before it clamps them to the map and so keeps a few that are the same cells after clamping.
-    """
-    rows = np.concatenate([_numpy(scale_index)[:, None], _numpy(cells)], axis=1).astype(np.int64)
-    rows -= rows.min(axis=0, initial=0)
-    keys = np.ravel_multi_index(tuple(rows.T), tuple(rows.max(axis=0, initial=0) + 1))
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return _like(cells, first[order]), _like(cells, rank[group])
-
-
-def _resized_corners(
-    boxes: NDArray[np.float64], image_size: tuple[int, int], scale: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """First and last pixel of each box, (R, 2) xy each, 0-based, in the resized image.
-
-    Release: first pixels and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 from 1.
-    """
-    span = max(min(image_size) - 1, 1)  # an image one pixel wide has no span
-    return boxes[:, :2] * (scale - 1) / span, (boxes[:, 2:] - 1) * (scale - 1) / span
-
-
-def _release_edges(
-    corner1: NDArray[np.float64], corner2: NDArray[np.float64], geometry: Geometry
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    centre, shrink, stride = geometry.first_centre, geometry.shrink, geometry.stride
-    first = np.floor((corner1 - centre + shrink) / stride + 0.5)
-    return first, np.ceil((corner2 - centre - shrink) / stride - 0.5)
-
-
-def _paper_edges(
-    corner1: NDArray[np.float64], corner2: NDArray[np.float64], geometry: Geometry
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first = np.floor((corner1 - geometry.first_centre) / geometry.stride) + 1
-    return first, np.ceil((corner2 - geometry.first_centre) / geometry.stride) - 1
-
-
-_EDGES = {"release": _release_edges, "paper": _paper_edges}
-
-
 def _finite_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(_numpy(boxes))
-    bad = ~np.isfinite(array).all(axis=1)
-    if bad.any():
-        first = int(bad.argmax())
-        raise ValueError(f"box {first} is not finite: got {array[first].tolist()}; drop it before projecting")
+    array = as_boxes(boxes.detach().cpu().numpy() if isinstance(boxes, torch.Tensor) else boxes)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        raise ValueError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")
     return array
 
 
@@ -140,12 +88,6 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
         raise ValueError(f"{name} must be (height, width), both at least 1, got {tuple(size)}")
 
 
-def _numpy(array: NDArray[np.generic] | torch.Tensor) -> NDArray[np.generic]:
-    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-
-
 def _like(model: Array, values: NDArray[np.int64]) -> Array:
     """`values` as what `model` is: an array, or a tensor on its device."""
-    if isinstance(model, torch.Tensor):
-        return torch.from_numpy(values).to(model.device)
-    return cast(Array, values)
+    return torch.from_numpy(values).to(model.device) if isinstance(model, torch.Tensor) else cast(Array, values)

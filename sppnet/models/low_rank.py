@@ -56,10 +56,7 @@ def check_rank(name: FullyConnected, inputs: int, outputs: int, rank: int) -> No
 
 def fc6_activations(head: SPPHead, pooled: Tensor) -> Tensor:
     """Pooled features (R, D) -> fc6 before its rectification (R, fc6)."""
-    hidden = pooled * head.input_scale
-    for layer in head.products("fc6"):
-        hidden = F.linear(hidden, layer.weight, layer.bias)
-    return hidden
+    return head.fc6(head.basis6(pooled * head.input_scale))
 
 
 @torch.no_grad()
@@ -104,10 +101,7 @@ def _low_rank_layers(linear: nn.Linear, rank: int, activations: Tensor) -> tuple
 @torch.no_grad()
 def _fc7_activations(head: SPPHead, activations: Tensor) -> Tensor:
     """fc7 before its rectification (N, fc7), from the same of fc6 (N, fc6)."""
-    hidden = activations.to(head.fc6.weight).relu()
-    for layer in head.products("fc7"):
-        hidden = F.linear(hidden, layer.weight, layer.bias)
-    return hidden.cpu()
+    return head.fc7(head.basis7(activations.to(head.fc6.weight).relu())).cpu()
 
 
 def _explained(activations: Tensor, approximations: Tensor) -> float:

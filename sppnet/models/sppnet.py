@@ -26,7 +26,7 @@ class SPPHead(nn.Module):
     """fc6, fc7 and a classifier above pooled features (R, D).
 
     `input_scale` multiplies the pooled features first, so that one learning rate suits every backbone. A layer named in
-    `ranks` is compressed: a thin layer `basis6` or `basis7` of so many outputs and no bias stands below it.
+    `ranks` is of low rank: a linear layer `basis6` or `basis7` of so many outputs and no bias stands below it.
     """
 
     input_scale: Tensor
@@ -45,8 +45,7 @@ class SPPHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
         hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
-        hidden = F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training)
-        return self.classifier(hidden)
+        return self.classifier(F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training))
 
     def features(self, pooled: Tensor, layer: Layer) -> Tensor:
         """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""
@@ -56,19 +55,19 @@ class SPPHead(nn.Module):
         return hidden if layer == "fc6" else F.relu(self.fc7(self.basis7(hidden)))
 
     def products(self, layer: FullyConnected) -> tuple[nn.Linear, ...]:
-        """What `layer` consists of, in order: one linear layer, or two where it is compressed."""
+        """What `layer` consists of, in order: one linear layer, or two where it is of low rank."""
         basis, linear = (self.basis6, self.fc6) if layer == "fc6" else (self.basis7, self.fc7)
         return (basis, linear) if isinstance(basis, nn.Linear) else (linear,)
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The ranks of the compressed layers, by name; empty for a whole head."""
+        """The ranks of the low-rank layers, by name; empty for a whole head."""
         layers: tuple[FullyConnected, ...] = ("fc6", "fc7")
         return {name: self.products(name)[0].out_features for name in layers if len(self.products(name)) == 2}
 
 
 def _layer(inputs: int, outputs: int, rank: int | None) -> tuple[nn.Module, nn.Linear]:
-    """What stands below a layer, and the layer itself."""
+    """The layer below, and the layer itself."""
     if rank is None:
         return nn.Identity(), nn.Linear(inputs, outputs)
     return nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
@@ -110,7 +109,7 @@ def build_head(
 ) -> SPPHead:
     """A head with weights N(0, 0.01) (sec. 4.1, release) and zero biases, the same for the same seed.
 
-    `ranks` gives it the shape of a compressed head, whose weights are then loaded.
+    `ranks` gives it the shape of a low-rank head, whose weights are then loaded.
     """
     with torch.random.fork_rng(devices=[]):  # torch's own start values, replaced below
         head = SPPHead(pooled_size(channels, levels), outputs, settings, ranks)
@@ -133,55 +132,52 @@ def load_pretrained_fc(
         raise SppnetError(
             f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got backbone {backbone}; use head.init=random"
         )
-    fc6, fc7, n = PRETRAINED_FC[backbone]
+    *layers, n = PRETRAINED_FC[backbone]
     if n not in levels:
         raise SppnetError(
             f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
         )
-    keys = [f"{layer}.{kind}" for layer in (fc6, fc7) for kind in ("weight", "bias")]
+    keys = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     missing = [key for key in keys if key not in state]
     if missing:
         raise SppnetError(
             f"the weights of {backbone} hold no {missing[0]}; use a file with the classifier, or head.init=random"
         )
-    expected = (state[f"{fc6}.weight"].shape[0], state[f"{fc7}.weight"].shape[0])
-    if (head.fc6.out_features, head.fc7.out_features) != expected:
+    weight6, bias6, weight7, bias7 = (state[key] for key in keys)
+    if (head.fc6.out_features, head.fc7.out_features) != (len(weight6), len(weight7)):
         raise SppnetError(
-            f"head.init=imagenet needs head.fc6={expected[0]} and head.fc7={expected[1]}, got "
+            f"head.init=imagenet needs head.fc6={len(weight6)} and head.fc7={len(weight7)}, got "
             f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random"
         )
-    inputs = state[f"{fc6}.weight"].shape[1]
     own = channels * n * n
-    if inputs != own:
+    if weight6.shape[1] != own:
         raise SppnetError(
-            f"head.init=imagenet: fc6 of {backbone} expects {inputs} features of its {n}×{n} level, got {own}; "
-            "leave backbone.layer at its default or use head.init=random"
+            f"head.init=imagenet: fc6 of {backbone} expects {weight6.shape[1]} features of its {n}×{n} level, got "
+            f"{own}; leave backbone.layer at its default or use head.init=random"
         )
-    start = channels * sum(m * m for m in levels[: levels.index(n)])
+    start = pooled_size(channels, levels[: levels.index(n)])
     with torch.no_grad():
         head.fc6.weight.zero_()
-        head.fc6.weight[:, start : start + channels * n * n] = state[f"{fc6}.weight"]
-        head.fc6.bias.copy_(state[f"{fc6}.bias"])
-        head.fc7.weight.copy_(state[f"{fc7}.weight"])
-        head.fc7.bias.copy_(state[f"{fc7}.bias"])
+        head.fc6.weight[:, start : start + own] = weight6
+        head.fc6.bias.copy_(bias6)
+        head.fc7.weight.copy_(weight7)
+        head.fc7.bias.copy_(bias7)
 
 
 def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
     """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a .safetensors file) into `head`, in place."""
-    if settings.checkpoint is None:
+    path = settings.checkpoint
+    if path is None:
         raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
-    if not settings.checkpoint.is_file():
+    if not path.is_file():
         raise SppnetError(
-            f"{settings.checkpoint}: no such classification checkpoint; "
-            "set head.checkpoint to an existing .safetensors file"
+            f"{path}: no such classification checkpoint; set head.checkpoint to an existing .safetensors file"
         )
     try:
-        state = read_tensors(settings.checkpoint)
+        state = read_tensors(path)
     except ArtifactError:
-        raise SppnetError(
-            f"{settings.checkpoint}: not a .safetensors file; give an SPP classification checkpoint"
-        ) from None
-    copy_fc(head, state, str(settings.checkpoint))
+        raise SppnetError(f"{path}: not a .safetensors file; give an SPP classification checkpoint") from None
+    copy_fc(head, state, str(path))
 
 
 def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:

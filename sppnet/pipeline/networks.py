@@ -121,7 +121,7 @@ class TrainingNetworks:
         graph = self.graph
         records = graph.data.train if train else graph.data.validation
         folders = graph.folder("proposals"), graph.folder("maps")
-        return TrainingWindows(records, graph.data.classes, *folders, self.backbone.geometry, self.config, self.device)
+        return TrainingWindows(records, graph.data.classes, *folders, self.backbone, self.config, self.device)
 
     @torch.inference_mode()
     def activations(self, head: SPPHead, progress: bool = True) -> Tensor:

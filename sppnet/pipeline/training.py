@@ -25,7 +25,7 @@ from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import extract_images
 from sppnet.detection.finetuning import finetune_head
-from sppnet.detection.hard_negatives import mine_detectors
+from sppnet.detection.hard_negatives import mine_svms
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.errors import SppnetError
@@ -142,7 +142,7 @@ class Training:
         if self.config.boxes.enabled:
             own = [read_tensors(self._regressor(label)) for label in range(len(self.classes))]
             regressors = BoxRegressors.stack(
-                {n: BoxRegressors.from_tensors(t).of(0) for n, t in zip(self.classes, own, strict=True)}
+                {n: BoxRegressors.from_tensors(t).per_class[0] for n, t in zip(self.classes, own, strict=True)}
             )
         networks, proposer = self.networks, make_proposer(self.config.proposals)
         detector = SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
@@ -261,7 +261,7 @@ class Training:
             settings, networks = self.config.svm, self.networks
             source, features = networks.windows(train=True), networks.features(settings.layer)
             scale = networks.scale(features, settings.feature_norm, settings)
-            mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale)
+            mined = mine_svms(MiningWindows(source, features), self.classes, settings, scale)
             write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.svms.to_tensors())
         distributed.barrier()

@@ -6,10 +6,11 @@ import torch
 from doubles import annotated, picture, picture_record, random_backbone
 
 from sppnet.artifacts import read_tensors
+from sppnet.backbones.backbone import build_backbone
 from sppnet.boxes import pairwise_iou
-from sppnet.classification import pretraining as multisize
-from sppnet.classification.pretraining import cut_crops, pretrain_network
-from sppnet.config import PretrainSettings, WeightsSettings
+from sppnet.classification import pretraining
+from sppnet.classification.pretraining import cut_crops, pretrain_network, random_views
+from sppnet.config import BackboneSettings, PretrainSettings, WeightsSettings
 from sppnet.config_files import parse_config
 
 CLASSES = ("stripes", "bars")
@@ -55,10 +56,11 @@ def test_every_object_is_cut_in_the_middle_of_a_square_with_room_around_it(recor
     assert crops[0, 0, 28, 12:44].float().std() < 10 < 60 < crops[1, 0, 28, 12:44].float().std()
 
 
-def test_a_crop_beyond_the_border_repeats_the_edge():
-    pixels = picture(20, 20)
-    crop = multisize._cut(pixels, np.array([-10.0, -10.0, 10.0, 10.0]), 20)
-    padded = np.pad(pixels, ((10, 0), (10, 0), (0, 0)), mode="edge")[:20, :20]
+def test_a_crop_beyond_the_border_repeats_the_edge(tmp_path):
+    pixels = picture(28, 28)
+    record = picture_record(tmp_path, "corner", pixels, annotated(("bars", (-10, -10, 10, 10))))
+    crop = cut_crops([record], CLASSES, 20, seed=0)[0][0]  # 20 × 1.4 px around (0, 0)
+    padded = np.pad(pixels, ((14, 0), (14, 0), (0, 0)), mode="edge")[:28, :28]
     assert np.array_equal(crop.permute(1, 2, 0).numpy(), padded)
 
 
@@ -69,18 +71,18 @@ def test_there_is_background_and_it_avoids_every_object(records):
     assert 3 <= counts[2] <= 10
 
 
-def test_background_boxes_overlap_no_object_by_much_and_are_as_large_as_objects():
-    annotation = annotated(*BOXES.items())
-    found = np.concatenate(
-        [multisize._background_boxes(annotation, (80, 100), np.random.default_rng(seed)) for seed in range(50)]
-    )
-    assert len(found) > 50
-    assert pairwise_iou(found, annotation.boxes.astype(float)).max() < 0.3
-    sides = found[:, 2:] - found[:, :2]
-    assert sides.min() >= 16
-    assert sides.max() <= 38.4
-    assert (found[:, :2] >= 0).all()
-    assert (found[:, 2:] <= [100, 80]).all()
+def test_background_overlaps_no_object_by_much_and_is_as_large_as_objects(tmp_path):
+    pixels = np.zeros((80, 100, 3), np.uint8)  # a pixel's colour is its place
+    pixels[..., 0], pixels[..., 1] = 2.5 * np.arange(100), 2.5 * np.arange(80)[:, None]
+    record = picture_record(tmp_path, "places", pixels, annotated(*BOXES.items()))
+    crops = torch.cat([cut_crops([record], CLASSES, 40, seed)[0][2:] for seed in range(50)]).float() / 2.5
+    assert len(crops) > 50
+    sides = (crops[:, 0, 28, 37] - crops[:, 0, 28, 18]) / 19 * 56 / 1.4
+    assert sides.min() > 14  # 0.5 to 1.2 of 32 px
+    assert sides.max() < 40
+    centres = crops[:, :2, 27:29, 27:29].mean(dim=(2, 3)) + 0.5
+    found = torch.cat([centres - sides[:, None] / 2, centres + sides[:, None] / 2], dim=1).numpy()
+    assert pairwise_iou(found, np.array(list(BOXES.values()), float)).max() < 0.34  # 0.3, and what is read off
 
 
 def test_an_image_full_of_one_object_has_no_background(tmp_path):
@@ -115,13 +117,6 @@ def test_crops_are_the_same_for_the_same_seed(records):
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
-def test_every_class_is_drawn_as_often_as_any_other():
-    labels = torch.tensor([0] * 10 + [2] * 40 + [3] * 5)  # and none of class 1
-    shares = multisize._equal_shares(labels)
-    assert shares.sum() == pytest.approx(1)
-    assert [shares[labels.numpy() == k].sum() for k in (0, 2, 3)] == pytest.approx([1 / 3] * 3)
-
-
 class Whole:
     """A generator that takes the whole crop, does not flip and leaves the channels as they are."""
 
@@ -137,7 +132,7 @@ class Whole:
 
 def test_a_view_of_the_whole_crop_is_the_resized_crop():
     crops = torch.from_numpy(np.stack([picture(48, 48, seed) for seed in range(3)])).permute(0, 3, 1, 2)
-    views = multisize._random_views(crops, np.array([2, 0]), 24, 32, Whole())
+    views = random_views(crops[[2, 0]], 24, 32, Whole())
     halves = crops[[2, 0]].float().unflatten(2, (24, 2)).unflatten(4, (24, 2)).mean(dim=(3, 5))
     assert views.shape == (2, 3, 24, 24)
     assert (views - halves)[:, :, 2:-2, 2:-2].abs().mean() < 3  # antialiased: nearly the mean of each 2 × 2
@@ -145,29 +140,20 @@ def test_a_view_of_the_whole_crop_is_the_resized_crop():
 
 def test_only_the_resolution_of_a_view_depends_on_the_size():
     crops = torch.from_numpy(np.stack([picture(67, 67, seed) for seed in range(4)])).permute(0, 3, 1, 2)
-    chosen = np.arange(4)
-    small, large = (multisize._random_views(crops, chosen, s, 48, np.random.default_rng(3)) for s in (24, 48))
+    small, large = (random_views(crops, s, 48, np.random.default_rng(3)) for s in (24, 48))
     halves = large.unflatten(2, (24, 2)).unflatten(4, (24, 2)).mean(dim=(3, 5))
     assert (small - halves).abs().mean() < 3
 
 
 def test_views_are_flipped_shifted_and_zoomed_in_bounds():
     ramp = torch.arange(64, dtype=torch.uint8).expand(1, 3, 64, 64).contiguous() * 3  # grows to the right
-    views = multisize._random_views(ramp, np.zeros(200, np.int64), 16, 40, np.random.default_rng(0))
+    views = random_views(ramp.expand(200, -1, -1, -1), 16, 40, np.random.default_rng(0))
     rising = views[:, 0, 8, -1] > views[:, 0, 8, 0]
     assert 60 < rising.sum() < 140  # about half are mirrored
     spans = (views[:, 0, 8, -1] - views[:, 0, 8, 0]).abs() / 3
     assert spans.min() > 36 * 0.8 - 5  # at least 0.9 of 40 px, the darkest by 0.8
     assert views.min() >= 0
     assert views.max() <= 255
-
-
-def test_pixels_are_prepared_as_the_backbone_expects_them():
-    pixels = torch.tensor([10.0, 20.0, 30.0]).view(1, 3, 1, 1)
-    weights = WeightsSettings(source="random", mean=(1, 2, 3), std=(2, 4, 5))
-    assert multisize._prepared(pixels, weights).flatten().tolist() == pytest.approx([4.5, 4.5, 5.4])
-    bgr = weights.model_copy(update={"channel_order": "bgr"})
-    assert multisize._prepared(pixels, bgr).flatten().tolist() == pytest.approx([14.5, 4.5, 1.4])
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -184,9 +170,30 @@ def test_twenty_crops_are_learned_and_the_network_is_frozen_afterwards(records):
     assert {name.split(".")[0] for name in changed} == {"conv1", "conv2", "conv3", "conv4", "conv5"}
     crops, labels = cut_crops(records, CLASSES, 48, seed=5)
     with torch.no_grad():
-        views = crops[:, :, 8:-8, 8:-8].float()
-        found = network(multisize._prepared(views, backbone.weights)).argmax(1)
-    assert (found == labels).float().mean() > 0.8
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.weights.mean, backbone.weights.std))
+        found = network((crops[:, :, 8:-8, 8:-8] - mean) / std).argmax(1).numpy()
+    assert (found == labels).mean() > 0.8
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_class_is_drawn_as_often_as_any_other_and_pixels_come_as_the_backbone_expects_them(tmp_path, monkeypatch):
+    """Crops of one colour for each class, one of them rare; the network's input tells which was drawn."""
+    pixels = np.zeros((80, 300, 3), np.uint8)
+    pixels[:, :100], pixels[:, 100:] = (200, 0, 0), (0, 0, 200)
+    objects = [("stripes", (20, 20, 50, 50)), *(("bars", (150 + x, 20, 180 + x, 50)) for x in range(9))]
+    record = picture_record(tmp_path, "colours", pixels, annotated(*objects))
+    crops, labels = cut_crops([record], CLASSES, 32, seed=0)
+    own = torch.from_numpy(labels < 2)
+    monkeypatch.setattr(pretraining, "cut_crops", lambda *_, **__: (crops[own], labels[own.numpy()]))
+    weights = {"source": "random", "channel_order": "bgr", "mean": (1, 2, 3), "std": (2, 4, 5)}
+    backbone = build_backbone(BackboneSettings(name="tiny5", weights=WeightsSettings(**weights)))
+    seen = []
+    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    pretrain_network(backbone, [record], CLASSES, config_of(steps=30, sizes=[32]), progress=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.weights.mean, backbone.weights.std))
+    blue, _, red = (torch.cat(seen) * std + mean).mean(dim=(2, 3)).T
+    assert ((blue > 150) ^ (red > 150)).all()
+    assert (red > 150).float().mean() == pytest.approx(0.5, abs=0.12)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -213,10 +220,10 @@ class Interruption(BaseException):
 
 @pytest.mark.usefixtures("one_thread")
 def test_interrupted_pretraining_goes_on_from_its_checkpoint_to_the_same_weights(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(multisize, "SAVE_EVERY", 3)
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 3)
     config, checkpoint = config_of(steps=10, dropout=0.5), tmp_path / "pretrain-1/checkpoint.safetensors"
     whole, summary = pretrain_network(random_backbone(), records, CLASSES, config, progress=False)
-    original, steps = multisize._Trainer.train_step, []
+    original, steps = pretraining._Trainer.train_step, []
 
     def interrupted(self, step, *batch):
         steps.append(step)
@@ -224,7 +231,7 @@ def test_interrupted_pretraining_goes_on_from_its_checkpoint_to_the_same_weights
             raise Interruption
         original(self, step, *batch)
 
-    monkeypatch.setattr(multisize._Trainer, "train_step", interrupted)
+    monkeypatch.setattr(pretraining._Trainer, "train_step", interrupted)
     with pytest.raises(Interruption):
         pretrain_network(random_backbone(), records, CLASSES, config, False, checkpoint)
     resumed, again = pretrain_network(random_backbone(), records, CLASSES, config, False, checkpoint)
@@ -236,7 +243,7 @@ def test_interrupted_pretraining_goes_on_from_its_checkpoint_to_the_same_weights
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(multisize, "SAVE_EVERY", 1)
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 1)
     config = config_of(steps=50, learning_rate=1e20)
     with pytest.raises(ValueError, match=r"the loss of pre-training is not finite; lower"):
         pretrain_network(random_backbone(), records, CLASSES, config, False, tmp_path / "checkpoint.safetensors")
@@ -247,13 +254,12 @@ def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch
 @pytest.mark.usefixtures("one_thread")
 def test_sizes_alternate_epoch_by_epoch(records, monkeypatch):
     seen = []
-    original = multisize._random_views
 
-    def watched(crops, chosen, size, largest, rng):
+    def watched(crops, size, largest, rng):
         seen.append((size, largest))
-        return original(crops, chosen, size, largest, rng)
+        return random_views(crops, size, largest, rng)
 
-    monkeypatch.setattr(multisize, "_random_views", watched)
+    monkeypatch.setattr(pretraining, "random_views", watched)
     crops = len(cut_crops(records, CLASSES, 48, 0)[0])
     pretrain_network(random_backbone(), records, CLASSES, config_of(steps=12, batch=crops // 3), progress=False)
     assert seen == ([(32, 48)] * 3 + [(48, 48)] * 3) * 2

@@ -151,7 +151,7 @@ def test_in_single_precision_the_boxes_are_nearly_the_same():
     features, windows, _ = examples(30, seed=1)
     exact, single = fitted.refine(features, windows, 0), fitted.single().refine(features, windows, 0)
     assert 0 < np.abs(exact - single).max() < 1e-3
-    assert fitted.weight.dtype == torch.float64
+    assert fitted.per_class[0].weight.dtype == torch.float64
 
 
 def test_regressors_survive_the_store(tmp_path):
@@ -159,7 +159,7 @@ def test_regressors_survive_the_store(tmp_path):
     stacked = BoxRegressors.stack(fitted)
     write_tensors(tmp_path / "boxes.safetensors", stacked.to_tensors())
     again = BoxRegressors.from_tensors(read_tensors(tmp_path / "boxes.safetensors"))
-    assert (again.classes, again.scale) == (("sofa", "vélo"), 0.3)
+    assert (again.classes, again.per_class[0].scale) == (("sofa", "vélo"), 0.3)
     features, windows, _ = examples(4)
     np.testing.assert_array_equal(again.refine(features, windows, 1), stacked.refine(features, windows, 1))
 

@@ -92,7 +92,7 @@ def test_selection_is_threshold_suppression_regression_clipping_and_suppression(
     scores = np.array([[1.0, -2], [0.9, -2], [0.5, 0.6], [-2, -1.5], [0.8, -2]], np.float32)
     maps = detector.embed(np.zeros((100, 120, 3), np.uint8))
     where = ProjectedWindows(np.zeros(5, np.int64), np.tile([0, 0, 1, 1], (5, 1)))
-    width = detector.regressors.weight.shape[2]
+    width = detector.regressors.per_class[0].weight.shape[1]
     shift = BoxRegressor(
         torch.zeros(4, width, dtype=torch.float64), torch.tensor([0.25, 0, 0, 0], dtype=torch.float64),
         torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64),

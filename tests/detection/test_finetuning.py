@@ -1,7 +1,8 @@
-"""Room 5: training the fc layers on a toy problem, interrupting it, and what it reports."""
+"""Training the fc layers on a toy problem, interrupting it, and what it reports."""
 
 import copy
 import csv
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,9 +12,8 @@ from doubles import ToyWindows
 
 from sppnet.artifacts import read_tensors
 from sppnet.config import FinetuneSettings, HeadSettings
-from sppnet.detection import finetuning
-from sppnet.detection.finetuning import finetune_head
-from sppnet.detection.sampling import LabelledWindows
+from sppnet.detection.finetuning import draw_batch, finetune_head, validation_windows
+from sppnet.detection.training_windows import LabelledWindows
 from sppnet.errors import SppnetError
 from sppnet.models.sppnet import build_head
 
@@ -61,7 +61,6 @@ def test_the_log_has_a_row_a_validation_with_the_rate_of_its_phase(tmp_path):
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 55]
     assert [row["learning_rate"] for row in rows] == [0.1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    assert list(tmp_path.glob("tensorboard/events*"))
 
 
 def test_the_head_ends_with_the_weights_of_its_best_step(tmp_path):
@@ -69,7 +68,7 @@ def test_the_head_ends_with_the_weights_of_its_best_step(tmp_path):
     rows = rows_of(tmp_path)
     best = min(rows, key=lambda row: (round(1 - row["val_accuracy"], 9), row["val_loss"]))
     assert (done.best_step, done.best_error) == (best["step"], pytest.approx(1 - best["val_accuracy"]))
-    labels, pooled = finetuning._validation_windows(ToyWindows(4, CLASSES, 2), CLASSES, SETTINGS)
+    labels, pooled = validation_windows(ToyWindows(4, CLASSES, 2), CLASSES, SETTINGS)
     with torch.no_grad():
         assert F.cross_entropy(head(pooled), labels).item() == pytest.approx(best["val_loss"], rel=1e-5)
 
@@ -124,28 +123,37 @@ def test_training_on_the_cpu_opens_no_context_on_a_gpu(tmp_path, monkeypatch):
     train(tmp_path, settings=SETTINGS.model_copy(update={"steps": (1, 1), "validate_every": 1}))
 
 
-def test_a_step_is_sgd_with_momentum_decay_on_weights_and_double_rate_on_biases(tmp_path):
-    settings = SETTINGS.model_copy(
-        update={"steps": (3,), "learning_rates": (0.1,), "weight_decay": 0.2, "validate_every": 3}
-    )
-    head = build_head(12, (1,), CLASSES + 1, HeadSettings(fc6=5, fc7=5, dropout=0), 0).double()
-    naive = copy.deepcopy(head)
-    batches = [(torch.randn(6, 12, dtype=torch.float64), torch.arange(6) % 4) for _ in range(3)]
-    trainer = finetuning._Trainer(head, settings, tmp_path, "finetune", "float32")
+class TwoWindows:
+    """One image with a window of class 1 and one of the background: with a balanced batch every step is the same."""
+
+    def __init__(self):
+        self.labelled = [LabelledWindows(np.array([0]), np.array([1]), np.array([1]))]
+        self.rows = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+
+    def pool(self, image, rows, rng):
+        return self.rows[torch.from_numpy(rows)]
+
+
+def test_steps_are_sgd_with_momentum_decay_on_weights_and_double_rate_on_biases(tmp_path):
+    changes = {"steps": (3,), "learning_rates": (0.1,), "weight_decay": 0.2, "validate_every": 3}
+    settings = SETTINGS.model_copy(update={**changes, "batch": 4, "positive_share": 0.5})
+    head = build_head(12, (1,), CLASSES + 1, HeadSettings(fc6=5, fc7=5, dropout=0), 0)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    naive, windows = copy.deepcopy(head).double(), TwoWindows()
     velocity = {name: torch.zeros_like(parameter) for name, parameter in naive.named_parameters()}
-    for step, batch in enumerate(batches):
-        with torch.random.fork_rng():
-            trainer.train_step(step, *batch)
+    for _ in range(3):
         naive.zero_grad()
-        F.cross_entropy(naive(batch[0]).float(), batch[1]).backward()
+        F.cross_entropy(naive(windows.rows.double()), torch.tensor([1, CLASSES])).backward()
         with torch.no_grad():
             for name, parameter in naive.named_parameters():
                 bias = name.endswith("bias")
                 gradient = parameter.grad + (0 if bias else 0.2 * parameter)
                 velocity[name] = 0.9 * velocity[name] + gradient
                 parameter -= (0.2 if bias else 0.1) * velocity[name]
+    train(tmp_path, head, settings, windows, windows)
     for name, parameter in naive.named_parameters():
-        torch.testing.assert_close(head.state_dict()[name], parameter.detach(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(head.state_dict()[name].double(), parameter.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_without_momentum_the_state_is_saved_and_read_too(tmp_path):
@@ -209,3 +217,128 @@ def test_an_error_while_windows_are_pooled_comes_out(tmp_path):
 
     with pytest.raises(OSError, match="the disk is gone"):
         train(tmp_path, source=Broken(4, CLASSES, 1))
+
+
+# ---- the windows that the best step is chosen on --------------------------------------------------------------------
+
+
+class Recorded:
+    """300 images of a positive and a negative; notes which images were pooled and what the generator gave."""
+
+    def __init__(self):
+        self.labelled = [LabelledWindows(np.array([0]), np.array([0]), np.array([1]))] * 300
+        self.images, self.drawn = set(), []
+
+    def pool(self, image, rows, rng):
+        self.images.add(image)
+        self.drawn.append(rng.random())
+        return torch.zeros(len(rows), 2)
+
+
+def test_validation_windows_come_from_every_image_with_a_positive():
+    source = Recorded()
+    labels, pooled = validation_windows(source, 1, FinetuneSettings(validate_windows=1200))
+    assert source.images == set(range(300))
+    assert len(labels) == len(pooled) == 1200
+
+
+def test_validation_windows_are_drawn_from_a_stream_that_no_training_step_has(monkeypatch):
+    source, streams = Recorded(), []
+    default_rng = np.random.default_rng
+
+    def recording(seed):
+        streams.append(default_rng(seed).random(4).tolist())
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", recording)
+    validation_windows(source, 1, FinetuneSettings())
+    steps = [default_rng((0, step, rank)).random(4).tolist() for step in range(50) for rank in range(3)]
+    assert len(streams) == 1
+    assert streams[0] not in steps
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+BATCHES = FinetuneSettings(batch=64, positive_share=0.25)
+
+
+def labelled(positives=(), labels=None, negatives=()):
+    own = np.array(positives, np.int64)
+    return LabelledWindows(
+        own, np.zeros(len(own), np.int64) if labels is None else np.array(labels), np.array(negatives, np.int64)
+    )
+
+
+def test_a_batch_holds_its_share_of_positives_with_their_labels():
+    images = [labelled([3, 5], [1, 0], [7, 8, 9]), labelled([2], [2], [4])]
+    image, row, label = draw_batch(images, 3, BATCHES, np.random.default_rng(0))
+    assert len(row) == len(image) == len(label) == 64
+    assert (label != 3).sum() == 16
+    right = {(0, 3): 1, (0, 5): 0, (1, 2): 2, (0, 7): 3, (0, 8): 3, (0, 9): 3, (1, 4): 3}
+    assert dict(zip(zip(image.tolist(), row.tolist(), strict=True), label.tolist(), strict=True)) == right
+
+
+def test_a_crowded_image_gives_no_more_than_the_others():
+    images = [labelled(range(100), None, range(100, 900)), labelled([0], None, [1]), labelled([0], None, [1])]
+    image, _, label = draw_batch(images, 1, BATCHES, np.random.default_rng(0))
+    for background in (False, True):
+        counts = Counter(image[(label == 1) == background].tolist())
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_balanced_every_class_of_an_image_is_as_likely_and_every_window_of_a_class():
+    images = [labelled(range(10), [0] * 7 + [1] * 2 + [2], range(10, 12))]
+    settings = BATCHES.model_copy(update={"batch": 12_000, "positive_share": 0.5, "balance": True})
+    _, rows, _ = draw_batch(images, 3, settings, np.random.default_rng(0))
+    counts = np.bincount(rows, minlength=10)[:10]
+    assert counts.sum() == 6000
+    expected = 2000 / np.array([7] * 7 + [2] * 2 + [1])
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_unbalanced_every_positive_of_an_image_is_as_likely_whatever_its_class():
+    images = [labelled(range(10), [0] * 7 + [1] * 2 + [2], range(10, 12))]
+    settings = BATCHES.model_copy(update={"batch": 12_000, "positive_share": 0.5})
+    counts = np.bincount(draw_batch(images, 3, settings, np.random.default_rng(0))[1], minlength=10)[:10]
+    assert counts.sum() == 6000
+    assert (abs(counts - 600) < 5 * np.sqrt(600)).all()
+
+
+def test_every_window_of_an_image_is_as_likely():
+    images = [labelled(range(4), None, range(4, 8))]
+    settings = BATCHES.model_copy(update={"batch": 8000, "positive_share": 0.5})
+    counts = np.bincount(draw_batch(images, 1, settings, np.random.default_rng(0))[1], minlength=8)
+    assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000)
+
+
+@pytest.mark.parametrize(
+    ("images", "positives", "negatives"),
+    [
+        ([labelled([0], [1]), labelled([1], [0])], 64, 0),
+        ([labelled([], [], [1]), labelled([], [], [2])], 0, 64),
+        ([labelled([0]), labelled([], [], [2])], 16, 48),
+        ([labelled(), labelled()], 0, 0),
+        ([], 0, 0),
+    ],
+    ids=["no negatives", "no positives", "each in another image", "nothing at all", "no images"],
+)
+def test_where_one_kind_is_missing_the_batch_is_made_of_the_other(images, positives, negatives):
+    _, _, label = draw_batch(images, 9, BATCHES, np.random.default_rng(0))
+    assert (label != 9).sum() == positives
+    assert (label == 9).sum() == negatives
+
+
+@pytest.mark.parametrize(("share", "positives"), [(0.0, 0), (0.25, 2), (1.0, 8)])
+def test_any_share_of_positives_can_be_asked_for(share, positives):
+    settings = BATCHES.model_copy(update={"batch": 8, "positive_share": share})
+    _, _, label = draw_batch([labelled([0], None, [1])], 5, settings, np.random.default_rng(0))
+    assert (label != 5).sum() == positives
+    assert len(label) == 8
+
+
+def test_the_same_generator_draws_the_same_batch():
+    images = [labelled(range(9), None, range(9, 40))] * 3
+    first, again = (draw_batch(images, 1, BATCHES, np.random.default_rng(4)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, draw_batch(images, 1, BATCHES, np.random.default_rng(5)))

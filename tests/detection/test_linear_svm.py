@@ -11,8 +11,6 @@ from sklearn.svm import LinearSVC
 
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.config import SVMSettings
-from sppnet.detection import linear_svm
-from sppnet.detection.dual_descent import minimise_hinge
 from sppnet.detection.linear_svm import LinearSVM, LinearSVMs, fit_linear_svm, mean_norm_scale, svm_objective
 from sppnet.errors import SppnetError
 
@@ -131,23 +129,26 @@ def test_coordinate_descent_ends_no_higher_than_liblinear(count, dimension, seed
 
 
 @pytest.mark.parametrize(("count", "dimension", "seed"), [(60, 14, 15), (100, 20, 4), (60, 14, 36)])
-def test_coordinate_descent_says_whether_it_converged_and_what_it_had_by_then(count, dimension, seed):
+def test_a_fit_says_whether_it_converged_and_gives_what_it_had_by_then(count, dimension, seed, caplog):
     rng = np.random.default_rng(seed)
     labels = np.where(rng.random(count) < 0.3, 1, -1)
     labels[:2] = 1, -1
-    features, costs = rng.standard_normal((count, dimension)) + 0.5 * labels[:, None], np.where(labels > 0, 2.0, 1.0)
-    found = minimise_hinge(features, labels, costs, 10.0, 1e-5, 20_000, 0)
-    assert found.converged
-    early = minimise_hinge(features, labels, costs, 10.0, 1e-5, found.rounds - 1, 0)
-    assert not early.converged
-    assert early.rounds == found.rounds - 1
-    assert early.bias == pytest.approx(found.bias, rel=0.05, abs=1e-3)
+    features = rng.standard_normal((count, dimension)) + 0.5 * labels[:, None]
 
+    def stopped(rounds):
+        caplog.clear()
+        return fit_linear_svm(features, labels, settings.model_copy(update={"max_iterations": rounds}))
 
-def test_examples_set_aside_come_back_and_the_solver_still_ends():
-    features, labels = two_clouds(count=120, dimension=20)
-    found = minimise_hinge(features, labels, np.full(120, 1.0), 10.0, 1e-5, 20_000, 0)
-    assert found.converged
+    settings = SVMSettings(C=1.0, tolerance=1e-5)
+    found, low, high = stopped(20_000), 0, 20_000
+    assert not caplog.text
+    while high - low > 1:  # the last round before it converges
+        middle = (low + high) // 2
+        stopped(middle)
+        low, high = (middle, high) if caplog.text else (low, middle)
+    assert stopped(high).bias == found.bias
+    assert stopped(low).bias == pytest.approx(found.bias, rel=0.05, abs=1e-3)
+    assert f"stopped at {low} iterations" in caplog.text
 
 
 def test_double_precision_and_whole_numbers_are_kept():
@@ -165,13 +166,6 @@ def test_double_precision_and_whole_numbers_are_kept():
 def test_examples_without_features_or_bias_are_no_division_by_zero():
     svm = fit_linear_svm(np.zeros((4, 3)), [1, -1, 1, -1], SVMSettings(bias_multiplier=1e-200))
     assert svm.weight.tolist() == [0, 0, 0]
-
-
-def test_rows_of_several_blocks_score_as_one_by_one(monkeypatch):
-    features, _ = two_clouds()
-    svm = LinearSVM(np.arange(5.0), 0.5)
-    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 7 * 8 * 5)
-    np.testing.assert_allclose(svm.score(features), features.astype(float) @ svm.weight + 0.5)
 
 
 def test_coordinate_descent_leaves_the_features_and_labels_as_they_are():

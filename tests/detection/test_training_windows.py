@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from doubles import random_maps
+from doubles import NO_WINDOWS, random_backbone, random_maps
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sppnet.backbones.geometry import Geometry
-from sppnet.config import Config
+from sppnet.config import Config, FinetuneSettings
 from sppnet.detection import training_windows
-from sppnet.detection.training_windows import ImageWindows, MiningWindows, TrainingWindows, positive_rows
+from sppnet.detection.training_windows import (
+    MiningWindows,
+    TrainingWindows,
+    class_overlaps,
+    draw_rows,
+    label_windows,
+)
 from sppnet.detection.window_features import pool_projected
 from sppnet.records import Annotation, ImageRecord
 
@@ -20,15 +27,18 @@ NAMES, CLASSES = ("dog", "cat"), ("cat", "dog")
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    maps = random_maps((8, 12), (15, 22), sides=(128.0, 240.0), image_size=(120, 180))
+    backbone = random_backbone()
+    sizes = [backbone.map_size(size) for size in ((128, 192), (240, 360))]
+    maps = random_maps(*sizes, sides=(128.0, 240.0), image_size=(120, 180))
     monkeypatch.setattr(training_windows, "read_maps", lambda *_: maps)
     monkeypatch.setattr(training_windows, "read_windows", lambda *_: np.concatenate([NEAR, NEAR[:1] + 0.1, FAR]))
-    record = ImageRecord("a", tmp_path / "a.jpg", (120, 180), "0" * 16, Annotation(OBJECTS, NAMES, np.zeros(2, bool)))
 
-    def with_overlap(overlap):
-        config = Config.model_validate({"pyramid": {"levels": [1, 2]}, "svm": {"positive_overlap": overlap}})
-        geometry = Geometry(stride=16, first_centre=7.5)
-        return TrainingWindows([record], CLASSES, tmp_path, tmp_path, geometry, config, torch.device("cpu"))
+    def with_overlap(overlap, boxes=OBJECTS):
+        annotation = Annotation(boxes, NAMES, np.zeros(2, bool))
+        record = ImageRecord("a", tmp_path / "a.jpg", (120, 180), "0" * 16, annotation)
+        settings = {"pyramid": {"levels": [1, 2]}, "maps": {"scales": [128, 240]}, "svm": {"positive_overlap": overlap}}
+        config = Config.model_validate(settings)
+        return TrainingWindows([record], CLASSES, tmp_path, tmp_path, backbone, config, torch.device("cpu"))
 
     return with_overlap
 
@@ -57,10 +67,12 @@ def test_positives_are_known_without_features(source):
         assert MiningWindows(source(threshold), no_features).positives(0).objects == 2
 
 
-def test_the_objects_alone_need_no_maps(source, monkeypatch):
-    own = source(1)
+@pytest.mark.parametrize("overlap", [1, 0.7])
+def test_positives_need_no_maps(source, monkeypatch, overlap):
+    own = source(overlap)
+    expected = mining(own).positives(0)
     monkeypatch.setattr(training_windows, "read_maps", None)
-    assert mining(own).positives(0).objects == 2
+    assert np.array_equal(mining(own).positives(0).windows, expected.windows)
 
 
 def test_below_one_the_proposals_that_cover_an_object_are_positives_too_once_for_each_window_of_cells(source):
@@ -81,19 +93,90 @@ def _order(rows):
     return torch.tensor(np.argsort(first))
 
 
-def test_a_window_may_be_a_positive_of_two_classes():
-    overlaps = np.array([[1, 0.2], [0.2, 1], [0.7, 0.6], [0.5, 0.1]], np.float32)
-    found = ImageWindows(np.zeros((4, 4), np.float32), np.array([0, 1]), overlaps)
-    rows, labels = positive_rows(found, 0.6)
-    assert rows.tolist() == [0, 1, 2, 2]
-    assert labels.tolist() == [0, 1, 0, 1]
+def test_a_window_may_be_a_positive_of_two_classes(source, monkeypatch):
+    between = np.array([[20, 20, 98, 100]], np.float32)
+    monkeypatch.setattr(training_windows, "read_windows", lambda *_: np.concatenate([between, FAR]))
+    boxes = np.array([[20, 20, 100, 100], [20, 20, 90, 100]], np.float32)
+    found = mining(source(0.7, boxes)).positives(0)
+    assert found.windows.tolist() == [*boxes.tolist(), *between.tolist() * 2]
+    assert found.labels.tolist() == [1, 0, 0, 1]
 
 
 def test_mining_reads_the_objects_and_one_proposal_of_each_window_of_cells(source):
-    image = mining(source(1)).read(0)
-    assert image.labels.tolist()[:3] == [1, 0, -1]
+    image, features = mining(source(1)).read(0)
+    assert image.objects.tolist() == [1, 0]
     assert image.windows[:2].tolist() == OBJECTS.tolist()
-    assert torch.equal(image.features, pooled(source(1), image.windows.astype(np.float32)))
-    proposals = image.features[2:]
+    assert torch.equal(features, pooled(source(1), image.windows))
+    proposals = features[2:]
     assert len(torch.unique(proposals, dim=0)) == len(proposals) < 5
-    assert image.overlaps.shape == (len(image.features), 2)
+    assert image.overlaps.shape == (len(features), 2)
+
+
+# ---- overlaps and labels -------------------------------------------------------------------------------------------
+
+
+SETTINGS = FinetuneSettings()
+
+
+def naive_overlap(window, box):
+    width = max(0, min(window[2], box[2]) - max(window[0], box[0]))
+    height = max(0, min(window[3], box[3]) - max(window[1], box[1]))
+    union = (window[2] - window[0]) * (window[3] - window[1]) + (box[2] - box[0]) * (box[3] - box[1]) - width * height
+    return width * height / union if union else 0.0
+
+
+def random_boxes(count, seed):
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 60, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(5, 40, (count, 2))], axis=1).astype(np.float32)
+
+
+def test_overlaps_are_the_largest_iou_with_the_objects_of_each_class():
+    windows, boxes = random_boxes(50, 0), random_boxes(6, 1)
+    names, classes = ("cat", "dog", "cat", "dog", "dog", "bird"), ("cat", "dog", "horse")
+    known = [i for i, name in enumerate(names) if name in classes]
+    found = class_overlaps(windows, boxes[known], np.array([classes.index(names[i]) for i in known]), 3)
+    assert found.dtype == np.float32
+    for row, window in enumerate(windows):
+        for column, name in enumerate(classes):
+            own = [naive_overlap(window, box) for box, other in zip(boxes, names, strict=True) if other == name]
+            assert found[row, column] == pytest.approx(max(own, default=0.0), abs=1e-5)
+
+
+def test_without_objects_or_windows_there_is_no_overlap():
+    none = np.zeros(0, np.int64)
+    assert class_overlaps(random_boxes(3, 0), NO_WINDOWS, none, 3).tolist() == [[0, 0, 0]] * 3
+    assert class_overlaps(NO_WINDOWS, random_boxes(1, 0), np.array([1]), 3).shape == (0, 3)
+    assert class_overlaps(NO_WINDOWS, NO_WINDOWS, none, 3).shape == (0, 3)
+
+
+def test_windows_are_labelled_by_the_class_they_overlap_most():
+    overlaps = np.array([[0.5, 0.0], [0.6, 0.7], [0.49, 0.3], [0.1, 0.0], [0.09, 0.0], [0, 0], [1, 0]], np.float32)
+    found = label_windows(overlaps, SETTINGS)
+    assert found.positives.tolist() == [0, 1, 6]
+    assert found.labels.tolist() == [0, 1, 0]
+    assert found.negatives.tolist() == [2, 3]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)), max_size=20))
+def test_no_window_is_both_positive_and_negative(values):
+    overlaps = np.array(values, np.float32).reshape(-1, 2)
+    settings = SETTINGS.model_copy(update={"negative_overlap": (0.1, 0.9)})  # wider than the positives begin
+    found = label_windows(overlaps, settings)
+    assert found.positives.tolist() == [i for i, own in enumerate(overlaps) if max(own) >= 0.5]
+    assert found.negatives.tolist() == [i for i, own in enumerate(overlaps) if 0.1 <= max(own) < 0.5]
+    assert len(found.labels) == len(found.positives)
+
+
+def test_rows_are_drawn_evenly_and_in_their_order_and_all_of_them_where_they_fit():
+    rng, rows = np.random.default_rng(0), np.arange(10, 50)
+    assert draw_rows(rows, 40, rng).tolist() == rows.tolist()
+    assert len(draw_rows(rows, 39, rng)) == 39
+    counts = np.zeros(50)
+    for _ in range(2000):
+        drawn = draw_rows(rows, 10, rng)
+        assert len(drawn) == 10
+        assert (np.diff(drawn) > 0).all()
+        counts[drawn] += 1
+    assert counts[:10].sum() == 0
+    assert np.abs(counts[10:] - 500).max() < 4.5 * np.sqrt(2000 * 0.25 * 0.75)

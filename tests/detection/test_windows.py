@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import expected_scale, release_window
 
-from sppnet.detection.windows import choose_scales, merge_windows, project_windows
+from sppnet.detection.window_features import ProjectedWindows
+from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.ops.pyramid import pool_windows
 
 ZF5 = SimpleNamespace(stride=16, first_centre=20, shrink=6.5)
@@ -90,12 +91,13 @@ def test_the_release_pools_the_same_bits(golden):
 @pytest.mark.shared_data
 def test_the_release_merges_the_same_windows(golden):
     one_scale = np.zeros(300, np.int64)
-    kept, _ = merge_windows(one_scale, golden["window_688_1based_unclipped"])  # the release compares before clamping
-    assert np.array_equal(kept, golden["unique_window_688_indices"])
+    before_clamping = golden["window_688_1based_unclipped"]  # which the release compares
+    distinct, _ = ProjectedWindows(one_scale, before_clamping).unique()
+    assert np.array_equal(distinct.cells, before_clamping[golden["unique_window_688_indices"]])
     cells = project_windows(golden["boxes"], golden["size"], 688, ZF5, golden["map_688"].shape[1:])
-    clamped_kept, inverse = merge_windows(one_scale, cells)
-    assert set(clamped_kept) <= set(kept)
-    assert np.array_equal(cells[clamped_kept][inverse], cells)
+    clamped, inverse = ProjectedWindows(one_scale, cells).unique()
+    assert len(clamped.cells) <= len(distinct.cells)
+    assert np.array_equal(clamped.cells[inverse], cells)
 
 
 @given(
@@ -158,8 +160,8 @@ def test_no_boxes_give_no_windows():
     assert choose_scales(none, (300, 300), FIVE).shape == (0,)
     cells = project_windows(none, (300, 300), 688, ZF5, (43, 57))
     assert cells.shape == (0, 4)
-    kept, inverse = merge_windows(np.zeros(0, np.int64), cells)
-    assert kept.shape == inverse.shape == (0,)
+    distinct, inverse = ProjectedWindows(np.zeros(0, np.int64), cells).unique()
+    assert len(distinct.cells) == len(inverse) == 0
 
 
 def test_tensors_give_tensors():
@@ -167,8 +169,7 @@ def test_tensors_give_tensors():
     tensor = torch.from_numpy(boxes)
     scales = choose_scales(tensor, (300, 400), FIVE)
     cells = project_windows(tensor, (300, 400), 688, ZF5, (43, 57))
-    kept, inverse = merge_windows(scales, cells)
-    assert all(isinstance(each, torch.Tensor) and each.dtype == torch.int64 for each in (scales, cells, kept, inverse))
+    assert all(isinstance(each, torch.Tensor) and each.dtype == torch.int64 for each in (scales, cells))
     assert np.array_equal(scales.numpy(), choose_scales(boxes, (300, 400), FIVE))
     assert np.array_equal(cells.numpy(), project_windows(boxes, (300, 400), 688, ZF5, (43, 57)))
 
@@ -176,8 +177,9 @@ def test_tensors_give_tensors():
 def test_windows_on_the_same_cells_at_the_same_scale_are_merged_in_their_order():
     cells = np.array([[5, 5, 9, 9], [1, 1, 2, 2], [5, 5, 9, 9], [5, 5, 9, 9], [0, 0, 3, 3]])
     scale_index = np.array([1, 0, 1, 0, 0])
-    kept, inverse = merge_windows(scale_index, cells)
-    assert kept.tolist() == [0, 1, 3, 4]
+    distinct, inverse = ProjectedWindows(scale_index, cells).unique()
+    assert distinct.scale_index.tolist() == [1, 0, 0, 0]
+    assert distinct.cells.tolist() == cells[[0, 1, 3, 4]].tolist()
     assert inverse.tolist() == [0, 1, 0, 2, 3]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from small_run import copied, merged, modified, small_settings
 
 from sppnet.artifacts import file_digest
-from sppnet.classification import pretraining as multisize
+from sppnet.classification import pretraining
 from sppnet.config import Config
 from sppnet.config_files import load_config, parse_config
 from sppnet.data.voc import write_annotation
@@ -222,8 +222,8 @@ def resumed(run, root: Path, digest: str, monkeypatch) -> list[str]:
     assert not any(Path(name).name.startswith(".") for name in modified(root))
     assert trained_digest(run.config, root) == digest
     after = stage_files(root)
-    kept = [name for name in left if "tensorboard" not in name and after.get(name) == left[name]]
-    gone = {Path(name).name for name in set(left) - set(kept) if "tensorboard" not in name}
+    kept = [name for name in left if after.get(name) == left[name]]
+    gone = {Path(name).name for name in set(left) - set(kept)}
     assert gone <= {"checkpoint.safetensors", "log.csv"}
     return sorted(left)
 
@@ -266,8 +266,8 @@ def test_interrupted_fine_tuning_goes_on_from_its_checkpoint(small_run, digest, 
 
 def test_interrupted_pretraining_goes_on_from_its_checkpoint_and_leaves_none(small_run, tmp_path, monkeypatch):
     config = changed(small_run, pretrain={"enabled": True, "steps": 4, "batch": 8, "sizes": [48, 64]})
-    monkeypatch.setattr(multisize, "SAVE_EVERY", 2)
-    interrupt_at(monkeypatch, multisize._Trainer, "train_step", 4)
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 2)
+    interrupt_at(monkeypatch, pretraining._Trainer, "train_step", 4)
     with pytest.raises(Interruption):
         train(config, tmp_path / "run", "pretrain")
     status = Training(config, tmp_path / "run", torch.device("cpu")).graph.status("pretrain")
