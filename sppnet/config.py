@@ -187,7 +187,7 @@ class SVMSettings(Settings):
     """One linear SVM per class with hard-negative mining (sec. 4.1; numbers of the release)."""
 
     layer: Literal["pool", "fc6", "fc7"] = "fc7"  # sec. 4.1
-    finetuned: bool = True  # False: features of the head as it was initialised
+    finetuned: bool = True  # false: features of the head as it was initialised
     C: Rate = 1e-3  # release
     bias_multiplier: Rate = 10.0  # release
     positive_weight: Rate = 2.0  # release
@@ -244,6 +244,8 @@ class DetectSettings(Settings):
 
 
 class EvaluateSettings(Settings):
+    """The measures of PASCAL VOC."""
+
     metric: Literal["11point", "area"] = "11point"  # VOC07; "area" from VOC10 on
     iou: float = Field(0.5, gt=0, le=1)
     use_difficult: bool = False  # VOC: difficult objects are neither found nor missed
