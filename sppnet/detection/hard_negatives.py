@@ -42,7 +42,7 @@ def mine_detectors(
 ) -> MinedSVMs:
     """SVMs of all classes from one pass over the images, in their order.
 
-    `scale` multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or
+    `images` is anything with the methods of `MiningWindows`; reading an image again gives the same values. `scale` multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or
     negatives is reported and never fires.
     Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
     the cache), one image, and one fit.
