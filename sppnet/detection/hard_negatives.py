@@ -42,8 +42,9 @@ def mine_detectors(
 ) -> MinedSVMs:
     """SVMs of all classes from one pass over the images, in their order.
 
-    `images` is anything with the methods of `MiningWindows`; reading an image again gives the same values. `scale` multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or
-    negatives is reported and never fires.
+    `images` is anything with the methods of `MiningWindows`; reading an image again gives the same values. `scale`
+    multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or negatives is
+    reported and never fires.
     Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
     the cache), one image, and one fit.
     Raises SppnetError for no images and for features that are not finite.
