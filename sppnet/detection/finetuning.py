@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ def finetune_head(
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
-    with ThreadPoolExecutor(1) as loader, torch.random.fork_rng(devices=devices):
+    with _one_thread() as loader, torch.random.fork_rng(devices=devices):
         pooled, labels = loader.submit(validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, with_positives, background, settings, range(done, total))
         bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
@@ -76,6 +77,16 @@ def finetune_head(
     head.eval()
     untrained = float((labels != background).float().mean())
     return FinetuneSummary(trainer.best_step, trainer.best_error, untrained, total, done)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread in which torch computes with one thread: several would wait for the cores that training keeps busy."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as loader:
+        loader.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()  # asked first, a new thread
+        torch.set_num_threads(threads)  # does not forget its own number; other new ones take what was set last
+        yield loader
 
 
 class _Trainer:
