@@ -18,13 +18,12 @@ from torch import Tensor
 from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.backbones.backbone import Backbone
-from sppnet.boxes import pairwise_iou
 from sppnet.config import Config, PretrainSettings
 from sppnet.errors import SppnetError
 from sppnet.images import prepare, read_image
+from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPNet, build_head, seed_dropout
-from sppnet.progress import progress_bar
-from sppnet.records import ImageRecord
+from sppnet.records import ImageRecord, pairwise_iou
 
 CONTEXT = 1.4  # side of a stored crop over the longer side of its object: margin for shifts and other scales
 BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this

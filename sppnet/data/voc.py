@@ -26,10 +26,9 @@ from defusedxml.ElementTree import parse as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import digest_of, file_digest, write_text
-from sppnet.boxes import areas, as_boxes
 from sppnet.errors import ImageError, SppnetError
 from sppnet.images import image_size
-from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts
+from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts, areas, as_boxes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.boxes import Boxes, as_boxes
 from sppnet.config import BoxRegressionSettings
 from sppnet.errors import SppnetError
+from sppnet.records import Boxes, as_boxes
 
 Features = NDArray[np.floating] | Tensor
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import Precision, Runtime, make_runtime, resolve_precision
-from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
@@ -26,7 +25,7 @@ from sppnet.detection.window_features import FrozenHead, ProjectedWindows, proje
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
-from sppnet.records import Detections
+from sppnet.records import Detections, as_boxes, clip_boxes
 
 FORMAT = 2  # of the detector folder
 _FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}

@@ -18,8 +18,8 @@ from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare, read_image, scaled_size
+from sppnet.jobs import map_in_workers
 from sppnet.records import ImageRecord
-from sppnet.workers import map_in_workers
 
 
 @dataclass(frozen=True)

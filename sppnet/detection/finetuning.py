@@ -20,8 +20,8 @@ from sppnet.artifacts import read_tensors, write_tensors, write_text
 from sppnet.config import FinetuneSettings
 from sppnet.detection.training_windows import FinetuneWindows, LabelledWindows
 from sppnet.errors import SppnetError
+from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPHead, seed_dropout
-from sppnet.progress import progress_bar
 
 logger = logging.getLogger("sppnet")
 

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
 from sppnet.detection.training_windows import MiningWindows, draw_rows
 from sppnet.errors import SppnetError
-from sppnet.progress import progress_bar
+from sppnet.jobs import progress_bar
+from sppnet.records import pairwise_iou
 
 logger = logging.getLogger("sppnet")
 

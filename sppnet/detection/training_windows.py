@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.backbones.backbone import Backbone
-from sppnet.boxes import flip_boxes, pairwise_iou
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_at, project_to_maps
 from sppnet.errors import SppnetError
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
-from sppnet.records import Annotation, ImageRecord, spread
+from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.errors import SppnetError
-from sppnet.records import Annotation, Detections
+from sppnet.records import Annotation, Detections, as_boxes, pairwise_iou
 
 Metric = Literal["11point", "area"]
 Floats = NDArray[np.float64]

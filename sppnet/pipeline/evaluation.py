@@ -22,13 +22,13 @@ from sppnet.errors import BackboneError
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
+from sppnet.jobs import map_in_workers
 from sppnet.pipeline.run_data import load_test_data, splits_to_test
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
 from sppnet.records import Annotation, Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
 from sppnet.report.plots import draw_precision_recall
-from sppnet.workers import map_in_workers
 
 log = logging.getLogger("sppnet")
 

@@ -18,6 +18,7 @@ from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
 from sppnet.errors import SppnetError
+from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
     FullyConnected,
@@ -30,7 +31,6 @@ from sppnet.models.sppnet import (
     pooled_size,
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks
-from sppnet.progress import progress_bar
 from sppnet.records import spread
 
 NEAR = 0.5  # IoU from which on a window shows an object

@@ -16,10 +16,9 @@ from sppnet.data.folder import find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import ArtifactError, BackboneError, ImageError, SppnetError
 from sppnet.images import read_image
-from sppnet.progress import progress_bar
+from sppnet.jobs import iterate_in_workers, progress_bar
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, save_image
-from sppnet.workers import iterate_in_workers
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from sppnet.config import ProposalSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
+from sppnet.jobs import map_in_workers
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
-from sppnet.workers import map_in_workers
 
 Windows = NDArray[np.float32]
 Proposer = Callable[[NDArray[np.uint8]], Windows]

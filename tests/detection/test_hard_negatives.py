@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
 from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
+from sppnet.records import pairwise_iou
 
 CLASSES = ("cat", "dog", "cow")
 QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)

@@ -16,7 +16,6 @@ import pytest
 from numpy.typing import NDArray
 
 from sppnet.artifacts import file_digest, write_arrays
-from sppnet.boxes import pairwise_iou
 from sppnet.config import ProposalSettings
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
@@ -24,7 +23,7 @@ from sppnet.proposals import search as proposals
 from sppnet.proposals.files import export_windows, import_windows
 from sppnet.proposals.search import make_proposer, propose_images, read_windows, windows_path
 from sppnet.proposals.selective_search import box_hash, opencv_selective_search
-from sppnet.records import ImageRecord
+from sppnet.records import ImageRecord, pairwise_iou
 
 opencv = partial(ProposalSettings, method="opencv_selective_search")
 ALONE = opencv(workers=1)
