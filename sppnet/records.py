@@ -51,6 +51,10 @@ class ImageRecord:
     digest: str  # content of the image file: 16 hexadecimal digits of its SHA-256
     annotation: Annotation | None = None
 
+    def path_in(self, folder: Path, flip: bool = False) -> Path:
+        """Where what was computed for the image, or for its mirror image, lies; the name carries the content."""
+        return folder / f"{self.id}-{self.digest}{'-flip' if flip else ''}.npz"
+
 
 @dataclass(frozen=True)
 class Detections:

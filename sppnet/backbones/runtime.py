@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from sppnet.backbones.backbone import Backbone
 from sppnet.errors import SppnetError
 
-__all__ = ["Runtime", "make_runtime", "resolve_precision", "resolve_runtime"]
-
 logger = logging.getLogger("sppnet")
 
 Kind = Literal["auto", "torch", "openvino"]
@@ -74,15 +72,14 @@ def make_runtime(
     """
     if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
         raise SppnetError("expected a frozen backbone in eval mode; call requires_grad_(False).eval() first")
-    if resolve_runtime(kind, device_of(backbone)) == "torch":
-        return Runtime(backbone, _torch_runtime(backbone, precision))
-    try:
-        return Runtime(backbone, _OpenVINORuntime(backbone, precision, threads or torch.get_num_threads()))
-    except SppnetError as error:
-        if kind == "openvino":
-            raise
-        logger.warning("%s; maps.runtime=auto takes torch", error)
-        return Runtime(backbone, _torch_runtime(backbone, precision))
+    if resolve_runtime(kind, device_of(backbone)) == "openvino":
+        try:
+            return Runtime(backbone, _OpenVINORuntime(backbone, precision, threads or torch.get_num_threads()))
+        except SppnetError as error:
+            if kind == "openvino":
+                raise
+            logger.warning("%s; maps.runtime=auto takes torch", error)
+    return Runtime(backbone, _torch_runtime(backbone, precision))
 
 
 def resolve_runtime(kind: Kind, device: torch.device | str) -> Literal["torch", "openvino"]:

@@ -83,7 +83,7 @@ class DetectorDescription:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Scores (R, K) of windows, and where they lie on the maps, for the features that box regression asks for."""
+    """Scores (R, K) of windows, and where they lie on the maps, for the features of box regression."""
 
     scores: NDArray[np.float32]
     maps: FeatureMaps
@@ -121,7 +121,7 @@ class SPPDetector:
         """
         windows = as_boxes(self.proposer(image) if windows is None else windows, "windows")
         if len(windows) == 0:
-            return self._nothing()
+            return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), self.classes)
         return self.select(windows, self._score(self.embed(image), windows), image.shape[:2])
 
     def embed(self, image: NDArray[np.uint8]) -> FeatureMaps:
@@ -146,7 +146,9 @@ class SPPDetector:
         boxes = clip_boxes(boxes, image_size)
         solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         boxes, scores, label = boxes[solid], scores[solid], label[solid]
-        keep = _nms_of_labels(boxes, scores, label, len(self.classes), settings.nms_overlap)
+        table = np.full((len(boxes), len(self.classes)), -np.inf)
+        table[np.arange(len(boxes)), label] = scores
+        keep = nms_per_class(boxes, table, settings.nms_overlap)[0]
         return Detections(
             boxes[keep].astype(np.float32), scores[keep].astype(np.float32), label[keep].astype(np.int64), self.classes
         )
@@ -194,8 +196,7 @@ class SPPDetector:
         cls, description: DetectorDescription, tensors: dict[str, dict[str, Tensor]], proposer: Proposer | None
     ) -> SPPDetector:
         config = description.config
-        weights = config.backbone.weights.model_copy(update={"source": "random"})
-        backbone = build_backbone(config.backbone.model_copy(update={"weights": weights}))
+        backbone = build_backbone(config.backbone.without_weights())
         backbone.load_state_dict(tensors["backbone"])
         outputs = len(description.classes) + 1
         head = build_head(backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks)
@@ -224,9 +225,6 @@ class SPPDetector:
     def _fast_regressors(self) -> BoxRegressors | None:
         return None if self.regressors is None else self.regressors.single()
 
-    def _nothing(self) -> Detections:
-        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
-
 
 def _missing(run: Path, folder: Path) -> str:
     """Why there is no detector in a run folder, and what to do."""
@@ -249,12 +247,3 @@ def _read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     if tensors_digest(tensors) != digest:
         raise ArtifactError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
     return tensors
-
-
-def _nms_of_labels(
-    boxes: NDArray[np.floating], scores: NDArray[np.floating], labels: NDArray[np.int64], classes: int, threshold: float
-) -> NDArray[np.int64]:
-    """NMS within each label; indices best first."""
-    table = np.full((len(boxes), classes), -np.inf)
-    table[np.arange(len(boxes)), labels] = scores
-    return nms_per_class(boxes, table, threshold)[0]

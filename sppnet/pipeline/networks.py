@@ -55,19 +55,17 @@ class TrainingNetworks:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
         if not ranks(self.config):
             return self.whole_head()
-        return self.low_rank_head(self._need("low_rank", "head.safetensors"))
+        return self.saved_head(self._need("low_rank", "head.safetensors"), ranks(self.config))
 
     def whole_head(self) -> SPPHead:
         """The head before its rank is reduced: fine-tuned, or as it was initialised."""
         if GRAPH["finetune"].skipped(self.config):
             return self.initial_head()
-        head = self._new_head()
-        head.load_state_dict(read_tensors(self._need("finetune", "head.safetensors")))
-        return head.to(self.device)
+        return self.saved_head(self._need("finetune", "head.safetensors"))
 
-    def low_rank_head(self, path: Path) -> SPPHead:
-        """The head of low rank that a file holds."""
-        head = self._new_head(ranks(self.config))
+    def saved_head(self, path: Path, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
+        """The head that a file holds, of these ranks."""
+        head = self._new_head(ranks)
         head.load_state_dict(read_tensors(path))
         return head.to(self.device)
 
@@ -148,7 +146,7 @@ class TrainingNetworks:
         sizes, wanted = self.config.head, ranks(self.config)
         layers: dict[FullyConnected, tuple[int, int]] = {"fc7": (sizes.fc6, sizes.fc7)}
         if "fc6" in wanted:
-            channels = build_backbone(_without_weights(self.config.backbone)).channels
+            channels = build_backbone(self.config.backbone.without_weights()).channels
             layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
         for name, rank in wanted.items():
             check_rank(name, *layers[name], rank)
@@ -179,7 +177,7 @@ def load_backbone(settings: BackboneSettings, pretrained: Path | None) -> Backbo
     """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file."""
     if pretrained is None:
         return build_backbone(settings)
-    backbone, state = build_backbone(_without_weights(settings)), read_tensors(pretrained)
+    backbone, state = build_backbone(settings.without_weights()), read_tensors(pretrained)
     own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     backbone.load_state_dict(own)
     return backbone
@@ -190,8 +188,3 @@ def load_runtime(
 ) -> Runtime:
     """The same ready to compute maps on `device`, for `extract_images`."""
     return make_runtime(load_backbone(settings, pretrained).to(device), kind, precision)
-
-
-def _without_weights(settings: BackboneSettings) -> BackboneSettings:
-    weights = settings.weights.model_copy(update={"source": "random"})
-    return settings.model_copy(update={"weights": weights})
