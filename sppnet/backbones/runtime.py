@@ -100,7 +100,7 @@ def resolve_runtime(kind: Kind, device: torch.device | str) -> Literal["torch", 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
     """The precision to compute in: "auto" takes bfloat16 only where the device has instructions for it.
 
-    Depends on the device alone. Where bfloat16 is asked for and the device lacks it, a warning says what that costs.
+    Depends on the device alone. Where bfloat16 is set and the device lacks it, a warning says what that costs.
     """
     supported = _computes_bfloat16(torch.device(device))
     if precision == "auto":

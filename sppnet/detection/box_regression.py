@@ -1,4 +1,4 @@
-"""Step 7: class-wise box regression (sec. 4.1; numbers of the release).
+"""Class-wise box regression (sec. 4.1; numbers of the release).
 
 A window with features x is moved and scaled by a linear prediction of (dx, dy, log dw, log dh), relative to the
 window's centre and sides. Targets are centred and whitened with (S + ε I)^(−1/2), S their covariance divided by N,

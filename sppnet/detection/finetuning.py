@@ -1,4 +1,4 @@
-"""Step 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
+"""Train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sppnet.config import FinetuneSettings
 from sppnet.detection.training_windows import FinetuneWindows, LabelledWindows
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
-from sppnet.models.sppnet import SPPHead, seed_dropout
+from sppnet.models.sppnet import SPPHead, momentum_of, restore_momentum, seed_dropout
 
 logger = logging.getLogger("sppnet")
 
@@ -33,7 +33,7 @@ PREFETCH = 3  # batches pooled ahead while the head trains
 class FinetuneSummary:
     best_step: int
     best_error: float  # on the validation windows
-    untrained_error: float  # of always answering background
+    untrained_error: float  # of always choosing background
     steps: int
     reused_steps: int
 
@@ -141,8 +141,7 @@ class _Trainer:
     def _save(self, step: int) -> None:
         if not distributed.is_main():
             return
-        states = [self.optimiser.state[parameter].get("momentum_buffer") for parameter in self.parameters]
-        momentum = {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
+        momentum = momentum_of(self.optimiser, self.parameters)
         now = {f"now.{name}": tensor for name, tensor in self.head.state_dict().items()}
         best = {f"best.{name}": tensor for name, tensor in self.best.items()}
         progress = {
@@ -162,9 +161,7 @@ class _Trainer:
         state = read_tensors(path)
         self.head.load_state_dict({n[4:]: t for n, t in state.items() if n.startswith("now.")})
         self.best = {n[5:]: t.to(self.device) for n, t in state.items() if n.startswith("best.")}
-        for i, parameter in enumerate(self.parameters):
-            if f"momentum.{i}" in state:
-                self.optimiser.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(self.device)
+        restore_momentum(self.optimiser, self.parameters, state)
         step, self.best_error, self.best_loss = state["chosen"].tolist()
         self.best_step = int(step)
         self.rows = [tuple(row) for row in state["rows"].tolist()]

@@ -1,4 +1,4 @@
-"""Step 6: hard-negative mining, one pass over the images for the SVMs of all classes (sec. 4.1; the release).
+"""Hard-negative mining, one pass over the images for the SVMs of all classes (sec. 4.1; the release).
 
 Objects are the positives, and proposals close to them where the settings say so. Negatives of a class are the windows
 whose overlap with all its objects is below 0.3. All negatives of the first image train the first SVM; later only those

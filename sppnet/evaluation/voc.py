@@ -48,7 +48,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class VOCEvaluation:
-    """Results per class, in the order asked for. A class without objects is absent: AP None, not in the mean."""
+    """Results per class, in the order given. A class without objects is absent: AP None, not in the mean."""
 
     results: Mapping[str, ClassResult]
     metric: Metric
@@ -104,7 +104,7 @@ def evaluate_voc(
     """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Detections of classes that are not asked for are left out. SppnetError for an image with
+    order inside the image. Detections of other classes are left out. SppnetError for an image with
     detections but without annotation.
     """
     if not isinstance(detections, Mapping):

@@ -65,7 +65,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class StageGraph:
-    """The stages of one run in `root`. `config` has its precision resolved: what is computed, not what was asked."""
+    """The stages of one run in `root`. `config` has its precision resolved: what is computed with, not what was set."""
 
     root: Path
     config: Config
