@@ -41,12 +41,7 @@ DEMO = {
     "maps": {"scales": [320]},
     "head": {"fc6": 256, "fc7": 256},
     "pretrain": {"enabled": True},
-    "finetune": {
-        "steps": [1500, 500],
-        "learning_rates": [1e-2, 1e-3],
-        "images_per_batch": 16,
-        "validate_every": 250,
-    },
+    "finetune": {"steps": [1500, 500], "learning_rates": [1e-2, 1e-3], "images_per_batch": 16, "validate_every": 250},
     "svm": {"tolerance": 0.01},
     "detect": {"score_threshold": -3},
 }

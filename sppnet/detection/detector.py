@@ -28,6 +28,7 @@ from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, as_boxes, clip_boxes
 
 FORMAT = 2  # of the detector folder
+_PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
 _FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
 _TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
 _OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
@@ -61,10 +62,9 @@ class DetectorDescription:
         if found != FORMAT:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {_OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
-        if missing or not {"backbone", "head", "svm"} <= set(values["parts"]):
-            raise ArtifactError(
-                f"{path}: {missing[0] if missing else 'parts'} is missing or incomplete; {_OTHER_VERSION}"
-            )
+        if missing or not {*_PARTS} <= set(values["parts"]):
+            missing = [*missing, "parts"]
+            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {_OTHER_VERSION}")
         ranks = values["ranks"]
         if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {_OTHER_VERSION}")
@@ -155,11 +155,7 @@ class SPPDetector:
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
-        parts = {
-            "backbone": self.backbone.state_dict(),
-            "head": self.head.state_dict(),
-            "svm": self.svms.to_tensors(),
-        }
+        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()
         for name, tensors in parts.items():
@@ -230,7 +226,7 @@ def _missing(run: Path, folder: Path) -> str:
     """Why there is no detector in a run folder, and what to do."""
     if not run.exists():
         return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
-    if all((folder / f"{part}.safetensors").is_file() for part in ("backbone", "head", "svm")):
+    if all((folder / f"{part}.safetensors").is_file() for part in _PARTS):
         return (
             f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
             "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"

@@ -19,7 +19,6 @@ from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_at, project_to_maps
-from sppnet.errors import SppnetError
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
 from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
@@ -77,7 +76,7 @@ class TrainingWindows:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
         annotation = self.records[index].annotation
         if annotation is None:
-            raise SppnetError(f"image {self.records[index].id} has no annotation; training needs one for every image")
+            raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
         annotation = annotation.of(self.classes)
         return annotation if self.config.data.train_on_difficult else annotation.easy()
 

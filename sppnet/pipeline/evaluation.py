@@ -51,11 +51,7 @@ class SplitResult:
 
 
 def detect_split(
-    run: Path,
-    config: Config,
-    records: Sequence[ImageRecord],
-    device: torch.device | str = "cpu",
-    progress: bool = True,
+    run: Path, config: Config, records: Sequence[ImageRecord], device: torch.device | str = "cpu", progress: bool = True
 ) -> SplitResult:
     """Detect in every record with the detector of a run, under `config`; evaluate what is annotated.
 
@@ -230,14 +226,8 @@ def _evaluate(
         log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
         return None, None
     settings = description.config.evaluate
-    evaluation = evaluate_voc(
-        {image: detections[image] for image in annotations},
-        annotations,
-        description.classes,
-        settings.metric,
-        settings.iou,
-        settings.use_difficult,
-    )
+    found, rules = {image: detections[image] for image in annotations}, (settings.metric, settings.iou)
+    evaluation = evaluate_voc(found, annotations, description.classes, *rules, settings.use_difficult)
     return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
 
 
