@@ -26,7 +26,6 @@ from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
-from sppnet.pipeline.stages import describe_stage
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
 from sppnet.proposals.search import read_windows
@@ -81,7 +80,7 @@ def _dry_run(config: Config, root: Path, options: argparse.Namespace, only: Sequ
     training = Training(config, root, _device(options))
     graph = training.graph
     invalidated = graph.invalidated(only, force)
-    print("\n".join([str(graph.data), *(describe_stage(s, only, invalidated) for s in graph.statuses())]))
+    print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
     missing = training.missing_inputs(only)
     for reason in missing:
         print(f"{reason}; training would end there", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The commands: what they print, write and answer."""
+"""The commands: what they print, write and return."""
 
 from __future__ import annotations
 
@@ -268,8 +268,8 @@ def test_stages_are_done_again_as_asked_and_as_a_dry_run_announces(config, run, 
     assert modified(run.root) == before
     assert run_command("train", config, "--run", run.root, *options).status == 0
     after = modified(run.root)
-    redone = {name.split("-")[0] for name in after if after[name] != before.get(name)}
-    assert {stage for stage in STAGES if stage in redone} == set(again.split())
+    invalidated = {name.split("-")[0] for name in after if after[name] != before.get(name)}
+    assert {stage for stage in STAGES if stage in invalidated} == set(again.split())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -21,7 +21,6 @@ from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
-    FullyConnected,
     Layer,
     SPPHead,
     build_head,
@@ -63,7 +62,7 @@ class TrainingNetworks:
             return self.initial_head()
         return self.saved_head(self._need("finetune", "head.safetensors"))
 
-    def saved_head(self, path: Path, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
+    def saved_head(self, path: Path, ranks: dict[str, int] | None = None) -> SPPHead:
         """The head that a file holds, of these ranks."""
         head = self._new_head(ranks)
         head.load_state_dict(read_tensors(path))
@@ -144,7 +143,7 @@ class TrainingNetworks:
     def check_ranks(self) -> None:
         """SppnetError for ranks that the stage low_rank would refuse, before anything is trained."""
         sizes, wanted = self.config.head, ranks(self.config)
-        layers: dict[FullyConnected, tuple[int, int]] = {"fc7": (sizes.fc6, sizes.fc7)}
+        layers = {"fc7": (sizes.fc6, sizes.fc7)}
         if "fc6" in wanted:
             channels = build_backbone(self.config.backbone.without_weights()).channels
             layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
@@ -156,12 +155,9 @@ class TrainingNetworks:
         """What the stage pretrain left, where it is wanted."""
         return self._need("pretrain", "network.safetensors") if self.config.pretrain.enabled else None
 
-    def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
-        config, outputs = self.config, len(self.graph.data.classes) + 1
-        named = {str(name): rank for name, rank in (ranks or {}).items()}
-        return build_head(
-            self.backbone.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, named
-        )
+    def _new_head(self, ranks: dict[str, int] | None = None) -> SPPHead:
+        config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels
+        return build_head(channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, ranks)
 
     def _need(self, stage: str, name: str) -> Path:
         path = self.graph.folder(stage) / name

@@ -18,7 +18,6 @@ from typing import Any
 
 from sppnet.artifacts import digest_of, file_digest
 from sppnet.config import STAGES, Config
-from sppnet.models.sppnet import FullyConnected
 from sppnet.pipeline.run_data import RunData
 from sppnet.records import ImageRecord
 
@@ -61,6 +60,31 @@ class StageStatus:
     @property
     def complete(self) -> bool:
         return bool(self.skipped) or self.done == self.total
+
+    def describe(self, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
+        """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
+        action, why = self._decide(only, invalidated)
+        return f"{self.name:<9} {action:<8} {why}"
+
+    def _decide(self, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
+        folder, parts = self.folder.name, f"{self.done} of {self.total}"
+        if self.skipped:
+            return "skip", self.skipped
+        if self.name not in only:
+            stale = "; depends on re-run stages and would be deleted" if self.name in invalidated and self.done else ""
+            return "leave", f"not selected; {parts} in {folder}{stale}"
+        if self.name in invalidated:
+            return "run", f"from scratch, as asked; {parts} in {folder} are there and would be deleted"
+        if self.done == self.total:
+            return "reuse", f"all {self.total} in {folder}"
+        if self.done:
+            return "resume", f"{parts} in {folder}"
+        if self.checkpoint is not None:
+            return "resume", f"from {folder}/{self.checkpoint.name}"
+        others = sorted(path.name for path in self.folder.parent.glob(f"{self.name}-*") if path != self.folder)
+        if others:
+            return "run", f"settings or inputs are not those of {', '.join(others)}; {self.total} to do in {folder}"
+        return "run", f"nothing there yet; {self.total} to do in {folder}"
 
 
 @dataclass(frozen=True)
@@ -161,15 +185,15 @@ def windows_folder(root: Path, config: Config) -> Path:
     return StageGraph(root, config, RunData()).folder("proposals")
 
 
-def fc_layers(config: Config) -> tuple[FullyConnected, ...]:
+def fc_layers(config: Config) -> tuple[str, ...]:
     """The fully connected layers that the features wanted need."""
     wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
     return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
 
 
-def ranks(config: Config) -> dict[FullyConnected, int]:
+def ranks(config: Config) -> dict[str, int]:
     """The layers to reduce and their ranks, of those that are needed."""
-    wanted: dict[FullyConnected, int] = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
+    wanted = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
     return {name: wanted[name] for name in fc_layers(config) if wanted[name]}
 
 
@@ -279,33 +303,3 @@ GRAPH: dict[str, Stage] = {
 def regressor_path(label: int) -> Path:
     """Of the box regressor of a class, relative to the folder of its stage."""
     return Path(f"class-{label:03d}.safetensors")
-
-
-# --- in words ---------------------------------------------------------------------------------------
-
-
-def describe_stage(status: StageStatus, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
-    """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
-    action, why = _decision(status, only, invalidated)
-    return f"{status.name:<9} {action:<8} {why}"
-
-
-def _decision(status: StageStatus, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
-    name, parts = status.folder.name, f"{status.done} of {status.total}"
-    if status.skipped:
-        return "skip", status.skipped
-    if status.name not in only:
-        stale = "; depends on re-run stages and would be deleted" if status.name in invalidated and status.done else ""
-        return "leave", f"not selected; {parts} in {name}{stale}"
-    if status.name in invalidated:
-        return "run", f"from scratch, as asked; {parts} in {name} are there and would be deleted"
-    if status.done == status.total:
-        return "reuse", f"all {status.total} in {name}"
-    if status.done:
-        return "resume", f"{parts} in {name}"
-    if status.checkpoint is not None:
-        return "resume", f"from {name}/{status.checkpoint.name}"
-    others = sorted(path.name for path in status.folder.parent.glob(f"{status.name}-*") if path != status.folder)
-    if others:
-        return "run", f"settings or inputs are not those of {', '.join(others)}; {status.total} to do in {name}"
-    return "run", f"nothing there yet; {status.total} to do in {name}"

@@ -310,9 +310,9 @@ def kept_positives(images, settings, caplog):
 
 
 def test_proposals_among_the_positives_take_no_more_bytes_than_the_cache_and_no_object_its_place(caplog):
-    images, room = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
+    images, space = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
     objects = {name: sum(int((image.labels == k).sum()) for image in images.items) for k, name in enumerate(CLASSES)}
-    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}), caplog)
+    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": space * 1.001}), caplog)
     assert found == objects | {"dog": objects["dog"] + 4}
 
 
