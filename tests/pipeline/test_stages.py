@@ -40,7 +40,7 @@ def own_devkit(run, folder: Path) -> Path:
     return folder
 
 
-# ---- which stages are invalidated ---------------------------------------------------------------------------------------
+# ---- which stages are invalidated ----------------------------------------------------------------------------------
 
 
 def test_everything_is_reused_under_the_same_settings(small_run):
