@@ -149,9 +149,9 @@ def read_image_set(path: Path) -> list[str]:
 def load_split(root: Path | str, split: str, require_annotations: bool = True) -> tuple[list[ImageRecord], SkipCounts]:
     """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
 
-    A missing annotation file is an error, or with
-    ``require_annotations=False`` (a test split) is counted and gives a record without one. Raises
-    SppnetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
+    A missing annotation file is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
+    record without one. Raises SppnetError for a missing folder, set or image, an unreadable image header and all of
+    `read_annotation`.
     """
     set_file = _set_file(Path(root), split)
     names = read_image_set(set_file)

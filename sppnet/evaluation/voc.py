@@ -104,8 +104,8 @@ def evaluate_voc(
     """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Detections of other classes are left out. SppnetError for an image with
-    detections but without annotation.
+    order inside the image. Detections of other classes are left out. SppnetError for an image with detections but
+    without annotation.
     """
     if not isinstance(detections, Mapping):
         detections = {str(index): found for index, found in enumerate(detections)}

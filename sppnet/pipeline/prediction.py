@@ -42,8 +42,8 @@ def detect_files(
     `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. A file that
     cannot be read, or is too narrow for the network, is skipped and counted. Pictures keep the names of their images; a
     name that occurs twice gets a number. What an earlier call left in `out` is not searched. The lists are written
-    after an interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite an
-    image that it is drawn from.
+    after an interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite one
+    of the images.
     """
     found: dict[Path, Detections] = {}
     skipped: dict[Path, str] = {}
