@@ -3,7 +3,7 @@
 A stage folder is ``<root>/<stage>-<digest>``; the digest covers the stage's settings and the digests of
 its inputs, so a changed setting leads to another folder and nothing stale is ever reused. A file appears
 under its final name only when it is complete and on the disk, so that neither a killed process nor a power cut leaves
-half of one; `cache_arrays` alone does not wait for the disk. Nothing here writes or reads pickle.
+half of one; only what is not `durable` does not wait for the disk. Nothing here writes or reads pickle.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         temporary.replace(path)
         if durable:
             for folder in (path.parent, *(folder.parent for folder in made)):
-                _sync_folder(folder)
+                with contextlib.suppress(OSError):  # not every system and file system can do this for folders
+                    _sync(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{path}: cannot write ({reason}); free some space or choose another --run") from error
@@ -88,11 +89,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system and file system can do this for folders
-        _sync(folder)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
@@ -116,31 +112,23 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
 
 
-def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled."""
-    _write_arrays(path, arrays, durable=True)
+def write_arrays(path: Path, durable: bool = True, **arrays: NDArray[Any]) -> None:
+    """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled.
 
-
-def cache_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """`write_arrays` without waiting for the disk: for thousands of files, each of which can be computed again.
-
-    Waiting takes 10 to 40 ms for 2 to 6 MB. A killed process leaves no half of a file; after a power cut those of the
-    last seconds may be cut short: `has_arrays` finds these, and `read_arrays` refuses them.
+    Thousands of files, each of which can be computed again, need not be `durable`: waiting for the disk takes 10 to 40
+    ms for 2 to 6 MB. A killed process leaves no half of a file; after a power cut those of the last seconds may be cut
+    short: `has_arrays` finds these, and `read_arrays` refuses them.
     """
-    _write_arrays(path, arrays, durable=False)
-
-
-def has_arrays(path: Path) -> bool:
-    """Whether there is an .npz with its end, which is written last; reads no more than the end."""
-    return zipfile.is_zipfile(path)
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], durable: bool) -> None:
     named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in named.items():
         if array.dtype.hasobject:
             raise ValueError(f"{path}: {name} holds Python objects, expected numbers or text; give it such a dtype")
     write_atomically(path, lambda file: np.savez(file, **named), durable)
+
+
+def has_arrays(path: Path) -> bool:
+    """Whether there is an .npz with its end, which is written last; reads no more than the end."""
+    return zipfile.is_zipfile(path)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -61,7 +61,7 @@ class Command(argparse.ArgumentParser):
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What is asked for; an option that is not known ends the program with the command's usage and the nearest one."""
+    """The parsed options; one that is not known ends the program with the command's usage and the nearest one."""
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         command: Command = options.parser

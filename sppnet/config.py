@@ -82,6 +82,10 @@ class BackboneSettings(Settings):
     layer: str | None = None  # last layer to run, in the backbone's own names; None = the backbone's default
     weights: WeightsSettings = WeightsSettings()
 
+    def without_weights(self) -> BackboneSettings:
+        """The same layers with random weights: those wanted are loaded from elsewhere, or only shapes matter."""
+        return self.model_copy(update={"weights": self.weights.model_copy(update={"source": "random"})})
+
 
 class MapSettings(Settings):
     """The convolutional maps of an image (sec. 4.1: computed once per image)."""

@@ -1,4 +1,4 @@
-"""Configuration files: YAML and ``key=value`` overrides to settings, and back. The door to yaml.
+"""Configuration files: YAML and ``key=value`` overrides to settings, and back. The only importer of yaml.
 
 A file holds only what differs from the defaults in ``config``. ``load_config`` reads it with ``yaml.safe_load``,
 applies overrides and returns one frozen Config; an unknown key is an error that names the nearest known one.

@@ -84,7 +84,7 @@ def prepare(
     pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
-    shift, deviation = _per_channel(mean, pixels), _per_channel(std, pixels)
+    shift, deviation = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (mean, std))
     grows = pixels[0, 0].numel() < size[0] * size[1]
     # An affine change and a mean with weights that sum to 1 may change places: the smaller image takes less time.
     if grows:
@@ -101,10 +101,6 @@ def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, 3, 1, 1)
-
-
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The image behind `path`, header read and size checked; whatever goes wrong inside becomes ImageError."""
@@ -112,7 +108,8 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # what matters below is raised
             with Image.open(path, formats=FORMATS) as image:
-                _check_pixels(image, path)
+                if image.width * image.height > MAX_PIXELS:
+                    raise _too_large(path)
                 yield image
     except ImageError:
         raise
@@ -132,12 +129,6 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         ) from None
 
 
-def _check_pixels(image: Image.Image, path: Path | str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(path)
-
-
 def _too_large(path: Path | str) -> ImageError:
     return ImageError(
         f"{path}: expected at most {MAX_PIXELS:,} pixels, but its header announces more; "
@@ -149,7 +140,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; unturned where its EXIF block cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block does not make the pixels unusable
+    except Exception:  # a damaged EXIF block does not make the pixels wrong
         return image
 
 
@@ -165,15 +156,11 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit(image).convert("RGB")
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 · 255
     if image.mode == "F":
         raise ImageError(f"{path}: expected 8 or 16 bits per channel, got floating-point pixels; convert it to 8 bits")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 · 255

@@ -68,7 +68,7 @@ class ToyWindows:
         rows = np.arange(3 * classes)
         own = LabelledWindows(rows[:classes], rows[:classes], rows[classes:])
         self.labelled: Sequence[LabelledWindows] = [own] * images
-        self.pooled = 0  # how often windows were asked for
+        self.pooled = 0  # how often windows were pooled
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         """Rows of the image's points; `rng` adds what a random scale would."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from sppnet.artifacts import (
-    cache_arrays,
     digest_of,
     file_digest,
     has_arrays,
@@ -158,12 +157,12 @@ def test_a_folder_that_cannot_be_synchronised_is_no_error_but_a_file_is(tmp_path
 
 def test_cached_arrays_are_the_same_without_waiting_for_the_disk(tmp_path, monkeypatch):
     steps = Steps().watch(monkeypatch)
-    cache_arrays(tmp_path / "x.npz", **ARRAYS)
+    write_arrays(tmp_path / "x.npz", durable=False, **ARRAYS)
     assert steps == [("name", tmp_path / "x.npz")]
     found = read_arrays(tmp_path / "x.npz")
     assert all(np.array_equal(found[name], ARRAYS[name]) for name in ARRAYS)
     with pytest.raises(ValueError, match=r"x\.npz: bad holds Python objects, expected numbers or text"):
-        cache_arrays(tmp_path / "x.npz", bad=np.array([None, {}]))
+        write_arrays(tmp_path / "x.npz", durable=False, bad=np.array([None, {}]))
 
 
 def test_an_archive_without_its_end_is_none(tmp_path):

@@ -1,4 +1,4 @@
-"""The commands: what they print, write and answer."""
+"""The commands: what they print, write and return."""
 
 from __future__ import annotations
 
@@ -268,8 +268,8 @@ def test_stages_are_done_again_as_asked_and_as_a_dry_run_announces(config, run, 
     assert modified(run.root) == before
     assert run_command("train", config, "--run", run.root, *options).status == 0
     after = modified(run.root)
-    redone = {name.split("-")[0] for name in after if after[name] != before.get(name)}
-    assert {stage for stage in STAGES if stage in redone} == set(again.split())
+    invalidated = {name.split("-")[0] for name in after if after[name] != before.get(name)}
+    assert {stage for stage in STAGES if stage in invalidated} == set(again.split())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -490,15 +490,15 @@ def test_every_command_explains_itself():
 
 def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch):
     """The demonstration itself in small: the same stages on a few pictures."""
+    from sppnet import commands
     from sppnet.data import shapes
-    from sppnet.pipeline import demo
 
     changes = {"maps.scales": [96], "head": {"fc6": 16, "fc7": 16}, "pyramid": {"levels": [1, 2]},
                "finetune.steps": [4], "finetune.learning_rates": [0.01], "proposals": {"max_side": 64, "workers": 1},
                "pretrain": {"enabled": True, "steps": 4, "batch": 8, "sizes": [32, 48]}}  # fmt: skip
-    monkeypatch.setattr(demo, "SETTINGS", merged(demo.SETTINGS, changes))
+    monkeypatch.setattr(commands, "DEMO", merged(commands.DEMO, changes))
     few = {"train": 3, "val": 1, "test": 2}
-    monkeypatch.setattr(demo, "generate_shapes", lambda root: shapes.generate_shapes(root, few))
+    monkeypatch.setattr(commands, "generate_shapes", lambda root: shapes.generate_shapes(root, few))
     result = run_command("demo", "--run", tmp_path / "demo", "--device", "cpu")
     assert result.status == 0, result.err
     assert "on 2 held-out images" in result.out

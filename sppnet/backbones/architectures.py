@@ -15,8 +15,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sppnet.errors import SppnetError
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,7 +35,7 @@ class LocalResponseNorm(nn.Module):
     def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:
-            raise SppnetError(f"size must be odd, so that a cell has as many neighbours on either side, got {size}")
+            raise ValueError(f"size must be odd, so that a cell has as many neighbours on either side, got {size}")
         self.size, self.alpha, self.beta = size, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,50 +118,21 @@ def tiny5() -> Plan:
     )
 
 
-def alexnet() -> Plan:
-    """Up to the rectified conv5: the pool after it gives way to the pyramid."""
-    return _features_plan(torchvision.models.alexnet().features[:-1])
-
-
-def vgg16() -> Plan:
-    """Up to the rectified conv5_3: the pool after it gives way to the pyramid."""
-    return _features_plan(torchvision.models.vgg16().features[:-1])
-
-
-def squeezenet1_0() -> Plan:
-    return _features_plan(torchvision.models.squeezenet1_0().features)
-
-
-def squeezenet1_1() -> Plan:
-    return _features_plan(torchvision.models.squeezenet1_1().features)
-
-
-def mobilenet_v2() -> Plan:
-    """By default up to the last block, without the 1×1 convolution to 1280 channels behind it."""
-    return _features_plan(torchvision.models.mobilenet_v2().features, default="features.17")
-
-
-def resnet18() -> Plan:
-    return _resnet_plan(torchvision.models.resnet18())
-
-
-def resnet50() -> Plan:
-    return _resnet_plan(torchvision.models.resnet50())
-
-
 BACKBONES: dict[str, Callable[[], Plan]] = {
     "zf5": zf5,
     "convnet5": convnet5,
     "overfeat5": overfeat5,
     "overfeat7": overfeat7,
     "tiny5": tiny5,
-    "alexnet": alexnet,
-    "vgg16": vgg16,
-    "squeezenet1_0": squeezenet1_0,
-    "squeezenet1_1": squeezenet1_1,
-    "mobilenet_v2": mobilenet_v2,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
+    # Up to the rectified conv5 (VGG16: conv5_3): the pool after it gives way to the pyramid.
+    "alexnet": lambda: _features_plan(torchvision.models.alexnet().features[:-1]),
+    "vgg16": lambda: _features_plan(torchvision.models.vgg16().features[:-1]),
+    "squeezenet1_0": lambda: _features_plan(torchvision.models.squeezenet1_0().features),
+    "squeezenet1_1": lambda: _features_plan(torchvision.models.squeezenet1_1().features),
+    # Up to the last block, without the 1×1 convolution to 1280 channels behind it.
+    "mobilenet_v2": lambda: _features_plan(torchvision.models.mobilenet_v2().features, default="features.17"),
+    "resnet18": lambda: _resnet_plan(torchvision.models.resnet18()),
+    "resnet50": lambda: _resnet_plan(torchvision.models.resnet50()),
 }
 
 

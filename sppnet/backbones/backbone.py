@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         self._outputs = outputs
         self._steps = steps_of(layers.values())
         self.geometry: Geometry = geometry_of(self._steps)
-        self.channels: int = sum(channels_of(_up_to(layers, output)) for output in outputs)
+        self.channels: int = sum(channels_of([*_up_to(layers, output).values()]) for output in outputs)
         self._check_joined(layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         sides = range(256, 256 + 64)  # every remainder of the strides in question
         last = [map_side(self._steps, side) for side in sides]
         for output in self._outputs:
-            steps = steps_of(_up_to(layers, output))
+            steps = steps_of(_up_to(layers, output).values())
             if [map_side(steps, side) for side in sides] != last:
                 raise BackboneError(
                     f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
@@ -90,12 +90,16 @@ def build_backbone(settings: BackboneSettings, seed: int = 0) -> Backbone:
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
         plan = BACKBONES[settings.name]()
     outputs = _outputs(settings, plan)
-    names = list(plan.layers)
-    layers = {name: plan.layers[name] for name in names[: names.index(outputs[-1]) + 1]}
+    layers = _up_to(plan.layers, outputs[-1])
     limit_stride(layers.values(), MAX_STRIDE)
     backbone = Backbone(settings.name, layers, outputs, settings.weights).to_empty(device="cpu")
     _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
-    _load(backbone)
+    weights = settings.weights
+    if weights.source == "torchvision":
+        load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
+    elif weights.source == "file":
+        assert weights.file is not None  # WeightsSettings has checked it
+        load_weights(backbone, load_weight_file(weights.file), str(weights.file))
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
@@ -109,9 +113,8 @@ def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:
     return tuple(name for name in names if name in wanted)
 
 
-def _up_to(layers: Mapping[str, nn.Module], last: str) -> list[nn.Module]:
-    names = list(layers)
-    return [layers[name] for name in names[: names.index(last) + 1]]
+def _up_to(layers: Mapping[str, nn.Module], last: str) -> dict[str, nn.Module]:
+    return dict(list(layers.items())[: list(layers).index(last) + 1])
 
 
 def _add_modules(parent: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -137,12 +140,3 @@ def _initialise(backbone: Backbone, deviation: float | None, generator: torch.Ge
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
-
-
-def _load(backbone: Backbone) -> None:
-    weights = backbone.weights
-    if weights.source == "torchvision":
-        load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
-    elif weights.source == "file":
-        assert weights.file is not None  # WeightsSettings has checked it
-        load_weights(backbone, load_weight_file(weights.file), str(weights.file))

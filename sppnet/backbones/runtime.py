@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from sppnet.backbones.backbone import Backbone
 from sppnet.errors import SppnetError
 
-__all__ = ["Runtime", "make_runtime", "resolve_precision", "resolve_runtime"]
-
 logger = logging.getLogger("sppnet")
 
 Kind = Literal["auto", "torch", "openvino"]
@@ -74,15 +72,14 @@ def make_runtime(
     """
     if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
         raise SppnetError("expected a frozen backbone in eval mode; call requires_grad_(False).eval() first")
-    if resolve_runtime(kind, device_of(backbone)) == "torch":
-        return Runtime(backbone, _torch_runtime(backbone, precision))
-    try:
-        return Runtime(backbone, _OpenVINORuntime(backbone, precision, threads or torch.get_num_threads()))
-    except SppnetError as error:
-        if kind == "openvino":
-            raise
-        logger.warning("%s; maps.runtime=auto takes torch", error)
-        return Runtime(backbone, _torch_runtime(backbone, precision))
+    if resolve_runtime(kind, device_of(backbone)) == "openvino":
+        try:
+            return Runtime(backbone, _OpenVINORuntime(backbone, precision, threads or torch.get_num_threads()))
+        except SppnetError as error:
+            if kind == "openvino":
+                raise
+            logger.warning("%s; maps.runtime=auto takes torch", error)
+    return Runtime(backbone, _torch_runtime(backbone, precision))
 
 
 def resolve_runtime(kind: Kind, device: torch.device | str) -> Literal["torch", "openvino"]:
@@ -103,7 +100,7 @@ def resolve_runtime(kind: Kind, device: torch.device | str) -> Literal["torch", 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
     """The precision to compute in: "auto" takes bfloat16 only where the device has instructions for it.
 
-    Depends on the device alone. Where bfloat16 is asked for and the device lacks it, a warning says what that costs.
+    Depends on the device alone. Where bfloat16 is set and the device lacks it, a warning says what that costs.
     """
     supported = _computes_bfloat16(torch.device(device))
     if precision == "auto":

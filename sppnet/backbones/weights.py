@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sppnet.artifacts import write_atomically
 from sppnet.errors import SppnetError
 
-DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without an answer, so that a machine without network is told soon
+DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 _KINDS = (".pth", ".pt", ".safetensors", ".npz")
 
 
@@ -59,15 +59,10 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
             "backbone.weights.file=PATH, or backbone.weights.source=random"
         )
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = torchvision_file(url)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlparse(url).path).name
     if not path.is_file():
         _download(url, path)
     return load_weight_file(path)
-
-
-def torchvision_file(url: str) -> Path:
-    """Where torch's cache keeps the file behind `url`."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlparse(url).path).name
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -115,11 +110,11 @@ def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:
 
 
 def _download(url: str, path: Path) -> None:
-    """The file behind `url`, complete and with the digest that its name carries, or WeightsError."""
+    """The file behind `url`, complete and with the digest that its name carries, or SppnetError."""
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer:
-            content = answer.read()
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read()
         found = hashlib.sha256(content).hexdigest()
         if digest and not found.startswith(digest.group(1)):
             raise OSError(f"a file with SHA-256 {found[:8]}… in place of {digest.group(1)}…")

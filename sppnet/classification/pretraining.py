@@ -18,13 +18,12 @@ from torch import Tensor
 from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.backbones.backbone import Backbone
-from sppnet.boxes import pairwise_iou
 from sppnet.config import Config, PretrainSettings
 from sppnet.errors import SppnetError
 from sppnet.images import prepare, read_image
-from sppnet.models.sppnet import SPPNet, build_head, seed_dropout
-from sppnet.progress import progress_bar
-from sppnet.records import ImageRecord
+from sppnet.jobs import progress_bar
+from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout
+from sppnet.records import ImageRecord, pairwise_iou
 
 CONTEXT = 1.4  # side of a stored crop over the longer side of its object: margin for shifts and other scales
 BACKGROUND_OVERLAP = 0.3  # a background crop overlaps every object less than this
@@ -162,8 +161,7 @@ class _Trainer:
         self.check_loss()
         if not distributed.is_main():
             return
-        states = [self.optimiser.state[parameter].get("momentum_buffer") for parameter in self.parameters]
-        momentum = {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
+        momentum = momentum_of(self.optimiser, self.parameters)
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         write_tensors(path, {**momentum, **network, "step": torch.tensor(step), "sums": self.sums})
 
@@ -171,10 +169,7 @@ class _Trainer:
         """Go on from a saved state; returns the steps done."""
         state = read_tensors(path)
         self.network.load_state_dict({n[8:]: t for n, t in state.items() if n.startswith("network.")})
-        for i, parameter in enumerate(self.parameters):
-            if f"momentum.{i}" in state:  # in the memory format of the parameter, which the fused step relies on
-                buffer = torch.empty_like(parameter.detach()).copy_(state[f"momentum.{i}"])
-                self.optimiser.state[parameter]["momentum_buffer"] = buffer
+        restore_momentum(self.optimiser, self.parameters, state)
         self.sums = state["sums"].to(self.device)
         return int(state["step"])
 

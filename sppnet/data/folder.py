@@ -1,4 +1,4 @@
-"""The images that `detect` is asked for: files, folders and patterns."""
+"""The images that paths name: files, folders and patterns."""
 
 from __future__ import annotations
 

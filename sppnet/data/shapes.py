@@ -2,7 +2,7 @@
 
 Five classes of shapes of about 30 to 160 px in any rotation, colour and texture lie on textured backgrounds
 among lines and specks; colour and texture say nothing about the class. Every image has a random generator of its
-own, seeded by (seed, set, number), so an image is the same however many others are asked for.
+own, seeded by (seed, set, number), so an image is the same however many others there are.
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ from defusedxml.ElementTree import parse as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import digest_of, file_digest, write_text
-from sppnet.boxes import areas, as_boxes
 from sppnet.errors import ImageError, SppnetError
 from sppnet.images import image_size
-from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts
+from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts, areas, as_boxes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -147,14 +146,12 @@ def read_image_set(path: Path) -> list[str]:
     return list(first_line)
 
 
-def load_split(
-    root: Path | str, split: str, classes: tuple[str, ...] | None = None, require_annotations: bool = True
-) -> tuple[list[ImageRecord], SkipCounts]:
+def load_split(root: Path | str, split: str, require_annotations: bool = True) -> tuple[list[ImageRecord], SkipCounts]:
     """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
 
-    `classes` ignores the objects of every other class. A missing annotation file is an error, or with
-    ``require_annotations=False`` (a test split) is counted and gives a record without one. Raises
-    SppnetError for a missing folder, set or image, an unreadable image header and all of `read_annotation`.
+    A missing annotation file is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
+    record without one. Raises SppnetError for a missing folder, set or image, an unreadable image header and all of
+    `read_annotation`.
     """
     set_file = _set_file(Path(root), split)
     names = read_image_set(set_file)
@@ -174,16 +171,16 @@ def load_split(
         else:
             counts["image without annotation, not evaluated"] += 1
         records.append(record)
-    return records if classes is None else restrict(records, classes), SkipCounts(dict(counts))
+    return records, SkipCounts(dict(counts))
 
 
 def load_splits(
-    root: Path | str, splits: Sequence[str], classes: tuple[str, ...] | None = None, require_annotations: bool = True
+    root: Path | str, splits: Sequence[str], require_annotations: bool = True
 ) -> tuple[list[ImageRecord], SkipCounts]:
     """Several splits one after the other; an image that is in two of them is an error."""
     records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
     for split in splits:
-        more, counted = load_split(root, split, classes, require_annotations)
+        more, counted = load_split(root, split, require_annotations)
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
@@ -232,7 +229,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The classes to train: those asked for, each of which must occur in `records`, or all that occur, sorted."""
+    """The classes to train: those given, each of which must occur in `records`, or all that occur, sorted."""
     found = tuple(sorted({name for record in records if record.annotation for name in record.annotation.names}))
     chosen = found if classes is None else classes
     listing = f"classes found in the training images: {', '.join(found) or 'none'}"

@@ -1,4 +1,4 @@
-"""Step 7: class-wise box regression (sec. 4.1; numbers of the release).
+"""Class-wise box regression (sec. 4.1; numbers of the release).
 
 A window with features x is moved and scaled by a linear prediction of (dx, dy, log dw, log dh), relative to the
 window's centre and sides. Targets are centred and whitened with (S + ε I)^(−1/2), S their covariance divided by N,
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.boxes import Boxes, as_boxes
 from sppnet.config import BoxRegressionSettings
 from sppnet.errors import SppnetError
+from sppnet.records import Boxes, as_boxes
 
 Features = NDArray[np.floating] | Tensor
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import Precision, Runtime, make_runtime, resolve_precision
-from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
@@ -26,9 +25,10 @@ from sppnet.detection.window_features import FrozenHead, ProjectedWindows, proje
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
-from sppnet.records import Detections
+from sppnet.records import Detections, as_boxes, clip_boxes
 
 FORMAT = 2  # of the detector folder
+_PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
 _FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
 _TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
 _OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
@@ -62,10 +62,9 @@ class DetectorDescription:
         if found != FORMAT:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {_OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
-        if missing or not {"backbone", "head", "svm"} <= set(values["parts"]):
-            raise ArtifactError(
-                f"{path}: {missing[0] if missing else 'parts'} is missing or incomplete; {_OTHER_VERSION}"
-            )
+        if missing or not {*_PARTS} <= set(values["parts"]):
+            missing = [*missing, "parts"]
+            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {_OTHER_VERSION}")
         ranks = values["ranks"]
         if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {_OTHER_VERSION}")
@@ -84,7 +83,7 @@ class DetectorDescription:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Scores (R, K) of windows, and where they lie on the maps, for the features that box regression asks for."""
+    """Scores (R, K) of windows, and where they lie on the maps, for the features of box regression."""
 
     scores: NDArray[np.float32]
     maps: FeatureMaps
@@ -122,7 +121,7 @@ class SPPDetector:
         """
         windows = as_boxes(self.proposer(image) if windows is None else windows, "windows")
         if len(windows) == 0:
-            return self._nothing()
+            return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), self.classes)
         return self.select(windows, self._score(self.embed(image), windows), image.shape[:2])
 
     def embed(self, image: NDArray[np.uint8]) -> FeatureMaps:
@@ -147,18 +146,16 @@ class SPPDetector:
         boxes = clip_boxes(boxes, image_size)
         solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         boxes, scores, label = boxes[solid], scores[solid], label[solid]
-        keep = _nms_of_labels(boxes, scores, label, len(self.classes), settings.nms_overlap)
+        table = np.full((len(boxes), len(self.classes)), -np.inf)
+        table[np.arange(len(boxes)), label] = scores
+        keep = nms_per_class(boxes, table, settings.nms_overlap)[0]
         return Detections(
             boxes[keep].astype(np.float32), scores[keep].astype(np.float32), label[keep].astype(np.int64), self.classes
         )
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
-        parts = {
-            "backbone": self.backbone.state_dict(),
-            "head": self.head.state_dict(),
-            "svm": self.svms.to_tensors(),
-        }
+        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()
         for name, tensors in parts.items():
@@ -195,8 +192,7 @@ class SPPDetector:
         cls, description: DetectorDescription, tensors: dict[str, dict[str, Tensor]], proposer: Proposer | None
     ) -> SPPDetector:
         config = description.config
-        weights = config.backbone.weights.model_copy(update={"source": "random"})
-        backbone = build_backbone(config.backbone.model_copy(update={"weights": weights}))
+        backbone = build_backbone(config.backbone.without_weights())
         backbone.load_state_dict(tensors["backbone"])
         outputs = len(description.classes) + 1
         head = build_head(backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks)
@@ -225,15 +221,12 @@ class SPPDetector:
     def _fast_regressors(self) -> BoxRegressors | None:
         return None if self.regressors is None else self.regressors.single()
 
-    def _nothing(self) -> Detections:
-        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
-
 
 def _missing(run: Path, folder: Path) -> str:
     """Why there is no detector in a run folder, and what to do."""
     if not run.exists():
         return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
-    if all((folder / f"{part}.safetensors").is_file() for part in ("backbone", "head", "svm")):
+    if all((folder / f"{part}.safetensors").is_file() for part in _PARTS):
         return (
             f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
             "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"
@@ -250,12 +243,3 @@ def _read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     if tensors_digest(tensors) != digest:
         raise ArtifactError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
     return tensors
-
-
-def _nms_of_labels(
-    boxes: NDArray[np.floating], scores: NDArray[np.floating], labels: NDArray[np.int64], classes: int, threshold: float
-) -> NDArray[np.int64]:
-    """NMS within each label; indices best first."""
-    table = np.full((len(boxes), classes), -np.inf)
-    table[np.arange(len(boxes)), labels] = scores
-    return nms_per_class(boxes, table, threshold)[0]

@@ -1,4 +1,4 @@
-"""Room 2: the convolutional map of an image, computed once, at every scale (sec. 4.1)."""
+"""The convolutional map of an image, computed once, at every scale (sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.artifacts import cache_arrays, has_arrays, read_arrays
+from sppnet.artifacts import has_arrays, read_arrays, write_arrays
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare, read_image, scaled_size
+from sppnet.jobs import map_in_workers
 from sppnet.records import ImageRecord
-from sppnet.workers import map_in_workers
 
 
 @dataclass(frozen=True)
@@ -80,32 +80,29 @@ def extract_images(
     picklable. Under torchrun every process does its share of the records.
     """
     jobs = [(record, False) for record in shard(records)] + [(record, True) for record in shard(flipped)]
-    missing = [job for job in jobs if not has_arrays(maps_path(folder, *job))]
-    map_in_workers(partial(_Extractor, load, settings, folder), missing, "maps", "map", workers, progress)
+    missing = [(record, flip) for record, flip in jobs if not has_arrays(record.path_in(folder, flip))]
+    map_in_workers(partial(_extractor, load, settings, folder), missing, "maps", "map", workers, progress)
     barrier()
-    size = sum(maps_path(folder, *job).stat().st_size for job in jobs)
+    size = sum(record.path_in(folder, flip).stat().st_size for record, flip in jobs)
     return ExtractSummary(len(missing), len(jobs) - len(missing), size / 1e9)
 
 
-class _Extractor:
-    """Writes the maps of one image after the other."""
+def _extractor(
+    load: Callable[[], Runtime], settings: MapSettings, folder: Path
+) -> Callable[[tuple[ImageRecord, bool]], None]:
+    """Writes the maps of one image, or of its mirror image, after the other."""
+    runtime = load()
 
-    def __init__(self, load: Callable[[], Runtime], settings: MapSettings, folder: Path) -> None:
-        self._runtime, self._settings, self._folder = load(), settings, folder
-
-    def __call__(self, job: tuple[ImageRecord, bool]) -> None:
+    def extract(job: tuple[ImageRecord, bool]) -> None:
         record, flip = job
         image = read_image(record.path)
         try:
-            maps = compute_maps(self._runtime, flip_image(image) if flip else image, self._settings)
+            maps = compute_maps(runtime, flip_image(image) if flip else image, settings)
         except BackboneError as error:
             raise BackboneError(f"{record.path}: {error}") from None
-        write_maps(maps_path(self._folder, record, flip), maps, self._settings)
+        write_maps(record.path_in(folder, flip), maps, settings)
 
-
-def maps_path(folder: Path, record: ImageRecord, flip: bool) -> Path:
-    """Where the maps of a record lie; the name carries the content of the image."""
-    return folder / f"{record.id}-{record.digest}{'-flip' if flip else ''}.npz"
+    return extract
 
 
 def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
@@ -115,12 +112,12 @@ def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
     arrays = {
         f"map_{i}": m.permute(1, 2, 0).cpu().numpy().clip(-limit, limit).astype(dtype) for i, m in enumerate(maps.maps)
     }
-    cache_arrays(path, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
+    write_arrays(path, durable=False, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
 
 
 def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureMaps:
     """The maps that `extract_images` wrote for a record, as float32 (C, H, W) in channels-last memory."""
-    path = maps_path(folder, record, flip)
+    path = record.path_in(folder, flip)
     if not path.exists():
         raise ArtifactError(f"{path}: no maps for image {record.id}; run extract first")
     arrays = read_arrays(path)

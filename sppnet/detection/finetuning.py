@@ -1,4 +1,4 @@
-"""Step 5: train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
+"""Train fc6, fc7 and a (K+1)-way classifier on sampled windows, the backbone frozen (sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sppnet.artifacts import read_tensors, write_tensors, write_text
 from sppnet.config import FinetuneSettings
 from sppnet.detection.training_windows import FinetuneWindows, LabelledWindows
 from sppnet.errors import SppnetError
-from sppnet.models.sppnet import SPPHead, seed_dropout
-from sppnet.progress import progress_bar
+from sppnet.jobs import progress_bar
+from sppnet.models.sppnet import SPPHead, momentum_of, restore_momentum, seed_dropout
 
 logger = logging.getLogger("sppnet")
 
@@ -34,7 +34,7 @@ PREFETCH = 3  # batches pooled ahead while the head trains
 class FinetuneSummary:
     best_step: int
     best_error: float  # on the validation windows
-    untrained_error: float  # of always answering background
+    untrained_error: float  # of always choosing background
     steps: int
     reused_steps: int
 
@@ -84,8 +84,9 @@ def _one_thread() -> Iterator[ThreadPoolExecutor]:
     """A thread in which torch computes with one thread: several would wait for the cores that training keeps busy."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1) as loader:
-        loader.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()  # asked first, a new thread
-        torch.set_num_threads(threads)  # does not forget its own number; other new ones take what was set last
+        for prepare in (torch.get_num_threads, lambda: torch.set_num_threads(1)):  # a thread that was not asked for
+            loader.submit(prepare).result()  # its number forgets what it is set to
+        torch.set_num_threads(threads)  # other threads take what was set last
         yield loader
 
 
@@ -152,8 +153,7 @@ class _Trainer:
     def _save(self, step: int) -> None:
         if not distributed.is_main():
             return
-        states = [self.optimiser.state[parameter].get("momentum_buffer") for parameter in self.parameters]
-        momentum = {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
+        momentum = momentum_of(self.optimiser, self.parameters)
         now = {f"now.{name}": tensor for name, tensor in self.head.state_dict().items()}
         best = {f"best.{name}": tensor for name, tensor in self.best.items()}
         progress = {
@@ -173,9 +173,7 @@ class _Trainer:
         state = read_tensors(path)
         self.head.load_state_dict({n[4:]: t for n, t in state.items() if n.startswith("now.")})
         self.best = {n[5:]: t.to(self.device) for n, t in state.items() if n.startswith("best.")}
-        for i, parameter in enumerate(self.parameters):
-            if f"momentum.{i}" in state:
-                self.optimiser.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(self.device)
+        restore_momentum(self.optimiser, self.parameters, state)
         step, self.best_error, self.best_loss = state["chosen"].tolist()
         self.best_step = int(step)
         self.rows = [tuple(row) for row in state["rows"].tolist()]

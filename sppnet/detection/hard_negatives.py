@@ -1,4 +1,4 @@
-"""Step 6: hard-negative mining, one pass over the images for the SVMs of all classes (sec. 4.1; the release).
+"""Hard-negative mining, one pass over the images for the SVMs of all classes (sec. 4.1; the release).
 
 Objects are the positives, and proposals close to them where the settings say so. Negatives of a class are the windows
 whose overlap with all its objects is below 0.3. All negatives of the first image train the first SVM; later only those
@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
 from sppnet.detection.training_windows import MiningWindows, draw_rows
 from sppnet.errors import SppnetError
-from sppnet.progress import progress_bar
+from sppnet.jobs import progress_bar
+from sppnet.records import pairwise_iou
 
 logger = logging.getLogger("sppnet")
 

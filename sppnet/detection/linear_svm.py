@@ -1,4 +1,4 @@
-"""Step 6: linear SVMs, one per class, and the fit of a single one (sec. 4.1; numbers of the release).
+"""Linear SVMs, one per class, and the fit of a single one (sec. 4.1; numbers of the release).
 
 The problem of one class, over scaled features x with labels y in {-1, +1}, B the bias multiplier and p the weight of
 positives:

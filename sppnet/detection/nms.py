@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
-from sppnet.boxes import as_boxes
+from sppnet.records import as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
 

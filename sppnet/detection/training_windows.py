@@ -1,4 +1,4 @@
-"""What steps 5-7 train on: the windows of the training images, their overlaps with objects and their pooled features.
+"""What fine-tuning, SVMs and box regressors train on: windows of images, their overlaps with objects, their features.
 
 Maps and proposals are read from disk when they are needed, one image at a time, so memory does not grow with the
 number of images beyond the rows of the windows that may be drawn.
@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.backbones.backbone import Backbone
-from sppnet.boxes import flip_boxes, pairwise_iou
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_at, project_to_maps
-from sppnet.errors import SppnetError
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
-from sppnet.records import Annotation, ImageRecord, spread
+from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class TrainingWindows:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
         annotation = self.records[index].annotation
         if annotation is None:
-            raise SppnetError(f"image {self.records[index].id} has no annotation; training needs one for every image")
+            raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
         annotation = annotation.of(self.classes)
         return annotation if self.config.data.train_on_difficult else annotation.easy()
 
@@ -106,6 +104,11 @@ class TrainingWindows:
 
     def project(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> ProjectedWindows:
         return project_to_maps(maps, windows, self.backbone.geometry, self.config.pyramid, self.config.maps)
+
+    def features(self, index: int, windows: NDArray[np.floating], features: Features) -> Tensor:
+        """`features` (R, D), unscaled, of windows (R, 4) of an image."""
+        maps = self.maps(index)
+        return features(maps, self.project(maps, windows))
 
     def pool(self, maps: FeatureMaps, projected: ProjectedWindows) -> Tensor:
         return pool_projected(maps, projected, self.config.pyramid.levels)
@@ -145,9 +148,8 @@ class MiningWindows:
 
     def read(self, index: int) -> tuple[ImageWindows, Tensor]:
         """The windows of an image and their features (R, D), unscaled, on any device."""
-        maps = self._source.maps(index)
-        found = self._distinct(index, maps)
-        return found, self._features(maps, self._source.project(maps, found.windows))
+        found = self._distinct(index)
+        return found, self.features(index, found.windows)
 
     def positives(self, index: int) -> PositiveWindows:
         """The objects; where svm.positive_overlap is below 1, then the proposals that cover one by so much.
@@ -159,7 +161,7 @@ class MiningWindows:
         if threshold == 1:
             annotation = source.annotation(index)
             return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
-        found = self._distinct(index, source.empty_maps(index))
+        found = self._distinct(index)
         count = len(found.objects)
         near, classes = np.nonzero(found.overlaps[count:] >= threshold)
         rows, labels = np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
@@ -167,14 +169,13 @@ class MiningWindows:
 
     def features(self, index: int, windows: NDArray[np.floating]) -> Tensor:
         """Features (R, D), unscaled, of windows (R, 4) of an image."""
-        maps = self._source.maps(index)
-        return self._features(maps, self._source.project(maps, windows))
+        return self._source.features(index, windows, self._features)
 
-    def _distinct(self, index: int, maps: FeatureMaps) -> ImageWindows:
-        """The objects, and one of the proposals on each distinct window of cells."""
+    def _distinct(self, index: int) -> ImageWindows:
+        """The objects, and one of the proposals on each distinct window of cells. No map is read."""
         found = self._source.image_windows(index)
         count = len(found.objects)
-        _, unique_row = self._source.project(maps, found.windows[count:]).unique()
+        _, unique_row = self._source.project(self._source.empty_maps(index), found.windows[count:]).unique()
         first = np.unique(unique_row, return_index=True)[1]  # the first proposal on each window of cells, in order
         rows = np.concatenate([np.arange(count), count + first])
         return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows])
@@ -211,8 +212,7 @@ def sample_norms(source: TrainingWindows, features: Features, images: int, windo
     for index in spread(range(len(source.records)), images):
         proposals = read_windows(source.windows_folder, source.records[index])[:windows]
         if len(proposals):
-            maps = source.maps(index)
-            norms.append(features(maps, source.project(maps, proposals)).norm(dim=1).cpu().numpy())
+            norms.append(source.features(index, proposals, features).norm(dim=1).cpu().numpy())
     return np.concatenate(norms)
 
 
@@ -246,7 +246,5 @@ def pool_box_examples(source: TrainingWindows, examples: BoxExamples, width: int
     pooled = torch.zeros(len(examples.images), width)
     for index in np.unique(examples.images):
         rows = np.flatnonzero(examples.images == index)
-        maps = source.maps(int(index))
-        own = features(maps, source.project(maps, examples.windows[rows]))
-        pooled[torch.from_numpy(rows)] = own.cpu()
+        pooled[torch.from_numpy(rows)] = source.features(int(index), examples.windows[rows], features).cpu()
     return pooled

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sppnet.backbones.geometry import Geometry
-from sppnet.boxes import areas, as_boxes
+from sppnet.records import areas, as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.boxes import as_boxes, pairwise_iou
-from sppnet.records import Annotation
+from sppnet.records import Annotation, as_boxes, pairwise_iou
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.boxes import as_boxes, pairwise_iou
 from sppnet.errors import SppnetError
-from sppnet.records import Annotation, Detections
+from sppnet.records import Annotation, Detections, as_boxes, pairwise_iou
 
 Metric = Literal["11point", "area"]
 Floats = NDArray[np.float64]
@@ -49,7 +48,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class VOCEvaluation:
-    """Results per class, in the order asked for. A class without objects is absent: AP None, not in the mean."""
+    """Results per class, in the order given. A class without objects is absent: AP None, not in the mean."""
 
     results: Mapping[str, ClassResult]
     metric: Metric
@@ -105,8 +104,8 @@ def evaluate_voc(
     """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Detections of classes that are not asked for are left out. SppnetError for an image with
-    detections but without annotation.
+    order inside the image. Detections of other classes are left out. SppnetError for an image with detections but
+    without annotation.
     """
     if not isinstance(detections, Mapping):
         detections = {str(index): found for index, found in enumerate(detections)}

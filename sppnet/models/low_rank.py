@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppnet.errors import SppnetError
-from sppnet.models.sppnet import FullyConnected, SPPHead
+from sppnet.models.sppnet import SPPHead
 
 BLOCK = 4096  # activations in double precision at once
 
 
-def low_rank_head(head: SPPHead, ranks: Mapping[FullyConnected, int], activations: Tensor) -> SPPHead:
+def low_rank_head(head: SPPHead, ranks: Mapping[str, int], activations: Tensor) -> SPPHead:
     """A copy of `head` in which the layers named in `ranks` have these ranks, as `check_rank` allows them.
 
     `activations` (N, fc6) are those of fc6 before its rectification (`fc6_activations`); fc7's follow from them. Raises
@@ -41,7 +41,7 @@ def low_rank_head(head: SPPHead, ranks: Mapping[FullyConnected, int], activation
     return reduced.train(head.training)
 
 
-def check_rank(name: FullyConnected, inputs: int, outputs: int, rank: int) -> None:
+def check_rank(name: str, inputs: int, outputs: int, rank: int) -> None:
     """SppnetError for a rank that saves no work in a layer of this size."""
     largest = (inputs * outputs - 1) // (inputs + outputs)  # rank · (inputs + outputs) < inputs · outputs
     if not 1 <= rank <= largest:
@@ -58,7 +58,7 @@ def fc6_activations(head: SPPHead, pooled: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def variance_kept(whole: SPPHead, reduced: SPPHead, activations: Tensor) -> dict[FullyConnected, float]:
+def variance_kept(whole: SPPHead, reduced: SPPHead, activations: Tensor) -> dict[str, float]:
     """Share of the variance of fc6's and fc7's activations that the low-rank head still gives, fc7's after fc6's loss.
 
     `activations` (N, fc6) are those of fc6 in `whole`, before its rectification.

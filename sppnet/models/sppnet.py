@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -97,6 +97,22 @@ def seed_dropout(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def momentum_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The momentum of every parameter that has one, named by its place, to be saved."""
+    states = [optimiser.state[parameter].get("momentum_buffer") for parameter in parameters]
+    return {f"momentum.{i}": state for i, state in enumerate(states) if state is not None}
+
+
+def restore_momentum(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Give the optimiser what `momentum_of` saved, in each parameter's memory format: the fused step relies on it."""
+    for i, parameter in enumerate(parameters):
+        if f"momentum.{i}" in state:
+            buffer = torch.empty_like(parameter.detach()).copy_(state[f"momentum.{i}"])
+            optimiser.state[parameter]["momentum_buffer"] = buffer
 
 
 def build_head(

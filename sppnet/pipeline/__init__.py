@@ -6,5 +6,4 @@ networks    the backbone and the head of a training run, as far as its stages ha
 training    the stages of section 4.1 in order, on one screen
 evaluation  a split: detections, evaluation, files
 prediction  any images: pictures, detections.json, detections.csv
-demo        all of it on generated pictures
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,13 @@ from sppnet.errors import BackboneError
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
+from sppnet.jobs import map_in_workers
 from sppnet.pipeline.run_data import load_test_data, splits_to_test
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
 from sppnet.records import Annotation, Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
 from sppnet.report.plots import draw_precision_recall
-from sppnet.workers import map_in_workers
 
 log = logging.getLogger("sppnet")
 
@@ -51,11 +51,7 @@ class SplitResult:
 
 
 def detect_split(
-    run: Path,
-    config: Config,
-    records: Sequence[ImageRecord],
-    device: torch.device | str = "cpu",
-    progress: bool = True,
+    run: Path, config: Config, records: Sequence[ImageRecord], device: torch.device | str = "cpu", progress: bool = True
 ) -> SplitResult:
     """Detect in every record with the detector of a run, under `config`; evaluate what is annotated.
 
@@ -66,31 +62,31 @@ def detect_split(
     windows = windows_folder(run, config)
     propose_images(records, config.proposals, windows, progress)
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
-    own = [replace(r, annotation=None) for r in distributed.shard(records) if not _path(folder, r).exists()]
-    make = partial(_Searcher, run, config, device, windows, folder)
+    own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
+    make = partial(_searcher, run, config, device, windows, folder)
     start = time.monotonic()
     map_in_workers(make, own, "detect", "image", 0 if torch.device(device).type == "cpu" else 1, progress)
     seconds = (time.monotonic() - start) / len(own) if own else None
     distributed.barrier()
-    detections = {r.id: _read(_path(folder, r), description.classes) for r in records}
+    detections = {r.id: _read(r.path_in(folder), description.classes) for r in records}
     evaluation, quality = _evaluate(description, records, detections, windows)
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 
-class _Searcher:
+def _searcher(
+    run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path
+) -> Callable[[ImageRecord], None]:
     """Detects in one image after the other and writes what it finds."""
+    detector = replace(SPPDetector.load(run, device), config=config)
 
-    def __init__(self, run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path) -> None:
-        self._detector = replace(SPPDetector.load(run, device), config=config)
-        self._windows, self._folder = windows, folder
-
-    def __call__(self, record: ImageRecord) -> None:
-        image, windows = read_image(record.path), read_windows(self._windows, record)
+    def search(record: ImageRecord) -> None:
         try:
-            found = self._detector.detect(image, windows)
+            found = detector.detect(read_image(record.path), read_windows(windows, record))
         except BackboneError as error:  # an image too narrow for the network: say which
             raise BackboneError(f"{record.path}: {error}") from None
-        write_arrays(_path(self._folder, record), boxes=found.boxes, scores=found.scores, labels=found.labels)
+        write_arrays(record.path_in(folder), boxes=found.boxes, scores=found.scores, labels=found.labels)
+
+    return search
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def evaluate_run(
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
-    config = _without_imports(config) if other else _drop_missing_imports(config)
+    config = _drop_imports(config, other)
     records, skips = load_test_data(config, data, splits)
     for reason, count in skips.counts.items():
         log.info("%d × %s", count, reason)
@@ -160,19 +156,18 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     return results / ("+".join(name.replace("/", "-") for name in splits) or HELD_OUT)
 
 
-def _drop_missing_imports(config: Config) -> Config:
-    """A detector outlives the files that its training windows came from; images are searched then."""
-    kept = tuple(path for path in config.proposals.import_from if path.is_file())
-    if kept != config.proposals.import_from:
-        log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
-    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": kept})})
+def _drop_imports(config: Config, other: bool) -> Config:
+    """Without the imported windows that are gone, since a detector outlives them; without all for `other` data.
 
-
-def _without_imports(config: Config) -> Config:
-    """Imported windows may be named by the bare file names of their images, which another data set may have too."""
-    if config.proposals.import_from:
+    They may be named by the bare file names of their images, which other data may have too.
+    """
+    proposals = config.proposals
+    kept = () if other else tuple(path for path in proposals.import_from if path.is_file())
+    if other and proposals.import_from:
         log.info("proposals.import_from belongs to %s; the images of other data are searched", config.data.root)
-    return config.model_copy(update={"proposals": config.proposals.model_copy(update={"import_from": ()})})
+    elif kept != proposals.import_from:
+        log.info("some files of proposals.import_from are gone; images whose windows they held are searched")
+    return config.model_copy(update={"proposals": proposals.model_copy(update={"import_from": kept})})
 
 
 def _write_comp4(
@@ -231,19 +226,9 @@ def _evaluate(
         log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
         return None, None
     settings = description.config.evaluate
-    evaluation = evaluate_voc(
-        {image: detections[image] for image in annotations},
-        annotations,
-        description.classes,
-        settings.metric,
-        settings.iou,
-        settings.use_difficult,
-    )
+    found, rules = {image: detections[image] for image in annotations}, (settings.metric, settings.iou)
+    evaluation = evaluate_voc(found, annotations, description.classes, *rules, settings.use_difficult)
     return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
-
-
-def _path(folder: Path, record: ImageRecord) -> Path:
-    return folder / f"{record.id}-{record.digest}.npz"
 
 
 def _read(path: Path, classes: tuple[str, ...]) -> Detections:

@@ -18,9 +18,9 @@ from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
 from sppnet.errors import SppnetError
+from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
-    FullyConnected,
     Layer,
     SPPHead,
     build_head,
@@ -30,7 +30,6 @@ from sppnet.models.sppnet import (
     pooled_size,
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks
-from sppnet.progress import progress_bar
 from sppnet.records import spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
@@ -55,19 +54,17 @@ class TrainingNetworks:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
         if not ranks(self.config):
             return self.whole_head()
-        return self.low_rank_head(self._need("low_rank", "head.safetensors"))
+        return self.saved_head(self._need("low_rank", "head.safetensors"), ranks(self.config))
 
     def whole_head(self) -> SPPHead:
         """The head before its rank is reduced: fine-tuned, or as it was initialised."""
         if GRAPH["finetune"].skipped(self.config):
             return self.initial_head()
-        head = self._new_head()
-        head.load_state_dict(read_tensors(self._need("finetune", "head.safetensors")))
-        return head.to(self.device)
+        return self.saved_head(self._need("finetune", "head.safetensors"))
 
-    def low_rank_head(self, path: Path) -> SPPHead:
-        """The head of low rank that a file holds."""
-        head = self._new_head(ranks(self.config))
+    def saved_head(self, path: Path, ranks: dict[str, int] | None = None) -> SPPHead:
+        """The head that a file holds, of these ranks."""
+        head = self._new_head(ranks)
         head.load_state_dict(read_tensors(path))
         return head.to(self.device)
 
@@ -146,9 +143,9 @@ class TrainingNetworks:
     def check_ranks(self) -> None:
         """SppnetError for ranks that the stage low_rank would refuse, before anything is trained."""
         sizes, wanted = self.config.head, ranks(self.config)
-        layers: dict[FullyConnected, tuple[int, int]] = {"fc7": (sizes.fc6, sizes.fc7)}
+        layers = {"fc7": (sizes.fc6, sizes.fc7)}
         if "fc6" in wanted:
-            channels = build_backbone(_without_weights(self.config.backbone)).channels
+            channels = build_backbone(self.config.backbone.without_weights()).channels
             layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
         for name, rank in wanted.items():
             check_rank(name, *layers[name], rank)
@@ -158,12 +155,9 @@ class TrainingNetworks:
         """What the stage pretrain left, where it is wanted."""
         return self._need("pretrain", "network.safetensors") if self.config.pretrain.enabled else None
 
-    def _new_head(self, ranks: dict[FullyConnected, int] | None = None) -> SPPHead:
-        config, outputs = self.config, len(self.graph.data.classes) + 1
-        named = {str(name): rank for name, rank in (ranks or {}).items()}
-        return build_head(
-            self.backbone.channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, named
-        )
+    def _new_head(self, ranks: dict[str, int] | None = None) -> SPPHead:
+        config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels
+        return build_head(channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, ranks)
 
     def _need(self, stage: str, name: str) -> Path:
         path = self.graph.folder(stage) / name
@@ -179,7 +173,7 @@ def load_backbone(settings: BackboneSettings, pretrained: Path | None) -> Backbo
     """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file."""
     if pretrained is None:
         return build_backbone(settings)
-    backbone, state = build_backbone(_without_weights(settings)), read_tensors(pretrained)
+    backbone, state = build_backbone(settings.without_weights()), read_tensors(pretrained)
     own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     backbone.load_state_dict(own)
     return backbone
@@ -190,8 +184,3 @@ def load_runtime(
 ) -> Runtime:
     """The same ready to compute maps on `device`, for `extract_images`."""
     return make_runtime(load_backbone(settings, pretrained).to(device), kind, precision)
-
-
-def _without_weights(settings: BackboneSettings) -> BackboneSettings:
-    weights = settings.weights.model_copy(update={"source": "random"})
-    return settings.model_copy(update={"weights": weights})

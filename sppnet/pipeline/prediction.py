@@ -16,10 +16,9 @@ from sppnet.data.folder import find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import ArtifactError, BackboneError, ImageError, SppnetError
 from sppnet.images import read_image
-from sppnet.progress import progress_bar
+from sppnet.jobs import iterate_in_workers, progress_bar
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, save_image
-from sppnet.workers import iterate_in_workers
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,15 @@ def detect_files(
     `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. A file that
     cannot be read, or is too narrow for the network, is skipped and counted. Pictures keep the names of their images; a
     name that occurs twice gets a number. What an earlier call left in `out` is not searched. The lists are written
-    after an interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite an
-    image that was asked for.
+    after an interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite one
+    of the images.
     """
     found: dict[Path, Detections] = {}
     skipped: dict[Path, str] = {}
     names = _picture_names(_find_inputs(paths, out))
     jobs = [(path, out / name) for path, name in names.items()]
     try:
-        done = iterate_in_workers(partial(_Painter, load, threshold), jobs, workers)
+        done = iterate_in_workers(partial(_painter, load, threshold), jobs, workers)
         for (path, _), result in progress_bar(done, "detect", "image", len(names), shown=progress):
             if isinstance(result, str):
                 skipped[path] = result
@@ -65,24 +64,23 @@ def detect_files(
     return FolderResult(found, {path: skipped[path] for path in names if path in skipped})
 
 
-class _Painter:
-    """Detects in one image after the other and draws what it finds."""
+def _painter(load: Callable[[], SPPDetector], threshold: float) -> Callable[[tuple[Path, Path]], Detections | str]:
+    """Detects in one image file after the other and draws what it finds in another; or says why there is none."""
+    detector = load()
 
-    def __init__(self, load: Callable[[], SPPDetector], threshold: float) -> None:
-        self._detector, self._threshold = load(), threshold
-
-    def __call__(self, job: tuple[Path, Path]) -> Detections | str:
-        """The detections in an image file, drawn in another; or why there are none."""
+    def paint(job: tuple[Path, Path]) -> Detections | str:
         path, picture = job
         try:
             image = read_image(path)
-            detections = self._detector.detect(image).above(self._threshold)
+            detections = detector.detect(image).above(threshold)
         except ImageError as error:
             return str(error)
         except BackboneError as error:
             return f"{path}: {error}"
-        save_image(draw_detections(image, detections, self._threshold), picture)
+        save_image(draw_detections(image, detections, threshold), picture)
         return detections
+
+    return paint
 
 
 def _find_inputs(paths: Sequence[str | Path], out: Path) -> list[Path]:

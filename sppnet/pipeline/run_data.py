@@ -32,6 +32,11 @@ class RunData:
         """At most `validate_images` of the held-out images, spread over them."""
         return spread(self.held_out, self.validate_images)
 
+    @property
+    def images(self) -> list[ImageRecord]:
+        """All that stages read: training images, then those of `validation`."""
+        return [*self.train, *self.validation]
+
     def digest(self, split: str) -> str:
         """Content key of the annotated images of "train" or "validation"."""
         return annotations_digest(self.train if split == "train" else self.validation, self.classes)
@@ -41,7 +46,10 @@ class RunData:
         images = f"{len(self.train)} training and {len(self.held_out)} validation images"
         skips = [f"{count} × {reason}" for reason, count in self.skips.counts.items()]
         kinds = {"training": self.train, "validation": self.held_out}
-        bare = {kind: sum(not _has_objects(record) for record in records) for kind, records in kinds.items()}
+        bare = {
+            kind: sum(not (r.annotation and len(r.annotation.boxes)) for r in records)
+            for kind, records in kinds.items()
+        }
         skips += [f"{count} × {kind} image {BARE[kind]}" for kind, count in bare.items() if count]
         shared = len({record.id for record in self.train} & {record.id for record in self.held_out})
         if shared:
@@ -92,7 +100,3 @@ def load_test_data(
         return load_splits(folder, names, require_annotations=False)
     train, skips = load_splits(folder, settings.train)
     return hold_out(train, settings.holdout, settings.seed)[1], skips
-
-
-def _has_objects(record: ImageRecord) -> bool:
-    return record.annotation is not None and len(record.annotation.boxes) > 0

@@ -11,16 +11,14 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import digest_of, file_digest
 from sppnet.config import STAGES, Config
-from sppnet.detection.feature_maps import maps_path
-from sppnet.models.sppnet import FullyConnected
 from sppnet.pipeline.run_data import RunData
-from sppnet.proposals.search import windows_path
 from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
@@ -63,10 +61,35 @@ class StageStatus:
     def complete(self) -> bool:
         return bool(self.skipped) or self.done == self.total
 
+    def describe(self, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
+        """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
+        action, why = self._decide(only, invalidated)
+        return f"{self.name:<9} {action:<8} {why}"
+
+    def _decide(self, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
+        folder, parts = self.folder.name, f"{self.done} of {self.total}"
+        if self.skipped:
+            return "skip", self.skipped
+        if self.name not in only:
+            stale = "; depends on re-run stages and would be deleted" if self.name in invalidated and self.done else ""
+            return "leave", f"not selected; {parts} in {folder}{stale}"
+        if self.name in invalidated:
+            return "run", f"from scratch, as asked; {parts} in {folder} are there and would be deleted"
+        if self.done == self.total:
+            return "reuse", f"all {self.total} in {folder}"
+        if self.done:
+            return "resume", f"{parts} in {folder}"
+        if self.checkpoint is not None:
+            return "resume", f"from {folder}/{self.checkpoint.name}"
+        others = sorted(path.name for path in self.folder.parent.glob(f"{self.name}-*") if path != self.folder)
+        if others:
+            return "run", f"settings or inputs are not those of {', '.join(others)}; {self.total} to do in {folder}"
+        return "run", f"nothing there yet; {self.total} to do in {folder}"
+
 
 @dataclass(frozen=True)
 class StageGraph:
-    """The stages of one run in `root`. `config` has its precision resolved: what is computed, not what was asked."""
+    """The stages of one run in `root`. `config` has its precision resolved: what is computed with, not what was set."""
 
     root: Path
     config: Config
@@ -74,10 +97,7 @@ class StageGraph:
 
     def folder(self, name: str) -> Path:
         """Where the results of a stage lie."""
-        return self.root / f"{name}-{self.digest(name)}"
-
-    def digest(self, name: str) -> str:
-        return self._digests[name]
+        return self.root / f"{name}-{self.digests[name]}"
 
     @property
     def detector(self) -> Path:
@@ -128,30 +148,25 @@ class StageGraph:
                 shutil.rmtree(self.folder(name))
 
     @cached_property
-    def _digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
+        """Content key of every stage."""
         digests: dict[str, str] = {}
         for name in STAGES:
             stage = GRAPH[name]
-            settings = {key: self._settings(key) for key in sorted(stage.settings(self.config))}
+            settings = {
+                key: reduce(getitem, key.split("."), self._values) for key in sorted(stage.settings(self.config))
+            }
             data = [self.data.digest(split) for split in stage.data]
             digests[name] = digest_of(name, stage.version, settings, data, [digests[o] for o in self.reads(name)])
         return digests
 
-    def _settings(self, key: str) -> Any:
-        value: Any = self._values
-        for part in key.split("."):
-            value = value[part]
-        return value
-
     @cached_property
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Any:
         """All settings, files by their content, without those that change no result."""
-        values = self.config.model_dump(mode="json")
+        values: Any = self.config.model_dump(mode="json")
         for key in (*NO_RESULT, *FILES):
             *parents, last = key.split(".")
-            section = values
-            for parent in parents:
-                section = section[parent]
+            section = reduce(getitem, parents, values)
             named = section.pop(last)
             if key in FILES:
                 paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
@@ -170,15 +185,15 @@ def windows_folder(root: Path, config: Config) -> Path:
     return StageGraph(root, config, RunData()).folder("proposals")
 
 
-def fc_layers(config: Config) -> tuple[FullyConnected, ...]:
+def fc_layers(config: Config) -> tuple[str, ...]:
     """The fully connected layers that the features wanted need."""
     wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
     return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
 
 
-def ranks(config: Config) -> dict[FullyConnected, int]:
+def ranks(config: Config) -> dict[str, int]:
     """The layers to reduce and their ranks, of those that are needed."""
-    wanted: dict[FullyConnected, int] = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
+    wanted = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
     return {name: wanted[name] for name in fc_layers(config) if wanted[name]}
 
 
@@ -188,6 +203,8 @@ def tunes_low_rank(config: Config) -> bool:
 
 
 # --- the declarations -------------------------------------------------------------------------------
+
+HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
 
 
 def _skip_finetune(config: Config) -> str:
@@ -201,32 +218,18 @@ def _skip_low_rank(config: Config) -> str:
     return "low_rank.fc6 and low_rank.fc7 are 0" if fc_layers(config) else "no fc features are wanted"
 
 
-def _head(config: Config) -> list[str]:
-    """Settings of the head before fine-tuning."""
-    return ["head", "pyramid", "precision", "finetune.seed"]
-
-
 def _low_rank_settings(config: Config) -> list[str]:
     schedule = ["low_rank.steps", "low_rank.learning_rates", "finetune"] if tunes_low_rank(config) else []
-    return [*_head(config), *(f"low_rank.{name}" for name in ranks(config)), *schedule]
+    return [*HEAD, *(f"low_rank.{name}" for name in ranks(config)), *schedule]
 
 
 def _features(layer: str) -> list[str]:
     return ["proposals", "maps"] if layer == "pool" else ["proposals", "maps", "pretrain", "finetune", "low_rank"]
 
 
-def _settings_on(section: str) -> Callable[[Config], list[str]]:
-    """Settings of a stage on window features: the head's, where that is as it was initialised."""
-
-    def settings(config: Config) -> list[str]:
-        layer = getattr(config, section).layer
-        return [section, "pyramid", "data.train_on_difficult", *([] if layer == "pool" else _head(config))]
-
-    return settings
-
-
-def _images(graph: StageGraph) -> list[ImageRecord]:
-    return [*graph.data.train, *graph.data.validation]
+def _settings_on(section: str, layer: str) -> list[str]:
+    """Settings of a stage on features of a layer: the head's too, which may be as it was initialised."""
+    return [section, "pyramid", "data.train_on_difficult", *(() if layer == "pool" else HEAD)]
 
 
 GRAPH: dict[str, Stage] = {
@@ -237,7 +240,7 @@ GRAPH: dict[str, Stage] = {
             version=1,
             settings=lambda _: ["proposals"],
             reads=lambda _: [],
-            outputs=lambda graph: [windows_path(Path(), record) for record in _images(graph)],
+            outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
             "pretrain",
@@ -254,14 +257,14 @@ GRAPH: dict[str, Stage] = {
             settings=lambda _: ["maps", "backbone", "precision"],
             reads=lambda _: ["pretrain"],
             outputs=lambda graph: [
-                *(maps_path(Path(), record, flip=False) for record in _images(graph)),
-                *(maps_path(Path(), record, flip=True) for record in graph.flipped),
+                *(record.path_in(Path()) for record in graph.data.images),
+                *(record.path_in(Path(), flip=True) for record in graph.flipped),
             ],
         ),
         Stage(
             "finetune",
             version=2,  # 2: gradients by autograd
-            settings=lambda config: ["finetune", "data.train_on_difficult", *_head(config)],
+            settings=lambda config: ["finetune", "data.train_on_difficult", *HEAD],
             reads=lambda _: ["proposals", "pretrain", "maps"],
             outputs=lambda _: [Path("head.safetensors")],
             data=["train", "validation"],
@@ -279,7 +282,7 @@ GRAPH: dict[str, Stage] = {
         Stage(
             "svm",
             version=2,  # 2: positives are drawn before their features are computed
-            settings=_settings_on("svm"),
+            settings=lambda config: _settings_on("svm", config.svm.layer),
             reads=lambda config: _features(config.svm.layer),
             outputs=lambda _: [Path("svm.safetensors")],
             data=["train"],
@@ -287,7 +290,7 @@ GRAPH: dict[str, Stage] = {
         Stage(
             "boxes",
             version=1,
-            settings=_settings_on("boxes"),
+            settings=lambda config: _settings_on("boxes", config.boxes.layer),
             reads=lambda config: _features(config.boxes.layer),
             outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],
             data=["train"],
@@ -300,33 +303,3 @@ GRAPH: dict[str, Stage] = {
 def regressor_path(label: int) -> Path:
     """Of the box regressor of a class, relative to the folder of its stage."""
     return Path(f"class-{label:03d}.safetensors")
-
-
-# --- in words ---------------------------------------------------------------------------------------
-
-
-def describe_stage(status: StageStatus, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
-    """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
-    action, why = _decision(status, only, invalidated)
-    return f"{status.name:<9} {action:<8} {why}"
-
-
-def _decision(status: StageStatus, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
-    name, parts = status.folder.name, f"{status.done} of {status.total}"
-    if status.skipped:
-        return "skip", status.skipped
-    if status.name not in only:
-        stale = "; depends on re-run stages and would be deleted" if status.name in invalidated and status.done else ""
-        return "leave", f"not selected; {parts} in {name}{stale}"
-    if status.name in invalidated:
-        return "run", f"from scratch, as asked; {parts} in {name} are there and would be deleted"
-    if status.done == status.total:
-        return "reuse", f"all {status.total} in {name}"
-    if status.done:
-        return "resume", f"{parts} in {name}"
-    if status.checkpoint is not None:
-        return "resume", f"from {name}/{status.checkpoint.name}"
-    others = sorted(path.name for path in status.folder.parent.glob(f"{status.name}-*") if path != status.folder)
-    if others:
-        return "run", f"settings or inputs are not those of {', '.join(others)}; {status.total} to do in {name}"
-    return "run", f"nothing there yet; {status.total} to do in {name}"

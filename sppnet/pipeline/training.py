@@ -30,12 +30,12 @@ from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.errors import SppnetError
 from sppnet.evaluation.proposals import proposal_recall
+from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime
 from sppnet.pipeline.run_data import load_run_data
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
-from sppnet.progress import progress_bar
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
 log = logging.getLogger("sppnet")
@@ -95,15 +95,14 @@ class Training:
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
-        config = self.config
-        named = [("proposals.import_from", path) for path in config.proposals.import_from]
+        weights, head = self.config.backbone.weights, self.config.head
+        named = [("proposals.import_from", path) for path in self.config.proposals.import_from]
         found = list[str]()
         if set(stages) - {"proposals"}:
-            weights, checkpoint = config.backbone.weights, config.head.checkpoint
-            if self._needs_weights and weights.source == "file" and weights.file is not None:
+            if weights.file is not None and weights.source == "file" and self._needs_start_of("pretrain"):
                 named.append(("backbone.weights.file", weights.file))
-            if config.head.init == "checkpoint" and checkpoint is not None and self._needs_head:
-                named.append(("head.checkpoint", checkpoint))
+            if head.checkpoint is not None and head.init == "checkpoint" and self._needs_start_of("finetune"):
+                named.append(("head.checkpoint", head.checkpoint))
             try:
                 self.networks.check_ranks()
             except SppnetError as error:
@@ -119,10 +118,10 @@ class Training:
             return
         if not self.config.pretrain.enabled:
             _ = self.networks.backbone
-        elif self._needs_weights:
+        elif self._needs_start_of("pretrain"):
             build_backbone(self.config.backbone)
         self.networks.check_ranks()
-        if self.config.head.init != "random" and self._needs_head:
+        if self.config.head.init != "random" and self._needs_start_of("finetune"):
             self.networks.started_head()
 
     def perform(self, status: StageStatus) -> StageReport:
@@ -153,7 +152,7 @@ class Training:
 
     # 1. windows of every image
     def proposals(self) -> str:
-        records = [*self.graph.data.train, *self.graph.data.validation]
+        records = self.graph.data.images
         folder = self.graph.folder("proposals")
         done = propose_images(records, self.config.proposals, folder, self.progress)
         windows = {r.id: read_windows(folder, r) for r in records}
@@ -182,18 +181,11 @@ class Training:
     # 2. the map of every image, and of its mirror image for fine-tuning
     def maps(self) -> str:
         config, data = self.config, self.graph.data
-        load = partial(
-            load_runtime,
-            config.backbone,
-            self.networks.pretrained_path,
-            config.maps.runtime,
-            self.precision,
-            self.device,
-        )
-        records = [*data.train, *data.validation]
+        pretrained, kind = self.networks.pretrained_path, config.maps.runtime
+        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device)
         workers = 0 if self.device.type == "cpu" else 1
         folder, flipped = self.graph.folder("maps"), self.graph.flipped
-        done = extract_images(records, load, config.maps, folder, flipped, workers, self.progress)
+        done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)
         return f"{done.computed} maps computed, {done.reused} reused, {done.gigabytes:.2f} GB"
 
     # 3. fc6 and fc7
@@ -217,7 +209,7 @@ class Training:
             self._reduce_rank(start)
         distributed.barrier()
         summary = str(read_json(start.with_name("summary.json")))
-        head = self.networks.low_rank_head(start)
+        head = self.networks.saved_head(start, ranks(self.config))
         if tunes_low_rank(self.config):
             own = self.config.low_rank
             schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
@@ -293,15 +285,10 @@ class Training:
     def _regressor(self, label: int) -> Path:
         return self.graph.folder("boxes") / regressor_path(label)
 
-    @property
-    def _needs_weights(self) -> bool:
-        pretrain = self.graph.status("pretrain")
-        return bool(pretrain.skipped) or not pretrain.complete
-
-    @property
-    def _needs_head(self) -> bool:
-        finetune = self.graph.status("finetune")
-        return bool(finetune.skipped) or not finetune.complete
+    def _needs_start_of(self, stage: str) -> bool:
+        """Whether what a stage starts from is used: the stage is skipped or not complete."""
+        status = self.graph.status(stage)
+        return bool(status.skipped) or not status.complete
 
     def _delete(self, *files: Path) -> None:
         """What only the making of a result needed, once that is complete; an interruption may have left it."""

@@ -19,9 +19,8 @@ import scipy.io
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_arrays, write_atomically
-from sppnet.boxes import as_boxes, clip_boxes
 from sppnet.errors import SppnetError
-from sppnet.records import ImageRecord
+from sppnet.records import ImageRecord, as_boxes, clip_boxes
 
 SUFFIXES = (".npz", ".mat")
 INT16_LIMIT = np.iinfo(np.int16).max

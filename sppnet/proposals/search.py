@@ -19,10 +19,10 @@ from sppnet.config import ProposalSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
+from sppnet.jobs import map_in_workers
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
-from sppnet.workers import map_in_workers
 
 Windows = NDArray[np.float32]
 Proposer = Callable[[NDArray[np.uint8]], Windows]
@@ -60,14 +60,14 @@ def propose_images(
     `folder` must stand for the settings and for the content of the imported files (see pipeline.stages).
     """
     mine = shard(records)
-    missing = [record for record in mine if not windows_path(folder, record).exists()]
+    missing = [record for record in mine if not record.path_in(folder).exists()]
     imported = match_records(records, settings.import_from) if missing else {}
     searched = [replace(record, annotation=None) for record in missing if record.id not in imported]
     for record in missing:
         if record.id in imported:
             windows = imported[record.id]
             large = (windows[:, 2:] - windows[:, :2] >= settings.min_side).all(axis=1)
-            write_arrays(windows_path(folder, record), windows=windows[large][: settings.max_windows])
+            write_arrays(record.path_in(folder), windows=windows[large][: settings.max_windows])
     map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", settings.workers, progress)
     barrier()
     counts = [len(read_windows(folder, record)) for record in mine]
@@ -75,14 +75,9 @@ def propose_images(
     return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing), mean)
 
 
-def windows_path(folder: Path, record: ImageRecord) -> Path:
-    """Where the windows of a record lie; the name carries the content of the image."""
-    return folder / f"{record.id}-{record.digest}.npz"
-
-
 def read_windows(folder: Path, record: ImageRecord) -> Windows:
     """The windows (R, 4) float32 that `propose_images` wrote for a record."""
-    path = windows_path(folder, record)
+    path = record.path_in(folder)
     if not path.exists():
         raise ArtifactError(f"{path}: no windows for image {record.id}; run propose first")
     arrays = read_arrays(path)
@@ -103,4 +98,4 @@ class _Searcher:
             windows = make_proposer(self.settings)(read_image(record.path))
         except Exception as error:  # whatever it is, the image must be named
             raise SppnetError(f"image {record.id}: cannot compute its windows: {error}") from error
-        write_arrays(windows_path(self.folder, record), windows=windows.astype(np.float32))
+        write_arrays(record.path_in(self.folder), windows=windows.astype(np.float32))

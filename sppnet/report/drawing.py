@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sppnet.artifacts import write_atomically
-from sppnet.boxes import clip_boxes
-from sppnet.records import Detections
+from sppnet.records import Detections, clip_boxes
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # pixels, half-open

@@ -53,7 +53,7 @@ def with_averaging_layers(backbone: Backbone) -> Backbone:
 
 
 def field_of_cell(backbone: Backbone) -> tuple[int, float]:
-    """The middle cell of a map and the centre of the pixels that it sees, along the longer axis of a thin image."""
+    """The middle cell of a map and the centre of the pixels that it sees, along the longer axis of a narrow image."""
     side, width = (640, 8) if backbone.name in ("mobilenet_v2", "resnet18", "resnet50") else (400, 40)
     images = torch.full((1, 3, side, width), 1e-3, requires_grad=True)
     rows = backbone(images).sum(dim=(0, 1, 3))
@@ -274,7 +274,7 @@ def test_a_file_with_only_the_layers_that_run_is_enough(tmp_path: Path) -> None:
         build_backbone(BackboneSettings(name="resnet18", weights=weights))
 
 
-def test_the_papers_trunks_cannot_come_from_torchvision() -> None:
+def test_the_papers_backbones_cannot_come_from_torchvision() -> None:
     with pytest.raises(SppnetError, match=r"no weights for 'zf5'; set backbone\.weights\.source=file"):
         build_backbone(BackboneSettings(name="zf5"))
 

@@ -1,4 +1,4 @@
-"""Map sides and cell centres from single layers; whole backbones are probed in test_trunks."""
+"""Map sides and cell centres from single layers; whole backbones are probed in test_backbone."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ from doubles import annotated, picture, picture_record, random_backbone
 
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import build_backbone
-from sppnet.boxes import pairwise_iou
 from sppnet.classification import pretraining
 from sppnet.classification.pretraining import cut_crops, pretrain_network, random_views
 from sppnet.config import BackboneSettings, PretrainSettings, WeightsSettings
 from sppnet.config_files import parse_config
+from sppnet.records import pairwise_iou
 
 CLASSES = ("stripes", "bars")
 BOXES = {"stripes": (10, 12, 42, 44), "bars": (60, 30, 92, 62)}

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppnet.boxes import areas, pairwise_iou
 from sppnet.config import ProposalSettings
 from sppnet.data.shapes import (
     OUTLINES,
@@ -20,6 +19,7 @@ from sppnet.data.voc import choose_classes, load_split, load_splits
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
 from sppnet.proposals.selective_search import selective_search
+from sppnet.records import areas, pairwise_iou
 
 
 def scene(number: int, seed: int = 0) -> Scene:

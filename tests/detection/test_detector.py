@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from small_run import random_windows
 
 import sppnet
-from sppnet.boxes import pairwise_iou
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
 from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.errors import ArtifactError
+from sppnet.records import pairwise_iou
 
 
 @pytest.fixture(scope="module")

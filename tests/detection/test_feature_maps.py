@@ -10,7 +10,7 @@ from doubles import picture, picture_record, random_backbone
 from sppnet.backbones.runtime import make_runtime
 from sppnet.config import BackboneSettings, MapSettings
 from sppnet.detection import feature_maps
-from sppnet.detection.feature_maps import compute_maps, extract_images, maps_path, read_maps, write_maps
+from sppnet.detection.feature_maps import compute_maps, extract_images, read_maps, write_maps
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare
 from sppnet.pipeline.networks import load_runtime
@@ -69,7 +69,7 @@ def test_half_precision_in_the_convolutions_stays_close():
 
 def test_maps_in_full_precision_come_back_as_they_were(tmp_path, records):
     maps = compute_maps(RUNTIME, picture(60, 90), FULL)
-    write_maps(maps_path(tmp_path, records[0], False), maps, FULL)
+    write_maps(records[0].path_in(tmp_path, False), maps, FULL)
     found = read_maps(tmp_path, records[0])
     assert (found.sides, found.image_size) == (maps.sides, maps.image_size)
     for own, expected in zip(found.maps, maps.maps, strict=True):
@@ -80,7 +80,7 @@ def test_maps_in_full_precision_come_back_as_they_were(tmp_path, records):
 def test_maps_in_half_precision_come_back_rounded_and_as_float32(tmp_path, records):
     half = FULL.model_copy(update={"storage": "float16"})
     maps = compute_maps(RUNTIME, picture(60, 90), half)
-    write_maps(maps_path(tmp_path, records[0], False), maps, half)
+    write_maps(records[0].path_in(tmp_path, False), maps, half)
     for own, expected in zip(read_maps(tmp_path, records[0]).maps, maps.maps, strict=True):
         assert own.dtype == torch.float32
         assert torch.equal(own, expected.half().float())
@@ -88,7 +88,7 @@ def test_maps_in_half_precision_come_back_rounded_and_as_float32(tmp_path, recor
 
 def test_values_beyond_half_precision_become_its_largest_number(tmp_path, records):
     huge = feature_maps.FeatureMaps((torch.tensor([[[1e6]], [[-1e6]]]),), (64.0,), (10, 10))
-    write_maps(maps_path(tmp_path, records[0], False), huge, MapSettings(storage="float16"))
+    write_maps(records[0].path_in(tmp_path, False), huge, MapSettings(storage="float16"))
     assert read_maps(tmp_path, records[0]).maps[0].flatten().tolist() == [65504, -65504]
 
 
@@ -112,12 +112,12 @@ def test_the_size_on_disk_is_reported(tmp_path, records):
 def test_a_second_run_computes_only_what_is_missing(tmp_path, records):
     folder = tmp_path / "maps"
     extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
-    maps_path(folder, records[1], True).unlink()
+    records[1].path_in(folder, True).unlink()
     others = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.npz")}
     done = extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
     assert (done.computed, done.reused) == (1, 5)
     assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in others.items())
-    assert maps_path(folder, records[1], True).exists()
+    assert records[1].path_in(folder, True).exists()
 
 
 def test_an_interruption_leaves_whole_maps_only(tmp_path, records, monkeypatch):
@@ -129,7 +129,7 @@ def test_an_interruption_leaves_whole_maps_only(tmp_path, records, monkeypatch):
     monkeypatch.setattr(feature_maps, "compute_maps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
-    assert list((tmp_path / "maps").rglob("*.npz")) == [maps_path(tmp_path / "maps", records[0], False)]
+    assert list((tmp_path / "maps").rglob("*.npz")) == [records[0].path_in(tmp_path / "maps", False)]
     monkeypatch.undo()
     assert extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False).reused == 1
 
@@ -141,7 +141,7 @@ def test_no_records_are_no_work(tmp_path):
 def test_another_image_under_the_same_name_has_maps_of_its_own(tmp_path, records):
     changed = picture_record(tmp_path, "0", picture(60, 90, seed=9))
     assert changed.id == records[0].id
-    assert maps_path(tmp_path, changed, False) != maps_path(tmp_path, records[0], False)
+    assert changed.path_in(tmp_path, False) != records[0].path_in(tmp_path, False)
 
 
 def test_maps_that_were_never_computed_are_asked_for_by_name(tmp_path, records):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sppnet.boxes import pairwise_iou
 from sppnet.config import SVMSettings
 from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
 from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
+from sppnet.records import pairwise_iou
 
 CLASSES = ("cat", "dog", "cow")
 QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
@@ -310,9 +310,9 @@ def kept_positives(images, settings, caplog):
 
 
 def test_proposals_among_the_positives_take_no_more_bytes_than_the_cache_and_no_object_its_place(caplog):
-    images, room = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
+    images, space = WithCloseProposals(), 4 * (4 * 8 * len(CLASSES)) / 1e9  # four rows of eight numbers in every class
     objects = {name: sum(int((image.labels == k).sum()) for image in images.items) for k, name in enumerate(CLASSES)}
-    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": room * 1.001}), caplog)
+    found = kept_positives(images, QUICK.model_copy(update={"cache_gigabytes": space * 1.001}), caplog)
     assert found == objects | {"dog": objects["dog"] + 4}
 
 

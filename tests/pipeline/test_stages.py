@@ -40,7 +40,7 @@ def own_devkit(run, folder: Path) -> Path:
     return folder
 
 
-# ---- which stages are redone ---------------------------------------------------------------------------------------
+# ---- which stages are invalidated ----------------------------------------------------------------------------------
 
 
 def test_everything_is_reused_under_the_same_settings(small_run):
@@ -90,7 +90,7 @@ def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run
 def test_the_features_of_svms_that_are_not_fine_tuned_do_not_depend_on_fine_tuning(small_run):
     data = load_run_data(small_run.config)
     own, unlike, tuned = (
-        StageGraph(small_run.root, config, data).digest("svm")
+        StageGraph(small_run.root, config, data).digests["svm"]
         for config in (
             changed(small_run, svm__finetuned=False),
             changed(small_run, svm__finetuned=False, finetune__batch=16),
@@ -103,7 +103,7 @@ def test_the_features_of_svms_that_are_not_fine_tuned_do_not_depend_on_fine_tuni
 def test_the_head_before_fine_tuning_decides_where_it_is_not_fine_tuned(small_run):
     data = load_run_data(small_run.config)
     digests = {
-        StageGraph(small_run.root, changed(small_run, svm__finetuned=False, **changes), data).digest("svm")
+        StageGraph(small_run.root, changed(small_run, svm__finetuned=False, **changes), data).digests["svm"]
         for changes in ({}, {"head__fc6": 8}, {"finetune__seed": 1}, {"pyramid__levels": [1]})
     }
     assert len(digests) == 4

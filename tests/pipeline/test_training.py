@@ -25,7 +25,7 @@ from sppnet.errors import ArtifactError, ImageError, SppnetError
 from sppnet.images import read_image
 from sppnet.pipeline import networks as training_networks
 from sppnet.pipeline import training
-from sppnet.pipeline.stages import STAGES, StageStatus, describe_stage
+from sppnet.pipeline.stages import STAGES, StageStatus
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals import search as proposals
 
@@ -109,8 +109,8 @@ def test_only_deleted_artifacts_are_computed_again(small_run, digest, tmp_path):
     assert trained_digest(run.config, run.root) == digest
     after = stage_files(run.root)
     assert sorted(after) == sorted(before)
-    redone = {name for name, time in after.items() if time != before[name]}
-    assert redone == {str(path.relative_to(run.root)) for path in deleted}
+    invalidated = {name for name, time in after.items() if time != before[name]}
+    assert invalidated == {str(path.relative_to(run.root)) for path in deleted}
 
 
 @pytest.mark.parametrize("stage", ["finetune", "svm"])
@@ -271,7 +271,7 @@ def test_interrupted_pretraining_goes_on_from_its_checkpoint_and_leaves_none(sma
     with pytest.raises(Interruption):
         train(config, tmp_path / "run", "pretrain")
     status = Training(config, tmp_path / "run", torch.device("cpu")).graph.status("pretrain")
-    assert describe_stage(status).split(maxsplit=2)[1:] == [
+    assert status.describe().split(maxsplit=2)[1:] == [
         "resume",
         f"from {status.folder.name}/checkpoint.safetensors",
     ]
@@ -498,7 +498,7 @@ def test_a_status_says_what_would_be_done_and_why(tmp_path):
     folder = tmp_path / "svm-1234"
 
     def line(done: int = 0, total: int = 1, skipped: str = "", checkpoint: Path | None = None, **options) -> str:
-        return describe_stage(StageStatus("svm", folder, done, total, skipped, checkpoint), **options)
+        return StageStatus("svm", folder, done, total, skipped, checkpoint).describe(**options)
 
     assert line() == "svm       run      nothing there yet; 1 to do in svm-1234"
     assert line(1) == "svm       reuse    all 1 in svm-1234"

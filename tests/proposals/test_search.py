@@ -16,15 +16,14 @@ import pytest
 from numpy.typing import NDArray
 
 from sppnet.artifacts import file_digest, write_arrays
-from sppnet.boxes import pairwise_iou
 from sppnet.config import ProposalSettings
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
 from sppnet.proposals import search as proposals
 from sppnet.proposals.files import export_windows, import_windows
-from sppnet.proposals.search import make_proposer, propose_images, read_windows, windows_path
+from sppnet.proposals.search import make_proposer, propose_images, read_windows
 from sppnet.proposals.selective_search import box_hash, opencv_selective_search
-from sppnet.records import ImageRecord
+from sppnet.records import ImageRecord, pairwise_iou
 
 opencv = partial(ProposalSettings, method="opencv_selective_search")
 ALONE = opencv(workers=1)
@@ -174,7 +173,7 @@ def test_every_image_gets_a_file_with_its_windows(tmp_path: Path) -> None:
 def test_complete_files_are_reused_and_missing_ones_computed(tmp_path: Path) -> None:
     records = make_records(tmp_path)
     kept = np.array([[1, 2, 30, 40]], np.float32)
-    write_arrays(windows_path(tmp_path / "out", records[1]), windows=kept)
+    write_arrays(records[1].path_in(tmp_path / "out"), windows=kept)
     summary = propose_images(records, ALONE, tmp_path / "out", progress=False)
     assert (summary.computed, summary.reused) == (2, 1)
     np.testing.assert_array_equal(read_windows(tmp_path / "out", records[1]), kept)
@@ -201,7 +200,7 @@ def test_two_workers_write_what_one_writes_and_a_broken_image_is_named(tmp_path:
     with pytest.raises(SppnetError, match=r"image VOC2007/000002: cannot compute its windows: .*000002\.png"):
         propose_images(records, opencv(workers=2), tmp_path / "pool", progress=False)
     assert all(name.endswith(".npz") for name in files_in(tmp_path / "pool"))
-    good = [record for record in records if windows_path(tmp_path / "pool", record).exists()]
+    good = [record for record in records if record.path_in(tmp_path / "pool").exists()]
     assert records[2] not in good
     assert good  # the images before the broken one are done
     propose_images(good, ALONE, tmp_path / "alone", progress=False)
@@ -328,7 +327,7 @@ def test_windows_that_were_never_proposed_are_asked_for(tmp_path: Path) -> None:
     record = make_records(tmp_path, 1)[0]
     with pytest.raises(ArtifactError, match="no windows for image VOC2007/000000; run propose first"):
         read_windows(tmp_path / "out", record)
-    write_arrays(windows_path(tmp_path / "out", record), boxes=np.zeros((0, 4)))
+    write_arrays(record.path_in(tmp_path / "out"), boxes=np.zeros((0, 4)))
     with pytest.raises(ArtifactError, match="expected the array windows, got boxes"):
         read_windows(tmp_path / "out", record)
 

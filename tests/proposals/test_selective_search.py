@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sppnet.boxes import pairwise_iou
 from sppnet.config import ProposalSettings
 from sppnet.data.voc import load_splits, restrict
 from sppnet.evaluation.proposals import proposal_recall
@@ -22,6 +21,7 @@ from sppnet.proposals.grouping import ONE, Similarity, group
 from sppnet.proposals.regions import Regions, describe, pixel_bins
 from sppnet.proposals.segmentation import STEPS, segment, sorted_edges
 from sppnet.proposals.selective_search import COLOUR_SPACES, MODES, hierarchies, selective_search, shrunk
+from sppnet.records import pairwise_iou
 
 OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
 ALL = Similarity()

@@ -1,32 +1,78 @@
-"""Work on many images in processes of their own: one image, one core, so that no image waits for another's threads.
+"""Long jobs over many things: how far one is, and images in processes of their own. The only importer of tqdm.
 
-Threads inside one image meet after every layer; where another program keeps a core busy, all of them wait for the one
-that it delays. Processes that share nothing lose that core's share alone.
+One image, one core: threads inside one image meet after every layer, and where another program keeps a core busy all of
+them wait for the one that it delays. Processes that share nothing lose that core's share alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from tqdm import tqdm
+
+from sppnet.distributed import is_main
 from sppnet.errors import SppnetError
-from sppnet.progress import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+SECONDS = 60  # between two lines in the log, and before the first one
 FEW = 32  # items below which all is done in this process: starting another one takes seconds
 MOST = 8  # processes; each holds weights of its own. More cores are threads of these
 WAITING = 4  # items handed out per process ahead of their turn
+
+log = logging.getLogger("sppnet")
+
+
+class _LogLines:
+    """A stream for tqdm that makes a log message of each of its lines."""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            log.info("%s", line)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+def progress_bar(
+    things: Iterable[T], what: str, unit: str, total: int | None = None, done: int = 0, shown: bool = True
+) -> tqdm[T]:
+    """tqdm over the things; `done` of `total` were there before.
+
+    Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
+    job of less than a minute says nothing.
+    """
+    options: dict[str, Any] = {
+        "desc": what,
+        "unit": unit,
+        "total": total,
+        "initial": done,
+        "disable": not (shown and is_main()),
+    }
+    if not sys.stderr.isatty():
+        options |= {
+            "file": _LogLines(),
+            "delay": SECONDS,
+            "mininterval": SECONDS,
+            "maxinterval": 2 * SECONDS,
+            "miniters": 1,
+            "leave": False,
+            "bar_format": "{desc}: {n_fmt} of {total_fmt} " + unit + "s, {elapsed} so far, {remaining} left{postfix}",
+        }
+    return cast("tqdm[T]", tqdm(things, **options))
 
 
 def map_in_workers(
