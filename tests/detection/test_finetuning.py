@@ -342,3 +342,14 @@ def test_the_same_generator_draws_the_same_batch():
     first, again = (draw_batch(images, 1, BATCHES, np.random.default_rng(4)) for _ in range(2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, draw_batch(images, 1, BATCHES, np.random.default_rng(5)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_leaves_the_layers_of_the_head_as_they_were(tmp_path, precision):
+    head, _ = train(tmp_path, precision=precision)
+    rows = torch.randn(5, head.fc6.in_features, generator=torch.Generator().manual_seed(0))
+    expected = head.classifier(head.features(rows, "fc7"))
+    plain = copy.deepcopy(head)
+    assert all("forward" not in vars(layer) for layer in plain.modules())
+    assert torch.equal(plain(rows), expected)
+    assert expected.dtype == torch.float32
