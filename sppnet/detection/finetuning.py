@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,17 @@ def finetune_head(
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
-    with _kept_memory(head, precision), _one_thread() as loader, torch.random.fork_rng(devices=devices):
+    with (
+        _kept_memory(head, precision),
+        _thread(1) as loader,
+        _thread(max(1, torch.get_num_threads() - 1)) as worker,  # torch's threads spin: no more of them than cores
+        torch.random.fork_rng(devices=devices),
+    ):
         pooled, labels = loader.submit(validation_windows, validation, background, settings).result()
         batches = _batches(loader, train, with_positives, background, settings, range(done, total))
         bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
         for step in bar:
-            trainer.train_step(step, *next(batches))
+            worker.submit(trainer.train_step, step, *next(batches)).result()
             if (step + 1) % settings.validate_every == 0 or step + 1 == total:
                 row = trainer.validate(step + 1, pooled, labels)
                 bar.set_postfix(loss=f"{row[1]:.3f}", val_error=f"{1 - row[4]:.3f}", refresh=False)
@@ -135,14 +141,14 @@ def _kept_memory(head: SPPHead, precision: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread in which torch computes with one thread: several would wait for the cores that training keeps busy."""
+def _thread(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread of ours in which torch computes with `count` threads; the caller's number stays as it is."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1) as loader:
-        for prepare in (torch.get_num_threads, lambda: torch.set_num_threads(1)):  # a thread that was not asked for
-            loader.submit(prepare).result()  # its number forgets what it is set to
+    with ThreadPoolExecutor(1) as thread:
+        for prepare in (torch.get_num_threads, partial(torch.set_num_threads, count)):  # one that was not asked for
+            thread.submit(prepare).result()  # its number forgets what it is set to
         torch.set_num_threads(threads)  # other threads take what was set last
-        yield loader
+        yield thread
 
 
 class _Trainer:

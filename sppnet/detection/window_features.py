@@ -21,6 +21,7 @@ from sppnet.ops.pyramid import pool_windows
 # Maps, and windows (R,) on them, to the features wanted: (R, F) float32.
 Features = Callable[[FeatureMaps, "ProjectedWindows"], Tensor]
 
+STEP = 128  # rows; oneDNN keeps what it prepared for each number of them, megabytes
 BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
 
@@ -107,6 +108,14 @@ class FrozenHead:
         features = maps.maps[0].new_empty((len(projected.cells), self._head.products(layer)[-1].out_features))
         by_scale = np.argsort(projected.scale_index, kind="stable")  # a batch then reads few maps
         for rows in np.split(by_scale, range(BATCH, len(by_scale), BATCH)):
-            pooled = pool_projected(maps, projected.rows(rows), self._levels).to(self._kind)
-            features[torch.from_numpy(rows)] = self._head.features(pooled, layer).float()
+            pooled = pool_projected(maps, projected.rows(rows), self._levels)
+            features[torch.from_numpy(rows)] = self._head.features(self._rounded(pooled), layer)[: len(rows)].float()
         return features
+
+    def _rounded(self, pooled: Tensor) -> Tensor:
+        """(R, D) in the precision of the products, in bfloat16 with zeros up to a multiple of `STEP` rows."""
+        if self._kind == torch.float32:
+            return pooled
+        rounded = pooled.new_zeros((-(-len(pooled) // STEP) * STEP, pooled.shape[1]), dtype=self._kind)
+        rounded[: len(pooled)] = pooled
+        return rounded
