@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from sppnet.models.sppnet import SPPHead, momentum_of, restore_momentum, seed_dr
 logger = logging.getLogger("sppnet")
 
 COLUMNS = ("step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
-PREFETCH = 3  # batches pooled ahead while the head trains
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,13 @@ def finetune_head(
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
-    with (
-        _kept_memory(head, precision),
-        _thread(1) as loader,
-        _thread(max(1, torch.get_num_threads() - 1)) as worker,  # torch's threads spin: no more of them than cores
-        torch.random.fork_rng(devices=devices),
-    ):
-        pooled, labels = loader.submit(validation_windows, validation, background, settings).result()
-        batches = _batches(loader, train, with_positives, background, settings, range(done, total))
+    ahead = 0 if trainer.device.type == "cpu" else 1  # a CPU does one after the other: both use all of its cores
+    with _kept_memory(head, precision), _loaders() as loaders, torch.random.fork_rng(devices=devices):
+        pooled, labels = validation_windows(validation, background, settings)
+        batches = _batches(loaders, train, with_positives, background, settings, range(done, total), ahead)
         bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
         for step in bar:
-            worker.submit(trainer.train_step, step, *next(batches)).result()
+            trainer.train_step(step, *next(batches))
             if (step + 1) % settings.validate_every == 0 or step + 1 == total:
                 row = trainer.validate(step + 1, pooled, labels)
                 bar.set_postfix(loss=f"{row[1]:.3f}", val_error=f"{1 - row[4]:.3f}", refresh=False)
@@ -141,14 +136,20 @@ def _kept_memory(head: SPPHead, precision: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _thread(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread of ours in which torch computes with `count` threads; the caller's number stays as it is."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1) as thread:
-        for prepare in (torch.get_num_threads, partial(torch.set_num_threads, count)):  # one that was not asked for
-            thread.submit(prepare).result()  # its number forgets what it is set to
-        torch.set_num_threads(threads)  # other threads take what was set last
-        yield thread
+def _loaders() -> Iterator[ThreadPoolExecutor]:
+    """As many threads of ours as torch has, in each of which torch computes with one; the caller's number stays."""
+    count = torch.get_num_threads()
+    together = threading.Barrier(count)
+
+    def start(_: int) -> None:
+        torch.get_num_threads()  # a thread that was not asked for its number forgets what it is set to
+        torch.set_num_threads(1)
+        together.wait()
+
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(start, range(count)))
+        torch.set_num_threads(count)  # other threads take what was set last
+        yield threads
 
 
 class _Trainer:
@@ -274,7 +275,8 @@ def validation_windows(source: FinetuneWindows, background: int, settings: Finet
     # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
     own = settings.model_copy(update={"batch": settings.validate_windows})
-    return _draw_and_pool(source, _with_positives(source, "validation"), background, own, rng)
+    drawn, labels = _draw(source, _with_positives(source, "validation"), background, own, rng)
+    return torch.cat([source.pool(*one) for one in drawn]), labels
 
 
 def _draw_evenly(choices: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
@@ -296,42 +298,40 @@ def _with_positives(source: FinetuneWindows, kind: str) -> NDArray[np.int64]:
 
 
 def _batches(
-    loader: ThreadPoolExecutor,
+    loaders: ThreadPoolExecutor,
     source: FinetuneWindows,
     images: NDArray[np.int64],
     background: int,
     settings: FinetuneSettings,
     steps: range,
+    ahead: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(pooled, labels) of every step, in order, pooled ahead by the loader's one thread."""
+    """(pooled, labels) of every step, in order; windows of so many further steps are pooled meanwhile."""
     own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
-
-    def load(step: int) -> tuple[Tensor, Tensor]:
+    waiting: list[tuple[list[Future[Tensor]], Tensor]] = []
+    for step in steps:
         rng = np.random.default_rng((settings.seed, step, distributed.rank()))
         chosen = rng.choice(images, min(settings.images_per_batch, len(images)), replace=False)
-        return _draw_and_pool(source, chosen, background, own, rng)
-
-    waiting: list[Future[tuple[Tensor, Tensor]]] = []
-    for step in steps:
-        waiting.append(loader.submit(load, step))
-        if len(waiting) > PREFETCH:
-            yield waiting.pop(0).result()
-    while waiting:
-        yield waiting.pop(0).result()
+        drawn, labels = _draw(source, chosen, background, own, rng)
+        waiting.append(([loaders.submit(source.pool, *one) for one in drawn], labels))
+        if len(waiting) > ahead:
+            parts, labels = waiting.pop(0)
+            yield torch.cat([part.result() for part in parts]), labels
+    for parts, labels in waiting:
+        yield torch.cat([part.result() for part in parts]), labels
 
 
-def _draw_and_pool(
+def _draw(
     source: FinetuneWindows,
     images: NDArray[np.int64],
     background: int,
     settings: FinetuneSettings,
     rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Pooled features and labels of a batch from these images, grouped by image."""
+) -> tuple[list[tuple[int, NDArray[np.int64], np.random.Generator]], Tensor]:
+    """What `source.pool` takes of each image, and the labels of all windows in that order."""
     position, row, label = draw_batch([source.labelled[i] for i in images], background, settings, rng)
     order = np.argsort(position, kind="stable")
     drawn, starts = np.unique(position[order], return_index=True)
-    parts = [
-        source.pool(int(images[i]), rows, rng) for i, rows in zip(drawn, np.split(row[order], starts[1:]), strict=True)
-    ]
-    return torch.cat(parts), torch.from_numpy(label[order])
+    rows = np.split(row[order], starts[1:])
+    own = [(int(images[i]), part, each) for i, part, each in zip(drawn, rows, rng.spawn(len(drawn)), strict=True)]
+    return own, torch.from_numpy(label[order])
