@@ -61,6 +61,10 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is complete is kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        hint = "set smaller maps.scales or finetune.batch, or take another --device"
+        print(f"sppnet {options.command}: error: not enough memory ({error}); {hint}", file=sys.stderr)
+        return 2
     except Exception:
         print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
         raise

@@ -97,11 +97,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise SppnetError(f"--set {override}: expected key=value, e.g. --set maps.scales=[480,688]")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise SppnetError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
-        inner = values.setdefault(parent, {})
+        inner = values[parent] = values.get(parent) or {}  # an empty section is None
         if not isinstance(inner, dict):
             raise SppnetError(f"--set {override}: {parent} is not a section")
         values = inner

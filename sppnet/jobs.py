@@ -30,6 +30,7 @@ R = TypeVar("R")
 SECONDS = 60  # between two lines in the log, and before the first one
 FEW = 32  # items below which all is done in this process: starting another one takes seconds
 MOST = 8  # processes; each holds weights of its own. More cores are threads of these
+BYTES = 2**31  # of memory for each of them
 WAITING = 4  # items handed out per process ahead of their turn
 
 log = logging.getLogger("sppnet")
@@ -94,7 +95,7 @@ def iterate_in_workers(
     Few items are done in this process. An error ends the iteration: items not begun are dropped, begun ones finish; so
     does Ctrl-C.
     """
-    count = min(workers or available_cores(), MOST, len(items))
+    count = min(workers or min(available_cores(), MOST, _room()), len(items))
     if count <= 1 or len(items) < FEW:
         if items:
             work = make()
@@ -110,7 +111,7 @@ def iterate_in_workers(
         except BrokenProcessPool:
             raise SppnetError(
                 "a worker process died: out of memory, or a script that lacks the line "
-                "'if __name__ == \"__main__\":'; repair that or set proposals.workers=1"
+                "'if __name__ == \"__main__\":'; repair that, or free memory by ending other programs"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -120,6 +121,13 @@ def available_cores() -> int:
     """The cores this process may use, shared with its siblings under torchrun."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _room() -> int:
+    """Processes that the machine's memory has room for."""
+    if not hasattr(os, "sysconf"):
+        return MOST
+    return max(1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // BYTES)
 
 
 def _hand_out(pool: ProcessPoolExecutor, items: Sequence[T], count: int) -> Iterator[tuple[T, Any]]:

@@ -174,6 +174,6 @@ def _lives(process: int) -> bool:
 
 def test_what_prepares_a_worker_leaves_this_process_alone(monkeypatch):
     before = dict(os.environ)
-    list(iterate_in_workers(Doubler, range(4), 2))
+    list(iterate_in_workers(Doubler, range(FEW), 2))
     assert dict(os.environ) == before
     assert jobs._work == []

@@ -7,6 +7,7 @@ import re
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _download(url: str, path: Path) -> None:
         found = hashlib.sha256(content).hexdigest()
         if digest and not found.startswith(digest.group(1)):
             raise OSError(f"a file with SHA-256 {found[:8]}… in place of {digest.group(1)}…")
-    except OSError as error:  # no network, no such file, another content
+    except (OSError, HTTPException) as error:  # no network, no such file, a connection that ends, another content
         raise SppnetError(
             f"{url}: expected to download torchvision's weights, got: {error}; fetch {path.name} elsewhere and put it "
             f"into {path.parent}, or set backbone.weights.source=file and backbone.weights.file=PATH"

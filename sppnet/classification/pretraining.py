@@ -53,6 +53,7 @@ def pretrain_network(
     network = SPPNet(backbone.requires_grad_(True), config.pyramid.levels, head.to(device)).train()
     trainer = _Trainer(network, settings)
     done = trainer.restore(checkpoint) if checkpoint is not None and checkpoint.exists() else 0
+    distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     counts = np.bincount(labels)
     shares = 1 / (counts[labels] * np.count_nonzero(counts))  # every class is drawn as often as any other
     epoch_steps = max(1, len(crops) // settings.batch)

@@ -2,5 +2,5 @@
 
 ``voc`` reads and writes PASCAL VOC folders and is the one place that knows 1-based inclusive corners;
 ``shapes`` generates a VOC-format data set of textured shapes, the embedded default that needs no download;
-``folder`` finds images in files, folders and patterns, and reads one-folder-per-class data.
+``folder`` finds images in files, folders and patterns.
 """

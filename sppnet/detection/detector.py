@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,10 @@ class SPPDetector:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made when first used: a compiled runtime cannot be copied."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def detect(self, image: NDArray[np.uint8], windows: NDArray[np.floating] | None = None) -> Detections:
         """Image (H, W, 3) uint8 RGB -> what is in it, best first, at every score above detect.score_threshold.

@@ -82,10 +82,10 @@ def finetune_head(
 
 
 class _Product(torch.autograd.Function):
-    """The product of a `_KeptLayer`, differentiable by its rows and its bias."""
+    """The product of a `_KeptLayer`; the gradient of its weight goes where the last one lay."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, bias: Tensor | None, layer: _KeptLayer) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layer: _KeptLayer) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.layer = layer
         return F.linear(rows, layer.weight, None if bias is None else bias.to(rows.dtype))
@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
         torch.mm(gradient.t(), rows, out=layer.gradient)
         layer.layer.weight.grad = layer.whole_gradient.copy_(layer.gradient)  # no copy where they are the same
         below = torch.mm(gradient, layer.weight) if ctx.needs_input_grad[0] else None
-        return below, gradient.float().sum(0) if ctx.needs_input_grad[1] else None, None
+        return below, None, gradient.float().sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class _KeptLayer:
@@ -117,7 +117,7 @@ class _KeptLayer:
             return F.linear(rows, self.layer.weight, self.layer.bias)
         if self.weight.dtype != self.layer.weight.dtype:
             self.weight.copy_(self.layer.weight.detach())
-        product: Tensor = _Product.apply(rows.to(self.weight.dtype), self.layer.bias, self)
+        product: Tensor = _Product.apply(rows.to(self.weight.dtype), self.layer.weight, self.layer.bias, self)
         return product
 
 

@@ -38,7 +38,11 @@ class MinedSVMs:
 
 
 def mine_detectors(
-    images: MiningWindows, classes: Sequence[str], settings: SVMSettings | None = None, scale: float = 1.0
+    images: MiningWindows,
+    classes: Sequence[str],
+    settings: SVMSettings | None = None,
+    scale: float = 1.0,
+    progress: bool = True,
 ) -> MinedSVMs:
     """SVMs of all classes from one pass over the images, in their order.
 
@@ -51,8 +55,8 @@ def mine_detectors(
     """
     if len(images) == 0:
         raise SppnetError("expected at least one image to mine, got none; check data.train")
-    miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale)
-    for index in progress_bar(range(len(images)), "mining", "image"):
+    miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale, progress)
+    for index in progress_bar(range(len(images)), "mining", "image", shown=progress):
         miner.visit(index)
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
         miner.fit(int(label))
@@ -87,9 +91,11 @@ def distinct_negatives(
 
 
 class _Miner:
-    def __init__(self, images: MiningWindows, classes: tuple[str, ...], settings: SVMSettings, scale: float) -> None:
+    def __init__(
+        self, images: MiningWindows, classes: tuple[str, ...], settings: SVMSettings, scale: float, progress: bool
+    ) -> None:
         self.images, self.settings = images, settings
-        self.positives = _collect_positives(images, len(classes), settings, scale)
+        self.positives = _collect_positives(images, len(classes), settings, scale, progress)
         width = self.positives[0].shape[1]
         self.active = np.array([len(rows) > 0 for rows in self.positives])
         self.svms = LinearSVMs(torch.zeros(len(classes), width), torch.full((len(classes),), NEVER), scale, classes)
@@ -216,13 +222,17 @@ def _best_places(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDA
     return places
 
 
-def _collect_positives(images: MiningWindows, classes: int, settings: SVMSettings, scale: float) -> list[Tensor]:
+def _collect_positives(
+    images: MiningWindows, classes: int, settings: SVMSettings, scale: float, progress: bool
+) -> list[Tensor]:
     """Scaled features of the positives of each class: K tensors (P, D) float32 on the CPU.
 
     Objects come first, at most ``max_positives`` of a class; then as many proposals, which over all classes take no
     more bytes than the cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
     """
-    found = [images.positives(index) for index in progress_bar(range(len(images)), "positives", "image")]
+    found = [
+        images.positives(index) for index in progress_bar(range(len(images)), "positives", "image", shown=progress)
+    ]
     labels = np.concatenate([image.labels for image in found])
     is_object = np.concatenate([np.arange(len(image.labels)) < image.objects for image in found])
     width = images.features(0, np.zeros((0, 4), np.float32)).shape[1]
@@ -237,7 +247,7 @@ def _collect_positives(images: MiningWindows, classes: int, settings: SVMSetting
         places[rows] = np.arange(len(rows))
         kept.append(torch.empty(len(rows), width))
     parts = np.split(places, np.cumsum([len(image.labels) for image in found])[:-1])
-    for index, own in enumerate(progress_bar(parts, "features of positives", "image")):
+    for index, own in enumerate(progress_bar(parts, "features of positives", "image", shown=progress)):
         chosen = np.flatnonzero(own >= 0)
         if len(chosen):
             features = images.features(index, found[index].windows[chosen])

@@ -46,7 +46,7 @@ class SplitResult:
     classes: tuple[str, ...]
     evaluation: VOCEvaluation | None
     proposals: ProposalQuality | None
-    seconds_per_image: float | None  # of the images detected now, without proposals; None if all were reused
+    seconds_per_image: float | None  # of those detected now, in one process, without proposals; None if none was
     origin: str  # names the detector and the windows by their content
 
 
@@ -64,9 +64,9 @@ def detect_split(
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
     own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
     make = partial(_searcher, run, config, device, windows, folder)
-    start = time.monotonic()
-    map_in_workers(make, own, "detect", "image", 0 if torch.device(device).type == "cpu" else 1, progress)
-    seconds = (time.monotonic() - start) / len(own) if own else None
+    workers = 0 if torch.device(device).type == "cpu" else 1
+    done = map_in_workers(make, own, "detect", "image", workers, progress)
+    seconds = sum(each for _, each in done) / len(done) if done else None
     distributed.barrier()
     detections = {r.id: _read(r.path_in(folder), description.classes) for r in records}
     evaluation, quality = _evaluate(description, records, detections, windows)
@@ -75,16 +75,18 @@ def detect_split(
 
 def _searcher(
     run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path
-) -> Callable[[ImageRecord], None]:
+) -> Callable[[ImageRecord], float]:
     """Detects in one image after the other and writes what it finds."""
     detector = replace(SPPDetector.load(run, device), config=config)
 
-    def search(record: ImageRecord) -> None:
+    def search(record: ImageRecord) -> float:
+        start = time.monotonic()
         try:
             found = detector.detect(read_image(record.path), read_windows(windows, record))
         except BackboneError as error:  # an image too narrow for the network: say which
             raise BackboneError(f"{record.path}: {error}") from None
         write_arrays(record.path_in(folder), boxes=found.boxes, scores=found.scores, labels=found.labels)
+        return time.monotonic() - start
 
     return search
 

@@ -23,7 +23,7 @@ from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result
+NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result beyond rounding
 FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
@@ -220,7 +220,7 @@ def _skip_low_rank(config: Config) -> str:
 
 def _low_rank_settings(config: Config) -> list[str]:
     schedule = ["low_rank.steps", "low_rank.learning_rates", "finetune"] if tunes_low_rank(config) else []
-    return [*HEAD, *(f"low_rank.{name}" for name in ranks(config)), *schedule]
+    return [*HEAD, "data.train_on_difficult", *(f"low_rank.{name}" for name in ranks(config)), *schedule]
 
 
 def _features(layer: str) -> list[str]:
@@ -263,7 +263,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "finetune",
-            version=2,  # 2: gradients by autograd
+            version=2,  # 2: scales drawn image by image, gradients by autograd
             settings=lambda config: ["finetune", "data.train_on_difficult", *HEAD],
             reads=lambda _: ["proposals", "pretrain", "maps"],
             outputs=lambda _: [Path("head.safetensors")],
@@ -272,7 +272,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "low_rank",
-            version=1,
+            version=2,  # 2: principal components alone
             settings=_low_rank_settings,
             reads=lambda _: ["proposals", "pretrain", "maps", "finetune"],
             outputs=lambda _: [Path("head.safetensors")],

@@ -168,7 +168,7 @@ class Training:
     # A backbone without pretrained weights learns from crops of the objects
     def pretrain(self) -> str:
         folder = self.graph.folder("pretrain")
-        if (folder / "network.safetensors").exists():
+        if self._exists(folder / "network.safetensors"):
             return "reused"
         backbone = build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
@@ -191,7 +191,7 @@ class Training:
     # 3. fc6 and fc7
     def finetune(self) -> str:
         path = self.graph.folder("finetune") / "head.safetensors"
-        if path.exists():
+        if self._exists(path):
             self._delete(path.parent / CHECKPOINT)
             return "reused"
         return self._train_head("finetune", self.networks.initial_head(), self.config.finetune)
@@ -200,7 +200,7 @@ class Training:
     def low_rank(self) -> str:
         path = self.graph.folder("low_rank") / "head.safetensors"
         start = path.with_name("start.safetensors")  # before it is fine-tuned
-        if path.exists():
+        if self._exists(path):
             self._delete(path.parent / CHECKPOINT, start)
             return "reused"
         if start.exists():
@@ -247,13 +247,13 @@ class Training:
     # 4. one linear SVM per class, with hard-negative mining
     def svm(self) -> str:
         target = self.graph.folder("svm") / "svm.safetensors"
-        if target.exists():
+        if self._exists(target):
             return "reused"
         if distributed.is_main():
             settings, networks = self.config.svm, self.networks
             source, features = networks.windows(train=True), networks.features(settings.layer)
             scale = networks.scale(features, settings.feature_norm, settings)
-            mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale)
+            mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale, self.progress)
             write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.svms.to_tensors())
         distributed.barrier()
@@ -289,6 +289,12 @@ class Training:
         """Whether what a stage starts from is used: the stage is skipped or not complete."""
         status = self.graph.status(stage)
         return bool(status.skipped) or not status.complete
+
+    def _exists(self, path: Path) -> bool:
+        """Whether a result is there, for all processes before any of them makes it."""
+        found = path.exists()
+        distributed.barrier()
+        return found
 
     def _delete(self, *files: Path) -> None:
         """What only the making of a result needed, once that is complete; an interruption may have left it."""

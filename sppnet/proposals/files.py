@@ -9,6 +9,7 @@ inclusive, and ``images``, a cell of names. Neither format needs pickle.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
         with np.load(path, allow_pickle=False) as archive:
             _check_keys(path, ("ids", "offsets", "boxes"), archive.files)
             ids, offsets, boxes = archive["ids"], archive["offsets"], archive["boxes"]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, SppnetError):
             raise
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None

@@ -19,7 +19,7 @@ from sppnet.config import ProposalSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
-from sppnet.jobs import map_in_workers
+from sppnet.jobs import available_cores, map_in_workers
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
@@ -68,7 +68,8 @@ def propose_images(
             windows = imported[record.id]
             large = (windows[:, 2:] - windows[:, :2] >= settings.min_side).all(axis=1)
             write_arrays(record.path_in(folder), windows=windows[large][: settings.max_windows])
-    map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", settings.workers, progress)
+    workers = settings.workers or available_cores()  # a search holds no weights
+    map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
     counts = [len(read_windows(folder, record)) for record in mine]
     mean = float(np.mean(counts)) if counts else 0.0

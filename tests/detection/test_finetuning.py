@@ -353,3 +353,34 @@ def test_training_leaves_the_layers_of_the_head_as_they_were(tmp_path, precision
     assert all("forward" not in vars(layer) for layer in plain.modules())
     assert torch.equal(plain(rows), expected)
     assert expected.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("ranks", [{}, {"fc6": 3, "fc7": 4}])
+def test_every_parameter_gets_the_gradient_that_autograd_gives(tmp_path, ranks, precision, tolerance):
+    """One step with a rate of 1 and nothing else moves each parameter by its gradient; dropout is off."""
+    head = build_head(3, (1, 2), CLASSES + 1, HeadSettings(fc6=24, fc7=20, dropout=0.0), seed=3, ranks=ranks)
+    for seed, parameter in enumerate(head.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+    before, source, seen = copy.deepcopy(head), ToyWindows(8, CLASSES, 1, features=15), {}
+    changes = {"steps": (1,), "learning_rates": (1.0,), "momentum": 0.0, "weight_decay": 0.0, "bias_rate": 1.0}
+    one = SETTINGS.model_copy(update=changes)
+    pool = source.pool
+
+    def remembered(image, rows, rng):
+        seen[image] = pool(image, rows, rng)
+        return seen[image]
+
+    source.pool = remembered
+    others = ToyWindows(4, CLASSES, 2, features=15)
+    finetune_head(head, source, others, CLASSES, one, tmp_path, progress=False, precision=precision)
+    rng = np.random.default_rng((one.seed, 0, 0))  # the first step's
+    chosen = rng.choice(np.arange(8), min(one.images_per_batch, 8), replace=False)
+    position, _, label = draw_batch([source.labelled[i] for i in chosen], CLASSES, one, rng)
+    rows = torch.cat([seen[int(chosen[i])] for i in np.unique(position)])
+    labels = torch.from_numpy(label[np.argsort(position, kind="stable")])
+    F.cross_entropy(before(rows), labels).backward()
+    for (name, moved), old in zip(head.named_parameters(), before.parameters(), strict=True):
+        gradient = old.detach() - moved.detach()
+        assert gradient.abs().max() > 0, name
+        assert (gradient - old.grad).norm() <= tolerance * old.grad.norm(), name
