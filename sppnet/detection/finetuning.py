@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors, write_text
@@ -66,7 +65,7 @@ def finetune_head(
     total = sum(settings.steps)
     devices = [trainer.device] if trainer.device.type == "cuda" else []  # all GPUs by default, each with a context
     ahead = 0 if trainer.device.type == "cpu" else 1  # a CPU does one after the other: both use all of its cores
-    with _kept_memory(head, precision), _loaders() as loaders, torch.random.fork_rng(devices=devices):
+    with _loaders() as loaders, torch.random.fork_rng(devices=devices):
         pooled, labels = validation_windows(validation, background, settings)
         batches = _batches(loaders, train, with_positives, background, settings, range(done, total), ahead)
         bar = progress_bar(range(done, total), stage, "step", total, done, progress and distributed.is_main())
@@ -79,60 +78,6 @@ def finetune_head(
     head.eval()
     untrained = float((labels != background).float().mean())
     return FinetuneSummary(trainer.best_step, trainer.best_error, untrained, total, done)
-
-
-class _Product(torch.autograd.Function):
-    """The product of a `_KeptLayer`; the gradient of its weight goes where the last one lay."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layer: _KeptLayer) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.layer = layer
-        return F.linear(rows, layer.weight, None if bias is None else bias.to(rows.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (rows,), layer = gradients, ctx.saved_tensors, ctx.layer
-        torch.mm(gradient.t(), rows, out=layer.gradient)
-        layer.layer.weight.grad = layer.whole_gradient.copy_(layer.gradient)  # no copy where they are the same
-        below = torch.mm(gradient, layer.weight) if ctx.needs_input_grad[0] else None
-        return below, None, gradient.float().sum(0) if ctx.needs_input_grad[2] else None, None
-
-
-class _KeptLayer:
-    """What a linear layer computes on a CPU while it trains, in memory that stays from step to step.
-
-    Autograd takes memory for the gradient of fc6 anew in every step, 65 MB and more, and autocast for the weight in
-    bfloat16. To get it from the system takes as long as the products.
-    """
-
-    def __init__(self, layer: nn.Linear, kind: torch.dtype) -> None:
-        self.layer = layer
-        self.weight = layer.weight.detach().to(kind)  # the weight itself where it is of this kind
-        self.gradient = torch.zeros_like(self.weight)
-        self.whole_gradient = self.gradient.to(layer.weight.dtype)  # the same there, too
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if not self.layer.training:
-            return F.linear(rows, self.layer.weight, self.layer.bias)
-        if self.weight.dtype != self.layer.weight.dtype:
-            self.weight.copy_(self.layer.weight.detach())
-        product: Tensor = _Product.apply(rows.to(self.weight.dtype), self.layer.weight, self.layer.bias, self)
-        return product
-
-
-@contextlib.contextmanager
-def _kept_memory(head: SPPHead, precision: str) -> Iterator[None]:
-    """The linear layers of a head on a CPU as `_KeptLayer`; a GPU's allocator keeps its memory by itself."""
-    on_cpu, kind = head.fc6.weight.device.type == "cpu", torch.bfloat16 if precision == "bfloat16" else torch.float32
-    layers = [module for module in head.modules() if isinstance(module, nn.Linear) and on_cpu]
-    for layer in layers:
-        layer.forward = _KeptLayer(layer, kind)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @contextlib.contextmanager
@@ -158,7 +103,7 @@ class _Trainer:
     def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path, stage: str, precision: str) -> None:
         self.head, self.settings, self.folder, self.stage = head.train(), settings, folder, stage
         self.device = head.fc6.weight.device
-        self.autocast = precision == "bfloat16" and self.device.type != "cpu"
+        self.half = precision == "bfloat16"
         weights = [p for name, p in head.named_parameters() if not name.endswith("bias")]
         biases = [p for name, p in head.named_parameters() if name.endswith("bias")]
         self.parameters = weights + biases
@@ -176,7 +121,7 @@ class _Trainer:
         own = np.random.SeedSequence((self.settings.seed, step, distributed.rank()))
         seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
         pooled, labels = pooled.to(self.device), labels.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits = self.head(pooled).float()
         loss = F.cross_entropy(logits, labels)
         self.optimiser.zero_grad()
