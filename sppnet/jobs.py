@@ -56,13 +56,7 @@ def progress_bar(
     Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
     job of less than a minute says nothing.
     """
-    options: dict[str, Any] = {
-        "desc": what,
-        "unit": unit,
-        "total": total,
-        "initial": done,
-        "disable": not (shown and is_main()),
-    }
+    options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": done}
     if not sys.stderr.isatty():
         options |= {
             "file": _LogLines(),
@@ -73,7 +67,7 @@ def progress_bar(
             "leave": False,
             "bar_format": "{desc}: {n_fmt} of {total_fmt} " + unit + "s, {elapsed} so far, {remaining} left{postfix}",
         }
-    return cast("tqdm[T]", tqdm(things, **options))
+    return cast("tqdm[T]", tqdm(things, disable=not (shown and is_main()), **options))
 
 
 def map_in_workers(

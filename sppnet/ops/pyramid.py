@@ -13,7 +13,6 @@ This module needs torch and numpy alone. numba (in `_pool_cpu`) and torchvision 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,24 +89,17 @@ class RoIPool(nn.Module):
         return f"size={self.size}"
 
 
-class SlidingPool(NamedTuple):
-    """An ordinary pooling layer that stands in for one pyramid level at one training size."""
-
-    window: int
-    stride: int
-    yields_bins: bool  # whether sliding it over the map gives n positions
-
-
-def sliding_pool(side: int, n: int) -> SlidingPool:
+def sliding_pool(side: int, n: int) -> tuple[int, int, bool]:
     """The paper's training shorthand for level n on a map of a × a cells: window ceil(a / n), stride floor(a / n).
 
-    Sec. 2.3. Kept for reference, never used as the layer: it gives n bins at a = 13 for n = 1, 2, 3, 6, but 9 instead
-    of 6 at a = 10, n = 6, which is the paper's own 180-pixel case. Below a = n the stride is 0.
+    Sec. 2.3. Gives them, and whether sliding that window over the map yields n positions. Kept for reference, never
+    used as the layer: it yields n at a = 13 for n = 1, 2, 3, 6, but 9 instead of 6 at a = 10, n = 6, which is the
+    paper's own 180-pixel case. Below a = n the stride is 0.
     """
     if side < 1 or n < 1:
         raise ValueError(f"side and n must be at least 1, got {side} and {n}; give the side of the map in cells")
     window, stride = -(-side // n), side // n
-    return SlidingPool(window, stride, stride > 0 and (side - window) // stride + 1 == n)
+    return window, stride, stride > 0 and (side - window) // stride + 1 == n
 
 
 def _pool_windows_compiled(feature_map: Tensor, windows: NDArray[np.int64], levels: tuple[int, ...]) -> Tensor:
@@ -129,12 +121,10 @@ def _pool_windows_roi(feature_map: Tensor, windows: NDArray[np.int64], levels: t
     # its right and bottom edges are inclusive, and the first column is the index of the image
     inclusive = np.concatenate([np.zeros((len(windows), 1), np.int64), windows - [0, 0, 1, 1]], axis=1)
     regions = torch.from_numpy(inclusive).to(exact.device, exact.dtype)
-    parts = []
+    parts, kind = [], np.float64 if exact.dtype == torch.float64 else np.float32
     for n in levels:
         pooled = roi_pool(exact[None], regions, n).flatten(1)
-        rounded = np.flatnonzero(
-            _roi_pool_rounds(windows, n, np.float64 if exact.dtype == torch.float64 else np.float32)
-        )
+        rounded = np.flatnonzero(_roi_pool_rounds(windows, n, kind))
         if len(rounded):
             rows = torch.from_numpy(rounded).to(exact.device)
             pooled = pooled.index_copy(0, rows, _pool_windows_by_crop(exact, windows[rounded], (n,)))

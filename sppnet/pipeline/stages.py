@@ -38,11 +38,11 @@ class Stage:
     """
 
     name: str
-    version: int
     settings: Callable[[Config], Sequence[str]]
     reads: Callable[[Config], Sequence[str]]
     outputs: Callable[[StageGraph], Sequence[Path]]
     data: Sequence[str] = ()
+    version: int = 1
     skipped: Callable[[Config], str] = lambda _: ""  # why it is not run at all
 
 
@@ -237,14 +237,12 @@ GRAPH: dict[str, Stage] = {
     for stage in (
         Stage(
             "proposals",
-            version=1,
             settings=lambda _: ["proposals"],
             reads=lambda _: [],
             outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
             "pretrain",
-            version=1,
             settings=lambda _: ["pretrain", "backbone", "head", "pyramid.levels", "data.train_on_difficult"],
             reads=lambda _: [],
             outputs=lambda _: [Path("network.safetensors")],
@@ -253,7 +251,6 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "maps",
-            version=1,
             settings=lambda _: ["maps", "backbone", "precision"],
             reads=lambda _: ["pretrain"],
             outputs=lambda graph: [
@@ -289,7 +286,6 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "boxes",
-            version=1,
             settings=lambda config: _settings_on("boxes", config.boxes.layer),
             reads=lambda config: _features(config.boxes.layer),
             outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],

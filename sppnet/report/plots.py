@@ -21,7 +21,7 @@ def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
     """One small panel per class with its curve and AP, in the order of the evaluation; the mean AP above them."""
     names = list(evaluation.results)
     rows, columns = _grid_shape(len(names))
-    figure = Figure(figsize=(max(2.1 * columns + 0.6, 3.6), 2.1 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(2.1 * columns + 0.6, 3.6), 2.1 * rows + 0.9), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for index, axes in enumerate(grid.flat):
         if index < len(names):
@@ -33,7 +33,6 @@ def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
     figure.suptitle(f"mean AP {mean}  ({METRIC_NAMES[evaluation.metric]}, IoU {evaluation.iou:g})", fontsize=12)
     figure.supxlabel("recall", fontsize=10)
     figure.supylabel("precision", fontsize=10)
-    figure.set_dpi(DOTS_PER_INCH)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
