@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sppnet import jobs
 from sppnet.backbones import backbone as backbones
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import SppnetError
@@ -48,6 +50,21 @@ def test_a_folder_gives_a_picture_per_image_and_two_lists(detector, photos, tmp_
     assert result.skipped == {}
     assert {path.name for path in out.iterdir()} == {"a.jpg", "b.jpg", "a-2.jpg", "detections.json", "detections.csv"}
     assert read_image(out / "b.jpg").shape == read_image(photos / "b.png").shape
+
+
+def test_worker_processes_find_what_this_process_finds(small_run, photos, tmp_path, monkeypatch):
+    load = partial(SPPDetector.load, small_run.root)
+    here = detect_files(load, [photos], tmp_path / "here", EVERYTHING)
+    monkeypatch.setattr(jobs, "FEW", 1)
+    there = detect_files(load, [photos], tmp_path / "there", EVERYTHING, workers=2)
+    assert list(there.detections) == list(here.detections)
+    for path, found in here.detections.items():
+        other = there.detections[path]
+        assert len(found) == len(other) > 0
+        assert np.array_equal(found.labels, other.labels)
+        np.testing.assert_allclose(found.boxes, other.boxes, atol=0.1)
+        np.testing.assert_allclose(found.scores, other.scores, atol=1e-3)
+        assert (tmp_path / "there" / path.with_suffix(".jpg").name).exists()
 
 
 def test_the_lists_hold_the_detections(detector, photos, tmp_path):
