@@ -62,7 +62,7 @@ class BoxExamples:
 
 @dataclass(frozen=True)
 class TrainingWindows:
-    """Windows and maps of annotated images, from the folders of the propose and extract stages."""
+    """Windows and maps of annotated images, from the folders of the proposals and maps stages."""
 
     records: Sequence[ImageRecord]
     classes: tuple[str, ...]
