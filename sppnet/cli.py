@@ -106,11 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         test = _command(commands, name, text)
         test.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run")
-        test.add_argument(
-            "--data", type=Path, metavar="FOLDER", help="another devkit-shaped folder (default: data.root)"
-        )
+        test.add_argument("--data", type=Path, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
         test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
-        test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
+        if name == "eval":
+            test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
         _add_device(test)
 
     detect = _command(commands, "detect", "detect in images: pictures, detections.json, detections.csv")

@@ -121,8 +121,8 @@ def _run_training(
 
 def _evaluate(options: argparse.Namespace) -> int:
     evaluate = options.command == "eval"
-    splits = tuple(options.split)
-    output = evaluate_run(options.run, _device(options), options.data, splits, options.metric, evaluate)
+    splits, metric = tuple(options.split), options.metric if evaluate else None
+    output = evaluate_run(options.run, _device(options), options.data, splits, metric, evaluate)
     if not distributed.is_main():
         return 0
     result = output.result
@@ -183,7 +183,7 @@ def _demo(options: argparse.Namespace) -> int:
     pictures = sorted((devkit / "SHAPES" / "JPEGImages").glob("test*"))[:12]
     detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures", threshold=0.0)
     print(output.result.evaluation.table())
-    print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} held-out images")
+    print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} test images")
     print(f"curves and examples: {output.folder}")
     print(f"pictures with detections: {run / 'pictures'}")
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes")

@@ -1,4 +1,4 @@
-"""Rank, shard and gather over torch.distributed; a no-op in one process.
+"""Rank, shares and averages over torch.distributed; a no-op in one process.
 
 Start several processes with ``torchrun --nproc-per-node=N -m -- sppnet …``: every process takes its share of
 the images, and gradients are averaged. Nothing here launches processes.

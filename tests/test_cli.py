@@ -337,6 +337,7 @@ def test_test_writes_the_devkits_files_alone(run):
     assert result.status == 0, result.err
     assert "over 5 of 5 classes" not in result.out
     assert len(list((run.root / "results/SHAPES-test").iterdir())) == 5
+    assert run_command("test", run.root, "--metric", "area").status == 2  # it evaluates nothing
 
 
 def test_eval_of_another_detector_in_the_same_run_is_refused_until_it_is_complete(run):
@@ -501,7 +502,7 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
     monkeypatch.setattr(commands, "generate_shapes", lambda root: shapes.generate_shapes(root, few))
     result = run_command("demo", "--run", tmp_path / "demo", "--device", "cpu")
     assert result.status == 0, result.err
-    assert "on 2 held-out images" in result.out
+    assert "on 2 test images" in result.out
     assert (tmp_path / "demo/results/SHAPES-test/precision_recall.png").is_file()
     assert len(list((tmp_path / "demo/pictures").glob("*.jpg"))) == 2
     assert load_config(tmp_path / "demo/config.yaml").name == "demo"

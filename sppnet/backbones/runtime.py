@@ -151,7 +151,7 @@ class _OpenVINORuntime:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # one request, whose output is overwritten by the next
         self._check_size: Callable[[tuple[int, int]], object] | None = getattr(backbone, "map_size", None)
-        self._compare(backbone, 1e-3 if precision == "float32" else 0.5)
+        self._compare(backbone, 1e-4 if precision == "float32" else 0.5)
 
     def _compare(self, backbone: nn.Module, tolerance: float) -> None:
         """Raises SppnetError where the map of another size is not that of torch: a trace can hold its example."""

@@ -219,7 +219,8 @@ class SPPDetector:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return make_runtime(self.backbone, self.config.maps.runtime, self.precision)
+        kind = self.config.maps.runtime  # "openvino" was asked for where it was trained: elsewhere it may be missing
+        return make_runtime(self.backbone, "torch" if kind == "torch" else "auto", self.precision)
 
     @cached_property
     def _fast_regressors(self) -> BoxRegressors | None:

@@ -84,6 +84,6 @@ def _nms(
     for count in (4 * limit, len(order)):
         first = torch.from_numpy(boxes64[order[:count]])
         kept = suppress(first, torch.arange(len(first), 0, -1, dtype=torch.float64), threshold).numpy()
-        if len(kept) >= limit:
+        if len(kept) >= limit or count >= len(order):
             break
     return order[kept[:limit]]

@@ -51,25 +51,25 @@ class SplitResult:
 
 
 def detect_split(
-    run: Path, config: Config, records: Sequence[ImageRecord], device: torch.device | str = "cpu", progress: bool = True
+    run: Path, config: Config, records: Sequence[ImageRecord], device: torch.device | str = "cpu", evaluate: bool = True
 ) -> SplitResult:
-    """Detect in every record with the detector of a run, under `config`; evaluate what is annotated.
+    """Detect in every record with the detector of a run, under `config`; with `evaluate`, evaluate what is annotated.
 
     Windows and detections of each image are kept in the run, in folders named by their content, so an interrupted
     call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
     """
     description = replace(DetectorDescription.read(run), config=config)
     windows = windows_folder(run, config)
-    propose_images(records, config.proposals, windows, progress)
+    propose_images(records, config.proposals, windows)
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
     own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
     make = partial(_searcher, run, config, device, windows, folder)
     workers = 0 if torch.device(device).type == "cpu" else 1
-    done = map_in_workers(make, own, "detect", "image", workers, progress)
+    done = map_in_workers(make, own, "detect", "image", workers)
     seconds = sum(each for _, each in done) / len(done) if done else None
     distributed.barrier()
     detections = {r.id: _read(r.path_in(folder), description.classes) for r in records}
-    evaluation, quality = _evaluate(description, records, detections, windows)
+    evaluation, quality = _evaluate(description, records, detections, windows, evaluate)
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 
@@ -123,9 +123,7 @@ def evaluate_run(
     names = splits_to_test(config, splits)
     if not names:
         log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
-    result = detect_split(run, config, records, device)
-    if not evaluate:
-        result = replace(result, evaluation=None)
+    result = detect_split(run, config, records, device, evaluate)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
         if evaluate or not _describe(folder, result, names):
@@ -221,6 +219,7 @@ def _evaluate(
     records: Sequence[ImageRecord],
     detections: Mapping[str, Detections],
     windows: Path,
+    evaluate: bool,
 ) -> tuple[VOCEvaluation | None, ProposalQuality | None]:
     known = restrict([r for r in records if r.annotation is not None], description.classes)
     annotations: dict[str, Annotation] = {r.id: r.annotation for r in known if r.annotation is not None}
@@ -228,8 +227,9 @@ def _evaluate(
         log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
         return None, None
     settings = description.config.evaluate
-    found, rules = {image: detections[image] for image in annotations}, (settings.metric, settings.iou)
-    evaluation = evaluate_voc(found, annotations, description.classes, *rules, settings.use_difficult)
+    rules = (settings.metric, settings.iou, settings.use_difficult)
+    found = {image: detections[image] for image in annotations}
+    evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
     return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
 
 

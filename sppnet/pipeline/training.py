@@ -105,6 +105,7 @@ class Training:
                 named.append(("head.checkpoint", head.checkpoint))
             try:
                 self.networks.check_ranks()
+                resolve_runtime(self.config.maps.runtime, self.device)
             except SppnetError as error:
                 found.append(str(error))
         return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]

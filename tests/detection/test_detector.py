@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_run import random_windows
 
 import sppnet
+from sppnet.backbones import runtime
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
 from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores
 from sppnet.detection.window_features import ProjectedWindows
@@ -53,6 +54,16 @@ def saved_digest(detector, folder) -> str:
 
 
 # ---- detections ----------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_of_openvino_works_where_it_is_missing(detector, image, windows, monkeypatch):
+    maps = detector.config.maps
+    asked = detector.config.model_copy(update={"maps": maps.model_copy(update={"runtime": "openvino"})})
+    plain = detector.config.model_copy(update={"maps": maps.model_copy(update={"runtime": "torch"})})
+    monkeypatch.setattr(runtime, "_openvino_is_installed", lambda: False)
+    assert same(
+        replace(detector, config=asked).detect(image, windows), replace(detector, config=plain).detect(image, windows)
+    )
 
 
 def test_detections_are_sorted_typed_and_inside_the_image(detector, image, windows):

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sppnet.detection.nms as nms_module
 from sppnet.detection.nms import nms, nms_per_class
 
 
@@ -123,3 +125,16 @@ def test_errors_say_what_was_expected():
         nms(boxes, np.zeros(2), 30)
     with pytest.raises(ValueError, match=r"expected scores \(R, K\) with boxes"):
         nms_per_class(boxes, np.zeros(2), 0.3)
+
+
+def test_boxes_that_are_all_looked_at_are_suppressed_once(monkeypatch):
+    calls = []
+
+    def counted(boxes, scores, threshold):
+        calls.append(len(boxes))
+        return torchvision.ops.nms(boxes, scores, threshold)
+
+    monkeypatch.setattr(nms_module, "suppress", counted)
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]], np.float64)
+    assert nms(boxes, np.array([3.0, 2.0, 1.0]), 0.3).tolist() == [0, 2]
+    assert calls == [3]
