@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -177,3 +178,16 @@ def test_what_prepares_a_worker_leaves_this_process_alone(monkeypatch):
     list(iterate_in_workers(Doubler, range(FEW), 2))
     assert dict(os.environ) == before
     assert jobs._work == []
+
+
+class Interrupted:
+    """Sends this process what Ctrl-C sends to all of a terminal's."""
+
+    def __call__(self, item: int) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return item
+
+
+def test_workers_finish_their_item_when_ctrl_c_reaches_them_too() -> None:
+    done = iterate_in_workers(Interrupted, range(FEW), 2)
+    assert sorted(done) == [(i, i) for i in range(FEW)]

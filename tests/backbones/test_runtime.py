@@ -289,3 +289,27 @@ def test_nothing_is_sent_and_nothing_is_left_in_the_home_folder(tmp_path: Path) 
     finished = run_program(SILENT, environment)
     assert finished.returncode == 0, finished.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+class Particular(nn.Conv2d):
+    """Refuses small images, as a backbone does whose map of them would have no cell."""
+
+    def map_size(self, size: tuple[int, int]) -> None:
+        if min(size) < 20:
+            raise SppnetError("too small")
+
+
+@needs_openvino
+def test_openvino_refuses_the_images_that_the_backbone_refuses() -> None:
+    run = make_runtime(frozen(Particular(3, 4, 3)), "openvino")
+    assert run(torch.ones(1, 3, 20, 30)).shape == (1, 4, 18, 28)
+    with pytest.raises(SppnetError, match="too small"):
+        run(torch.ones(1, 3, 10, 30))
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_bfloat16_only_where_the_gpu_computes_with_it(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", "cuda") == precision

@@ -195,3 +195,8 @@ def test_projections_that_make_no_sense_are_refused():
         choose_scales(boxes[:1], (300, 300), ())
     with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \(4,\)"):
         choose_scales(boxes[0], (300, 300), FIVE)
+
+
+def test_the_expected_side_is_rounded_before_the_nearest_scale_is_taken():
+    # 208 · 300 / 104.2 = 598.8: 599 rounded, 598 cut off
+    assert choose_scales(np.array([[0, 0, 104.2, 104.2]]), (300, 400), (598, 599)).tolist() == [1]

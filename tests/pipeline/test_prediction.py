@@ -132,6 +132,7 @@ def test_images_too_narrow_for_the_network_are_skipped_with_the_reason(detector,
     monkeypatch.setattr(backbones, "map_side", lambda steps, side: 0)
     result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
     assert len(result.skipped) == 3
+    assert json.loads((tmp_path / "out/detections.json").read_text()) == []
     assert all("pixels is too narrow" in reason and str(path) in reason for path, reason in result.skipped.items())
 
 

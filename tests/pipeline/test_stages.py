@@ -262,3 +262,25 @@ def test_the_stages_in_use_are_five_without_pretraining(small_run):
 def test_the_stages_that_depend_on_another_are_known(small_run, setting, value, stage, stages):
     graph = Training(changed(small_run, **{setting: value}), small_run.root, torch.device("cpu")).graph
     assert graph.dependents(stage) == tuple(stages.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "others"),
+    [
+        ("head__checkpoint", {"head__init": "checkpoint"}),
+        ("backbone__weights__file", {"backbone__weights__source": "file"}),
+    ],
+)
+def test_a_file_counts_by_its_content(small_run, tmp_path, setting, others):
+    file, data = tmp_path / "weights.safetensors", load_run_data(small_run.config)
+    keys = []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        keys.append(StageGraph(tmp_path, changed(small_run, **others, **{setting: str(file)}), data).digests["svm"])
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_difficult_objects_in_training_change_the_pretrained_network(small_run, tmp_path):
+    data = load_run_data(small_run.config)
+    configs = [changed(small_run, pretrain__enabled=True, data__train_on_difficult=value) for value in (True, False)]
+    assert len({StageGraph(tmp_path, config, data).digests["pretrain"] for config in configs}) == 2
