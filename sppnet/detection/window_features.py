@@ -41,6 +41,7 @@ class ProjectedWindows:
         The release compares windows before it clamps them to the map, and so keeps a few that become the same.
         """
         rows = np.column_stack([self.scale_index, self.cells])
+        rows = rows - rows.min(axis=0, initial=0)
         keys = np.ravel_multi_index(tuple(rows.T), tuple(rows.max(axis=0, initial=0) + 1))
         _, first, group = np.unique(keys, return_index=True, return_inverse=True)
         order = np.argsort(first)
