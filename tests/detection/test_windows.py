@@ -200,3 +200,10 @@ def test_projections_that_make_no_sense_are_refused():
 def test_the_expected_side_is_rounded_before_the_nearest_scale_is_taken():
     # 208 · 300 / 104.2 = 598.8: 599 rounded, 598 cut off
     assert choose_scales(np.array([[0, 0, 104.2, 104.2]]), (300, 400), (598, 599)).tolist() == [1]
+
+
+def test_distinct_windows_may_lie_outside_the_map():
+    cells = np.array([[-2, 0, 3, 3], [0, -2, 3, 3], [-2, 0, 3, 3]])
+    distinct, rows = ProjectedWindows(np.zeros(3, np.int64), cells).unique()
+    assert distinct.cells.tolist() == [[-2, 0, 3, 3], [0, -2, 3, 3]]
+    assert rows.tolist() == [0, 1, 0]
