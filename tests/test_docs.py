@@ -25,7 +25,7 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", "RESULTS.md", "CHANGELOG.md", "data/README.md", *DOCS]
 HISTORY = "docs/measurements.md"  # commands, names and files of its time
 CURRENT = [page for page in PAGES if page not in (HISTORY, "CHANGELOG.md")]
@@ -213,9 +213,22 @@ def test_every_setting_and_every_backbone_is_on_their_page() -> None:
     assert [row.strip("`") for row in columns(section("docs/settings.md", "Backbones"))] == list(BACKBONES)
 
 
-@pytest.mark.parametrize("name", ["settings.md", "commands.md"])
+@pytest.mark.parametrize("name", generator().PAGES)
 def test_generated_pages_are_current(name: str) -> None:
     assert text_of(f"docs/{name}") == generator().PAGES[name](), f"docs/{name} is stale; run scripts/docs"
+
+
+@pytest.mark.parametrize("name", sppnet.__all__)
+def test_a_public_name_has_a_page_with_a_short_example(name: str) -> None:
+    (example,) = blocks("python", f"docs/api/{name}.md")
+    lines = [line for line in example.splitlines() if line and not line.startswith(("import ", "from "))]
+    assert re.search(rf"\b{name}\b", example)
+    assert 1 <= len(lines) <= 5
+    assert (getattr(sppnet, name).__doc__ or "").strip()
+
+
+def test_the_package_shows_its_public_names_alone() -> None:
+    assert dir(sppnet) == sppnet.__all__
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -256,8 +269,8 @@ def test_the_layers_are_those_that_are_checked() -> None:
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    listed = set(re.findall(r"- (?:\w+: )?([\w-]+\.md)", text_of("mkdocs.yml")))
-    assert listed == {Path(page).name for page in DOCS} | {"index.md", "results.md", "changelog.md"}
+    listed = set(re.findall(r"- (?:\w+: )?([\w/-]+\.md)", text_of("mkdocs.yml")))
+    assert listed == {page.removeprefix("docs/") for page in DOCS} | {"index.md", "results.md", "changelog.md"}
 
 
 def test_the_pages_stay_short() -> None:

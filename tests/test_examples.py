@@ -1,0 +1,79 @@
+"""The scripts in examples/ do what they say."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, small_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs an example in a folder with a photo and a trained run; returns what it prints."""
+    shutil.copytree(small_run.root / "detector", tmp_path / "runs/demo/detector")
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8))
+    (tmp_path / "photos").mkdir()
+    for path in (tmp_path / "photo.jpg", tmp_path / "photos" / "one.jpg"):
+        small.resize((160, 120)).save(path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_there_are_six_and_each_fits_a_screen() -> None:
+    assert NAMES == ["classifier", "detector", "draw_windows", "evaluate", "svms", "windows"]
+    assert [name for name in NAMES if len((EXAMPLES / f"{name}.py").read_text().splitlines()) > 40] == []
+
+
+def test_a_classifier_takes_pictures_of_sizes_it_has_not_seen(run: Any) -> None:
+    correct = [int(share) for share in re.findall(r"(\d+)% correct", run("classifier"))]
+    assert len(correct) == 4
+    assert min(correct) >= 90
+
+
+def test_windows_of_a_network_of_ones_own(run: Any) -> None:
+    said = run("windows", "photo.jpg")
+    assert "stride 16" in said
+    assert re.search(r"a map of \(256, 25, 34\), vectors \(\d+, 12800\)", said)
+
+
+def test_a_detector_in_a_loop(run: Any) -> None:
+    said = run("detector", "runs/demo", "photos")
+    assert re.search(r"one\.jpg: \d found", said)
+    assert "middle: most like" in said
+    assert Path("photos/one.found.png").is_file()
+
+
+def test_own_features_to_svms(run: Any) -> None:
+    said = run("svms")
+    label, own, other = re.search(r"is a (\w+), and scores \[ *(\S+) +(\S+)\]", said).groups()  # type: ignore[union-attr]
+    scores = {"cat": float(own), "dog": float(other)}
+    best = float(re.search(r"best other window scores (\S+)", said).group(1))  # type: ignore[union-attr]
+    assert scores[label] == max(scores.values()) > max(best, 0)
+
+
+def test_the_boxes_of_another_detector(run: Any) -> None:
+    said = run("evaluate")
+    assert "11point" in said
+    assert "cat: recall [1. 1.] precision [1.  0.5]" in said  # the difficult cat is neither
+
+
+def test_windows_of_a_map_drawn(run: Any) -> None:
+    assert "windows on a map of" in run("draw_windows", "photo.jpg", "windows.png")
+    with Image.open("windows.png") as drawn:
+        assert drawn.size == (320, 120)
