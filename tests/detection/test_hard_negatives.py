@@ -1,6 +1,7 @@
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 
 from sppnet.config import SVMSettings
 from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
-from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
+from sppnet.detection import linear_svm
+from sppnet.detection.linear_svm import LinearSVM, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
 from sppnet.records import pairwise_iou
 
 CLASSES = ("cat", "dog", "cow")
+fit_linear_svm = partial(linear_svm.fit_linear_svm, scale=1.0)
 QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
 
 
@@ -344,7 +347,8 @@ def test_proposals_among_the_positives_are_bounded_by_their_number_too(caplog):
 def test_the_objective_that_is_logged_is_that_of_the_fit(caplog, monkeypatch):
     totals = []
 
-    def watched(examples, signs, settings):
+    def watched(examples, signs, settings, scale):
+        assert scale == 1  # of features that the miner has scaled
         svm = fit_linear_svm(examples, signs, settings)
         totals.append(objective(svm, examples, signs, settings))
         return svm

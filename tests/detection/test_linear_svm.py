@@ -1,4 +1,6 @@
 import logging
+import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from sklearn.svm import LinearSVC
 
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.config import SVMSettings
-from sppnet.detection.linear_svm import LinearSVM, LinearSVMs, fit_linear_svm, mean_norm_scale, svm_objective
+from sppnet.detection import linear_svm
+from sppnet.detection.linear_svm import LinearSVM, LinearSVMs, mean_norm_scale, svm_objective
 from sppnet.errors import SppnetError
+
+fit_linear_svm = partial(linear_svm.fit_linear_svm, scale=1.0)  # of features that come as they are meant
+fit_any = linear_svm.fit_linear_svm
 
 
 @pytest.fixture
@@ -265,7 +271,7 @@ def test_errors_say_what_was_expected():
         fit_linear_svm(features, (labels > 0).astype(int))
     with pytest.raises(SppnetError, match=r"labels must have shape \(60,\)"):
         fit_linear_svm(features, labels[:-1])
-    with pytest.raises(SppnetError, match=r"features must have shape \(N, D\), got \(5,\)"):
+    with pytest.raises(SppnetError, match=r"features must have shape \(R, D\), got \(5,\)"):
         fit_linear_svm(features[0], labels[:5])
     with pytest.raises(SppnetError, match="the mean of 0 feature norms must be positive"):
         mean_norm_scale([])
