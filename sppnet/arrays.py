@@ -1,6 +1,6 @@
-"""Arguments from anywhere: arrays, torch tensors on any device and nested lists become numpy arrays, or an error says why.
+"""Arguments as people have them: arrays, torch tensors on any device and nested lists become checked numpy arrays.
 
-Nothing here imports torch: the evaluation alone should not wait for it.
+Nothing here imports torch: who wants the evaluation alone should not wait for it.
 """
 
 from __future__ import annotations

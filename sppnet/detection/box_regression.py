@@ -92,7 +92,9 @@ class BoxRegressors:
         corners = _matching_boxes(windows, len(rows), "windows")
         indices = as_numbers(labels, "labels")
         if indices.shape not in ((), (len(corners),)):
-            raise SppnetError(f"labels must be one index or ({len(corners)},), one for each window, got {indices.shape}")
+            raise SppnetError(
+                f"labels must be one index or ({len(corners)},), one for each window, got {indices.shape}"
+            )
         if not np.isin(indices, np.arange(len(self.classes))).all():
             found = sorted(set(indices.ravel().tolist()))
             raise SppnetError(f"labels must lie in 0 … {len(self.classes) - 1}, got {found}; give indices into classes")
@@ -134,9 +136,9 @@ def fit_box_regressor(
     """The regressor from features (N, D) of windows (N, 4) to the boxes (N, 4) of the objects they cover.
 
     Arrays, tensors or lists. `scale` multiplies the features here and in the result: the ridge is made for features of
-    mean norm ``settings.feature_norm`` (release: 20; see `mean_norm_scale`), and one ten times above or below it is
-    logged as a warning. A system of min(N, D + 1) unknowns is solved in float64 on `device` (default: where the features
-    are). No examples give the regressor that leaves windows unchanged.
+    mean norm ``settings.feature_norm`` (release: 20; see `mean_norm_scale`); ten times more or less is logged as a
+    warning. A system of min(N, D + 1) unknowns is solved in float64 on `device` (default: where the features are). No
+    examples give the regressor that leaves windows unchanged.
     Raises SppnetError for features that are not finite, windows or boxes without extent, and lengths that differ.
     """
     settings = checked_settings(BoxRegressionSettings, settings)

@@ -165,7 +165,12 @@ def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) ->
 
 class _Miner:
     def __init__(
-        self, images: MiningWindows | _Pairs, classes: tuple[str, ...], settings: SVMSettings, scale: float, progress: bool
+        self,
+        images: MiningWindows | _Pairs,
+        classes: tuple[str, ...],
+        settings: SVMSettings,
+        scale: float,
+        progress: bool,
     ) -> None:
         self.images, self.settings = images, settings
         self.positives = _collect_positives(images, len(classes), settings, scale, progress)

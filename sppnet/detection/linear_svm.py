@@ -112,17 +112,18 @@ class LinearSVMs:
 def fit_linear_svm(
     features: ArrayLike | Tensor, labels: ArrayLike, settings: SVMSettings | None = None, scale: float | None = None
 ) -> LinearSVM:
-    """The minimum of the problem above. features (N, D), arrays or tensors of any real type; labels (N,) in {-1, +1}.
+    """The minimum of the problem above. features (N, D), array or tensor of any real type; labels (N,) in {-1, +1}.
 
-    C and the bias multiplier are made for features of the norm ``settings.feature_norm`` (release: 20), and in other
-    units leave the boundary at 0 without meaning. So the problem is that of the features times `scale`; None measures
-    it: the factor that brings the median of their norms, zeros left out, to that value. The result takes features as
-    they were given. Features scaled already come with scale=1.
+    C and the bias multiplier are made for features of a norm of ``settings.feature_norm`` (release: 20); in other units
+    the boundary at 0 means nothing. So the problem is that of the features times `scale`. None measures it: the factor
+    that brings the median of their norms, zeros left out, to that value; features scaled already come with scale=1. The
+    result takes features as they were given.
     The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
     Warns, where the scale was measured, if all examples score on one side of 0, or if another threshold would tell a
-    quarter more of them apart. Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
+    quarter more of them apart. Raises SppnetError for other shapes and labels, for positives or negatives alone, and for
+    features that are not finite.
     """
     settings = checked_settings(SVMSettings, settings)
     rows = np.ascontiguousarray(_as_array(features))
@@ -153,8 +154,9 @@ def fit_linear_svm(
         right, best = _told_apart(scores, signs)
         if best - right > MISPLACED or len(set(scores > 0)) == 1:
             warnings.warn(
-                f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small for "
-                f"{len(rows)} examples, or their features share a large constant part; raise C, or subtract their median",
+                f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
+                f"for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract the "
+                "median of the features",
                 stacklevel=2,
             )
     return LinearSVM(weight, float(bias), factor)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sppnet.config import SVMSettings
-from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
 from sppnet.detection import linear_svm
+from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
 from sppnet.detection.linear_svm import LinearSVM, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError

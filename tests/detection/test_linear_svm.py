@@ -1,5 +1,4 @@
 import logging
-import warnings
 from functools import partial
 
 import numpy as np
