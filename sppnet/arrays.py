@@ -70,6 +70,6 @@ def as_corners(boxes: ArrayLike, name: str = "boxes") -> NDArray[np.float64]:
 def as_scale(scale: float) -> float:
     """A factor of features; SppnetError for one that is not positive, or whose square is not."""
     number = as_numbers(scale, "scale")
-    if number.ndim or not 1e-100 < number < 1e100:
+    if number.ndim or not 1e-100 < float(number) < 1e100:
         raise SppnetError(f"scale must be a positive number, got {scale!r}; it multiplies the features")
     return float(number)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sppnet.errors import ArtifactError, SppnetError
+from sppnet.errors import ArtifactError
 
 DIGEST_LENGTH = 16
 
@@ -156,8 +156,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def names_to_tensor(names: Sequence[str]) -> Tensor:
     """Names of one line each as a tensor of bytes, to be kept beside others; `names_from_tensor` reads it."""
-    if any("\n" in name for name in names):
-        raise SppnetError(f"names must have one line each, got {list(names)!r}")
     return torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
 
 

@@ -9,7 +9,7 @@ fit the cached negatives that score below −1.2 leave. Features are computed im
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +60,10 @@ def mine_detectors(
     the cache), one image, and one fit.
     Raises SppnetError for no images, features that are not finite, and pairs that do not fit each other or the classes.
     """
-    settings, names = checked_settings(SVMSettings, settings), tuple(classes)
-    if isinstance(classes, str) or not names or len(set(names)) < len(names):
-        raise SppnetError(f"classes must be a list of distinct names, at least one, got {classes!r}")
+    settings = checked_settings(SVMSettings, settings)
+    names = tuple(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else ()
+    if not names or len(set(names)) < len(names) or not all(isinstance(n, str) and "\n" not in n for n in names):
+        raise SppnetError(f"classes must be a list of distinct names of one line, at least one, got {classes!r}")
     source: Any = images if hasattr(images, "read") else _Pairs(images, len(names), settings)
     if len(source) == 0:
         raise SppnetError("expected at least one image to mine, got none; check data.train")
@@ -150,7 +151,8 @@ def _as_windows(rows: NDArray[np.int64]) -> NDArray[np.float32]:
 def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) -> tuple[Tensor, NDArray[np.float32]]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise SppnetError(f"{name} must be a pair (features, overlaps), got {type(pair).__name__}")
-    features = np.require(as_rows(pair[0], name=f"{name}: features"), np.float32, ["C", "W"])
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        features = np.require(as_rows(pair[0], name=f"{name}: features"), np.float32, ["C", "W"])
     check_finite(features, f"{name}: features")
     overlaps = as_numbers(pair[1], f"{name}: overlaps")
     if overlaps.shape != (len(features), classes):

@@ -91,7 +91,7 @@ class LinearSVMs:
     def score(self, features: ArrayLike | Tensor) -> Tensor:
         """Unscaled features (R, D), array or tensor -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
         if not isinstance(features, Tensor) or features.is_complex():
-            features = torch.tensor(as_rows(features).astype(np.float32))
+            features = torch.tensor(_as_array(features))
         check_rows(tuple(features.shape), self.weight.shape[1])
         weight = (self.weight * self.scale).to(features.device)
         return linear(features.float(), weight, self.bias.to(features.device))
@@ -122,8 +122,8 @@ def fit_linear_svm(
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
     Warns, where the scale was measured, if all examples score on one side of 0, or if another threshold would tell a
-    quarter more of them apart. Raises SppnetError for other shapes and labels, for positives or negatives alone, and for
-    features that are not finite.
+    quarter more of them apart.
+    Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = checked_settings(SVMSettings, settings)
     rows = np.ascontiguousarray(_as_array(features))
@@ -151,7 +151,7 @@ def fit_linear_svm(
         )
     if scale is None:
         scores = np.array([_dot(row, weight) for row in rows]) + bias
-        right, best = _told_apart(scores, signs)
+        right, best = told_apart(scores, signs)
         if best - right > MISPLACED or len(set(scores > 0)) == 1:
             warnings.warn(
                 f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
@@ -199,7 +199,7 @@ def typical_norm_scale(norms: NDArray[np.floating], target: float) -> float:
     return as_scale(target / float(np.median(present)))
 
 
-def _told_apart(scores: NDArray[np.float64], signs: NDArray[np.int64]) -> tuple[float, float]:
+def told_apart(scores: NDArray[np.float64], signs: NDArray[np.int64]) -> tuple[float, float]:
     """Share of the examples on their side of 0, and of the threshold where that is largest."""
     order = np.argsort(scores)
     gained = np.append(0, np.cumsum(-signs[order]))  # right beyond those of a threshold below all scores

@@ -53,7 +53,7 @@ def proposal_recall(
     for name, given in (("windows", windows), ("annotations", annotations)):
         if not isinstance(given, Mapping):
             raise SppnetError(f"{name} must be a dict by image id, got {type(given).__name__}")
-    if not (isinstance(iou, (int, float)) and 0 < iou <= 1):
+    if not (isinstance(iou, (int, float, np.number)) and 0 < iou <= 1):
         raise SppnetError(f"iou must lie above 0 and at most at 1, got {iou!r}")
     if max_windows is not None and not (isinstance(max_windows, (int, np.integer)) and max_windows >= 1):
         raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")

@@ -95,13 +95,15 @@ def _search(image: Image, settings: ProposalSettings, search: Callable[[Image], 
 
 def _as_rgb(image: Image) -> Image:
     mode = getattr(image, "mode", "RGB")  # of a PIL image
+    if isinstance(mode, str) and mode not in ("RGB", "L"):
+        raise SppnetError(f'image must be RGB or grey, got a PIL image of mode {mode}; pass image.convert("RGB")')
     pixels = as_numbers(image, "image")
-    pixels = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 and mode in ("RGB", "L") else pixels
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or mode not in ("RGB", "L"):
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
         raise SppnetError(
             f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} of shape {pixels.shape}; read it with read_image"
         )
-    return pixels
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
 def shrunk(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float64]]:
