@@ -37,7 +37,7 @@ from sppnet.errors import SppnetError
 logger = logging.getLogger("sppnet")
 
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
-MISPLACED = 1 / 4  # where more of the examples are right at another threshold than 0, a fit warns
+MISPLACED = 0.1  # where so many more of the examples are right at another threshold than 0, a fit warns
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def fit_linear_svm(
     The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
-    Warns, where the scale was measured, if another threshold than 0 tells more of the examples apart: a quarter more,
-    or any more where all score on one side of 0.
+    Warns, where the scale was measured, if another threshold than 0 tells more of the examples apart: a tenth and
+    1 / √N more, or any more where all score on one side of 0.
     Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = checked_settings(SVMSettings, settings)
@@ -152,7 +152,8 @@ def fit_linear_svm(
     if scale is None:
         scores = np.array([_dot(row, weight) for row in rows]) + bias
         right, best = told_apart(scores, signs)
-        if best - right > (0 if len(set(scores > 0)) == 1 else MISPLACED):
+        chance = 1 / np.sqrt(len(rows))  # so many more are right at the best of all thresholds, whatever the labels
+        if best - right > (0 if len(set(scores > 0)) == 1 else MISPLACED + chance):
             warnings.warn(
                 f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
                 f"for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract the "

@@ -32,12 +32,12 @@ Y_FIRST = [1, 0, 3, 2]  # x1 y1 x2 y2 <-> y1 x1 y2 x2
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")  # may end the name of an image
 
 
-def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
+def export_windows(path: Path | str, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
     """Write the windows of N images, each (R, 4) xyxy half-open; the suffix of `path` chooses the format.
 
     The ``.npz`` holds int16 where every corner is a whole number below 32768, else float32; the ``.mat`` doubles.
     """
-    _check_suffix(path)
+    path = _with_suffix(path)
     if len(ids) != len(windows):
         raise ValueError(f"expected one array of windows per id, got {len(ids)} ids and {len(windows)} arrays")
     _check_unique(path, ids)
@@ -56,12 +56,12 @@ def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike])
         write_atomically(path, lambda file: scipy.io.savemat(file, content, do_compression=True))
 
 
-def import_windows(path: Path) -> dict[str, NDArray[np.float32]]:
+def import_windows(path: Path | str) -> dict[str, NDArray[np.float32]]:
     """Image id -> windows (R, 4) float32 xyxy, zero-based, half-open, in the order of the file.
 
     The arrays are slices of one array. Raises SppnetError for a file that does not hold one of the two layouts.
     """
-    _check_suffix(path)
+    path = _with_suffix(path)
     if not path.is_file():
         raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
     ids, offsets, boxes = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
@@ -100,7 +100,10 @@ def match_records(
         key = record.id if record.id in entries else stem
         if key not in entries:
             continue
-        path, name = _only(key, list(entries[key]))
+        (path, name), *others = entries[key]
+        if others:
+            both = " and ".join(str(path) if name == key else f"{path} ({name})" for path, name in entries[key])
+            raise SppnetError(f"{both} both hold windows of {key}; import only one of them, or use full ids")
         if key != record.id and stems[key] > 1:
             raise SppnetError(f"{path}: {name} fits {stems[key]} images, e.g. {record.id}; name them by full id")
         used.add(path)
@@ -118,13 +121,6 @@ def match_records(
             logger.warning(f"{path}: windows of none of the images; {found}")
     _warn_of_shifts(records, matched)
     return matched
-
-
-def _only(key: str, found: list[tuple[Path, str]]) -> tuple[Path, str]:
-    if len(found) > 1:
-        both = " and ".join(str(path) if name == key else f"{path} ({name})" for path, name in found)
-        raise SppnetError(f"{both} both hold windows of {key}; import only one of them, or use full ids")
-    return found[0]
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -227,9 +223,11 @@ def _offsets(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
 
-def _check_suffix(path: Path) -> None:
+def _with_suffix(name: Path | str) -> Path:
+    path = Path(name)
     if path.suffix not in SUFFIXES:
         raise SppnetError(f"{path}: unknown kind of proposal file {path.suffix!r}; use {' or '.join(SUFFIXES)}")
+    return path
 
 
 def _check_keys(path: Path, needed: Sequence[str], found: Any) -> None:

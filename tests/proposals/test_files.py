@@ -47,8 +47,8 @@ def record(name: str, size: tuple[int, int] = (375, 500)) -> ImageRecord:
 @pytest.mark.parametrize("suffix", [".npz", ".mat"])
 def test_what_is_exported_is_imported_again(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"windows{suffix}"
-    export_windows(path, IDS, WINDOWS)
-    read = import_windows(path)
+    export_windows(str(path), IDS, WINDOWS)
+    read = import_windows(str(path))
     assert list(read) == IDS
     for name, rows in zip(IDS, WINDOWS, strict=True):
         assert read[name].dtype == np.float32
