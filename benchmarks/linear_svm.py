@@ -29,7 +29,7 @@ WORSE = 1e-3  # of the objective: more is another solution
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     settings = SVMSettings(tolerance=options.tolerance)
-    fits = {"sppnet": fit_linear_svm, "LinearSVC": fit_by_sklearn}
+    fits = {"sppnet": partial(fit_linear_svm, scale=1.0), "LinearSVC": fit_by_sklearn}
     print(f"{describe()}; {options.windows} windows, tolerance {options.tolerance:g}")
     print("| features | sppnet, s | LinearSVC, s | LinearSVC / sppnet | objective, sppnet / LinearSVC |")
     print("|---|---|---|---|---|", flush=True)

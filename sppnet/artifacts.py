@@ -15,11 +15,12 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -151,3 +152,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises its own class, which has no public base
         raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+
+
+def names_to_tensor(names: Sequence[str]) -> Tensor:
+    """Names of one line each as a tensor of bytes, to be kept beside others; `names_from_tensor` reads it."""
+    return torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+
+
+def names_from_tensor(tensor: Tensor) -> tuple[str, ...]:
+    return tuple(bytes(tensor.tolist()).decode().split("\n"))

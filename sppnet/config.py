@@ -10,9 +10,11 @@ Recognition" (arXiv 1406.4729v4); "release" is the behaviour of the authors' pub
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sppnet.errors import SppnetError
 
 Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
 Count = Annotated[int, Field(ge=1)]
@@ -20,6 +22,7 @@ Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a networ
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
+Score = Annotated[float, Field(allow_inf_nan=False)]
 
 # Sections of the settings whose results are kept, in the order in which they are made.
 STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes")
@@ -29,6 +32,26 @@ class Settings(BaseModel):
     """Base of all settings: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
+    """`settings`, or the defaults for None, with those `changes` that are not None; SppnetError names what cannot be.
+
+    Values that entered by ``model_copy``, which checks nothing, are checked too.
+    """
+    if settings is not None and not isinstance(settings, kind):
+        raise SppnetError(f"settings must be {kind.__name__}(...), got {type(settings).__name__} {settings!r}")
+    values = {**vars(settings or kind()), **{name: value for name, value in changes.items() if value is not None}}
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+        raise SppnetError(f"{key or kind.__name__}: {message}, got {first['input']!r}") from None
 
 
 class DataSettings(Settings):
@@ -202,12 +225,12 @@ class SVMSettings(Settings):
     feature_norm: Rate = 20.0  # release: mean norm of the scaled features
     norm_images: Count = 200  # release: sample for the mean norm
     norm_windows: Count = 200  # release
-    mine_above: float = -1.0001  # release: negatives that score above enter the cache
-    evict_below: float = -1.2  # release: cached negatives that score below leave it
+    mine_above: Score = -1.0001  # release: negatives that score above enter the cache
+    evict_below: Score = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
-    cache_gigabytes: float = Field(2.0, gt=0)  # ours: bound on the negatives, and on the proposals that are positives
+    cache_gigabytes: Rate = 2.0  # ours: bound on the negatives, and on the proposals that are positives
     max_positives: int = Field(20_000, ge=1)  # ours: bound on a class's objects, and on its proposals
-    tolerance: float = Field(1e-3, gt=0)  # ours: liblinear (release) stops at 0.1, up to 1 % above the optimum
+    tolerance: Rate = 1e-3  # ours: liblinear (release) stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default
     seed: Seed = 0
 

@@ -305,6 +305,9 @@ def test_windows_of_other_images(config, devkit, tmp_path):
     message = refused("train", config, "--run", tmp_path / "run", "--set", f"proposals.import_from=[{file}]")
     assert f"{file}: a window of SHAPES/" in message
     assert "outside the image" in message
+    np.savez(file, **{**values, "ids": np.array([f"images/{name}" for name in values["ids"]])})
+    message = refused("propose", config, "--run", tmp_path / "run", "--import", file)
+    assert f"{file}: windows of none of the images; its images are images/SHAPES/" in message
     file.write_text("no archive")
     message = refused("propose", config, "--run", tmp_path / "run", "--import", file)
     assert f"{file}: not a readable .npz file" in message

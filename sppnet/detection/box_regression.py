@@ -7,6 +7,7 @@ and fitted by ridge regression on the features with a column of ones, which is r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,14 +16,17 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.config import BoxRegressionSettings
+from sppnet.arrays import as_corners, as_numbers, as_rows, as_scale, check_rows
+from sppnet.artifacts import names_from_tensor, names_to_tensor
+from sppnet.config import BoxRegressionSettings, checked_settings
 from sppnet.errors import SppnetError
-from sppnet.records import Boxes, as_boxes
+from sppnet.records import Boxes
 
-Features = NDArray[np.floating] | Tensor
+logger = logging.getLogger("sppnet")
 
 BLOCK = 1024  # rows of a system computed at once
 EXACT_SIDE = 2048  # larger systems are formed from float32 products: far faster, their rounding far below λ
+FAR = 10.0  # a mean norm so many times off the one that the ridge is made for is logged
 _PARTS = ("weight", "bias", "target_mean", "target_unwhiten")
 
 
@@ -39,8 +43,11 @@ class BoxRegressor:
     target_unwhiten: Tensor  # (4, 4), symmetric: (S + ε I)^(1/2)
     scale: float = 1.0  # multiplies the features
 
-    def refine(self, features: Features, windows: Boxes) -> NDArray[np.float64]:
-        """Features (R, D) of windows (R, 4) -> the predicted boxes (R, 4), not clipped to the image."""
+    def refine(self, features: ArrayLike | Tensor, windows: ArrayLike) -> NDArray[np.float64]:
+        """Features (R, D) of windows (R, 4) -> the predicted boxes (R, 4), not clipped to the image.
+
+        Arrays or tensors; SppnetError for another width, another number of windows, and windows that are none.
+        """
         rows = _as_tensor(features, self.weight.shape[1])
         corners = _matching_boxes(windows, len(rows), "windows")
         weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
@@ -68,7 +75,11 @@ class BoxRegressors:
         return replace(self, per_class=tuple(replace(own, weight=own.weight.float()) for own in self.per_class))
 
     def refine(
-        self, features: Features, windows: Boxes, labels: ArrayLike, rows: NDArray[np.int64] | None = None
+        self,
+        features: ArrayLike | Tensor,
+        windows: ArrayLike,
+        labels: ArrayLike,
+        rows: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """Each window (R, 4) by the regressor of its label, an index (R,) into classes, or one for all.
 
@@ -76,10 +87,18 @@ class BoxRegressors:
         """
         features = _as_tensor(features)
         rows = np.arange(len(features)) if rows is None else rows
+        if not np.isin(rows, np.arange(len(features))).all():
+            raise SppnetError(f"rows must lie in 0 … {len(features) - 1}, the rows of features, got {rows.tolist()}")
         corners = _matching_boxes(windows, len(rows), "windows")
-        per_window = np.broadcast_to(np.asarray(labels, dtype=np.int64), len(corners))
-        if not np.isin(per_window, np.arange(len(self.classes))).all():
-            raise ValueError(f"labels must lie in 0 … {len(self.classes) - 1}, got {sorted(set(per_window.tolist()))}")
+        indices = as_numbers(labels, "labels")
+        if indices.shape not in ((), (len(corners),)):
+            raise SppnetError(
+                f"labels must be one index or ({len(corners)},), one for each window, got {indices.shape}"
+            )
+        if not np.isin(indices, np.arange(len(self.classes))).all():
+            found = sorted(set(indices.ravel().tolist()))
+            raise SppnetError(f"labels must lie in 0 … {len(self.classes) - 1}, got {found}; give indices into classes")
+        per_window = np.broadcast_to(indices.astype(np.int64), len(corners))
         refined = corners.copy()
         for label in np.unique(per_window):
             own = np.flatnonzero(per_window == label)
@@ -92,7 +111,7 @@ class BoxRegressors:
         return {
             **{name: torch.stack([getattr(own, name) for own in self.per_class]) for name in _PARTS},
             "scale": torch.tensor(self.per_class[0].scale, dtype=torch.float64),
-            "classes": torch.tensor(list("\n".join(self.classes).encode()), dtype=torch.uint8),
+            "classes": names_to_tensor(self.classes),
         }
 
     @classmethod
@@ -100,28 +119,38 @@ class BoxRegressors:
         missing = {*_PARTS, "scale", "classes"} - set(tensors)
         if missing:
             raise SppnetError(f"box regressors need the tensors {sorted(missing)} too; train the regressors again")
-        classes = tuple(bytes(tensors["classes"].tolist()).decode().split("\n"))
+        classes = names_from_tensor(tensors["classes"])
         scale = float(tensors["scale"])
         each = ({name: tensors[name][label] for name in _PARTS} for label in range(len(classes)))
         return cls(tuple(BoxRegressor(**parts, scale=scale) for parts in each), classes)
 
 
 def fit_box_regressor(
-    features: Features,
-    windows: Boxes,
-    boxes: Boxes,
+    features: ArrayLike | Tensor,
+    windows: ArrayLike,
+    boxes: ArrayLike,
     settings: BoxRegressionSettings | None = None,
     scale: float = 1.0,
     device: torch.device | str | None = None,
 ) -> BoxRegressor:
     """The regressor from features (N, D) of windows (N, 4) to the boxes (N, 4) of the objects they cover.
 
-    `scale` multiplies the features here and in the result (see `mean_norm_scale`). A system of min(N, D + 1) unknowns
-    is solved in float64 on `device` (default: where the features are). No examples give the regressor that leaves
-    windows unchanged. Raises ValueError for windows or boxes without extent and for lengths that differ.
+    Arrays, tensors or lists. `scale` multiplies the features here and in the result: the ridge is made for features of
+    mean norm ``settings.feature_norm`` (release: 20; see `mean_norm_scale`); ten times more or less is logged as a
+    warning. A system of min(N, D + 1) unknowns is solved in float64 on `device` (default: where the features are). No
+    examples give the regressor that leaves windows unchanged.
+    Raises SppnetError for features that are not finite, windows or boxes without extent, and lengths that differ.
     """
-    settings = settings or BoxRegressionSettings()
-    features = _as_tensor(features)
+    settings = checked_settings(BoxRegressionSettings, settings)
+    features, scale = _as_tensor(features), as_scale(scale)
+    norms = torch.linalg.vector_norm(features.float(), dim=1) * scale
+    if not bool(norms.isfinite().all()):
+        raise SppnetError(f"features must be finite, row {int((~norms.isfinite()).nonzero()[0])} is not; leave it out")
+    if len(norms) and not 1 / FAR <= float(norms.mean()) / settings.feature_norm <= FAR:
+        logger.warning(
+            f"features of a mean norm of {float(norms.mean()):.3g}: boxes.ridge is made for {settings.feature_norm:g}; "
+            "pass scale=mean_norm_scale(norms)"
+        )
     corners = _matching_boxes(windows, len(features), "windows")
     targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
     mean, unwhiten, whitened = _whiten(targets, settings.whitening)
@@ -132,7 +161,7 @@ def fit_box_regressor(
     return BoxRegressor(weight, bias, torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
 
 
-def regression_targets(windows: Boxes, boxes: Boxes) -> NDArray[np.float64]:
+def regression_targets(windows: ArrayLike, boxes: ArrayLike) -> NDArray[np.float64]:
     """(dx, dy, log dw, log dh) that `apply_targets` needs to turn windows (N, 4) into boxes (N, 4)."""
     window_centre, window_sides = _centres_and_sides(windows, "windows")
     box_centre, box_sides = _centres_and_sides(boxes, "boxes")
@@ -180,8 +209,8 @@ def _solve_ridge(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
     return factors.T.double() @ solution if dual else solution
 
 
-def _centres_and_sides(boxes: Boxes, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    corners = as_boxes(boxes, name)
+def _centres_and_sides(boxes: ArrayLike, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    corners = as_corners(boxes, name)
     sides = corners[:, 2:] - corners[:, :2]
     bad = np.flatnonzero(~(sides > 0).all(axis=1))
     if len(bad):
@@ -192,20 +221,17 @@ def _centres_and_sides(boxes: Boxes, name: str) -> tuple[NDArray[np.float64], ND
     return corners[:, :2] + sides / 2, sides
 
 
-def _matching_boxes(boxes: Boxes, count: int, name: str) -> NDArray[np.float64]:
-    corners = as_boxes(boxes, name)
+def _matching_boxes(boxes: ArrayLike, count: int, name: str) -> NDArray[np.float64]:
+    corners = as_corners(boxes, name)
     if len(corners) != count:
-        raise ValueError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
+        raise SppnetError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
     return corners
 
 
-def _as_tensor(features: Features, width: int | None = None) -> Tensor:
-    if not isinstance(features, Tensor):
-        array = np.asarray(features)
-        features = torch.from_numpy(array if array.flags.writeable else array.copy())
-    if features.ndim != 2 or (width is not None and features.shape[1] != width):
-        raise SppnetError(
-            f"features must have shape (R, {width or 'D'}), got {tuple(features.shape)}; "
-            "use the layer that the regressor was trained on"
-        )
+def _as_tensor(features: ArrayLike | Tensor, width: int | None = None) -> Tensor:
+    if not isinstance(features, Tensor) or features.is_complex():
+        array = as_rows(features, width)
+        array = array if array.dtype in (np.float16, np.float32, np.float64) else array.astype(np.float64)
+        features = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch takes no others
+    check_rows(tuple(features.shape), width)
     return features.detach()

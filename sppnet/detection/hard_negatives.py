@@ -9,17 +9,19 @@ fit the cached negatives that score below −1.2 leave. Features are computed im
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.config import SVMSettings
-from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective
-from sppnet.detection.training_windows import MiningWindows, draw_rows
+from sppnet.arrays import as_numbers, as_rows, as_scale, check_finite
+from sppnet.config import SVMSettings, checked_settings
+from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
+from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.records import pairwise_iou
@@ -38,31 +40,43 @@ class MinedSVMs:
 
 
 def mine_detectors(
-    images: MiningWindows,
+    images: Sequence[tuple[ArrayLike, ArrayLike]] | MiningWindows,
     classes: Sequence[str],
     settings: SVMSettings | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     progress: bool = True,
 ) -> MinedSVMs:
     """SVMs of all classes from one pass over the images, in their order.
 
-    `images` is anything with the methods of `MiningWindows`; reading an image again gives the same values. `scale`
-    multiplies all features, here and in the SVMs (see `mean_norm_scale`). A class without positives or negatives is
-    reported and never fires.
+    `images` is a list with a pair for each image: the features (R, D) of its windows, its objects among them, and
+    overlaps (R, K), the largest IoU of each window with the objects of each class (`class_overlaps` computes them).
+    Windows of overlap 1, or at least ``positive_overlap``, are positives of the class, those below ``negative_overlap``
+    its negatives. Instead it may be anything with the methods of `MiningWindows`, read from disk image by image;
+    reading an image again gives the same values.
+    `scale` multiplies all features, here and in the SVMs. None measures it on the pairs as `fit_linear_svm` does, and
+    is 1 for images read from disk (see `mean_norm_scale`). A class without positives or negatives is reported and never
+    fires.
     Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
     the cache), one image, and one fit.
-    Raises SppnetError for no images and for features that are not finite.
+    Raises SppnetError for no images, features that are not finite, and pairs that do not fit each other or the classes.
     """
-    if len(images) == 0:
+    settings = checked_settings(SVMSettings, settings)
+    names = tuple(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else ()
+    if not names or len(set(names)) < len(names) or not all(isinstance(n, str) and "\n" not in n for n in names):
+        raise SppnetError(f"classes must be a list of distinct names of one line, at least one, got {classes!r}")
+    source: Any = images if hasattr(images, "read") else _Pairs(images, len(names), settings)
+    if len(source) == 0:
         raise SppnetError("expected at least one image to mine, got none; check data.train")
-    miner = _Miner(images, tuple(classes), settings or SVMSettings(), scale, progress)
-    for index in progress_bar(range(len(images)), "mining", "image", shown=progress):
+    if scale is None:
+        scale = source.scale(settings.feature_norm) if isinstance(source, _Pairs) else 1.0
+    miner = _Miner(source, names, settings, as_scale(scale), progress)
+    for index in progress_bar(range(len(source)), "mining", "image", shown=progress):
         miner.visit(index)
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
         miner.fit(int(label))
     untrained = {
         name: "no negatives" if miner.active[label] else "no positives"
-        for label, name in enumerate(classes)
+        for label, name in enumerate(names)
         if miner.retrains[label] == 0
     }
     for name, reason in untrained.items():
@@ -90,9 +104,75 @@ def distinct_negatives(
     return kept
 
 
+class _Pairs:
+    """Pairs of features and overlaps, read as `MiningWindows` are; a window is known by its row, its first corner."""
+
+    def __init__(self, images: Sequence[tuple[ArrayLike, ArrayLike]], classes: int, settings: SVMSettings) -> None:
+        if not isinstance(images, Sequence):
+            raise SppnetError(f"images must be a list of pairs (features, overlaps), got {type(images).__name__}")
+        if settings.duplicates == "overlap":
+            raise SppnetError("svm.duplicates=overlap needs the windows themselves; leave it at cells for pairs")
+        self._pairs = [_checked_pair(f"image {index}", pair, classes) for index, pair in enumerate(images)]
+        widths = sorted({features.shape[1] for features, _ in self._pairs})
+        if len(widths) > 1:
+            raise SppnetError(f"features of all images must have one width, got {widths}; take them from one layer")
+        self._threshold = settings.positive_overlap
+        if self._pairs and not any((overlaps >= self._threshold).any() for _, overlaps in self._pairs):
+            raise SppnetError(
+                f"no window has an overlap of at least {self._threshold:g} with any class, so there are no positives; "
+                "put the objects among the windows, or lower svm.positive_overlap"
+            )
+
+    def scale(self, target: float) -> float:
+        return typical_norm_scale(torch.cat([features.norm(dim=1) for features, _ in self._pairs]).numpy(), target)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def read(self, index: int) -> tuple[ImageWindows, Tensor]:
+        features, overlaps = self._pairs[index]
+        return ImageWindows(_as_windows(np.arange(len(features))), np.zeros(0, np.int64), overlaps), features
+
+    def positives(self, index: int) -> PositiveWindows:
+        overlaps = self._pairs[index][1]
+        rows, labels = np.nonzero(overlaps >= self._threshold)
+        close = overlaps[rows, labels] < 1
+        order = np.argsort(close, kind="stable")  # objects first
+        return PositiveWindows(_as_windows(rows[order]), labels[order], int((~close).sum()))
+
+    def features(self, index: int, windows: NDArray[np.floating]) -> Tensor:
+        return self._pairs[index][0][torch.from_numpy(windows[:, 0].astype(np.int64))]
+
+
+def _as_windows(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    return np.repeat(rows[:, None], 4, axis=1).astype(np.float32)
+
+
+def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) -> tuple[Tensor, NDArray[np.float32]]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise SppnetError(f"{name} must be a pair (features, overlaps), got {type(pair).__name__}")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        features = np.require(as_rows(pair[0], name=f"{name}: features"), np.float32, ["C", "W"])
+    check_finite(features, f"{name}: features")
+    overlaps = as_numbers(pair[1], f"{name}: overlaps")
+    if overlaps.shape != (len(features), classes):
+        raise SppnetError(
+            f"{name}: overlaps must have shape {(len(features), classes)}, a column for each class, got "
+            f"{overlaps.shape}; for labels that are -1 beside objects pass numpy.eye({classes + 1})[labels][:, :-1]"
+        )
+    if not ((overlaps >= 0) & (overlaps <= 1)).all():
+        raise SppnetError(f"{name}: overlaps must lie in 0 … 1, got {overlaps.min()} to {overlaps.max()}")
+    return torch.from_numpy(features), overlaps.astype(np.float32)
+
+
 class _Miner:
     def __init__(
-        self, images: MiningWindows, classes: tuple[str, ...], settings: SVMSettings, scale: float, progress: bool
+        self,
+        images: MiningWindows | _Pairs,
+        classes: tuple[str, ...],
+        settings: SVMSettings,
+        scale: float,
+        progress: bool,
     ) -> None:
         self.images, self.settings = images, settings
         self.positives = _collect_positives(images, len(classes), settings, scale, progress)
@@ -125,7 +205,7 @@ class _Miner:
         positives, examples = len(self.positives[label]), self.cache.features_of(label, first=self.positives[label])
         negatives = len(examples) - positives
         signs = np.repeat([1, -1], [positives, negatives])
-        svm = fit_linear_svm(examples, signs, self.settings)
+        svm = fit_linear_svm(examples, signs, self.settings, scale=1.0)
         weight = self.svms.weight[label] = torch.from_numpy(svm.weight).float()
         self.svms.bias[label] = svm.bias
         scores = (examples @ weight + svm.bias).numpy()
@@ -223,7 +303,7 @@ def _best_places(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDA
 
 
 def _collect_positives(
-    images: MiningWindows, classes: int, settings: SVMSettings, scale: float, progress: bool
+    images: MiningWindows | _Pairs, classes: int, settings: SVMSettings, scale: float, progress: bool
 ) -> list[Tensor]:
     """Scaled features of the positives of each class: K tensors (P, D) float32 on the CPU.
 

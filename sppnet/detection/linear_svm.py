@@ -17,6 +17,7 @@ The loop stands here because of memory: liblinear needs 24 bytes for a feature, 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,27 +28,32 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from sppnet.arrays import as_numbers, as_rows, as_scale, check_rows
+from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.compiling import compiled
-from sppnet.config import SVMSettings
+from sppnet.config import SVMSettings, checked_settings
 from sppnet.errors import SppnetError
 
 logger = logging.getLogger("sppnet")
 
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
-
-Features = NDArray[np.floating] | Tensor
+MISPLACED = 0.1  # where so many more of the examples are right at another threshold than 0, a fit warns
 
 
 @dataclass(frozen=True)
 class LinearSVM:
-    """One trained SVM: weight (D,) float64 and bias, for features scaled as in training."""
+    """One trained SVM: weight (D,) float64 and bias, for features in the units of those that it was trained on.
+
+    `scale` is what the features were multiplied by in the problem that was solved; the weight contains it.
+    """
 
     weight: NDArray[np.float64]
     bias: float
+    scale: float = 1.0
 
-    def score(self, features: Features) -> NDArray[np.float64]:
-        """(R, D) -> (R,) float64, computed in double precision."""
-        return _as_array(features) @ self.weight + self.bias
+    def score(self, features: ArrayLike | Tensor) -> NDArray[np.float64]:
+        """(R, D), array or tensor -> (R,) float64, computed in double precision; SppnetError for another width."""
+        return _as_array(features, len(self.weight)) @ self.weight + self.bias
 
 
 class SVMObjective(NamedTuple):
@@ -82,42 +88,46 @@ class LinearSVMs:
                 f"{tuple(self.bias.shape)}; give one row for each class"
             )
 
-    def score(self, features: Tensor) -> Tensor:
-        """Unscaled features (R, D) -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
-        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
-            raise SppnetError(
-                f"features must have shape (R, {self.weight.shape[1]}), got {tuple(features.shape)}; "
-                "use the layer that these SVMs were trained on"
-            )
+    def score(self, features: ArrayLike | Tensor) -> Tensor:
+        """Unscaled features (R, D), array or tensor -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
+        if not isinstance(features, Tensor) or features.is_complex():
+            features = torch.tensor(_as_array(features))
+        check_rows(tuple(features.shape), self.weight.shape[1])
         weight = (self.weight * self.scale).to(features.device)
         return linear(features.float(), weight, self.bias.to(features.device))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Named tensors that `from_tensors` reads back, names of the classes included."""
-        names = torch.tensor(list("\n".join(self.classes).encode()), dtype=torch.uint8)
         scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"weight": self.weight, "bias": self.bias, "scale": scale, "classes": names}
+        return {"weight": self.weight, "bias": self.bias, "scale": scale, "classes": names_to_tensor(self.classes)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearSVMs:
         missing = {"weight", "bias", "scale", "classes"} - set(tensors)
         if missing:
             raise SppnetError(f"linear SVMs need the tensors {sorted(missing)} too; train them again")
-        names = tuple(bytes(tensors["classes"].tolist()).decode().split("\n"))
-        return cls(tensors["weight"], tensors["bias"], float(tensors["scale"]), names)
+        return cls(tensors["weight"], tensors["bias"], float(tensors["scale"]), names_from_tensor(tensors["classes"]))
 
 
-def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings | None = None) -> LinearSVM:
-    """The minimum of the problem above. features (N, D), already scaled; labels (N,) in {-1, +1}.
+def fit_linear_svm(
+    features: ArrayLike | Tensor, labels: ArrayLike, settings: SVMSettings | None = None, scale: float | None = None
+) -> LinearSVM:
+    """The minimum of the problem above. features (N, D), array or tensor of any real type; labels (N,) in {-1, +1}.
 
-    The same features, labels and settings give the same weights on one machine. Features in float32 or float64 are read
-    where they lie, others as float64; sums are kept in double precision. The fit ends when the projected gradients of
-    all examples lie within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used
-    and logged as a warning.
+    C and the bias multiplier are made for features of a norm of ``settings.feature_norm`` (release: 20); in other units
+    the boundary at 0 means nothing. So the problem is that of the features times `scale`. None measures it: the factor
+    that brings the median of their norms, zeros left out, to that value; features scaled already come with scale=1. The
+    result takes features as they were given.
+    The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
+    others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
+    within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
+    Warns, where the scale was measured, if another threshold than 0 tells more of the examples apart: a tenth and
+    1 / √N more, or any more where all score on one side of 0.
     Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
-    settings = settings or SVMSettings()
-    rows, signs = np.ascontiguousarray(_as_array(features)), _checked_labels(labels, len(features))
+    settings = checked_settings(SVMSettings, settings)
+    rows = np.ascontiguousarray(_as_array(features))
+    signs = _checked_labels(labels, len(rows))
     if not ((signs > 0).any() and (signs < 0).any()):
         missing = "negatives (-1)" if (signs > 0).any() else "positives (+1)"
         raise SppnetError(f"a linear SVM needs positives and negatives, got {len(signs)} examples but no {missing}")
@@ -128,8 +138,10 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
             f"features must be finite, and their norms too: row {np.flatnonzero(~np.isfinite(norms))[0]} is not; "
             "check the images and the weights"
         )
-    costs = settings.C * np.where(signs > 0, settings.positive_weight, 1.0)
-    limits = settings.bias_multiplier, settings.tolerance, settings.max_iterations
+    factor = typical_norm_scale(np.sqrt(norms), settings.feature_norm) if scale is None else as_scale(scale)
+    # The problem of scaled features in the units of those given: w contains the factor, and no copy is scaled.
+    costs = settings.C * factor**2 * np.where(signs > 0, settings.positive_weight, 1.0)
+    limits = settings.bias_multiplier / factor, settings.tolerance, settings.max_iterations
     state = np.uint64(np.random.default_rng(settings.seed).integers(2**63))
     weight, bias, converged = _descend(rows, signs, costs, norms, *limits, state)
     if not converged:
@@ -137,7 +149,18 @@ def fit_linear_svm(features: Features, labels: ArrayLike, settings: SVMSettings 
             f"linear SVM of {len(rows)} x {rows.shape[1]} stopped at {settings.max_iterations} iterations before it "
             f"reached tolerance {settings.tolerance:g}; its weights are used, raise svm.max_iterations or svm.tolerance"
         )
-    return LinearSVM(weight, float(bias))
+    if scale is None:
+        scores = np.array([_dot(row, weight) for row in rows]) + bias
+        right, best = told_apart(scores, signs)
+        chance = 1 / np.sqrt(len(rows))  # so many more are right at the best of all thresholds, whatever the labels
+        if best - right > (0 if len(set(scores > 0)) == 1 else MISPLACED + chance):
+            warnings.warn(
+                f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
+                f"for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract the "
+                "median of the features",
+                stacklevel=2,
+            )
+    return LinearSVM(weight, float(bias), factor)
 
 
 def svm_objective(
@@ -146,7 +169,7 @@ def svm_objective(
     """The value that `fit_linear_svm` minimises. scores (N,) that this SVM gives, labels (N,) in {-1, +1}."""
     settings, signs = settings or SVMSettings(), _checked_labels(labels, len(scores))
     loss = np.maximum(0, 1 - signs * scores.astype(np.float64))
-    norm = svm.weight @ svm.weight + (svm.bias / settings.bias_multiplier) ** 2
+    norm = svm.weight @ svm.weight / svm.scale**2 + (svm.bias / settings.bias_multiplier) ** 2
     return SVMObjective(
         positive=float(settings.C * settings.positive_weight * loss[signs > 0].sum()),
         negative=float(settings.C * loss[signs < 0].sum()),
@@ -169,23 +192,34 @@ def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
     return target / mean
 
 
-def _as_array(features: Features) -> NDArray[np.floating]:
+def typical_norm_scale(norms: NDArray[np.floating], target: float) -> float:
+    """The factor that brings the median of these norms, zeros left out, to `target`: a few huge ones do not matter."""
+    present = norms[norms > 0]
+    if not len(present):
+        raise SppnetError(f"features must not be all zero, got {len(norms)} such rows; check where they come from")
+    return as_scale(target / float(np.median(present)))
+
+
+def told_apart(scores: NDArray[np.float64], signs: NDArray[np.int64]) -> tuple[float, float]:
+    """Share of the examples on their side of 0, and of the threshold where that is largest."""
+    order = np.argsort(scores)
+    gained = np.append(0, np.cumsum(-signs[order]))  # right beyond those of a threshold below all scores
+    between = np.append(True, np.append(np.diff(scores[order]) > 0, True))
+    best = (signs > 0).mean() + gained[between].max() / len(signs)
+    return float((scores * signs > 0).mean()), float(best)
+
+
+def _as_array(features: ArrayLike | Tensor, width: int | None = None) -> NDArray[np.floating]:
     """(N, D) in float32 or float64: as it is, or a copy."""
-    if isinstance(features, Tensor):
-        whole = features.detach().cpu()
-        array = (whole if whole.dtype == torch.float64 else whole.float()).numpy()
-    else:
-        array = np.asarray(features)
-    if array.ndim != 2:
-        raise SppnetError(f"features must have shape (N, D), got {array.shape}; pass features[None] for one window")
+    array = as_rows(features, width)
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
 
 
 def _checked_labels(labels: ArrayLike, count: int) -> NDArray[np.int64]:
-    signs = np.asarray(labels)
+    signs = as_numbers(labels, "labels")
     if signs.shape != (count,):
         raise SppnetError(f"labels must have shape ({count},), one for each row of features, got {signs.shape}")
-    other = signs[~np.isin(signs, (-1, 1))]
+    other = signs[(signs != 1) & (signs != -1)] if signs.dtype != bool else signs
     if len(other):
         raise SppnetError(f"labels must be -1 or +1, got {other[0]}; for 0 and 1 pass 2 * labels - 1")
     return signs.astype(np.int64)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.records import Annotation, as_boxes, pairwise_iou
+from sppnet.arrays import as_corners
+from sppnet.errors import SppnetError
+from sppnet.records import Annotation, pairwise_iou
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,32 @@ def proposal_recall(
 ) -> ProposalQuality:
     """Cover of the annotated objects by image id -> windows (R, 4), the first `max_windows` of each image.
 
-    Restrict the annotations to the classes of interest with ``Annotation.of``. Images without annotation are left
-    out; ValueError for an annotated image without an entry in `windows`.
+    Windows are arrays, tensors or lists. Restrict the annotations to the classes of interest with ``Annotation.of``.
+    Images without annotation are left out. Raises SppnetError for an annotated image without an entry in `windows`, for
+    windows or objects that are none, and for an `iou` or a `max_windows` that no window can meet.
     """
+    for name, given in (("windows", windows), ("annotations", annotations)):
+        if not isinstance(given, Mapping):
+            raise SppnetError(f"{name} must be a dict by image id, got {type(given).__name__}")
+    if not (isinstance(iou, (int, float, np.number)) and 0 < iou <= 1):
+        raise SppnetError(f"iou must lie above 0 and at most at 1, got {iou!r}")
+    if max_windows is not None and not (isinstance(max_windows, (int, np.integer)) and max_windows >= 1):
+        raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
-        raise ValueError(
+        raise SppnetError(
             f"no windows given for image {missing[0]} ({len(missing)} of {len(annotations)} images); "
             "propose them first, or pass an empty (0, 4) array"
         )
     overlaps, counts = [np.zeros(0)], []
     for image_id, annotation in annotations.items():
-        boxes = as_boxes(windows[image_id], "windows")[:max_windows]
+        if not isinstance(annotation, Annotation):
+            raise SppnetError(
+                f"annotations of image {image_id}: expected an Annotation, got {type(annotation).__name__}"
+            )
+        boxes = as_corners(windows[image_id], f"windows of image {image_id}")[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
-        overlaps.append(pairwise_iou(as_boxes(truth.boxes), boxes).max(axis=1, initial=0.0))
+        objects = as_corners(truth.boxes, f"objects of image {image_id}")
+        overlaps.append(pairwise_iou(objects, boxes).max(axis=1, initial=0.0))
         counts.append(len(boxes))
     return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)

@@ -60,7 +60,7 @@ def detect_split(
     """
     description = replace(DetectorDescription.read(run), config=config)
     windows = windows_folder(run, config)
-    propose_images(records, config.proposals, windows)
+    propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
     own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
     make = partial(_searcher, run, config, device, windows, folder)

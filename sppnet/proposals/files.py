@@ -8,10 +8,10 @@ inclusive, and ``images``, a cell of names. Neither format needs pickle.
 
 from __future__ import annotations
 
+import logging
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ from sppnet.artifacts import write_arrays, write_atomically
 from sppnet.errors import SppnetError
 from sppnet.records import ImageRecord, as_boxes, clip_boxes
 
+logger = logging.getLogger("sppnet")
+
 SUFFIXES = (".npz", ".mat")
 INT16_LIMIT = np.iinfo(np.int16).max
 INWARD = np.array([1, 1, 0, 0])  # one-based inclusive corners minus half-open ones
 Y_FIRST = [1, 0, 3, 2]  # x1 y1 x2 y2 <-> y1 x1 y2 x2
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")  # may end the name of an image
 
 
-def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
+def export_windows(path: Path | str, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
     """Write the windows of N images, each (R, 4) xyxy half-open; the suffix of `path` chooses the format.
 
     The ``.npz`` holds int16 where every corner is a whole number below 32768, else float32; the ``.mat`` doubles.
     """
-    _check_suffix(path)
+    path = _with_suffix(path)
     if len(ids) != len(windows):
         raise ValueError(f"expected one array of windows per id, got {len(ids)} ids and {len(windows)} arrays")
     _check_unique(path, ids)
@@ -53,12 +56,12 @@ def export_windows(path: Path, ids: Sequence[str], windows: Sequence[ArrayLike])
         write_atomically(path, lambda file: scipy.io.savemat(file, content, do_compression=True))
 
 
-def import_windows(path: Path) -> dict[str, NDArray[np.float32]]:
+def import_windows(path: Path | str) -> dict[str, NDArray[np.float32]]:
     """Image id -> windows (R, 4) float32 xyxy, zero-based, half-open, in the order of the file.
 
     The arrays are slices of one array. Raises SppnetError for a file that does not hold one of the two layouts.
     """
-    _check_suffix(path)
+    path = _with_suffix(path)
     if not path.is_file():
         raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
     ids, offsets, boxes = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
@@ -74,58 +77,99 @@ def import_windows(path: Path) -> dict[str, NDArray[np.float32]]:
     return {name: boxes[start:stop] for name, start, stop in zip(ids, offsets[:-1], offsets[1:], strict=True)}
 
 
-def match_records(records: Sequence[ImageRecord], paths: Sequence[Path]) -> dict[str, NDArray[np.float32]]:
+def match_records(
+    records: Sequence[ImageRecord], paths: Sequence[Path], needed: bool = True
+) -> dict[str, NDArray[np.float32]]:
     """Record id -> its windows in the files, for the records that are in one of them.
 
-    A file may name an image by its full id ("VOC2007/000005") or by its stem ("000005"); the full id wins. Raises
-    SppnetError where two files or two records claim the same entry, and for windows outside the image.
+    A file may name an image by its full id ("VOC2007/000005"), by its stem ("000005"), or by either with the suffix of
+    a picture; the full id wins. What else the files hold is left out. Raises SppnetError where two files or two records
+    claim the same entry, for windows outside the image, and, if they are `needed`, for files that fit none of the
+    records. Warns, in the log, of a file that fits none where others do, and of corners that look one-based.
     """
     files = {path: import_windows(path) for path in paths}
+    entries: dict[str, dict[tuple[Path, str], None]] = {}  # what may name an image -> the entries of that name
+    for path, held in files.items():
+        for name in held:
+            for key in {name, name.rpartition(".")[0] if name.lower().endswith(PICTURES) else name}:
+                entries.setdefault(key, {})[path, name] = None
     stems = Counter(record.id.rpartition("/")[2] for record in records)
-    matched = {}
+    matched, used, outside = {}, set[Path](), list[tuple[ImageRecord, Path, NDArray[np.float32]]]()
     for record in records:
-        found = _find(record.id, files)
-        if found is None:
+        stem = record.id.rpartition("/")[2]
+        key = record.id if record.id in entries else stem
+        if key not in entries:
             continue
-        path, name = found
-        if name != record.id and stems[name] > 1:
-            raise SppnetError(f"{path}: {name} fits {stems[name]} images, e.g. {record.id}; name them by full id")
+        (path, name), *others = entries[key]
+        if others:
+            both = " and ".join(str(path) if name == key else f"{path} ({name})" for path, name in entries[key])
+            raise SppnetError(f"{both} both hold windows of {key}; import only one of them, or use full ids")
+        if key != record.id and stems[key] > 1:
+            raise SppnetError(f"{path}: {name} fits {stems[key]} images, e.g. {record.id}; name them by full id")
+        used.add(path)
         windows = files[path][name]
         matched[record.id] = clip_boxes(windows, record.size)
-        worst = np.abs(windows - matched[record.id]).max(initial=0)
-        if worst > 1:  # a pixel is rounding, more is another image or convention
-            raise SppnetError(
-                f"{path}: a window of {record.id} lies {worst:g} px outside the image of (height, width) "
-                f"{record.size}; were the windows computed on this image, and are its corners x1 y1 x2 y2, "
-                "zero-based, half-open?"
-            )
+        if np.abs(windows - matched[record.id]).max(initial=0) > 1:  # a pixel is rounding, more is another image
+            outside.append((record, path, windows))
+    if outside:
+        raise _outside(outside)
+    for path in files if records else ():
+        if path not in used:
+            found = f"its images are {_examples(files[path])}, those of the data {_examples([r.id for r in records])}"
+            if needed and not used:
+                raise SppnetError(f"{path}: windows of none of the images; {found}; name them by these ids or stems")
+            logger.warning(f"{path}: windows of none of the images; {found}")
+    _warn_of_shifts(records, matched)
     return matched
 
 
-def _find(record_id: str, files: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, str] | None:
-    for name in (record_id, record_id.rpartition("/")[2]):
-        holders = [path for path, windows in files.items() if name in windows]
-        if len(holders) > 1:
-            both = " and ".join(str(path) for path in holders)
-            raise SppnetError(f"{both} both hold windows of {name}; import only one of them, or use full ids")
-        if holders:
-            return holders[0], name
-    return None
+def _examples(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") or "none"
+
+
+def _outside(found: Sequence[tuple[ImageRecord, Path, NDArray[np.float32]]]) -> SppnetError:
+    """An error about images with windows that lie more than a pixel outside."""
+    far, swapped = [], True
+    for record, _, windows in found:
+        far.append(np.abs(windows - clip_boxes(windows, record.size)).max(axis=1))
+        swapped &= np.abs(windows - clip_boxes(windows, record.size[::-1])).max() <= 1
+    record, path, worst = found[0][0], found[0][1], far[0].max()
+    hint = "were the windows computed on this image, and are its corners x1 y1 x2 y2, zero-based, half-open?"
+    hint = "with x and y exchanged all lie inside; write x1 y1 x2 y2" if swapped else hint
+    return SppnetError(
+        f"{path}: a window of {record.id} lies {worst:g} px outside the image of (height, width) {record.size}, and in "
+        f"all {sum(int((rows > 1).sum()) for rows in far)} windows of {len(found)} images do so; {hint}"
+    )
+
+
+def _warn_of_shifts(records: Sequence[ImageRecord], matched: Mapping[str, NDArray[np.float32]]) -> None:
+    """The whole image is nearly always among its windows: where no corner is its own, others are the convention."""
+    sizes = {record.id: record.size for record in records}
+    first = min((float(rows[:, :2].min()) for rows in matched.values() if len(rows)), default=0)
+    ends = [(sizes[name][::-1] - rows[:, 2:]).min() for name, rows in matched.items() if len(rows)]
+    if (first, min(ends, default=0)) in ((1, 0), (0, 1)):
+        logger.warning(
+            f"no imported window {'begins at 0' if first else 'ends at the edge of its image'}, but some lie one pixel "
+            "off: corners are zero-based and half-open; from x1 y1 x2 y2 of VOC subtract 1 1 0 0"
+        )
 
 
 def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
     if not zipfile.is_zipfile(path):
         raise SppnetError(f"{path}: not a readable .npz file (no zip archive); copy or export it again")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
             _check_keys(path, ("ids", "offsets", "boxes"), archive.files)
             ids, offsets, boxes = archive["ids"], archive["offsets"], archive["boxes"]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, SppnetError):
-            raise
+    except SppnetError:
+        raise
+    except Exception as error:  # damaged files raise whatever zip, zlib and numpy stumble over
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None
     if ids.ndim != 1 or ids.dtype.kind != "U":
-        raise SppnetError(f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}")
+        raise SppnetError(
+            f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}; write numpy.array(ids, dtype=str)"
+        )
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
         raise SppnetError(
             f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {offsets.dtype} of shape "
@@ -139,7 +183,8 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
         raise SppnetError(
             f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, got {offsets[0]} to {offsets[-1]}"
         )
-    return ids.tolist(), offsets.astype(np.int64), boxes.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite boxes are refused
+        return ids.tolist(), offsets.astype(np.int64), boxes.astype(np.float32)
 
 
 def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
@@ -160,7 +205,11 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     for name, cell in zip(names.ravel(), cells.ravel(), strict=True):
         if name.dtype.kind != "U" or name.size != 1:
             raise SppnetError(f"{path}: images must hold one name per cell, got {name.dtype} of shape {name.shape}")
-        if cell.dtype.kind not in "iuf" or (cell.size and (cell.ndim != 2 or cell.shape[1] != 4)):
+        if (
+            not isinstance(cell, np.ndarray)
+            or cell.dtype.kind not in "iuf"
+            or (cell.size and (cell.ndim != 2 or cell.shape[1] != 4))
+        ):
             raise SppnetError(
                 f"{path}: boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2), "
                 f"got {cell.dtype} of shape {cell.shape}"
@@ -174,9 +223,11 @@ def _offsets(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
 
-def _check_suffix(path: Path) -> None:
+def _with_suffix(name: Path | str) -> Path:
+    path = Path(name)
     if path.suffix not in SUFFIXES:
         raise SppnetError(f"{path}: unknown kind of proposal file {path.suffix!r}; use {' or '.join(SUFFIXES)}")
+    return path
 
 
 def _check_keys(path: Path, needed: Sequence[str], found: Any) -> None:

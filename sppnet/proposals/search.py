@@ -6,6 +6,7 @@ leaves one file per image, so an interrupted run continues where it stopped.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,8 @@ from sppnet.jobs import available_cores, map_in_workers
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
+
+logger = logging.getLogger("sppnet")
 
 Windows = NDArray[np.float32]
 Proposer = Callable[[NDArray[np.uint8]], Windows]
@@ -50,24 +53,41 @@ def make_proposer(settings: ProposalSettings) -> Proposer:
 
 
 def propose_images(
-    records: Sequence[ImageRecord], settings: ProposalSettings, folder: Path, progress: bool = True
+    records: Sequence[ImageRecord],
+    settings: ProposalSettings,
+    folder: Path,
+    progress: bool = True,
+    imports_needed: bool = True,
 ) -> ProposeSummary:
     """Write the windows of every record to `folder`, one file each; complete files are kept as they are.
 
     Records found in settings.import_from take their windows from there, in the given order, without those below
-    min_side and cut to max_windows; the others are searched by settings.workers processes. Under torchrun every
-    process does its share of the records. An error names the image and ends the run; what is done stays done.
+    min_side and cut to max_windows; the others are searched by settings.workers processes, which the log says. Under
+    torchrun every process does its share of the records. An error names the image and ends the run; what is done stays
+    done. Files that fit none of the records are an error where they are needed; so are those with no window as large as
+    min_side; both before anything is written.
     `folder` must stand for the settings and for the content of the imported files (see pipeline.stages).
     """
     mine = shard(records)
     missing = [record for record in mine if not record.path_in(folder).exists()]
-    imported = match_records(records, settings.import_from) if missing else {}
+    imported = match_records(records, settings.import_from, imports_needed) if missing else {}
+    large = {
+        name: rows[(rows[:, 2:] - rows[:, :2] >= settings.min_side).all(axis=1)] for name, rows in imported.items()
+    }
+    if sum(map(len, imported.values())) and not sum(map(len, large.values())):
+        raise SppnetError(
+            f"{', '.join(map(str, settings.import_from))}: no window has both sides of proposals.min_side="
+            f"{settings.min_side} px or more; boxes are in pixels of the image, not in shares of it"
+        )
     searched = [replace(record, annotation=None) for record in missing if record.id not in imported]
+    if searched and settings.import_from:
+        logger.warning(
+            f"proposals.import_from holds no windows of {len(searched)} of {len(mine)} images, e.g. {searched[0].id}; "
+            f"they are searched with {settings.method}"
+        )
     for record in missing:
-        if record.id in imported:
-            windows = imported[record.id]
-            large = (windows[:, 2:] - windows[:, :2] >= settings.min_side).all(axis=1)
-            write_arrays(record.path_in(folder), windows=windows[large][: settings.max_windows])
+        if record.id in large:
+            write_arrays(record.path_in(folder), windows=large[record.id][: settings.max_windows])
     workers = settings.workers or available_cores()  # a search holds no weights
     map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()

@@ -9,13 +9,14 @@ on one core (``benchmarks/proposals.py``), and in the same order on every machin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.config import ProposalSettings
+from sppnet.arrays import as_numbers
+from sppnet.config import ProposalSettings, checked_settings
 from sppnet.errors import SppnetError
 from sppnet.proposals.grouping import Similarity, group
 from sppnet.proposals.regions import describe, pixel_bins
@@ -51,38 +52,58 @@ SIGMA = 0.7
 SMALLEST_REGION = 50  # pixels
 
 
-def selective_search(image: Image, settings: ProposalSettings) -> NDArray[np.float32]:
+def selective_search(
+    image: Image,
+    settings: ProposalSettings | None = None,
+    *,
+    mode: Literal["fast", "quality"] | None = None,
+    max_windows: int | None = None,
+    min_side: int | None = None,
+) -> NDArray[np.float32]:
     """At most max_windows distinct windows with both sides >= min_side pixels, best first.
 
-    Image (H, W, 3) uint8 RGB -> (R, 4) float32 xyxy half-open, whole pixels inside the image. Images with a side above
-    max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below min_side
-    gives (0, 4). ValueError for another kind of array.
+    Image uint8, (H, W, 3) RGB or (H, W) grey, or a PIL image of these -> (R, 4) float32 xyxy half-open, whole pixels
+    inside the image, the same every time. What is given by name replaces the setting of that name. Images with a side
+    above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below min_side
+    gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
     """
-    return _search(image, settings, lambda small: _prioritised(hierarchies(small, MODES[settings.mode])))
+    own = checked_settings(ProposalSettings, settings, mode=mode, max_windows=max_windows, min_side=min_side)
+    return _search(image, own, lambda small: _prioritised(hierarchies(small, MODES[own.mode])))
 
 
-def opencv_selective_search(image: Image, settings: ProposalSettings) -> NDArray[np.float32]:
+def opencv_selective_search(image: Image, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
     """OpenCV's selective search, in and out as `selective_search`.
 
     OpenCV gives a fixed set in an order of C's rand. Ours is by a hash of the corners, so that every prefix is a fair
     sample of all sizes and places: as good a recall as the random order, where orders by size or shape lose much of it.
     """
-    return _search(image, settings, lambda small: (_opencv_boxes(small, settings.mode), None))
+    own = checked_settings(ProposalSettings, settings)
+    return _search(image, own, lambda small: (_opencv_boxes(small, own.mode), None))
 
 
 def _search(image: Image, settings: ProposalSettings, search: Callable[[Image], Ranked]) -> NDArray[np.float32]:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be (H, W, 3) uint8 RGB, got {image.dtype} of shape {image.shape}; read it with read_image"
-        )
-    if min(image.shape[:2]) < settings.min_side:
+    pixels = _as_rgb(image)
+    if min(pixels.shape[:2]) < settings.min_side:
         return np.zeros((0, 4), np.float32)
-    small, scale = shrunk(image, settings.max_side)
+    small, scale = shrunk(pixels, settings.max_side)
     boxes, priorities = search(small)
     boxes = np.rint(boxes * scale).astype(np.int64)
     places = box_hash(boxes) if priorities is None else priorities
     large = (boxes[:, 2:] - boxes[:, :2] >= settings.min_side).all(axis=1)
     return _distinct(boxes[large], places[large])[: settings.max_windows].astype(np.float32)
+
+
+def _as_rgb(image: Image) -> Image:
+    mode = getattr(image, "mode", "RGB")  # of a PIL image
+    if isinstance(mode, str) and mode not in ("RGB", "L"):
+        raise SppnetError(f'image must be RGB or grey, got a PIL image of mode {mode}; pass image.convert("RGB")')
+    pixels = as_numbers(image, "image")
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
+        raise SppnetError(
+            f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} of shape {pixels.shape}; read it with read_image"
+        )
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
 def shrunk(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float64]]:

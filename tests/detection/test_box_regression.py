@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import refused_here
 
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.config import BoxRegressionSettings
@@ -200,3 +203,99 @@ def test_errors_say_what_was_expected():
         BoxRegressors.from_tensors(tensors)
     with pytest.raises(ValueError, match=r"set boxes\.whitening above 0"):
         fit_box_regressor(features[:1], windows[:1], boxes[:1], BoxRegressionSettings(whitening=0))
+
+
+# arguments as people have them
+
+
+def test_arrays_tensors_and_lists_give_the_same_regressor():
+    features, windows, boxes = examples()
+    features, windows, boxes = torch.round(features * 4), np.rint(windows), np.rint(boxes)
+    expected = fit_box_regressor(features, windows, boxes)
+    for kind in (lambda x: x.tolist(), lambda x: torch.tensor(x, requires_grad=True), lambda x: x.astype(">f4")):
+        arguments = [kind(given) for given in (features.numpy(), windows, boxes)]
+        found = fit_box_regressor(*arguments)
+        np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.refine(*arguments[:2]), expected.refine(features, windows))
+    whole = features.numpy().astype(np.uint8)
+    np.testing.assert_allclose(fit_box_regressor(whole, windows, boxes).weight, expected.weight, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 12), st.integers(1, 6), st.integers(0, 999), st.floats(1e-3, 1e4))
+def test_any_windows_and_boxes_with_extent_give_boxes_with_extent(count, width, seed, ridge):
+    features, windows, boxes = examples(count, width, seed)
+    regressor = fit_box_regressor(features, windows, boxes, BoxRegressionSettings(ridge=ridge))
+    refined = regressor.refine(features, windows)
+    assert refined.shape == (count, 4)
+    assert (refined[:, 2:] > refined[:, :2]).all()
+    if count > width:
+        expected = naive_fit(features, windows, boxes, BoxRegressionSettings(ridge=ridge))
+        np.testing.assert_allclose(refined, expected, rtol=1e-6)
+
+
+FEATURES, WINDOWS, BOXES = examples(5)
+NO_BOXES = {
+    "reversed": WINDOWS[:, [2, 3, 0, 1]],
+    "not finite": np.where(np.arange(4) == 2, np.nan, WINDOWS),
+    "infinite": np.where(np.arange(4) == 2, np.inf, WINDOWS),
+    "too few": WINDOWS[:-1],
+    "five columns": np.column_stack([WINDOWS, WINDOWS[:, 0]]),
+    "one box": WINDOWS[0],
+    "text": WINDOWS.astype(str),
+    "complex": WINDOWS * 1j,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("kind", NO_BOXES)
+def test_what_is_no_box_is_refused_as_window_and_as_box(kind):
+    regressor = fit_box_regressor(FEATURES, WINDOWS, BOXES)
+    refused_here(lambda: fit_box_regressor(FEATURES, NO_BOXES[kind], BOXES), "windows")
+    refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, NO_BOXES[kind]), "boxes")
+    refused_here(lambda: regressor.refine(FEATURES, NO_BOXES[kind]), "windows")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.full((5, 6), np.nan), "features must be finite, row 0 is not"),
+        (torch.full((5, 6), torch.inf).half(), "features must be finite"),
+        (np.ones((5, 6), complex), "features must be an array of real numbers"),
+        (torch.ones(5, 6).cfloat(), "features must be an array of real numbers"),
+        ([["a"] * 6] * 5, "features must be an array of real numbers"),
+        ([[1.0], [1.0, 2.0]], "features must be an array of numbers"),
+        (np.ones((5, 0)), r"features must have shape \(R, D\)"),
+        (np.ones((4, 6)), "expected one of windows for each of the 4 feature rows, got 5"),
+        (None, "features must be an array"),
+    ],
+)
+def test_what_is_no_features_is_refused(features, message):
+    refused_here(lambda: fit_box_regressor(features, WINDOWS, BOXES), message)
+
+
+def test_a_ridge_for_other_features_is_logged(caplog):
+    fit_box_regressor(FEATURES * 5, WINDOWS, BOXES)
+    assert not caplog.text
+    for factor in (1e-3, 1e3):
+        caplog.clear()
+        fit_box_regressor(FEATURES * factor, WINDOWS, BOXES)
+        assert "boxes.ridge is made for 20; pass scale=mean_norm_scale(norms)" in caplog.text
+        caplog.clear()
+        fit_box_regressor(FEATURES * factor, WINDOWS, BOXES, scale=4 / factor)
+        assert not caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1], 2, -1, 0.5, [0, 1, 0, 1, np.nan], ["cat"] * 5, [[0] * 5], None])
+def test_labels_are_indices_into_classes(labels):
+    own = fit_box_regressor(FEATURES, WINDOWS, BOXES)
+    stacked = BoxRegressors.stack({"cat": own, "dog": own})
+    refused_here(lambda: stacked.refine(FEATURES, WINDOWS, labels), "labels must ")
+    refused_here(lambda: stacked.refine(FEATURES, WINDOWS, 0, np.array([0, 1, 2, 3, 5])), "rows must lie in 0 … 4")
+
+
+def test_settings_and_scales_that_cannot_be_are_refused():
+    spoiled = BoxRegressionSettings().model_copy(update={"ridge": -1.0})
+    refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, spoiled), "ridge: ")
+    refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, 4000), "settings must be BoxRegressionSettings")
+    refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, scale=-1), "scale must be a positive number")

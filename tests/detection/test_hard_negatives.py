@@ -1,19 +1,26 @@
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from refusals import refused_here
 
 from sppnet.config import SVMSettings
+from sppnet.detection import linear_svm
 from sppnet.detection.hard_negatives import NEVER, distinct_negatives, mine_detectors
-from sppnet.detection.linear_svm import LinearSVM, fit_linear_svm, svm_objective
+from sppnet.detection.linear_svm import LinearSVM, svm_objective
 from sppnet.detection.training_windows import ImageWindows, PositiveWindows
 from sppnet.errors import SppnetError
 from sppnet.records import pairwise_iou
 
 CLASSES = ("cat", "dog", "cow")
+fit_linear_svm = partial(linear_svm.fit_linear_svm, scale=1.0)
 QUICK = SVMSettings(C=0.05, retrain_after=60, tolerance=1e-4)
 
 
@@ -344,7 +351,8 @@ def test_proposals_among_the_positives_are_bounded_by_their_number_too(caplog):
 def test_the_objective_that_is_logged_is_that_of_the_fit(caplog, monkeypatch):
     totals = []
 
-    def watched(examples, signs, settings):
+    def watched(examples, signs, settings, scale):
+        assert scale == 1  # of features that the miner has scaled
         svm = fit_linear_svm(examples, signs, settings)
         totals.append(objective(svm, examples, signs, settings))
         return svm
@@ -415,3 +423,126 @@ def test_distinct_negatives_equal_the_naive_choice(seed):
         expected[chosen, label] = True
     np.testing.assert_array_equal(distinct_negatives(windows, negatives, 0.5), expected)
     assert expected.sum() < negatives.sum()
+
+
+# images as pairs of arrays
+
+
+def pairs_of(images):
+    return [(image.features, image.overlaps) for image in images.items]
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_positives": 4}, {"positive_overlap": 0.9}, {"cache_gigabytes": 2e-6}])
+def test_pairs_give_what_images_read_one_by_one_give(changes):
+    settings = QUICK.model_copy(update=changes)
+    images = MemoryImages()
+    if "positive_overlap" in changes:  # as `MiningWindows` finds them
+        near = [(image.overlaps[3:] >= 0.9).nonzero() for image in images.items]
+        assert sum(len(rows) for rows, _ in near) > 10
+        images.positives = lambda index: PositiveWindows(
+            np.concatenate([images.items[index].windows[:3], images.items[index].windows[3:][near[index][0]]]),
+            np.concatenate([images.items[index].labels[:3], near[index][1]]),
+            3,
+        )
+    found, expected = (mine_detectors(given, CLASSES, settings, scale=0.8) for given in (pairs_of(images), images))
+    assert torch.equal(found.svms.weight, expected.svms.weight)
+    assert torch.equal(found.svms.bias, expected.svms.bias)
+    assert (found.retrains, found.dropped) == (expected.retrains, expected.dropped)
+
+
+@pytest.mark.parametrize("factor", [1, 1e-4, 300])
+def test_the_scale_of_pairs_is_measured(factor):
+    pairs = [(features * factor, overlaps) for features, overlaps in pairs_of(MemoryImages())]
+    mined = mine_detectors(pairs, CLASSES)
+    norms = np.linalg.norm(np.concatenate([features for features, _ in pairs]), axis=1)
+    assert mined.svms.scale == pytest.approx(20 / np.median(norms), rel=1e-5)
+    assert mine_detectors(pairs, CLASSES, scale=2.5).svms.scale == 2.5
+    features, overlaps = pairs[0]
+    scores = mined.svms.score(features).numpy()
+    assert scores[overlaps == 1].mean() > scores[overlaps < 0.3].mean()
+    assert (scores[overlaps < 0.3] < 0).mean() > 0.9
+
+
+def test_arrays_tensors_and_lists_are_pairs_alike():
+    pairs = [(np.rint(4 * features.numpy()), overlaps) for features, overlaps in pairs_of(MemoryImages(count=3))]
+    before = [features.copy() for features, _ in pairs]
+    expected = mine_detectors(pairs, CLASSES, QUICK).svms
+    kinds = (
+        lambda x: x.tolist(),
+        lambda x: torch.tensor(x, requires_grad=True),
+        lambda x: x.astype(np.float16) if x.shape[1] > 3 else x,
+        lambda x: x[::-1][::-1],
+    )
+    for kind in kinds:
+        found = mine_detectors([[kind(features), kind(overlaps)] for features, overlaps in pairs], list(CLASSES), QUICK)
+        assert torch.equal(found.svms.weight, expected.weight)
+    for features, (own, _) in zip(before, pairs, strict=True):
+        np.testing.assert_array_equal(features, own)
+
+
+@settings_of_hypothesis(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
+def test_any_pairs_that_fit_give_an_svm_for_every_class(sizes, width, classes, seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.standard_normal((rows, width)), rng.choice([0, 0.2, 0.5, 1], (rows, classes))) for rows in sizes]
+    pairs[0] = np.ones((2, width)), np.eye(2, classes)
+    names = [f"class {label}" for label in range(classes)]
+    mined = mine_detectors(pairs, names, progress=False)
+    assert mined.svms.weight.shape == (classes, width)
+    assert torch.isfinite(mined.svms.score(rng.standard_normal((5, width)))).all()
+    for label, name in enumerate(names):
+        column = np.concatenate([overlaps[:, label] for _, overlaps in pairs])
+        assert (name in mined.untrained) == (not ((column == 1).any() and (column < 0.3).any()))
+
+
+def spoiled(place, value):
+    """Two good pairs of two classes, but for one thing."""
+    pairs = [[np.ones((4, 3)), np.eye(4, 2)], [np.ones((5, 3)), np.eye(5, 2)]]
+    pairs[1][place] = value
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (spoiled(0, np.ones((5, 4))), r"features of all images must have one width, got \[3, 4\]"),
+        (spoiled(0, np.ones((6, 3))), r"image 1: overlaps must have shape \(6, 2\), .* got \(5, 2\)"),
+        (spoiled(0, np.full((5, 3), np.nan)), "image 1: features must be finite"),
+        (spoiled(0, np.full((5, 3), 1e200)), "image 1: features must be finite"),
+        (spoiled(0, np.ones((5, 3), complex)), "image 1: features must be an array of real numbers"),
+        (spoiled(0, np.ones(5)), r"image 1: features must have shape \(R, D\)"),
+        (spoiled(0, None), "image 1: features must be an array"),
+        (spoiled(1, np.eye(5, 3)), r"image 1: overlaps must have shape \(5, 2\)"),
+        (spoiled(1, np.array([0, 1, -1, -1, -1])), r"pass numpy\.eye\(3\)\[labels\]\[:, :-1\]"),
+        (spoiled(1, 100 * np.eye(5, 2)), r"image 1: overlaps must lie in 0 … 1, got 0\.0 to 100\.0"),
+        (spoiled(1, -np.eye(5, 2)), "overlaps must lie in 0 … 1"),
+        (spoiled(1, np.full((5, 2), np.nan)), "overlaps must lie in 0 … 1"),
+        (spoiled(1, np.full((5, 2), "dog")), "image 1: overlaps must be an array of real numbers"),
+        ([(np.ones((4, 3)), np.eye(4, 2) / 2)], "so there are no positives"),
+        ([(np.zeros((4, 3)), np.eye(4, 2))], "must not be all zero"),
+        ((np.ones((4, 3)), np.eye(4, 2)), "image 0 must be a pair"),
+        ([np.ones((4, 3))], "image 0 must be a pair"),
+        ([(np.ones((4, 3)), np.eye(4, 2), None)], "image 0 must be a pair"),
+        ({"a": (np.ones((4, 3)), np.eye(4, 2))}, "images must be a list of pairs .* got dict"),
+        (iter(spoiled(0, np.ones((5, 3)))), "images must be a list of pairs .* got list_iterator"),
+        (None, "images must be a list of pairs"),
+        ([], "at least one image to mine, got none"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(images, message):
+    refused_here(lambda: mine_detectors(images, ("cat", "dog")), message)
+
+
+@pytest.mark.parametrize("classes", ["ab", (), ("cat", "cat"), None, 2, (0, 1), ("cat", "dog\n")])
+def test_classes_are_distinct_names(classes):
+    good = spoiled(0, np.ones((5, 3)))
+    refused_here(lambda: mine_detectors(good, classes), "classes must be a list of distinct names of one line")
+
+
+def test_mining_refuses_settings_and_scales_that_cannot_be():
+    good = spoiled(0, np.ones((5, 3)))
+    for settings in (0.1, SVMSettings().model_copy(update={"C": -1.0})):
+        refused_here(lambda settings=settings: mine_detectors(good, ("cat", "dog"), settings), "settings must|C: ")
+    refused_here(lambda: mine_detectors(good, ("cat", "dog"), scale=0), "scale must be a positive number")
+    overlap = SVMSettings(duplicates="overlap")
+    refused_here(lambda: mine_detectors(good, ("cat", "dog"), overlap), r"svm\.duplicates=overlap needs the windows")

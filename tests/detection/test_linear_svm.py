@@ -1,4 +1,6 @@
 import logging
+import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,13 +8,18 @@ import torch
 from hypothesis import example, given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
+from linear_svm import fit_by_sklearn  # of the benchmark
+from refusals import refused_here
 from scipy.optimize import minimize
-from sklearn.svm import LinearSVC
 
 from sppnet.artifacts import read_tensors, write_tensors
-from sppnet.config import SVMSettings
-from sppnet.detection.linear_svm import LinearSVM, LinearSVMs, fit_linear_svm, mean_norm_scale, svm_objective
+from sppnet.config import BoxRegressionSettings, SVMSettings
+from sppnet.detection import linear_svm
+from sppnet.detection.linear_svm import LinearSVM, LinearSVMs, mean_norm_scale, svm_objective
 from sppnet.errors import SppnetError
+
+fit_linear_svm = partial(linear_svm.fit_linear_svm, scale=1.0)  # of features that come as they are meant
+fit_any = linear_svm.fit_linear_svm
 
 
 @pytest.fixture
@@ -46,21 +53,6 @@ def naive_objective(weight, bias, features, labels, settings):
 
 def objective(svm, features, labels, settings):
     return svm_objective(svm, svm.score(features), labels, settings)
-
-
-def liblinear(features, labels, settings):
-    """The same problem by scikit-learn."""
-    solver = LinearSVC(
-        loss="hinge",
-        dual=True,
-        C=settings.C,
-        intercept_scaling=settings.bias_multiplier,
-        class_weight={1: settings.positive_weight, -1: 1.0},
-        tol=settings.tolerance,
-        max_iter=settings.max_iterations,
-        random_state=settings.seed,
-    ).fit(features, labels)
-    return LinearSVM(solver.coef_[0].astype(np.float64), float(solver.intercept_[0]))
 
 
 @pytest.mark.shared_data
@@ -100,7 +92,6 @@ def test_a_general_minimiser_finds_no_better_weights(settings):
 @example(count=59, dimension=14, seed=24, cost=1.0, weight=1.0, multiplier=10.0, double=True)
 @example(count=17, dimension=14, seed=35, cost=1.0, weight=1.0, multiplier=10.0, double=True)
 @example(count=119, dimension=24, seed=59, cost=1.0, weight=2.0, multiplier=10.0, double=False)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # not converged: a bound all the same
 @settings_of_hypothesis(max_examples=40, deadline=None)
 @given(
     count=st.integers(2, 150),
@@ -123,7 +114,7 @@ def test_coordinate_descent_ends_no_higher_than_liblinear(count, dimension, seed
     )
     reached, expected = (
         objective(fit(features, labels, settings), features, labels, settings).total
-        for fit in (fit_linear_svm, liblinear)
+        for fit in (fit_linear_svm, fit_by_sklearn)  # liblinear
     )
     assert reached <= expected * (1 + 1e-4)  # no weights have less than the minimum, so above is all it can fail by
 
@@ -265,7 +256,7 @@ def test_errors_say_what_was_expected():
         fit_linear_svm(features, (labels > 0).astype(int))
     with pytest.raises(SppnetError, match=r"labels must have shape \(60,\)"):
         fit_linear_svm(features, labels[:-1])
-    with pytest.raises(SppnetError, match=r"features must have shape \(N, D\), got \(5,\)"):
+    with pytest.raises(SppnetError, match=r"features must have shape \(R, D\), got \(5,\)"):
         fit_linear_svm(features[0], labels[:5])
     with pytest.raises(SppnetError, match="the mean of 0 feature norms must be positive"):
         mean_norm_scale([])
@@ -281,3 +272,204 @@ def test_errors_say_what_was_expected():
         svms.score(torch.zeros(2, 5))
     with pytest.raises(SppnetError, match=r"need the tensors \['scale'\] too"):
         LinearSVMs.from_tensors({k: v for k, v in svms.to_tensors().items() if k != "scale"})
+
+
+# features and arguments as people have them
+
+
+def task(count=400, width=64, seed=0):
+    """Features and labels that a line through the origin tells apart."""
+    features = np.random.default_rng(seed).normal(size=(count, width))
+    return features, np.where(features[:, 0] + 0.3 * features[:, 1] > 0, 1, -1)
+
+
+def of_norm(features, norm):
+    return norm * features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def accuracy(svm, features, labels):
+    return ((svm.score(features) > 0) == (labels > 0)).mean()
+
+
+@pytest.mark.parametrize("norm", [1, 1e-4, 1e-6, 300, 1e9])
+@pytest.mark.parametrize("count", [400, 60])
+def test_zero_is_the_boundary_whatever_the_norm_of_the_features(norm, count):
+    features, labels = task(count, 16)
+    features = of_norm(features, norm)
+    svm = fit_any(features, labels)
+    assert svm.scale == pytest.approx(20 / norm)
+    assert accuracy(svm, features, labels) > 0.8
+    assert np.array_equal(svm.score(features), features @ svm.weight + svm.bias)
+
+
+def test_one_row_of_huge_features_changes_nothing_for_the_others():
+    features, labels = task()
+    features = of_norm(features, 1)
+    features[7] *= 1e6
+    assert accuracy(fit_any(features, labels), features, labels) > 0.85
+
+
+@settings_of_hypothesis(max_examples=20, deadline=None)
+@given(count=st.integers(4, 80), width=st.integers(1, 20), seed=st.integers(0, 1000), power=st.integers(-6, 6))
+def test_a_measured_scale_solves_the_problem_of_the_scaled_features_as_liblinear_does(count, width, seed, power):
+    rng = np.random.default_rng(seed)
+    labels = np.where(np.arange(count) % 3 == 0, 1, -1)
+    features = 10.0**power * (rng.standard_normal((count, width)) + 0.5 * labels[:, None])
+    features[-1] = 0
+    norms = np.linalg.norm(features, axis=1)
+    settings = SVMSettings(tolerance=1e-6, max_iterations=50_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not every such task has its boundary at 0
+        svm = fit_any(features, labels, settings)
+    assert svm.scale == pytest.approx(20 / np.median(norms[norms > 0]))
+    scaled = features * svm.scale
+    peer = objective(fit_by_sklearn(scaled, labels, settings), scaled, labels, settings).total
+    assert objective(svm, features, labels, settings).total <= peer * (1 + 1e-4)
+    np.testing.assert_allclose(svm.score(features), fit_linear_svm(scaled, labels, settings).score(scaled), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: np.clip(127.5 + 60 * x, 0, 255).astype(np.uint8),
+        lambda x: np.column_stack([x, np.full(len(x), 1e3)]),
+        lambda x: x + 100,
+    ],
+)
+def test_a_boundary_that_is_not_at_zero_is_warned_of(spoil):
+    features, labels = task()
+    with pytest.warns(
+        UserWarning, match=r"0 tells \d+% of the examples apart, another threshold .* subtract the median"
+    ):
+        fit_any(spoil(features), labels)
+    shifted = spoil(features) - np.median(spoil(features), axis=0)
+    assert accuracy(fit_any(shifted, labels), shifted, labels) > 0.85  # what the warning advises
+
+
+@settings_of_hypothesis(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from([-1, 1])), min_size=1, max_size=12))
+def test_the_best_threshold_is_the_best_of_all(examples):
+    scores, signs = (np.array(column) for column in zip(*examples, strict=True))
+    right, best = linear_svm.told_apart(scores.astype(float), signs)
+    assert right == pytest.approx((scores * signs > 0).mean())
+    assert best == pytest.approx(max(((scores > t) == (signs > 0)).mean() for t in np.arange(-4, 5)))
+
+
+def test_features_of_any_real_type_are_features():
+    features, labels = two_clouds()
+    whole = np.rint(features * 20)
+    expected = fit_any(whole, labels)
+    for same in (
+        whole.tolist(),
+        whole.astype(np.float16),
+        whole.astype(np.int64),
+        torch.from_numpy(whole).requires_grad_(),
+        torch.from_numpy(whole).half(),
+        torch.from_numpy(whole).int(),
+        list(torch.from_numpy(whole)),
+        whole.astype(">f4"),
+        whole[::-1][::-1],
+    ):
+        found = fit_any(same, labels.tolist())
+        np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-6)
+        np.testing.assert_allclose(found.score(same), expected.score(whole), rtol=1e-6)
+
+
+FEATURES, LABELS = two_clouds()
+NO_FEATURES = {
+    "complex": FEATURES.astype(complex),
+    "complex tensor": torch.from_numpy(FEATURES).cfloat(),
+    "objects": FEATURES.astype(object),
+    "text": FEATURES.astype(str),
+    "ragged": [[1.0, 2.0], [3.0]] * 30,
+    "a generator": (row for row in FEATURES),
+    "none": None,
+    "a number": 3.0,
+    "one row": FEATURES[0],
+    "three axes": FEATURES[None],
+    "no columns": FEATURES[:, :0],
+}
+
+
+@pytest.mark.parametrize("kind", NO_FEATURES)
+def test_what_is_no_features_is_refused_everywhere(kind):
+    svms = LinearSVMs(torch.ones(2, 5), torch.zeros(2), 1.0, ("a", "b"))
+    for call in (partial(fit_any, labels=LABELS), fit_any(FEATURES, LABELS).score, svms.score):
+        refused_here(partial(call, NO_FEATURES[kind]), "features must ")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.where(FEATURES > 1, np.nan, FEATURES), "must be finite"),
+        (np.where(FEATURES > 1, np.inf, FEATURES), "must be finite"),
+        (FEATURES * 0, "must not be all zero"),
+        (FEATURES[:0], r"labels must have shape \(0,\)"),
+        (FEATURES[:30], r"labels must have shape \(30,\)"),
+    ],
+)
+def test_features_that_nothing_can_be_learned_from_are_refused(features, message):
+    refused_here(lambda: fit_any(features, LABELS), message)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        (LABELS > 0).astype(int),
+        LABELS > 0,
+        np.ones(60, bool),
+        LABELS * 0.5,
+        LABELS * np.nan,
+        LABELS * 1j,
+        np.where(LABELS > 0, "cat", "dog"),
+        LABELS.astype(object),
+        LABELS[:, None],
+        LABELS[:-1],
+        np.abs(LABELS),
+        None,
+    ],
+)
+def test_labels_other_than_plus_and_minus_one_are_refused(labels):
+    refused_here(lambda: fit_any(FEATURES, labels), "labels must |needs positives and negatives")
+    fit_any(FEATURES, torch.tensor(LABELS, dtype=torch.float32, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("C", 0.0),
+        ("C", np.nan),
+        ("C", np.inf),
+        ("positive_weight", -1.0),
+        ("tolerance", 0.0),
+        ("tolerance", np.inf),
+        ("bias_multiplier", -1.0),
+        ("max_iterations", 0),
+        ("feature_norm", np.nan),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        SVMSettings(**{name: value})
+    settings = SVMSettings().model_copy(update={name: value})  # which checks nothing
+    refused_here(lambda: fit_any(FEATURES, LABELS, settings), name)
+
+
+@pytest.mark.parametrize("settings", [0.1, {"C": 1}, SVMSettings, BoxRegressionSettings()])
+def test_other_things_than_settings_are_refused(settings):
+    refused_here(lambda: fit_any(FEATURES, LABELS, settings), r"settings must be SVMSettings\(\.\.\.\), got ")
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, np.nan, np.inf, "2", [1.0]])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    refused_here(lambda: fit_any(FEATURES, LABELS, scale=scale), "scale must be ")
+
+
+def test_svms_score_arrays_as_tensors_and_refuse_another_width():
+    svms = LinearSVMs(torch.rand(2, 5), torch.rand(2), 0.5, ("a", "b"))
+    expected = svms.score(torch.from_numpy(FEATURES))
+    for same in (FEATURES, FEATURES.tolist(), FEATURES.astype(np.float64)):
+        assert torch.equal(svms.score(same), expected)
+    for score in (svms.score, fit_any(FEATURES, LABELS).score):
+        for other in (FEATURES[:, :4], torch.from_numpy(FEATURES[:, :4]), FEATURES[:, :4].tolist()):
+            refused_here(partial(score, other), r"features must have shape \(R, 5\), got \(60, 4\)")

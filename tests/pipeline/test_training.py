@@ -383,7 +383,7 @@ def test_images_without_objects_or_windows_train_and_detect_fine_and_are_counted
 
 def test_no_window_in_any_image_is_an_error_that_names_the_setting(small_run, tmp_path):
     with pytest.raises(SppnetError, match=r"no training image has a window; check proposals\.min_side and the images"):
-        train(changed(small_run, proposals__min_side=1000), tmp_path)
+        train(changed(small_run, proposals__min_side=1000, proposals__import_from=[]), tmp_path)
 
 
 def test_no_object_to_validate_on_is_an_error_before_any_step(small_run, devkit, tmp_path):

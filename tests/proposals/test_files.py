@@ -47,8 +47,8 @@ def record(name: str, size: tuple[int, int] = (375, 500)) -> ImageRecord:
 @pytest.mark.parametrize("suffix", [".npz", ".mat"])
 def test_what_is_exported_is_imported_again(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"windows{suffix}"
-    export_windows(path, IDS, WINDOWS)
-    read = import_windows(path)
+    export_windows(str(path), IDS, WINDOWS)
+    read = import_windows(str(path))
     assert list(read) == IDS
     for name, rows in zip(IDS, WINDOWS, strict=True):
         assert read[name].dtype == np.float32
@@ -130,6 +130,14 @@ def test_imported_windows_are_slices_of_one_array(tmp_path: Path) -> None:
         ({"boxes": np.zeros((3, 5))}, r"boxes must be \(total, 4\) numbers, got float64 of shape \(3, 5\)"),
         ({"boxes": np.array([["a"] * 4] * 3)}, r"boxes must be \(total, 4\) numbers, got <U1"),
         ({"boxes": np.array([[0, 0, 9, 9], [0, 0, np.nan, 9], [0, 0, 9, 9]])}, "not finite"),
+        ({"boxes": np.full((3, 4), 1e300)}, "not finite"),  # in float32
+        ({"boxes": np.array([[0, 0, 200, 9]] * 3).astype(np.int8)}, "3 boxes end before they begin"),  # overflown
+        ({"boxes": np.zeros((3, 4), complex)}, r"boxes must be \(total, 4\) numbers, got complex128"),
+        ({"boxes": np.zeros((3, 4), object)}, "not a readable .npz file .*allow_pickle"),
+        (
+            {"ids": np.array([b"a", b"b"])},
+            r"ids must be \(N,\) strings, got \|S1 .* write numpy\.array\(ids, dtype=str\)",
+        ),
         ({"boxes": np.array([[0, 0, 9, 9], [5, 5, 2, 9], [0, 0, 9, 9]])}, "1 boxes end before they begin"),
     ],
 )
@@ -209,6 +217,46 @@ def test_a_record_finds_its_windows_by_full_id_or_by_stem(tmp_path: Path) -> Non
         "VOC2007/000007": [[0, 0, 7, 7]],
     }
     assert match_records(records, []) == {}
+    assert match_records([], [tmp_path / "w.npz"]) == {}
+
+
+@pytest.mark.parametrize("name", ["VOC2007/000005.jpg", "000005.JPG", "000005.png", "000005", "VOC2007/000005"])
+def test_a_name_may_end_as_its_picture_does(tmp_path: Path, name: str) -> None:
+    export_windows(tmp_path / "w.npz", [name, "VOC2012/1"], [[[0, 0, 5, 5]], [[0, 0, 9, 9]]])
+    assert match_records([record("VOC2007/000005")], [tmp_path / "w.npz"])["VOC2007/000005"].tolist() == [[0, 0, 5, 5]]
+
+
+def test_a_stem_with_a_dot_is_no_suffix(tmp_path: Path) -> None:
+    export_windows(tmp_path / "w.npz", ["a.b", "c.jpg"], [[[0, 0, 5, 5]], [[0, 0, 7, 7]]])
+    matched = match_records([record("A/a.b"), record("A/c.jpg"), record("A/a")], [tmp_path / "w.npz"])
+    assert {key: rows[0, 2] for key, rows in matched.items()} == {"A/a.b": 5, "A/c.jpg": 7}
+
+
+def test_two_entries_of_one_name_conflict(tmp_path: Path) -> None:
+    export_windows(tmp_path / "w.npz", ["5", "5.jpg"], [[[0, 0, 5, 5]]] * 2)
+    with pytest.raises(SppnetError, match=r"w\.npz and .*w\.npz \(5\.jpg\) both hold windows of 5"):
+        match_records([record("A/5")], [tmp_path / "w.npz"])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+@pytest.mark.parametrize("names", [["VOC2008/000005", "7"], ["images/000005"], ["5"], []])
+def test_files_that_fit_none_of_the_images_name_both(tmp_path: Path, names: list[str], suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    export_windows(path, names, [[[0, 0, 5, 5]]] * len(names))
+    records = [record(f"VOC2007/00000{i}") for i in range(5, 10)]
+    theirs, ours = ", ".join(names) or "none", "VOC2007/000005, VOC2007/000006, VOC2007/000007 and 2 more"
+    expected = f"windows of none of the images; its images are {theirs}, those of the data {ours}"
+    with pytest.raises(SppnetError, match=expected):
+        match_records(records, [path])
+    assert match_records(records, [path], needed=False) == {}
+
+
+def test_a_file_that_fits_none_where_another_does_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("5", "other"):
+        export_windows(tmp_path / f"{name}.npz", [name], [[[0, 0, 5, 5]]])
+    assert list(match_records([record("A/5")], [tmp_path / "5.npz", tmp_path / "other.npz"])) == ["A/5"]
+    assert "other.npz: windows of none of the images; its images are other, those of the data A/5" in caplog.text
+    assert "5.npz: windows" not in caplog.text
 
 
 def test_the_full_id_wins_over_the_stem_in_another_file(tmp_path: Path) -> None:
@@ -237,6 +285,37 @@ def test_windows_are_clipped_by_a_pixel_and_refused_farther_outside(tmp_path: Pa
     assert match_records([record("A/5")], [tmp_path / "w.npz"])["A/5"].tolist() == [[0, 0, 500, 375]]
     with pytest.raises(SppnetError, match=r"window of A/5 lies 76 px outside the image of .*\(300, 500\)"):
         match_records([record("A/5", (300, 500))], [tmp_path / "w.npz"])
+
+
+def test_windows_outside_are_counted_and_exchanged_corners_are_named(tmp_path: Path) -> None:
+    wide = [[0, 0, 500, 375], [300, 10, 480, 300]]
+    exchanged = [[y1, x1, y2, x2] for x1, y1, x2, y2 in wide]
+    for rows, hint in (
+        (exchanged, "with x and y exchanged all lie inside; write x1 y1 x2 y2"),
+        ([[0, 0, 800, 900], [0, 0, 600, 5]], "were the windows computed on this image"),
+    ):
+        export_windows(tmp_path / "w.npz", ["5", "6", "7"], [rows, rows, [[0, 0, 9, 9]]])
+        message = rf"w\.npz: a window of A/5 lies \d+ px .* in all 4 windows of 2 images do so; {hint}"
+        with pytest.raises(SppnetError, match=message):
+            match_records([record("A/5"), record("A/6"), record("A/7")], [tmp_path / "w.npz"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 1, 500, 375], [20, 30, 40, 50]], "no imported window begins at 0"),
+        ([[0, 0, 499, 374], [20, 30, 40, 50]], "no imported window ends at the edge of its image"),
+        ([[0, 0, 500, 375], [1, 1, 40, 50]], ""),
+        ([[20, 30, 40, 50]], ""),
+    ],
+)
+def test_corners_of_another_convention_are_logged(
+    tmp_path: Path, rows: list, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_windows(tmp_path / "w.npz", ["5", "6"], [rows, np.zeros((0, 4))])
+    assert match_records([record("A/5"), record("A/6")], [tmp_path / "w.npz"])["A/5"].tolist() == rows
+    assert message in caplog.text
+    assert bool(caplog.text) == bool(message)
 
 
 @pytest.mark.shared_data

@@ -139,9 +139,9 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
+    "image", [np.zeros((9, 9), np.uint16), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
 )
-def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
+def test_16_bit_arrays_and_four_channels_are_refused(image: NDArray) -> None:
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, got uint\d+ of shape"):
         opencv_selective_search(image, ALONE)
 
@@ -314,6 +314,42 @@ def test_an_image_without_imported_windows_has_an_empty_file(tmp_path: Path) -> 
     settings = opencv(workers=1, import_from=(tmp_path / "w.mat",))
     assert propose_images(records, settings, tmp_path / "out", progress=False).imported == 1
     assert read_windows(tmp_path / "out", records[0]).shape == (0, 4)
+
+
+def test_images_that_the_files_lack_are_searched_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = make_records(tmp_path)
+    export_windows(tmp_path / "w.npz", ["000001"], [[[0, 0, 60, 60]]])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
+    propose_images(records, settings, tmp_path / "out", progress=False)
+    lacking = "holds no windows of 2 of 3 images, e.g. VOC2007/000000; they are searched with opencv_selective_search"
+    assert lacking in caplog.text
+    caplog.clear()
+    propose_images(records, settings, tmp_path / "out", progress=False)  # everything is there
+    propose_images(records[1:2], settings, tmp_path / "again", progress=False)  # nothing is lacking
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("rows", [[[0, 0, 0.4, 0.9], [0.1, 0.1, 1, 1]], [[0, 0, 19, 100]]])
+def test_files_without_a_window_of_min_side_are_refused_before_anything_is_written(tmp_path: Path, rows: list) -> None:
+    export_windows(tmp_path / "w.npz", ["000000", "000001"], [rows, rows])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
+    with pytest.raises(
+        SppnetError, match=r"w\.npz: no window has both sides of proposals\.min_side=20 px .* not in shares"
+    ):
+        propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_other_images_are_refused_unless_they_are_not_needed(tmp_path: Path) -> None:
+    export_windows(tmp_path / "w.npz", ["train1"], [[[0, 0, 60, 60]]])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
+    with pytest.raises(
+        SppnetError, match=r"w\.npz: windows of none of the images; its images are train1, those of .*0000"
+    ):
+        propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    summary = propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False, imports_needed=False)
+    assert (summary.computed, summary.imported) == (3, 0)
 
 
 def test_a_missing_import_file_stops_before_anything_is_computed(tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
+from refusals import refused_here
 
 from sppnet.config import ProposalSettings
 from sppnet.data.voc import load_splits, restrict
@@ -418,11 +423,108 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
+    "image", [np.zeros((9, 9), np.uint16), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint16)]
 )
-def test_grey_and_16_bit_arrays_are_refused(image: NDArray) -> None:
+def test_16_bit_arrays_and_four_channels_are_refused(image: NDArray) -> None:
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, got uint\d+ of shape"):
         selective_search(image, ProposalSettings())
+
+
+@pytest.mark.parametrize("size", [(150, 200), (1, 1), (1, 60), (700, 30)])
+def test_grey_tensors_and_pil_images_are_the_arrays_that_they_hold(size: tuple[int, int]) -> None:
+    image, grey = scene(*size), np.ascontiguousarray(scene(*size)[..., 0])
+    for expected, same in (
+        (image, [Image.fromarray(image), torch.from_numpy(image), image[::-1][::-1]]),
+        (np.stack([grey] * 3, axis=2), [grey, grey[..., None], Image.fromarray(grey)]),
+    ):
+        windows = selective_search(expected, min_side=1)
+        for kind in same:
+            np.testing.assert_array_equal(selective_search(kind, min_side=1), windows)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (scene() / 255, "got float64 of shape"),
+        (scene().astype(int), "got int64 of shape"),
+        (scene() > 100, "got bool of shape"),
+        (scene().transpose(2, 0, 1), r"got uint8 of shape \(3, 150, 200\)"),
+        (torch.from_numpy(scene()).permute(2, 0, 1), r"got uint8 of shape \(3, 150, 200\)"),
+        (scene()[None], r"got uint8 of shape \(1, 150, 200, 3\)"),
+        (scene()[..., :2], r"got uint8 of shape \(150, 200, 2\)"),
+        (scene().tolist(), "got int64 of shape"),
+        (scene().astype(complex), "image must be an array of real numbers"),
+        ("photo.jpg", "image must be an array of real numbers"),
+        (None, "image must be an array of real numbers"),
+        (Image.fromarray(scene()).convert("RGBA"), r'mode RGBA; pass image\.convert\("RGB"\)'),
+        (Image.fromarray(scene()).convert("P"), "mode P; pass image"),
+        (Image.fromarray(scene()[..., 0].astype(np.uint16)), "mode I;16; pass image"),
+    ],
+)
+def test_other_images_are_refused_with_the_next_step(image: Any, message: str) -> None:
+    refused_here(lambda: selective_search(image), message)
+
+
+def test_values_by_name_replace_those_of_the_settings() -> None:
+    for named, same in (
+        ({}, ProposalSettings()),
+        ({"mode": "quality", "max_windows": 60}, ProposalSettings(mode="quality", max_windows=60)),
+        ({"min_side": 5, "max_windows": np.int64(30)}, ProposalSettings(min_side=5, max_windows=30)),
+    ):
+        np.testing.assert_array_equal(selective_search(scene(), **named), selective_search(scene(), same))
+    own = ProposalSettings(max_side=100, min_side=5, max_windows=9)
+    expected = selective_search(scene(), ProposalSettings(max_side=100, min_side=5, max_windows=20))
+    np.testing.assert_array_equal(selective_search(scene(), own, max_windows=20), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "slow"),
+        ("mode", 1),
+        ("min_side", 0),
+        ("min_side", 2.5),
+        ("min_side", np.nan),
+        ("max_windows", 0),
+        ("max_windows", "many"),
+        ("settings", 0.5),
+        ("settings", {"mode": "fast"}),
+    ],
+)
+def test_values_that_cannot_be_are_refused_by_name(name: str, value: Any) -> None:
+    refused_here(
+        lambda: selective_search(scene(), **{name: value}), f"^{name}( must be ProposalSettings|: Input should)"
+    )
+
+
+def test_threads_find_what_one_thread_finds() -> None:
+    images = [scene(100 + 10 * i, 150) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for found, image in zip(pool.map(selective_search, images * 2), images * 2, strict=True):
+            np.testing.assert_array_equal(found, selective_search(image))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 30), st.integers(0, 99), st.booleans()
+)
+def test_any_image_has_windows_as_promised(
+    height: int, width: int, side: int, most: int, seed: int, flat: bool
+) -> None:
+    image = np.random.default_rng(seed).integers(0, 3 if flat else 256, (height, width, 3), dtype=np.uint8)
+    before = image.copy()
+    windows = selective_search(image, min_side=side, max_windows=most)
+    assert windows.dtype == np.float32
+    assert windows.shape[1:] == (4,)
+    assert len(windows) <= most
+    assert len(np.unique(windows, axis=0)) == len(windows)
+    assert (windows == np.rint(windows)).all()
+    assert (windows >= 0).all()
+    assert (windows[:, 2:] <= [width, height]).all()
+    assert (windows[:, 2:] - windows[:, :2] >= side).all()
+    assert len(windows) or min(height, width) < side
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(windows, selective_search(image, min_side=side, max_windows=most))
 
 
 def test_red_and_green_are_shares_of_the_brightness() -> None:
