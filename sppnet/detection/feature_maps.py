@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.artifacts import has_arrays, read_arrays, write_arrays
+from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
@@ -63,6 +64,21 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
         maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
     return FeatureMaps(tuple(maps), tuple(sides), (image.shape[0], image.shape[1]))
+
+
+def check_sizes(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> None:
+    """Raise BackboneError, with the names, for images that are too narrow for a map at one of the scales."""
+    narrow: dict[tuple[int, int], str] = {}
+    for size in {record.size for record in records}:
+        for scale in settings.scales:
+            try:
+                backbone.map_size(scaled_size(size, scale, settings.max_side)[0])
+            except BackboneError as error:
+                narrow[size] = f"an image of {size[1]} × {size[0]} pixels is too narrow: {error}"
+    found = [record for record in records if record.size in narrow]
+    if found:
+        others = f"; {len(found) - 1} more: {', '.join(r.id for r in found[1:4])}" if len(found) > 1 else ""
+        raise BackboneError(f"{found[0].path}: {narrow[found[0].size]}, or leave the image out{others}")
 
 
 def extract_images(

@@ -31,6 +31,9 @@ class ImageWindows:
     windows: NDArray[np.float32]  # (G + R, 4)
     objects: NDArray[np.int64]  # (G,) class index of each object
     overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class
+    ignored: NDArray[
+        np.float32
+    ]  # (G + R, K) the same with difficult objects that do not train; what shows them is left
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,14 @@ class TrainingWindows:
 
     def annotation(self, index: int) -> Annotation:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
+        annotation = self._annotation(index)
+        return annotation if self.config.data.train_on_difficult else annotation.easy()
+
+    def _annotation(self, index: int) -> Annotation:
         annotation = self.records[index].annotation
         if annotation is None:
             raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
-        annotation = annotation.of(self.classes)
-        return annotation if self.config.data.train_on_difficult else annotation.easy()
+        return annotation.of(self.classes)
 
     def windows(self, index: int) -> NDArray[np.float32]:
         """The objects of an image, then its proposals: (G + R, 4)."""
@@ -86,8 +92,13 @@ class TrainingWindows:
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
-        objects = self.labels(annotation)
-        return ImageWindows(windows, objects, class_overlaps(windows, annotation.boxes, objects, len(self.classes)))
+        objects, whole = self.labels(annotation), self._annotation(index)
+        overlaps = class_overlaps(windows, annotation.boxes, objects, len(self.classes))
+        ignored = np.zeros_like(overlaps)
+        if not self.config.data.train_on_difficult:
+            boxes, labels = whole.boxes[whole.difficult], self.labels(whole)[whole.difficult]
+            ignored = class_overlaps(windows, boxes, labels, len(self.classes))
+        return ImageWindows(windows, objects, overlaps, ignored)
 
     def labels(self, annotation: Annotation) -> NDArray[np.int64]:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
@@ -120,7 +131,8 @@ class FinetuneWindows:
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
         settings = source.config.finetune
-        own = [label_windows(source.image_windows(i).overlaps, settings) for i in range(len(source.records))]
+        images = (source.image_windows(index) for index in range(len(source.records)))
+        own = [label_windows(image.overlaps, settings, image.ignored) for image in images]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -163,7 +175,8 @@ class MiningWindows:
             return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
         found = self._distinct(index)
         count = len(found.objects)
-        near, classes = np.nonzero(found.overlaps[count:] >= threshold)
+        close = (found.overlaps >= threshold) & (found.overlaps >= found.ignored)
+        near, classes = np.nonzero(close[count:])
         rows, labels = np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
         return PositiveWindows(found.windows[rows], labels, count)
 
@@ -178,7 +191,7 @@ class MiningWindows:
         _, unique_row = self._source.project(self._source.empty_maps(index), found.windows[count:]).unique()
         first = np.unique(unique_row, return_index=True)[1]  # the first proposal on each window of cells, in order
         rows = np.concatenate([np.arange(count), count + first])
-        return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows])
+        return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows], found.ignored[rows])
 
 
 def class_overlaps(
@@ -192,12 +205,20 @@ def class_overlaps(
     return overlaps
 
 
-def label_windows(overlaps: NDArray[np.floating], settings: FinetuneSettings) -> LabelledWindows:
-    """Positives have IoU >= 0.5 with an object, of the class they overlap most; negatives lie in [0.1, 0.5)."""
+def label_windows(
+    overlaps: NDArray[np.floating], settings: FinetuneSettings, ignored: NDArray[np.floating] | None = None
+) -> LabelledWindows:
+    """Positives have IoU >= 0.5 with an object, of the class they overlap most; negatives lie in [0.1, 0.5).
+
+    overlaps (R, K); `ignored` (R, K) are those with objects that do not train: a window that has IoU >= 0.5 with one of
+    them, and less with any other, is neither.
+    """
     best = overlaps.max(axis=1, initial=0.0)
-    positives = np.flatnonzero(best >= settings.positive_overlap)
+    other = np.zeros_like(best) if ignored is None else ignored.max(axis=1, initial=0.0)
+    left = (other >= settings.positive_overlap) & (other > best)
+    positives = np.flatnonzero((best >= settings.positive_overlap) & ~left)
     low, high = settings.negative_overlap
-    negatives = np.flatnonzero((best >= low) & (best < min(high, settings.positive_overlap)))
+    negatives = np.flatnonzero((best >= low) & (best < min(high, settings.positive_overlap)) & ~left)
     return LabelledWindows(positives, overlaps[positives].argmax(axis=1).astype(np.int64), negatives)
 
 
@@ -229,7 +250,8 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
         objects, proposals = np.split(image.windows, [len(image.objects)])
         for label in np.unique(image.objects):
             own = objects[image.objects == label]
-            near = proposals[image.overlaps[len(objects) :, label] >= settings.overlap]
+            overlaps, ignored = image.overlaps[len(objects) :, label], image.ignored[len(objects) :, label]
+            near = proposals[(overlaps >= settings.overlap) & (overlaps >= ignored)]
             covered = own[pairwise_iou(near, own).argmax(axis=1)]
             found[label].append((np.full(len(near), index), near, covered))
     rng = np.random.default_rng(settings.seed)
