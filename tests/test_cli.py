@@ -16,7 +16,8 @@ from small_run import SmallRun, copied, merged, modified, refused, run_command, 
 
 from sppnet import __version__, cli, commands
 from sppnet.config_files import load_config
-from sppnet.data.voc import read_comp4, write_annotation
+from sppnet.data.comp4 import read_comp4
+from sppnet.data.voc import write_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import Training

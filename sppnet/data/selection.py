@@ -51,7 +51,7 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
         if first != name:
             raise SppnetError(
                 f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]}) differ in "
-                "upper and lower case alone; rename one of them in the annotations, or name those to train in data.classes"
+                "upper and lower case alone; rename one of them in the annotations, or leave it out of data.classes"
             )
     return chosen
 
@@ -109,7 +109,7 @@ def hold_out(
             take(digest)
     if not held:
         raise SppnetError(
-            f"none of {len(records)} images can be held out: each is the only one of a class, or a copy of the others; "
+            f"no image of {len(records)} can be held out: each is the only one of a class, or a copy of the others; "
             "add images, or name images in data.val"
         )
     out = {record.id for digest in held for record in groups[digest]}

@@ -111,8 +111,7 @@ class _Miner:
         _check_finite(f"image {index}", features)
         scores = self.svms.score(features.detach()).cpu().numpy()
         scores[:, self.retrains == 0] = np.inf  # all negatives enter the first fit of a class
-        overlaps = np.maximum(image.overlaps, image.ignored)
-        negatives = (overlaps < self.settings.negative_overlap) & self.active
+        negatives = (image.overlaps < self.settings.negative_overlap) & self.active
         negatives[np.arange(len(image.objects)), image.objects] = False  # an object is no negative of its own class
         if self.settings.duplicates == "overlap":
             negatives = distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)

@@ -7,7 +7,7 @@ number of images beyond the rows of the windows that may be drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,6 @@ class ImageWindows:
     windows: NDArray[np.float32]  # (G + R, 4)
     objects: NDArray[np.int64]  # (G,) class index of each object
     overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class
-    ignored: NDArray[
-        np.float32
-    ]  # (G + R, K) the same with difficult objects that do not train; what shows them is left
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,17 @@ class TrainingWindows:
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
-        objects, whole = self.labels(annotation), self._annotation(index)
-        overlaps = class_overlaps(windows, annotation.boxes, objects, len(self.classes))
-        ignored = np.zeros_like(overlaps)
-        if not self.config.data.train_on_difficult:
-            boxes, labels = whole.boxes[whole.difficult], self.labels(whole)[whole.difficult]
-            ignored = class_overlaps(windows, boxes, labels, len(self.classes))
-        return ImageWindows(windows, objects, overlaps, ignored)
+        objects = self.labels(annotation)
+        return ImageWindows(windows, objects, class_overlaps(windows, annotation.boxes, objects, len(self.classes)))
+
+    def ignored(self, index: int, windows: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Largest IoU of windows (R, 4) with the objects of each class that do not train, being difficult: (R, K).
+
+        A window that shows one of them is neither a positive nor a negative.
+        """
+        found = self._annotation(index)
+        rows = found.difficult & (not self.config.data.train_on_difficult)
+        return class_overlaps(windows, found.boxes[rows], self.labels(found)[rows], len(self.classes))
 
     def labels(self, annotation: Annotation) -> NDArray[np.int64]:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
@@ -131,8 +132,8 @@ class FinetuneWindows:
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
         settings = source.config.finetune
-        images = (source.image_windows(index) for index in range(len(source.records)))
-        own = [label_windows(image.overlaps, settings, image.ignored) for image in images]
+        images = ((index, source.image_windows(index)) for index in range(len(source.records)))
+        own = [label_windows(found.overlaps, settings, source.ignored(i, found.windows)) for i, found in images]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -159,9 +160,13 @@ class MiningWindows:
         return len(self._source.records)
 
     def read(self, index: int) -> tuple[ImageWindows, Tensor]:
-        """The windows of an image and their features (R, D), unscaled, on any device."""
+        """The windows of an image and their features (R, D), unscaled, on any device.
+
+        Overlaps are those with all objects, also with those that do not train: a window on one is no negative.
+        """
         found = self._distinct(index)
-        return found, self.features(index, found.windows)
+        overlaps = np.maximum(found.overlaps, self._source.ignored(index, found.windows))
+        return replace(found, overlaps=overlaps), self.features(index, found.windows)
 
     def positives(self, index: int) -> PositiveWindows:
         """The objects; where svm.positive_overlap is below 1, then the proposals that cover one by so much.
@@ -175,7 +180,7 @@ class MiningWindows:
             return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
         found = self._distinct(index)
         count = len(found.objects)
-        close = (found.overlaps >= threshold) & (found.overlaps >= found.ignored)
+        close = (found.overlaps >= threshold) & (found.overlaps >= source.ignored(index, found.windows))
         near, classes = np.nonzero(close[count:])
         rows, labels = np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
         return PositiveWindows(found.windows[rows], labels, count)
@@ -191,7 +196,7 @@ class MiningWindows:
         _, unique_row = self._source.project(self._source.empty_maps(index), found.windows[count:]).unique()
         first = np.unique(unique_row, return_index=True)[1]  # the first proposal on each window of cells, in order
         rows = np.concatenate([np.arange(count), count + first])
-        return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows], found.ignored[rows])
+        return ImageWindows(found.windows[rows], found.objects, found.overlaps[rows])
 
 
 def class_overlaps(
@@ -248,10 +253,11 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
     for index in range(len(source.records)):
         image = source.image_windows(index)
         objects, proposals = np.split(image.windows, [len(image.objects)])
+        ignored = source.ignored(index, proposals)
         for label in np.unique(image.objects):
             own = objects[image.objects == label]
-            overlaps, ignored = image.overlaps[len(objects) :, label], image.ignored[len(objects) :, label]
-            near = proposals[(overlaps >= settings.overlap) & (overlaps >= ignored)]
+            overlaps = image.overlaps[len(objects) :, label]
+            near = proposals[(overlaps >= settings.overlap) & (overlaps >= ignored[:, label])]
             covered = own[pairwise_iou(near, own).argmax(axis=1)]
             found[label].append((np.full(len(near), index), near, covered))
     rng = np.random.default_rng(settings.seed)

@@ -21,7 +21,7 @@ from sppnet.data.comp4 import write_comp4
 from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import check_sizes
-from sppnet.errors import BackboneError, SppnetError, counted
+from sppnet.errors import BackboneError, SppnetError
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
@@ -129,8 +129,8 @@ def evaluate_run(
         log.debug("%d × %s: %s", len(images), reason, ", ".join(dict.fromkeys(images)))
     if evaluate and all(record.annotation is None for record in records):
         raise SppnetError(
-            f"none of {counted(len(records), 'image')} has an annotation, e.g. {records[0].id}; add annotations, or "
-            "take `sppnet test`, which evaluates nothing"
+            f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
+            "alone"
         )
     if not names:
         log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")

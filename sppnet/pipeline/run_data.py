@@ -207,7 +207,7 @@ def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: s
     shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
     if shared:
         raise SppnetError(
-            f"{setting}: {counted(len(shared), 'image')} of {len(others)} are training images too, e.g. "
+            f"{setting}: training images are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
             f"{', '.join(shared[:3])}, so figures would look too good; take them out of one of the sets"
             + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
         )
@@ -267,8 +267,8 @@ def load_test_data(
             log.info("evaluated on all images of %s in %s, none of which was held out", ", ".join(names), folder)
         elif wrong:
             raise SppnetError(
-                f"{counted(len(wrong), 'image')} of the {len(held_out)} held out of training are gone or changed, e.g. "
-                f"{', '.join(wrong[:3])}; put them back, train again, or name images with --split"
+                f"held out of training, but gone or changed since: {len(wrong)} of {counted(len(held_out), 'image')}, "
+                f"e.g. {', '.join(wrong[:3])}; put them back, train again, or name images with --split"
             )
         else:
             records = [r for r in records if r.id in held_out]
@@ -279,7 +279,7 @@ def load_test_data(
     contents = set(train.values())
     trained = [r.id for r in records if r.digest in contents or (not other and r.id in train)]
     if trained:
-        what = f"{counted(len(trained), 'image')} of {len(records)} are training images, e.g. {', '.join(trained[:3])}"
+        what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
         if not splits:
             raise SppnetError(
                 f"{what}; take them out of the set, or name it with --split to evaluate on them nonetheless"

@@ -13,7 +13,7 @@ import pytest
 from small_run import copied, run_command, write_windows
 
 from sppnet.backbones import backbone as backbones
-from sppnet.data.voc import read_comp4
+from sppnet.data.comp4 import read_comp4
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
