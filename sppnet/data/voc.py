@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sppnet.artifacts import write_text
 from sppnet.errors import SppnetError
 from sppnet.images import SIDEWAYS
-from sppnet.records import Annotation, SkipCounts, areas, as_boxes
+from sppnet.records import Annotation, SkipCounts, areas, as_boxes, clip_boxes
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -34,65 +34,64 @@ def read_annotation(
 ) -> tuple[Annotation, SkipCounts]:
     """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
 
-    Documented skips, counted under the file's stem: boxes with xmax < xmin or ymax < ymin, boxes with equal corners
-    ("zero-area box": a click or a slip), an object that is there twice, and boxes wholly outside the image are left
-    out; boxes partly outside are clipped to it; a <size> that differs from `size` is only counted, `size` wins. Without
-    `size` nothing is clipped or outside. Boxes that were drawn before the orientation turned the image are turned with
-    it. A missing <difficult> means 0. No object at all is ordinary.
+    Without `size` they are all objects as they stand, as the devkit reads them. With it there are documented skips,
+    counted under the file's stem: boxes with xmax < xmin or ymax < ymin, boxes with equal corners ("zero-area box": a
+    click or a slip), an object that is there twice, and boxes wholly outside the image are left out; boxes partly
+    outside are clipped; boxes that were drawn before the orientation turned the image are turned with it; a <size> that
+    differs from `size` is only counted. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
-    difficult_of: dict[tuple[str, tuple[float, ...]], bool] = {}
-    for name, own, flag in objects:
-        difficult_of.setdefault((name, own), flag)
-    corners = as_boxes([own for _, own in difficult_of])
-    stated, drawn = _stated_size(root), corners - INWARD
+    corners = as_boxes([own for _, own, _ in objects])
+    names, difficult = tuple(name for name, _, _ in objects), np.array([flag for _, _, flag in objects], dtype=bool)
+    drawn = corners - INWARD
+    if size is None:
+        return Annotation(drawn.astype(np.float32), names, difficult), SkipCounts()
+    stated = _stated_size(root)
     unturned = _is_unturned(drawn, size, stated, orientation)
-    if unturned and size is not None:
+    if unturned:
         drawn = _turn(drawn, size, orientation)
-    height, width = size or (math.inf, math.inf)
-    boxes = drawn if size is None else np.clip(drawn, 0, [width, height] * 2)
+    boxes = clip_boxes(drawn, size)
+    first: dict[tuple[str, tuple[float, ...]], int] = {}
+    repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
     reverse = (corners[:, 2:] < corners[:, :2]).any(axis=1)
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
     zero_area = ~reverse & (corners[:, 2:] == corners[:, :2]).any(axis=1)
-    outside = ~reverse & ~zero_area & (areas(boxes) <= 0)
-    keep = ~reverse & ~zero_area & ~outside
+    again = ~reverse & ~zero_area & np.array(repeated, dtype=bool)
+    outside = ~reverse & ~zero_area & ~again & (areas(boxes) <= 0)
+    keep = ~reverse & ~zero_area & ~again & ~outside
     skips = {
-        "box with reversed corners": int(reverse.sum()),
-        "zero-area box": int(zero_area.sum()),
-        "object annotated twice": len(objects) - len(difficult_of),
-        "box outside the image": int(outside.sum()),
-        "box clipped to the image": int((keep & (boxes != drawn).any(axis=1)).sum()),
-        "annotation size disagrees with the image": int(None not in (size, stated) and size != stated and not unturned),
-        "annotation turned with its image (EXIF orientation)": int(unturned is True),
-        "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": int(unturned is None),
+        "box with reversed corners": reverse.sum(),
+        "zero-area box": zero_area.sum(),
+        "object annotated twice": again.sum(),
+        "box outside the image": outside.sum(),
+        "box clipped to the image": (keep & (boxes != drawn).any(axis=1)).sum(),
+        "annotation size disagrees with the image": stated not in (None, size) and not unturned,
+        "annotation turned with its image (EXIF orientation)": unturned is True,
+        "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
     }
-    names = tuple(name for (name, _), kept in zip(difficult_of, keep, strict=True) if kept)
-    difficult = np.array([*difficult_of.values()], dtype=bool)[keep]
-    annotation = Annotation(boxes[keep].astype(np.float32), names, difficult)
-    return annotation, SkipCounts({reason: [path.stem] * count for reason, count in skips.items() if count})
+    kept_names = tuple(name for name, kept in zip(names, keep, strict=True) if kept)
+    annotation = Annotation(boxes[keep].astype(np.float32), kept_names, difficult[keep])
+    return annotation, SkipCounts({reason: [path.stem] * int(count) for reason, count in skips.items() if count})
 
 
 def _is_unturned(
-    boxes: NDArray[np.floating], size: tuple[int, int] | None, stated: tuple[int, int] | None, orientation: int
+    boxes: NDArray[np.floating], size: tuple[int, int], stated: tuple[int, int] | None, orientation: int
 ) -> bool | None:
     """Whether boxes were drawn before the EXIF orientation turned the image; None where that cannot be told.
 
-    What tells is the stated size, and where there is none of the two, whether the boxes fit.
+    What tells is the stated size, and where that is neither of the two, which of them the boxes fit.
     """
-    if size is None or not 2 <= orientation <= 8 or not len(boxes):
-        return False
     stored = size[::-1]
+    if not 2 <= orientation <= 8 or not len(boxes):
+        return False
     if orientation not in SIDEWAYS or stored == size:
         return None
-
-    def fits(frame: tuple[int, int]) -> bool:
-        return bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all())
-
+    fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
     if stated in (stored, size):
-        return stated == stored and fits(stored)
-    return fits(stored) if fits(stored) != fits(size) else None
+        return stated == stored and fits_stored
+    return fits_stored if fits_stored != fits else None
 
 
 def _turn(boxes: NDArray[np.float64], size: tuple[int, int], orientation: int) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ number of images beyond the rows of the windows that may be drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class ImageWindows:
 
     windows: NDArray[np.float32]  # (G + R, 4)
     objects: NDArray[np.int64]  # (G,) class index of each object
-    overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class
+    overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class, also those that do not train
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ class TrainingWindows:
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
-        objects = self.labels(annotation)
-        return ImageWindows(windows, objects, class_overlaps(windows, annotation.boxes, objects, len(self.classes)))
+        every = self._annotation(index)
+        overlaps = class_overlaps(windows, every.boxes, self.labels(every), len(self.classes))
+        return ImageWindows(windows, self.labels(annotation), overlaps)
 
     def ignored(self, index: int, windows: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Largest IoU of windows (R, 4) with the objects of each class that do not train, being difficult: (R, K).
+        """Largest IoU of windows (R, 4) with those objects of each class that do not train, being difficult: (R, K).
 
-        A window that shows one of them is neither a positive nor a negative.
+        A window is neither a positive nor a negative where one of them is the object that it overlaps most.
         """
         found = self._annotation(index)
         rows = found.difficult & (not self.config.data.train_on_difficult)
@@ -132,7 +133,7 @@ class FinetuneWindows:
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
         settings = source.config.finetune
-        images = ((index, source.image_windows(index)) for index in range(len(source.records)))
+        images = enumerate(map(source.image_windows, range(len(source.records))))
         own = [label_windows(found.overlaps, settings, source.ignored(i, found.windows)) for i, found in images]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
@@ -160,13 +161,9 @@ class MiningWindows:
         return len(self._source.records)
 
     def read(self, index: int) -> tuple[ImageWindows, Tensor]:
-        """The windows of an image and their features (R, D), unscaled, on any device.
-
-        Overlaps are those with all objects, also with those that do not train: a window on one is no negative.
-        """
+        """The windows of an image and their features (R, D), unscaled, on any device."""
         found = self._distinct(index)
-        overlaps = np.maximum(found.overlaps, self._source.ignored(index, found.windows))
-        return replace(found, overlaps=overlaps), self.features(index, found.windows)
+        return found, self.features(index, found.windows)
 
     def positives(self, index: int) -> PositiveWindows:
         """The objects; where svm.positive_overlap is below 1, then the proposals that cover one by so much.
@@ -180,7 +177,7 @@ class MiningWindows:
             return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
         found = self._distinct(index)
         count = len(found.objects)
-        close = (found.overlaps >= threshold) & (found.overlaps >= source.ignored(index, found.windows))
+        close = (found.overlaps >= threshold) & (found.overlaps > source.ignored(index, found.windows))
         near, classes = np.nonzero(close[count:])
         rows, labels = np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
         return PositiveWindows(found.windows[rows], labels, count)
@@ -215,16 +212,15 @@ def label_windows(
 ) -> LabelledWindows:
     """Positives have IoU >= 0.5 with an object, of the class they overlap most; negatives lie in [0.1, 0.5).
 
-    overlaps (R, K); `ignored` (R, K) are those with objects that do not train: a window that has IoU >= 0.5 with one of
-    them, and less with any other, is neither.
+    overlaps (R, K) are those with all objects, `ignored` (R, K) with those that do not train: a window that has IoU >=
+    0.5 with one of these, and less with the others, is neither.
     """
     best = overlaps.max(axis=1, initial=0.0)
-    other = np.zeros_like(best) if ignored is None else ignored.max(axis=1, initial=0.0)
-    left = (other >= settings.positive_overlap) & (other > best)
-    positives = np.flatnonzero((best >= settings.positive_overlap) & ~left)
+    trained = overlaps if ignored is None else np.where(overlaps > ignored, overlaps, 0)
+    positives = np.flatnonzero(trained.max(axis=1, initial=0.0) >= np.maximum(best, settings.positive_overlap))
     low, high = settings.negative_overlap
-    negatives = np.flatnonzero((best >= low) & (best < min(high, settings.positive_overlap)) & ~left)
-    return LabelledWindows(positives, overlaps[positives].argmax(axis=1).astype(np.int64), negatives)
+    negatives = np.flatnonzero((best >= low) & (best < min(high, settings.positive_overlap)))
+    return LabelledWindows(positives, trained[positives].argmax(axis=1).astype(np.int64), negatives)
 
 
 def draw_rows(rows: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -257,7 +253,7 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
         for label in np.unique(image.objects):
             own = objects[image.objects == label]
             overlaps = image.overlaps[len(objects) :, label]
-            near = proposals[(overlaps >= settings.overlap) & (overlaps >= ignored[:, label])]
+            near = proposals[(overlaps >= settings.overlap) & (overlaps > ignored[:, label])]
             covered = own[pairwise_iou(near, own).argmax(axis=1)]
             found[label].append((np.full(len(near), index), near, covered))
     rng = np.random.default_rng(settings.seed)

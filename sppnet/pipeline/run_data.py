@@ -254,9 +254,10 @@ def load_test_data(
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
     if not names and kept is None and not other:
-        log.warning("the detector keeps no split (trained by an earlier version): held-out images are drawn again")
-        data = load_run_data(config)
-        return EvaluationData(data.held_out, data.skips, (), [])
+        raise SppnetError(
+            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version, or was "
+            "put together elsewhere); name images with --split, or train again"
+        )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:
         held_out = kept.held_out if kept is not None else {}

@@ -208,7 +208,7 @@ def test_the_line_about_the_data_counts_images_skips_and_leaks(small_run, tmp_pa
     assert line.startswith(
         "data: 8 training images and 3 validation images, 5 classes (cross, disc, square, star, triangle)"
     )
-    assert "1 × zero-area box, e.g. SHAPES/train_00003" in line
+    assert "1 × box with reversed corners, e.g. SHAPES/train_00003" in line
     assert "1 × box outside the image, e.g. SHAPES/train_00003" in line
     assert "without objects" not in line
 
