@@ -255,8 +255,8 @@ def load_test_data(
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
     if not names and kept is None and not other:
         raise SppnetError(
-            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version, or was "
-            "put together elsewhere); name images with --split, or train again"
+            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
+            "was put together elsewhere); name images with --split, or train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:
@@ -265,7 +265,7 @@ def load_test_data(
         wrong = [name for name, digest in held_out.items() if today.get(name) != digest]
         if other and (wrong or not held_out):
             names = settings.train
-            log.info("evaluated on all images of %s in %s, none of which was held out", ", ".join(names), folder)
+            log.info("no split is named: all images of %s in %s are evaluated", ", ".join(names), folder)
         elif wrong:
             raise SppnetError(
                 f"held out of training, but gone or changed since: {len(wrong)} of {counted(len(held_out), 'image')}, "

@@ -3,6 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from devkit import record, things
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sppnet.data.selection import annotations_digest, choose_classes, hold_out, restrict
 from sppnet.errors import SppnetError
@@ -78,3 +80,83 @@ def test_the_digest_covers_everything_that_training_sees():
     assert digest() == digest()
     assert digest(names=("cat", "cow")) == digest()  # objects of other classes are not seen
     assert len(annotations_digest([record("1")], ("cat",))) == 16
+
+
+# --- names of classes
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "a\x7fb", "é" * 101])
+def test_a_class_that_cannot_name_a_file_is_an_error_where_it_is_trained(name):
+    records = [record("A/1", things("cat")), record("A/2", things(name, "cat")), record("A/3", things(name))]
+    with pytest.raises(SppnetError, match=r"^class .*, e\.g\. in the annotation of A/2, .*rename it .*data\.classes"):
+        choose_classes(records, None)
+    assert choose_classes(records, ("cat",)) == ("cat",)
+
+
+@pytest.mark.parametrize(("one", "other"), [("Cat", "cat"), ("STRASSE", "straße"), ("Éa", "éa")])
+def test_classes_that_differ_in_case_alone_are_an_error_that_names_both(one, other):
+    records = [record("A/1", things(one)), record("A/2", things(other))]
+    with pytest.raises(SppnetError, match=rf"{one}.* \(e\.g\. in A/1\) and .*{other}.* \(e\.g\. in A/2\) differ in"):
+        choose_classes(records, None)
+    assert choose_classes(records, (other,)) == (other,)
+
+
+# --- what is held out
+
+
+def many(count: int, *shown: tuple[str, ...]) -> list[ImageRecord]:
+    """Images that show these classes in turn."""
+    return [record(f"A/{i:04}", things(*shown[i % len(shown)])) for i in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("rare", "held"), [(1, False), (2, True), (3, True)])
+def test_every_class_stays_in_training_and_is_held_out_where_two_images_show_it(seed, rare, held):
+    records = many(20, ("cat",), ("dog",), ())
+    for number in range(rare):
+        records[3 * number + 2] = record(records[3 * number + 2].id, things("zebra"))
+    train, out = hold_out(records, 0.2, seed)
+    assert sorted(r.id for r in [*train, *out]) == [r.id for r in records]
+    assert len(out) == 4
+    assert {"cat", "dog", "zebra"} == {name for r in train for name in r.annotation.names}
+    assert {name for r in out for name in r.annotation.names} == {"cat", "dog"} | ({"zebra"} if held else set())
+
+
+def test_a_class_whose_only_easy_object_trains_stays_where_difficult_ones_do_not():
+    easy, hard = things("owl"), Annotation(things("owl").boxes, ("owl",), np.array([True]))
+    records = [*many(10, ("cat",)), record("A/e", easy), record("A/h", hard), record("A/i", hard)]
+    for seed in range(6):
+        assert "A/e" not in {r.id for r in hold_out(records, 0.4, seed, difficult=False)[1]}
+
+
+@given(st.lists(st.sets(st.sampled_from("abcde")), min_size=2, max_size=30), st.floats(0.05, 0.95), st.integers(0, 9))
+def test_no_class_is_lost_and_no_side_is_empty_or_shares_an_image(shown, share, seed):
+    records = [record(f"A/{i}", things(*sorted(names))) for i, names in enumerate(shown)]
+    try:
+        train, out = hold_out(records, share, seed)
+    except SppnetError:
+        classes = [name for names in shown for name in names]
+        assert all(any(classes.count(name) == 1 for name in names) for names in shown)  # nothing could go
+        return
+    assert 1 <= len(out) <= max(1, round(share * len(records)))
+    assert {r.id for r in train} | {r.id for r in out} == {r.id for r in records}
+    assert len(train) + len(out) == len(records)
+    assert {name for names in shown for name in names} == {name for r in train for name in r.annotation.names}
+
+
+def test_copies_are_held_out_together_or_not_at_all():
+    records = [record(f"{year}/{stem}", things("cat")) for stem in range(12) for year in ("A", "B")]
+    for seed in range(6):
+        train, out = hold_out(records, 0.25, seed)
+        assert len(out) == 6
+        assert not {r.digest for r in train} & {r.digest for r in out}
+    with pytest.raises(SppnetError, match="no image of 2 can be held out"):
+        hold_out([record("A/1", things("cat")), record("B/1", things("cat"))], 0.5)
+
+
+def test_an_image_more_changes_little_of_what_is_held_out():
+    records = many(100, ("cat",), ("dog",), ("cat", "owl"))
+    before = {r.id for r in hold_out(records, 0.2)[1]}
+    after = {r.id for r in hold_out([*records, record("A/new", things("dog"))], 0.2)[1]}
+    assert len(before) == len(after) == 20
+    assert len(before & after) >= 18

@@ -2,6 +2,7 @@ import importlib.util
 import os
 import sys
 import time
+import unicodedata
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +11,13 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from devkit import make_devkit, stated, thing, xml_of
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.selection import choose_classes, restrict
-from sppnet.data.splits import load_split, load_splits, read_image_set
+from sppnet.data.splits import load_split, load_splits, read_image_set, split_digests
 from sppnet.data.voc import read_annotation
 from sppnet.errors import SppnetError
 
@@ -183,6 +186,141 @@ def test_an_image_in_two_splits_is_an_error(tmp_path):
     make_devkit(make_devkit(tmp_path), names=("b",), image_set="val")
     with pytest.raises(SppnetError, match="image VOC2007/b is in VOC2007/train and in VOC2007/val"):
         load_splits(tmp_path, ("VOC2007/train", "VOC2007/val"))
+
+
+# --- names as people give them
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "names"),
+    [
+        (("photo 1", "photo 2"), ("photo 1", "photo 2"), ("photo 1", "photo 2")),
+        (("photo 1",), ("photo 1",), ("photo 1",)),
+        (("my photo -1", "other"), ("my photo -1", "other"), ("my photo -1", "other")),
+        (("my photo -1", "other  1"), ("my photo", "other"), ("my photo", "other")),
+        (("-1", "0", "1 1"), ("-1", "0", "1"), ("-1", "0", "1")),
+        (("img", "img 1"), ("img", "img 1"), ("img", "img 1")),
+        (("0001\t1 ", " 0002\t-1"), ("0001", "0002"), ("0001", "0002")),
+        (("a.jpg", "b.v2", "c.JPG 1"), ("a", "b.v2", "c"), ("a", "b.v2", "c")),
+        (("a  b  ",), ("a  b",), ("a  b",)),
+    ],
+)
+def test_a_line_is_the_id_that_there_is(tmp_path, lines, files, names):
+    make_devkit(tmp_path, names=files)
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    records, _ = load_split(tmp_path, "VOC2007/train")
+    assert [record.id for record in records] == [f"VOC2007/{name}" for name in names]
+    assert all(record.annotation is not None for record in records)
+
+
+def test_a_line_that_may_be_two_images_is_an_error(tmp_path):
+    make_devkit(tmp_path, names=("img", "img 1"))
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text("img 1\n")
+    with pytest.raises(SppnetError, match=r"train\.txt:1: 'img 1' may be an image, or 'img' with a column of a class"):
+        load_split(tmp_path, "VOC2007/train")
+
+
+@pytest.mark.parametrize("lines", ["a\na.jpg\n", "a 1\na\n", "a\n a \n"])
+def test_one_image_on_two_lines_is_an_error_however_it_is_written(tmp_path, lines):
+    make_devkit(tmp_path, names=("a",))
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text(lines)
+    with pytest.raises(SppnetError, match=r"train\.txt:2: 'a' is already on line 1"):
+        load_split(tmp_path, "VOC2007/train")
+
+
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("annotated", ["NFC", "NFD"])
+def test_list_image_and_annotation_meet_in_any_form_of_unicode(tmp_path, listed, stored, annotated):
+    name = "Übung é"
+    make_devkit(tmp_path, names=(unicodedata.normalize(stored, name),), year=unicodedata.normalize(stored, "Jähr"))
+    folder = tmp_path / unicodedata.normalize(stored, "Jähr")
+    xml = next((folder / "Annotations").glob("*.xml"))
+    xml.rename(xml.with_stem(unicodedata.normalize(annotated, name)))
+    (folder / "ImageSets/Main/train.txt").write_text(unicodedata.normalize(listed, name))
+    (record,), _ = load_split(tmp_path, unicodedata.normalize(listed, "Jähr/train"))
+    assert record.id == unicodedata.normalize("NFC", f"Jähr/{name}")
+    assert record.annotation.names == ("cat", "dog")
+
+
+def test_names_that_differ_in_their_form_alone_are_an_error(tmp_path):
+    make_devkit(tmp_path, names=[unicodedata.normalize(form, "é") for form in ("NFC", "NFD")], image_set="both")
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text("é")
+    with pytest.raises(SppnetError, match="both files of the id 'é' .*Unicode form"):
+        load_split(tmp_path, "VOC2007/train")
+
+
+def test_annotations_may_end_in_capitals_but_not_in_both(tmp_path):
+    make_devkit(tmp_path, names=("a",))
+    file = tmp_path / "VOC2007/Annotations/a.xml"
+    text = file.read_text()
+    file.rename(file.with_suffix(".XML"))
+    assert load_split(tmp_path, "VOC2007/train", require_annotations=False)[0][0].annotation.names == ("cat", "dog")
+    file.write_text(text)
+    with pytest.raises(SppnetError, match=r"a\.XML and a\.xml are both files of the id 'a'"):
+        load_split(tmp_path, "VOC2007/train")
+
+
+def test_a_name_too_long_for_the_files_of_a_run_is_refused_at_once(tmp_path):
+    make_devkit(tmp_path, names=("a" * 201,))
+    with pytest.raises(
+        SppnetError, match=r"aaa\.jpg: expected a name of at most 200 bytes; rename image and annotation"
+    ):
+        load_split(tmp_path, "VOC2007/train")
+
+
+def test_links_to_images_and_annotations_are_followed(tmp_path):
+    make_devkit(tmp_path / "store", names=("a",))
+    make_devkit(tmp_path / "data", names=("a",))
+    for file in ("JPEGImages/a.jpg", "Annotations/a.xml"):
+        (tmp_path / "data/VOC2007" / file).unlink()
+        (tmp_path / "data/VOC2007" / file).symlink_to(tmp_path / "store/VOC2007" / file)
+    (record,), _ = load_split(tmp_path / "data", "VOC2007/train")
+    assert record.annotation is not None
+    (tmp_path / "store/VOC2007/JPEGImages/a.jpg").unlink()
+    with pytest.raises(SppnetError, match=r"data/VOC2007/JPEGImages/a\.jpg"):
+        load_split(tmp_path / "data", "VOC2007/train")
+
+
+def test_a_root_that_is_a_year_folder_is_pointed_out(tmp_path):
+    make_devkit(tmp_path)
+    with pytest.raises(
+        SppnetError, match=rf"this is a year folder; set data\.root={tmp_path} and name splits VOC2007/"
+    ):
+        load_split(tmp_path / "VOC2007", "VOC2007/train")
+
+
+def test_skips_name_their_images(tmp_path):
+    make_devkit(make_devkit(tmp_path, names=("a", "b", "c")), year="VOC2012", names=("a",))
+    bad = xml_of(thing("cat", 5, 5, 5, 9), thing("cat", 9, 9, 8, 9), thing("cat", 1, 1, 9, 9))
+    for file in ("VOC2007/Annotations/b.xml", "VOC2012/Annotations/a.xml"):
+        (tmp_path / file).write_text(bad)
+    skips = load_splits(tmp_path, ("VOC2007/train", "VOC2012/train"))[1]
+    assert skips.images["zero-area box"] == ["VOC2007/b", "VOC2012/a"]
+    assert skips.lines() == [
+        "2 × box with reversed corners, e.g. VOC2007/b",
+        "2 × zero-area box, e.g. VOC2007/b",
+    ]
+
+
+def test_the_contents_of_a_split_are_those_of_its_records(tmp_path):
+    make_devkit(tmp_path, names=("b", "a"))
+    records, _ = load_split(tmp_path, "VOC2007/train")
+    assert split_digests(tmp_path, "VOC2007/train") == {record.id: record.digest for record in records}
+
+
+@given(st.text(max_size=60), st.booleans())
+def test_any_text_is_a_list_of_distinct_stems_or_an_error_that_names_the_line(tmp_path_factory, text, known):
+    path = tmp_path_factory.getbasetemp() / "random.txt"
+    path.write_bytes(text.encode("utf-8", "replace"))
+    message = None
+    try:
+        names = read_image_set(path, [*text.split()] if known else None)
+    except SppnetError as error:
+        names, message = [], str(error)
+    assert message is None or "random.txt:" in message
+    assert len(set(names)) == len(names)
+    assert all(name and name == name.strip() and "/" not in name and "\\" not in name for name in names)
 
 
 # --- real data

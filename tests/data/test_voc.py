@@ -1,12 +1,17 @@
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from defusedxml.ElementTree import parse
 from devkit import stated, thing, xml_of
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from sppnet.data.voc import read_annotation, write_annotation
 from sppnet.errors import SppnetError
+from sppnet.images import image_header, read_image
 
 
 def annotated(tmp_path: Path, text: str, size: tuple[int, int] | None = (100, 200)):
@@ -151,3 +156,153 @@ def test_a_written_annotation_reads_back_the_same(tmp_path):
 def test_an_annotation_without_objects_is_written_and_read(tmp_path):
     write_annotation(tmp_path / "x.xml", (10, 20), [], (), ())
     assert read_annotation(tmp_path / "x.xml", (10, 20))[0].boxes.shape == (0, 4)
+
+
+# --- pictures that EXIF turns
+
+
+def turned(tmp_path: Path, orientation: int, box, stored=(60, 90), size: str | None = None):
+    """What is read of an annotation with one half-open `box` on a picture of `stored` (height, width), and its pixels.
+
+    The second value is the box of the bright pixels of the upright image: what Pillow makes of the same picture.
+    """
+    x1, y1, x2, y2 = box
+    pixels = np.zeros((*stored, 3), np.uint8)
+    pixels[y1:y2, x1:x2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "p.png", exif=exif)
+    rows, columns = np.nonzero(read_image(tmp_path / "p.png")[:, :, 0])
+    text = xml_of(thing("cat", x1 + 1, y1 + 1, x2, y2), size=stated(*stored) if size is None else size)
+    (tmp_path / "p.xml").write_text(text)
+    found, skips = read_annotation(tmp_path / "p.xml", *image_header(tmp_path / "p.png"))
+    return found.boxes[0].tolist(), [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], skips.counts
+
+
+TURNED = {"annotation turned with its image (EXIF orientation)": 1}
+UNKNOWN = {"image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": 1}
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("stored", [(60, 90), (90, 60)])
+def test_boxes_drawn_on_the_stored_picture_are_turned_with_it(tmp_path, orientation, stored):
+    box, bright, counts = turned(tmp_path, orientation, (10, 20, 45, 32), stored)
+    assert box == bright
+    assert counts == TURNED
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_without_a_size_the_frame_that_the_boxes_fit_tells_how_they_were_drawn(tmp_path, orientation):
+    box, bright, counts = turned(tmp_path, orientation, (10, 20, 85, 32), size="")
+    assert (box, counts) == (bright, TURNED)
+    box, _, counts = turned(tmp_path, orientation, (10, 20, 32, 59), (90, 60), size=stated(60, 90))
+    assert (box, counts) == ([10, 20, 32, 59], {})  # stated upright
+    box, _, counts = turned(tmp_path, orientation, (10, 20, 45, 32), size="")
+    assert (box, counts) == ([10, 20, 45, 32], UNKNOWN)
+
+
+@pytest.mark.parametrize(("orientation", "stored"), [(2, (60, 90)), (3, (60, 90)), (4, (90, 60)), (6, (70, 70))])
+def test_where_both_frames_have_one_size_the_orientation_is_counted(tmp_path, orientation, stored):
+    box, _, counts = turned(tmp_path, orientation, (10, 20, 45, 32), stored)
+    assert (box, counts) == ([10, 20, 45, 32], UNKNOWN)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_a_picture_that_is_not_turned_is_ordinary(tmp_path, orientation):
+    box, bright, counts = turned(tmp_path, orientation, (10, 20, 45, 32))
+    assert (box, counts) == (bright, {})
+
+
+# --- what people write
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"), [("", 0), (None, 0), ("Unspecified", 0), (" 1 ", 1), ("0", 0), ("true", 1), ("False", 0)]
+)
+def test_difficult_is_read_as_people_write_it(tmp_path, text, flag):
+    assert annotated(tmp_path, xml_of(thing("cat", 1, 1, 5, 5, difficult=text)))[0].difficult.tolist() == [flag]
+
+
+def test_numbers_may_have_signs_exponents_and_blanks(tmp_path):
+    found, skips = annotated(tmp_path, xml_of(thing("cat", " 1e1 ", "+2", "5.5e+1", "-0"), thing("dog", -9, 1, 5, 5)))
+    np.testing.assert_array_equal(found.boxes, [[0, 0, 5, 5]])
+    assert skips.counts == {"box with reversed corners": 1, "box clipped to the image": 1}
+
+
+@pytest.mark.parametrize("value", ["1_0", "inf", "-inf", "NaN", "1,5", "0x10", "1e12", "１ ２", "--1"])
+def test_what_is_no_number_is_an_error_that_names_the_file(tmp_path, value):
+    with pytest.raises(SppnetError, match=r"000001\.xml: <xmax> of object 'cat' must be a number"):
+        annotated(tmp_path, xml_of(thing("cat", 1, 1, value, 5)))
+
+
+def test_an_object_that_is_there_twice_counts_once(tmp_path):
+    text = xml_of(thing("cat", 1, 1, 5, 5), thing("dog", 1, 1, 5, 5), thing(" cat ", "1.0", 1, 5, 5, difficult=1))
+    found, skips = annotated(tmp_path, text)
+    assert found.names == ("cat", "dog")
+    assert not found.difficult.any()
+    assert dict(skips.images) == {"object annotated twice": ["000001"]}
+    assert read_annotation(tmp_path / "000001.xml")[0].names == ("cat", "dog", "cat")  # as the devkit reads it
+
+
+def test_without_a_size_every_object_counts_as_in_the_devkit(tmp_path):
+    boxes = ((50, 50, 50, 50), (9, 9, 5, 20), (900, 900, 950, 950))
+    found, skips = annotated(tmp_path, xml_of(*(thing("cat", *box) for box in boxes)), size=None)
+    np.testing.assert_array_equal(found.boxes, np.array(boxes) - [1, 1, 0, 0])
+    assert skips.counts == {}
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "big5", "utf-16", "iso-8859-1", "windows-1251", "utf-8-sig"])
+def test_annotations_in_other_encodings_are_read_where_they_say_so(tmp_path, encoding):
+    name = {"iso-8859-1": "Bär", "windows-1251": "кот"}.get(encoding, "人")
+    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>\n' + xml_of(thing(name, 1, 1, 5, 5))
+    (tmp_path / "a.xml").write_bytes(text.encode(encoding))
+    assert read_annotation(tmp_path / "a.xml", (10, 10))[0].names == (name,)
+    (tmp_path / "b.xml").write_bytes(xml_of(thing("é", 1, 1, 5, 5)).encode("iso-8859-1"))
+    with pytest.raises(SppnetError, match=r"b\.xml: cannot read this annotation as XML .*save it as UTF-8"):
+        read_annotation(tmp_path / "b.xml")
+
+
+def test_class_names_have_one_form_of_unicode(tmp_path):
+    found, _ = annotated(tmp_path, xml_of(*(thing(f" {unicodedata.normalize(f, 'bär')}\n", 1, 1, 5, 5) for f in FORMS)))
+    assert found.names == ("bär",)  # one object, there twice
+
+
+FORMS = ("NFC", "NFD")
+LETTERS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), min_size=1, max_size=12)
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 97)] * 2, *[st.integers(2, 100)] * 2, LETTERS, st.booleans()), max_size=6),
+)
+def test_annotations_are_read_as_they_were_written(tmp_path_factory, objects):
+    path = tmp_path_factory.getbasetemp() / "round.xml"
+    objects = [(x, y, min(x + w, 100), min(y + h, 100), " ".join(name.split()), d) for x, y, w, h, name, d in objects]
+    objects = [row for row in {row[:5]: row for row in objects}.values() if row[4]]
+    write_annotation(path, (100, 100), [row[:4] for row in objects], [r[4] for r in objects], [r[5] for r in objects])
+    found, skips = read_annotation(path, (100, 100))
+    expected = list({(unicodedata.normalize("NFC", row[4]), row[:4]): row for row in reversed(objects)}.values())[::-1]
+    assert found.boxes.tolist() == [[float(x) for x in row[:4]] for row in expected]
+    assert found.names == tuple(unicodedata.normalize("NFC", row[4]) for row in expected)
+    assert found.difficult.tolist() == [row[5] for row in expected]
+    assert set(skips.counts) <= {"object annotated twice"}
+
+
+TAGS = ("annotation", "object", "name", "bndbox", "xmin", "xmax", "ymin", "ymax", "difficult", "size", "width", "!--")
+PIECES = st.one_of(
+    st.sampled_from([f"<{t}>" for t in TAGS] + [f"</{t}>" for t in TAGS] + ["<annotation/>", "&lt;", "7"]),
+    st.text(max_size=5),
+)
+
+
+@given(st.one_of(st.binary(max_size=80), st.lists(PIECES, max_size=25).map("".join)), st.booleans())
+def test_no_garbage_ends_in_anything_but_an_error_with_the_name_of_the_file(tmp_path_factory, content, inside):
+    path = tmp_path_factory.getbasetemp() / "garbage.xml"
+    content = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+    path.write_bytes(b"<annotation>" + content + b"</annotation>" if inside else content)
+    message = None
+    try:
+        found, _ = read_annotation(path, (100, 100), 6)
+        assert len(found.boxes) == len(found.names) == len(found.difficult)
+    except SppnetError as error:
+        message = str(error)
+    assert message is None or "garbage.xml" in message
