@@ -275,19 +275,20 @@ def test_stages_are_done_again_as_asked_and_as_a_dry_run_announces(config, run, 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp_path, monkeypatch):
-    """Before anything is downloaded: a devkit of two tiny images, and a machine that refuses every connection."""
+    """Before anything is downloaded: a devkit of three tiny images, and a machine that refuses every connection."""
     settings = load_config(path)
     root = tmp_path / "VOCdevkit"
     names = list(settings.data.classes or VOC)
     for split in dict.fromkeys([*settings.data.train, *settings.data.val, *settings.data.test]):
         year, image_set = split.split("/")
-        for stem in (f"{image_set}_1", f"{image_set}_2"):
+        for stem in (stems := [f"{image_set}_{number}" for number in range(3)]):
             (root / year / "JPEGImages").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 48), "blue").save(root / year / f"JPEGImages/{stem}.jpg")
+            noise = np.random.default_rng([*f"{year}{stem}".encode()]).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / year / f"JPEGImages/{stem}.jpg")
             boxes = [[5, 5, 40, 40]] * len(names)
             write_annotation(root / year / f"Annotations/{stem}.xml", (48, 64), boxes, names, [False] * len(names))
         (root / year / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
-        (root / year / f"ImageSets/Main/{image_set}.txt").write_text(f"{image_set}_1\n{image_set}_2\n")
+        (root / year / f"ImageSets/Main/{image_set}.txt").write_text("\n".join(stems))
 
     def refuse(*args, **kwargs):
         pytest.fail("a dry run needs no network and no weights")
@@ -361,16 +362,17 @@ def test_score_prints_a_table_or_json(run):
     assert strict["map"] < values["map"]
 
 
-def test_score_clips_objects_to_the_size_that_their_annotation_states(tmp_path):
+def test_score_takes_objects_as_the_devkit_does_whatever_size_is_stated(tmp_path):
     box = "<xmin>11</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax>"
     found = "<object><name>star</name><bndbox>" + box + "</bndbox></object>"
     (tmp_path / "test.txt").write_text("a\n")
-    (tmp_path / "comp4_star.txt").write_text("a 0.9 11 11 100 60\n")
     options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star", "--json"]
     options += ["--detections", tmp_path / "comp4_{}.txt", "--iou", "0.9"]
-    for size, expected in (("<size><width>100</width><height>80</height></size>", 1), ("", 0)):
-        (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
-        assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
+    for size in ("<size><width>100</width><height>80</height></size>", ""):
+        for detected, expected in ((200, 1), (100, 0)):
+            (tmp_path / "comp4_star.txt").write_text(f"a 0.9 11 11 {detected} 60\n")
+            (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
+            assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
 
 
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
@@ -428,7 +430,7 @@ def test_detect_skips_what_it_cannot_read_and_ends_with_status_1(run, tmp_path):
     (tmp_path / "half.jpg").write_bytes(image.read_bytes()[:3000])
     result = run_command("detect", run.root, tmp_path / "half.jpg", image, "--out", tmp_path / "out")
     assert result.status == 1
-    assert "detections in 1 images" in result.out
+    assert "detections in 1 image," in result.out
     assert f"skipped: {tmp_path / 'half.jpg'}: expected a complete image" in result.err
     assert "Traceback" not in result.err
     assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 1

@@ -35,10 +35,11 @@ def read_annotation(
     """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
 
     Without `size` they are all objects as they stand, as the devkit reads them. With it there are documented skips,
-    counted under the file's stem: boxes with xmax < xmin or ymax < ymin, boxes with equal corners ("zero-area box": a
-    click or a slip), an object that is there twice, and boxes wholly outside the image are left out; boxes partly
-    outside are clipped; boxes that were drawn before the orientation turned the image are turned with it; a <size> that
-    differs from `size` is only counted. A missing <difficult> means 0. No object at all is ordinary.
+    counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1 ("reversed corners"),
+    boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object that is there twice, and
+    boxes wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn before the orientation
+    turned the image are turned with it. A <size> that differs from `size` is only counted. A missing <difficult> means
+    0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
@@ -55,9 +56,9 @@ def read_annotation(
     boxes = clip_boxes(drawn, size)
     first: dict[tuple[str, tuple[float, ...]], int] = {}
     repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
-    reverse = (corners[:, 2:] < corners[:, :2]).any(axis=1)
+    reverse = (drawn[:, 2:] < drawn[:, :2]).any(axis=1)
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
-    zero_area = ~reverse & (corners[:, 2:] == corners[:, :2]).any(axis=1)
+    zero_area = ~reverse & (corners[:, 2:] <= corners[:, :2]).any(axis=1)
     again = ~reverse & ~zero_area & np.array(repeated, dtype=bool)
     outside = ~reverse & ~zero_area & ~again & (areas(boxes) <= 0)
     keep = ~reverse & ~zero_area & ~again & ~outside

@@ -89,10 +89,10 @@ class RunData:
         return annotations_digest(self.train if split == "train" else self.validation, self.classes)
 
     def __str__(self) -> str:
-        """Images and classes; then a line for all that was skipped or is remarkable, each with an image."""
-        images = f"{counted(len(self.train), 'training image')} and {counted(len(self.held_out), 'validation image')}"
+        """One line: images, classes, then all that was skipped or is remarkable, each with an image."""
+        images = f"{len(self.train)} training and {counted(len(self.held_out), 'validation image')}"
         head = f"data: {images}, {counted(len(self.classes), 'class')} ({', '.join(self.classes)})"
-        return "\n  ".join([head, *self.notes, *self.skips.lines()])
+        return "; ".join([head, *self.notes, *self.skips.lines()])
 
 
 def load_run_data(config: Config, kept: Split | None = None) -> RunData:

@@ -21,10 +21,9 @@ from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.classification.pretraining import pretrain_network
 from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import dump_config
-from sppnet.data.selection import shown_classes
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.feature_maps import check_sizes, extract_images
+from sppnet.detection.feature_maps import extract_images
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
@@ -36,7 +35,7 @@ from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime
 from sppnet.pipeline.run_data import Split, load_run_data
-from sppnet.pipeline.stages import CHECKPOINT, GRAPH, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
+from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
 log = logging.getLogger("sppnet")
@@ -99,7 +98,7 @@ class Training:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
         weights, head = self.config.backbone.weights, self.config.head
         named = [("proposals.import_from", path) for path in self.config.proposals.import_from]
-        found = self._unusable_data(stages)
+        found = self.networks.unusable_images(stages)
         if set(stages) - {"proposals"}:
             if weights.file is not None and weights.source == "file" and self._needs_start_of("pretrain"):
                 named.append(("backbone.weights.file", weights.file))
@@ -112,28 +111,9 @@ class Training:
                 found.append(str(error))
         return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
 
-    def _unusable_data(self, stages: Sequence[str]) -> list[str]:
-        """What would end one of these stages because of the images: none with objects, or one that has no map."""
-        data, difficult = self.graph.data, self.config.data.train_on_difficult
-        found, used = list[str](), {name for name in stages if not GRAPH[name].skipped(self.config)}
-        hint = "" if difficult else ", or all are difficult and data.train_on_difficult=false"
-        if used - {"proposals", "maps"} and not any(shown_classes(record, difficult) for record in data.train):
-            found.append(f"no training image has an object of the classes{hint}; check the annotations")
-        if ("finetune" in used or ("low_rank" in used and tunes_low_rank(self.config))) and not data.validation:
-            found.append(
-                f"no validation image has an object of the classes{hint}, but these choose the fine-tuned network; "
-                "name images with objects in data.val, or leave it empty to hold out some of data.train"
-            )
-        if "maps" in used and not self.graph.status("maps").complete:
-            try:
-                check_sizes(data.images, build_backbone(self.config.backbone.without_weights()), self.config.maps)
-            except SppnetError as error:
-                found.append(str(error))
-        return found
-
     def check_files(self, stages: Sequence[str]) -> None:
         """Raise now what would end one of these stages hours later: files or images that are missing or do not fit."""
-        for reason in self._unusable_data(stages):
+        for reason in self.networks.unusable_images(stages):
             raise SppnetError(reason)
         for path in self.config.proposals.import_from:
             if not path.is_file():

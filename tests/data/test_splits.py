@@ -246,7 +246,7 @@ def test_list_image_and_annotation_meet_in_any_form_of_unicode(tmp_path, listed,
 def test_names_that_differ_in_their_form_alone_are_an_error(tmp_path):
     make_devkit(tmp_path, names=[unicodedata.normalize(form, "é") for form in ("NFC", "NFD")], image_set="both")
     (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text("é")
-    with pytest.raises(SppnetError, match="both files of the id 'é' .*Unicode form"):
+    with pytest.raises(SppnetError, match=r"both files of the id .é. .*Unicode form"):
         load_split(tmp_path, "VOC2007/train")
 
 
@@ -292,7 +292,7 @@ def test_a_root_that_is_a_year_folder_is_pointed_out(tmp_path):
 
 def test_skips_name_their_images(tmp_path):
     make_devkit(make_devkit(tmp_path, names=("a", "b", "c")), year="VOC2012", names=("a",))
-    bad = xml_of(thing("cat", 5, 5, 5, 9), thing("cat", 9, 9, 8, 9), thing("cat", 1, 1, 9, 9))
+    bad = xml_of(thing("cat", 5, 5, 5, 9), thing("cat", 9, 9, 7, 9), thing("cat", 1, 1, 9, 9))
     for file in ("VOC2007/Annotations/b.xml", "VOC2012/Annotations/a.xml"):
         (tmp_path / file).write_text(bad)
     skips = load_splits(tmp_path, ("VOC2007/train", "VOC2012/train"))[1]
