@@ -1,4 +1,4 @@
-"""The errors of this package: one base class, and the kinds that some caller handles; the grammar of counts."""
+"""The errors of this package: one base class, and the kinds that some caller handles; counts in words."""
 
 
 class SppnetError(ValueError):
