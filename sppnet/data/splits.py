@@ -21,7 +21,6 @@ from sppnet.records import ImageRecord, SkipCounts
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FLAGS = ("-1", "0", "1")  # second column of the per-class sets
-LONGEST = 200  # bytes of an id: it becomes part of file names
 
 
 def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str]:
@@ -151,11 +150,6 @@ def _find_images(set_file: Path) -> dict[str, Path]:
         raise SppnetError(
             f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
             f"the {len(names)} in {set_file}; add them, or take their ids out of the list"
-        )
-    long = [name for name in names if len(name.encode()) > LONGEST]
-    if long:
-        raise SppnetError(
-            f"{files[long[0]][0]}: expected a name of at most {LONGEST} bytes; rename image and annotation"
         )
     return {name: _only(files[name], name) for name in names}
 

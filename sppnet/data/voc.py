@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 from xml.sax.saxutils import escape
@@ -34,12 +34,12 @@ def read_annotation(
 ) -> tuple[Annotation, SkipCounts]:
     """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
 
-    Without `size` they are all objects as they stand, as the devkit reads them. With it there are documented skips,
-    counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1 ("reversed corners"),
-    boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object that is there twice, and
-    boxes wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn before the orientation
-    turned the image are turned with it. A <size> that differs from `size` is only counted. A missing <difficult> means
-    0. No object at all is ordinary.
+    Documented skips, counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1
+    ("reversed corners"), boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object
+    that is there twice, and boxes wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn
+    before the orientation turned the image are turned with it. A <size> that differs from `size` is only counted.
+    Without `size` objects are as the devkit takes them: only reversed corners are left out, and a box of one pixel
+    counts. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
@@ -48,7 +48,8 @@ def read_annotation(
     names, difficult = tuple(name for name, _, _ in objects), np.array([flag for _, _, flag in objects], dtype=bool)
     drawn = corners - INWARD
     if size is None:
-        return Annotation(drawn.astype(np.float32), names, difficult), SkipCounts()
+        ordered = np.all(drawn[:, 2:] > drawn[:, :2], axis=1)
+        return _keep(path, drawn, names, difficult, ordered, {"box with reversed corners": int((~ordered).sum())})
     stated = _stated_size(root)
     unturned = _is_unturned(drawn, size, stated, orientation)
     if unturned:
@@ -60,7 +61,7 @@ def read_annotation(
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
     zero_area = ~reverse & (corners[:, 2:] <= corners[:, :2]).any(axis=1)
     again = ~reverse & ~zero_area & np.array(repeated, dtype=bool)
-    outside = ~reverse & ~zero_area & ~again & (areas(boxes) <= 0)
+    outside = ~reverse & ~zero_area & ~again & (areas(boxes.astype(np.float32)) <= 0)
     keep = ~reverse & ~zero_area & ~again & ~outside
     skips = {
         "box with reversed corners": reverse.sum(),
@@ -72,9 +73,21 @@ def read_annotation(
         "annotation turned with its image (EXIF orientation)": unturned is True,
         "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
     }
-    kept_names = tuple(name for name, kept in zip(names, keep, strict=True) if kept)
-    annotation = Annotation(boxes[keep].astype(np.float32), kept_names, difficult[keep])
-    return annotation, SkipCounts({reason: [path.stem] * int(count) for reason, count in skips.items() if count})
+    return _keep(path, boxes, names, difficult, keep, skips)
+
+
+def _keep(
+    path: Path,
+    boxes: NDArray[np.floating],
+    names: Sequence[str],
+    difficult: NDArray[np.bool_],
+    keep: NDArray[np.bool_],
+    skips: Mapping[str, int],
+) -> tuple[Annotation, SkipCounts]:
+    """The objects to keep, and the reasons that occurred."""
+    kept = tuple(name for name, wanted in zip(names, keep, strict=True) if wanted)
+    counts = SkipCounts({reason: [path.stem] * int(count) for reason, count in skips.items() if count})
+    return Annotation(boxes[keep].astype(np.float32), kept, difficult[keep]), counts
 
 
 def _is_unturned(
@@ -82,7 +95,7 @@ def _is_unturned(
 ) -> bool | None:
     """Whether boxes were drawn before the EXIF orientation turned the image; None where that cannot be told.
 
-    What tells is the stated size, and where that is neither of the two, which of them the boxes fit.
+    The stated size tells, unless the boxes fit the other frame alone; where it is none of the two, the boxes tell.
     """
     stored = size[::-1]
     if not 2 <= orientation <= 8 or not len(boxes):
@@ -90,8 +103,10 @@ def _is_unturned(
     if orientation not in SIDEWAYS or stored == size:
         return None
     fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
-    if stated in (stored, size):
-        return stated == stored and fits_stored
+    if stated == size:
+        return False
+    if stated == stored:
+        return fits_stored or not fits
     return fits_stored if fits_stored != fits else None
 
 

@@ -67,18 +67,19 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
 
 
 def check_sizes(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> None:
-    """Raise BackboneError, with the names, for images that are too narrow for a map at one of the scales."""
-    narrow: dict[tuple[int, int], str] = {}
-    for size in {record.size for record in records}:
+    """Raise BackboneError, with their names, where images have no map at one of the scales: they are too narrow."""
+    found: dict[str, str] = {}
+    for record in records:
         for scale in settings.scales:
             try:
-                backbone.map_size(scaled_size(size, scale, settings.max_side)[0])
+                backbone.map_size(scaled_size(record.size, scale, settings.max_side)[0])
             except BackboneError as error:
-                narrow[size] = f"an image of {size[1]} × {size[0]} pixels is too narrow: {error}"
-    found = [record for record in records if record.size in narrow]
+                size = f"{record.size[1]} × {record.size[0]} pixels"
+                found.setdefault(record.id, f"{record.path}: an image of {size} has no map: {error}, or leave it out")
     if found:
-        others = f"; {len(found) - 1} more: {', '.join(r.id for r in found[1:4])}" if len(found) > 1 else ""
-        raise BackboneError(f"{found[0].path}: {narrow[found[0].size]}, or leave the image out{others}")
+        first, *others = found
+        more = f"; {len(others)} more: {', '.join(others[:3])}" if others else ""
+        raise BackboneError(f"{found[first]}{more}")
 
 
 def extract_images(

@@ -261,14 +261,6 @@ def test_annotations_may_end_in_capitals_but_not_in_both(tmp_path):
         load_split(tmp_path, "VOC2007/train")
 
 
-def test_a_name_too_long_for_the_files_of_a_run_is_refused_at_once(tmp_path):
-    make_devkit(tmp_path, names=("a" * 201,))
-    with pytest.raises(
-        SppnetError, match=r"aaa\.jpg: expected a name of at most 200 bytes; rename image and annotation"
-    ):
-        load_split(tmp_path, "VOC2007/train")
-
-
 def test_links_to_images_and_annotations_are_followed(tmp_path):
     make_devkit(tmp_path / "store", names=("a",))
     make_devkit(tmp_path / "data", names=("a",))

@@ -296,7 +296,7 @@ def test_a_damaged_image_stops_the_test_with_its_name_and_keeps_the_rest(run, de
 
 def test_an_image_too_narrow_for_the_network_is_named(run, detector, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "map_side", lambda steps, side: 0)
-    message = r"test_00000\.jpg: an image of \d+ × \d+ pixels is too narrow: .*; 3 more: SHAPES/test_00001, "
+    message = r"test_00000\.jpg: an image of \d+ × \d+ pixels has no map: .*; 3 more: SHAPES/test_00001, "
     with pytest.raises(BackboneError, match=message):
         evaluate(unimported(detector, tmp_path / "gone.npz"), run.root)
     assert len(list(run.root.glob("proposals-*"))) == 1  # those of training: nothing was searched

@@ -402,7 +402,7 @@ def test_no_object_to_validate_on_is_an_error_before_any_step(small_run, devkit,
 def test_a_training_image_too_narrow_for_a_map_is_named_before_anything_is_computed(small_run, devkit, tmp_path, size):
     Image.new("RGB", size).save(devkit / "SHAPES/JPEGImages/train_00003.jpg")
     config = changed(small_run, data__root=str(devkit), maps__max_side=112, backbone__name="alexnet")
-    message = rf"train_00003\.jpg: an image of {size[0]} × {size[1]} pixels is too narrow: .*or leave the image out"
+    message = rf"train_00003\.jpg: an image of {size[0]} × {size[1]} pixels has no map: .*or leave it out"
     with pytest.raises(SppnetError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
