@@ -21,7 +21,7 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, read_image_set
 from sppnet.data.voc import read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError, counted
@@ -165,8 +165,8 @@ def _score(options: argparse.Namespace) -> int:
     classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     if not classes:
         raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
-    known = {path.stem for path in options.annotations.glob("*.xml")}
-    files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set, known)}
+    known = files_by_stem(options.annotations, (".xml",))
+    files = find_annotations(options.annotations, read_image_set(options.image_set, known))
     annotations = {image: read_annotation(path)[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)

@@ -375,6 +375,17 @@ def test_score_takes_objects_as_the_devkit_does_whatever_size_is_stated(tmp_path
             assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["photo 1", "e\u0301 -1", "a.b"])
+def test_score_finds_the_images_that_there_are(tmp_path, name):
+    write_annotation(tmp_path / "Annotations" / f"{name}.xml", (80, 100), [[10, 10, 90, 60]], ["star"], [False])
+    (tmp_path / "Annotations" / f"{name}.xml").rename(tmp_path / "Annotations" / f"{name}.XML")
+    (tmp_path / "test.txt").write_text(f"{name}\n")
+    (tmp_path / "comp4_star.txt").write_text(f"{name} 0.9 11 11 90 60\n")
+    options = ["--annotations", tmp_path / "Annotations", "--image-set", tmp_path / "test.txt", "--classes", "star"]
+    result = run_command("score", *options, "--detections", tmp_path / "comp4_{}.txt", "--json")
+    assert json.loads(result.out)["map"] == 1, result.err
+
+
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
     folder = run.devkit / "SHAPES"
     base = ["score", "--annotations", folder / "Annotations", "--image-set", folder / "ImageSets/Main/test.txt"]
@@ -405,7 +416,8 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         entries = json.loads((tmp_path / f"out{count}/detections.json").read_text())
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
-        assert result.out == f"{total} detections in {count} images, written to {tmp_path / f'out{count}'}\n"
+        images = "1 image" if count == 1 else f"{count} images"
+        assert result.out == f"{total} detections in {images}, written to {tmp_path / f'out{count}'}\n"
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
 

@@ -89,20 +89,21 @@ def hold_out(
         digest: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[digest])) for digest in groups
     }
     left = Counter(name for names in shown.values() for name in names)  # groups in training that show a class
-    held: dict[str, int] = {}  # group -> its number of images
+    held, free = set[str](), count
 
     def may_go(digest: str) -> bool:
-        fits = sum(held.values()) + len(groups[digest]) <= count
-        return fits and digest not in held and all(left[name] > 1 for name in shown[digest])
+        return len(groups[digest]) <= free and digest not in held and all(left[name] > 1 for name in shown[digest])
 
     def take(digest: str) -> None:
-        held[digest] = len(groups[digest])
+        nonlocal free
+        held.add(digest)
+        free -= len(groups[digest])
         left.subtract(shown[digest])
 
     for name in sorted(left, key=lambda name: (left[name], name)):
         own = [digest for digest in shown if name in shown[digest]]
         first = next((digest for digest in own if may_go(digest)), None)
-        if first is not None and not any(digest in held for digest in own):
+        if first is not None and held.isdisjoint(own):
             take(first)
     for digest in shown:
         if may_go(digest):

@@ -9,7 +9,7 @@ A split is named ``<year folder>/<set>``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,14 +72,15 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
     """
     set_file = _set_file(Path(root), split)
     folder, records, skipped = set_file.parents[2], list[ImageRecord](), dict[str, list[str]]()
-    annotations = _files_by_stem(folder / "Annotations", (".xml",))
-    for name, path in _find_images(set_file).items():
+    images = _find_images(set_file)
+    annotations = find_annotations(folder / "Annotations", images)
+    for name, path in images.items():
         try:
             size, orientation = image_header(path)
             record = ImageRecord(f"{normalise(folder.name)}/{name}", path, size, file_digest(path))
         except (ImageError, OSError) as error:
             raise SppnetError(f"an image of the data set cannot be used: {error}") from None
-        xml = _only(annotations.get(name, [folder / "Annotations" / f"{name}.xml"]), name)
+        xml = annotations[name]
         if require_annotations or xml.exists():
             annotation, skips = read_annotation(xml, size, orientation)
             record, counts = replace(record, annotation=annotation), skips.counts
@@ -89,6 +90,12 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
             skipped.setdefault(reason, []).extend([record.id] * count)
         records.append(record)
     return records, SkipCounts(skipped)
+
+
+def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Id -> its annotation file, which ends in .xml in any case; where there is none, the path that it would have."""
+    files = files_by_stem(folder, (".xml",))
+    return {name: _only(files.get(name, [folder / f"{name}.xml"]), name) for name in names}
 
 
 def split_digests(root: Path | str, split: str) -> dict[str, str]:
@@ -141,7 +148,7 @@ def _set_file(root: Path, split: str) -> Path:
 def _find_images(set_file: Path) -> dict[str, Path]:
     """Id -> image file, of an image set, in its order."""
     folder = set_file.parents[2] / "JPEGImages"
-    files = _files_by_stem(folder, IMAGE_SUFFIXES)
+    files = files_by_stem(folder, IMAGE_SUFFIXES)
     names = read_image_set(set_file, files)
     if not names:
         raise SppnetError(f"{set_file}: lists no image; write one image id per line")
@@ -154,7 +161,7 @@ def _find_images(set_file: Path) -> dict[str, Path]:
     return {name: _only(files[name], name) for name in names}
 
 
-def _files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """Stem in composed form -> the files of it with one of these endings, in upper or lower case."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*")):

@@ -161,9 +161,10 @@ class TrainingNetworks:
         if used - {"proposals", "maps"} and not any(shown_classes(record, difficult) for record in data.train):
             found.append(f"no training image has an object of the classes{hint}; check the annotations")
         if ("finetune" in used or ("low_rank" in used and tunes_low_rank(self.config))) and not data.validation:
+            other = "leave it empty to hold out images of data.train" if self.config.data.val else "add images"
             found.append(
                 f"no validation image has an object of the classes{hint}, but these choose the fine-tuned network; "
-                "name images with objects in data.val, or leave it empty to hold out some of data.train"
+                f"name images with objects in data.val, or {other}"
             )
         if "maps" in used and not self.graph.status("maps").complete:
             try:
