@@ -24,7 +24,8 @@ from machine import alternate, cpu_seconds, describe, milliseconds, ratio
 from matplotlib.figure import Figure
 
 from sppnet.config import ProposalSettings
-from sppnet.data.voc import load_splits, restrict
+from sppnet.data.selection import restrict
+from sppnet.data.splits import load_splits
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.images import read_image
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search

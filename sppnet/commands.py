@@ -19,10 +19,12 @@ from sppnet import distributed
 from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config
+from sppnet.data.comp4 import read_comp4
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.voc import read_annotation, read_comp4, read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, read_image_set
+from sppnet.data.voc import read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
@@ -106,7 +108,7 @@ def _train_stage(options: argparse.Namespace) -> int:
         graph = Training(config, root, _device(options)).graph
         records, folder = graph.data.images, graph.folder("proposals")
         export_windows(export, [r.id for r in records], [read_windows(folder, r) for r in records])
-        print(f"windows of {len(records)} images written to {export}")
+        print(f"windows of {counted(len(records), 'image')} written to {export}")
     return status
 
 
@@ -115,7 +117,7 @@ def _run_training(
 ) -> int:
     detector = train_detector(config, root, _device(options), only, force)
     if detector is not None and distributed.is_main():
-        print(f"detector of {len(detector.classes)} classes in {root / 'detector'}; next: sppnet eval {root}")
+        print(f"detector of {counted(len(detector.classes), 'class')} in {root / 'detector'}; next: sppnet eval {root}")
     return 0
 
 
@@ -146,7 +148,7 @@ def _detect(options: argparse.Namespace) -> int:
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
     result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(len(found) for found in result.detections.values())
-    print(f"{count} detections in {len(result.detections)} images, written to {options.out}")
+    print(f"{counted(count, 'detection')} in {counted(len(result.detections), 'image')}, written to {options.out}")
     if result.detections and not count:
         print(f"nothing scores above --threshold {options.threshold:g}; a lower one shows less certain detections")
     for reason in result.skipped.values():
@@ -163,7 +165,8 @@ def _score(options: argparse.Namespace) -> int:
     classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     if not classes:
         raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
-    files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set)}
+    known = files_by_stem(options.annotations, (".xml",))
+    files = find_annotations(options.annotations, read_image_set(options.image_set, known))
     annotations = {image: read_annotation(path)[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)

@@ -9,10 +9,11 @@ Recognition" (arXiv 1406.4729v4); "release" is the behaviour of the authors' pub
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sppnet.errors import SppnetError
 
@@ -23,6 +24,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
+# A class is compared as annotations are read: in Unicode's composed form, without blanks around it.
+ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", " ".join(name.split())))]
 
 # Sections of the settings whose results are kept, in the order in which they are made.
 STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes")
@@ -61,7 +64,7 @@ class DataSettings(Settings):
     train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
-    classes: tuple[str, ...] | None = None  # None = discovered in the training annotations
+    classes: tuple[ClassName, ...] | None = None  # None = discovered in the training annotations
     holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty
     train_on_difficult: bool = True  # release: the shipped script trains with them
     seed: int = 0

@@ -1,4 +1,4 @@
-"""The errors of this package: one base class, and the kinds that some caller handles."""
+"""The errors of this package: one base class, and the kinds that some caller handles; counts in words."""
 
 
 class SppnetError(ValueError):
@@ -18,3 +18,8 @@ class BackboneError(SppnetError):
 
 class ArtifactError(SppnetError):
     """A file of a run that cannot be read or written."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Number and noun for a message: "1 class", "9 classes"."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s")

@@ -38,9 +38,14 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header alone; errors as in `read_image`."""
+    return image_header(path)[0]
+
+
+def image_header(path: Path | str) -> tuple[tuple[int, int], int]:
+    """(height, width) of the upright image and the EXIF orientation (1-8) that turned it; errors as in `read_image`."""
     with _opened(path) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
+        (width, height), orientation = image.size, _orientation(image)
+        return ((width, height) if orientation in SIDEWAYS else (height, width)), orientation
 
 
 def scaled_size(

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
+from operator import length_hint
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
 from sppnet.distributed import is_main
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +57,7 @@ def progress_bar(
     Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
     job of less than a minute says nothing.
     """
+    count = length_hint(things) if total is None else total
     options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": done}
     if not sys.stderr.isatty():
         options |= {
@@ -65,7 +67,9 @@ def progress_bar(
             "maxinterval": 2 * SECONDS,
             "miniters": 1,
             "leave": False,
-            "bar_format": "{desc}: {n_fmt} of {total_fmt} " + unit + "s, {elapsed} so far, {remaining} left{postfix}",
+            "bar_format": "{desc}: {n_fmt} of "
+            + counted(count, unit)
+            + ", {elapsed} so far, {remaining} left{postfix}",
         }
     return cast("tqdm[T]", tqdm(things, disable=not (shown and is_main()), **options))
 

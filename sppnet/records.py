@@ -75,13 +75,21 @@ class Detections:
 
 @dataclass(frozen=True)
 class SkipCounts:
-    """Documented skips (zero-area boxes and the like), counted for the summary: reason -> occurrences."""
+    """Documented skips (zero-area boxes and the like) for the summary: reason -> the image of every occurrence."""
 
-    counts: Mapping[str, int] = field(default_factory=dict)
+    images: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {reason: len(images) for reason, images in self.images.items()}
 
     def plus(self, other: SkipCounts) -> SkipCounts:
-        keys = dict.fromkeys([*self.counts, *other.counts])
-        return SkipCounts({key: self.counts.get(key, 0) + other.counts.get(key, 0) for key in keys})
+        keys = dict.fromkeys([*self.images, *other.images])
+        return SkipCounts({key: [*self.images.get(key, ()), *other.images.get(key, ())] for key in keys})
+
+    def lines(self) -> list[str]:
+        """For every reason the count and an example: "2 × zero-area box, e.g. MINE/t0"."""
+        return [f"{len(images)} × {reason}, e.g. {images[0]}" for reason, images in self.images.items()]
 
 
 def spread(things: Sequence[T], count: int) -> list[T]:

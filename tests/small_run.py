@@ -18,7 +18,7 @@ from sppnet import cli
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.voc import load_splits
+from sppnet.data.splits import load_splits
 from sppnet.pipeline.training import train_detector
 from sppnet.proposals.files import export_windows
 

@@ -16,7 +16,8 @@ from small_run import SmallRun, copied, merged, modified, refused, run_command, 
 
 from sppnet import __version__, cli, commands
 from sppnet.config_files import load_config
-from sppnet.data.voc import read_comp4, write_annotation
+from sppnet.data.comp4 import read_comp4
+from sppnet.data.voc import write_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import Training
@@ -274,19 +275,20 @@ def test_stages_are_done_again_as_asked_and_as_a_dry_run_announces(config, run, 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp_path, monkeypatch):
-    """Before anything is downloaded: a devkit of two tiny images, and a machine that refuses every connection."""
+    """Before anything is downloaded: a devkit of three tiny images, and a machine that refuses every connection."""
     settings = load_config(path)
     root = tmp_path / "VOCdevkit"
     names = list(settings.data.classes or VOC)
     for split in dict.fromkeys([*settings.data.train, *settings.data.val, *settings.data.test]):
         year, image_set = split.split("/")
-        for stem in (f"{image_set}_1", f"{image_set}_2"):
+        for stem in (stems := [f"{image_set}_{number}" for number in range(3)]):
             (root / year / "JPEGImages").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 48), "blue").save(root / year / f"JPEGImages/{stem}.jpg")
+            noise = np.random.default_rng([*f"{year}{stem}".encode()]).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / year / f"JPEGImages/{stem}.jpg")
             boxes = [[5, 5, 40, 40]] * len(names)
             write_annotation(root / year / f"Annotations/{stem}.xml", (48, 64), boxes, names, [False] * len(names))
         (root / year / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
-        (root / year / f"ImageSets/Main/{image_set}.txt").write_text(f"{image_set}_1\n{image_set}_2\n")
+        (root / year / f"ImageSets/Main/{image_set}.txt").write_text("\n".join(stems))
 
     def refuse(*args, **kwargs):
         pytest.fail("a dry run needs no network and no weights")
@@ -360,16 +362,28 @@ def test_score_prints_a_table_or_json(run):
     assert strict["map"] < values["map"]
 
 
-def test_score_clips_objects_to_the_size_that_their_annotation_states(tmp_path):
+def test_score_takes_objects_as_the_devkit_does_whatever_size_is_stated(tmp_path):
     box = "<xmin>11</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax>"
     found = "<object><name>star</name><bndbox>" + box + "</bndbox></object>"
     (tmp_path / "test.txt").write_text("a\n")
-    (tmp_path / "comp4_star.txt").write_text("a 0.9 11 11 100 60\n")
     options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star", "--json"]
     options += ["--detections", tmp_path / "comp4_{}.txt", "--iou", "0.9"]
-    for size, expected in (("<size><width>100</width><height>80</height></size>", 1), ("", 0)):
-        (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
-        assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
+    for size in ("<size><width>100</width><height>80</height></size>", ""):
+        for detected, expected in ((200, 1), (100, 0)):
+            (tmp_path / "comp4_star.txt").write_text(f"a 0.9 11 11 {detected} 60\n")
+            (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
+            assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["photo 1", "e\u0301 -1", "a.b"])
+def test_score_finds_the_images_that_there_are(tmp_path, name):
+    write_annotation(tmp_path / "Annotations" / f"{name}.xml", (80, 100), [[10, 10, 90, 60]], ["star"], [False])
+    (tmp_path / "Annotations" / f"{name}.xml").rename(tmp_path / "Annotations" / f"{name}.XML")
+    (tmp_path / "test.txt").write_text(f"{name}\n")
+    (tmp_path / "comp4_star.txt").write_text(f"{name} 0.9 11 11 90 60\n")
+    options = ["--annotations", tmp_path / "Annotations", "--image-set", tmp_path / "test.txt", "--classes", "star"]
+    result = run_command("score", *options, "--detections", tmp_path / "comp4_{}.txt", "--json")
+    assert json.loads(result.out)["map"] == 1, result.err
 
 
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
@@ -402,7 +416,8 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         entries = json.loads((tmp_path / f"out{count}/detections.json").read_text())
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
-        assert result.out == f"{total} detections in {count} images, written to {tmp_path / f'out{count}'}\n"
+        images = "1 image" if count == 1 else f"{count} images"
+        assert result.out == f"{total} detections in {images}, written to {tmp_path / f'out{count}'}\n"
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
 
@@ -427,7 +442,7 @@ def test_detect_skips_what_it_cannot_read_and_ends_with_status_1(run, tmp_path):
     (tmp_path / "half.jpg").write_bytes(image.read_bytes()[:3000])
     result = run_command("detect", run.root, tmp_path / "half.jpg", image, "--out", tmp_path / "out")
     assert result.status == 1
-    assert "detections in 1 images" in result.out
+    assert "detections in 1 image," in result.out
     assert f"skipped: {tmp_path / 'half.jpg'}: expected a complete image" in result.err
     assert "Traceback" not in result.err
     assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 1

@@ -73,8 +73,9 @@ def test_detections_above_a_threshold_include_it():
 
 
 def test_skips_add_up_by_reason():
-    total = SkipCounts({"no area": 2}).plus(SkipCounts({"no area": 1, "outside": 4})).plus(SkipCounts())
-    assert total.counts == {"no area": 3, "outside": 4}
+    total = SkipCounts({"no area": ["a", "a"]}).plus(SkipCounts({"no area": ["b"], "outside": ["c"] * 4}))
+    assert total.plus(SkipCounts()).counts == {"no area": 3, "outside": 4}
+    assert total.lines() == ["3 × no area, e.g. a", "4 × outside, e.g. c"]
 
 
 def test_values_are_frozen():

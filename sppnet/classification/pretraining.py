@@ -19,7 +19,7 @@ from sppnet import distributed
 from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, PretrainSettings
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.images import prepare, read_image
 from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout
@@ -72,8 +72,8 @@ def pretrain_network(
     trainer.check_loss()
     network.requires_grad_(False).eval()
     accuracy = float(trainer.sums[1]) / (settings.steps - settings.steps * 3 // 4)
-    steps = f"{settings.steps} steps, {done} of them from before," if done else f"{settings.steps} steps"
-    return network, f"{steps} on {len(crops)} crops, training accuracy {accuracy:.3f}"
+    steps = counted(settings.steps, "step") + (f", {done} of them from before," if done else "")
+    return network, f"{steps} on {counted(len(crops), 'crop')}, training accuracy {accuracy:.3f}"
 
 
 def cut_crops(

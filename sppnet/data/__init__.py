@@ -1,6 +1,7 @@
 """Data sets on disk -> ImageRecords.
 
-``voc`` reads and writes PASCAL VOC folders and is the one place that knows 1-based inclusive corners;
+``voc`` reads and writes annotations of PASCAL VOC, ``comp4`` files of detections: the places that know 1-based
+inclusive corners; ``splits`` reads image sets; ``selection`` chooses classes and the images to hold out;
 ``shapes`` generates a VOC-format data set of textured shapes, the embedded default that needs no download;
 ``folder`` finds images in files, folders and patterns.
 """

@@ -1,70 +1,122 @@
-"""PASCAL VOC data sets on disk: the one place that knows 1-based inclusive corners.
+"""Annotation files of PASCAL VOC: the one place that knows 1-based inclusive corners, with `comp4`.
 
-    <root>/<year folder>/ImageSets/Main/<set>.txt     one image id per line
-    <root>/<year folder>/JPEGImages/<id>.jpg          or .jpeg, .png, .bmp, .webp, in upper or lower case
-    <root>/<year folder>/Annotations/<id>.xml
-
-(xmin, ymin, xmax, ymax) in a file is (xmin - 1, ymin - 1, xmax, ymax) here, and back in the writers. A
-split is named ``<year folder>/<set>``. Fields of an annotation that repeat what the image knows
-(<filename>, <size>, <path>) are never trusted: the image is found by its id, its size is its header's.
+(xmin, ymin, xmax, ymax) in a file is (xmin - 1, ymin - 1, xmax, ymax) here, and back in the writers. Fields of an
+annotation that repeat what the image knows (<filename>, <size>, <path>) are never trusted: the image is found by its
+id, its size is its header's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections import Counter
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 from xml.sax.saxutils import escape
 
 import numpy as np
-from defusedxml.ElementTree import parse as parse_xml
+from defusedxml.ElementTree import fromstring as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.artifacts import digest_of, file_digest, write_text
-from sppnet.errors import ImageError, SppnetError
-from sppnet.images import image_size
-from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts, areas, as_boxes
+from sppnet.artifacts import write_text
+from sppnet.errors import SppnetError
+from sppnet.images import SIDEWAYS
+from sppnet.records import Annotation, SkipCounts, areas, as_boxes, clip_boxes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
+DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 INWARD = np.array([1, 1, 0, 0], dtype=np.float64)  # 1-based inclusive corners minus half-open ones
 
 
-def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[Annotation, SkipCounts]:
-    """The objects of an annotation file, in an image of `size` (height, width).
+def read_annotation(
+    path: Path, size: tuple[int, int] | None = None, orientation: int = 1
+) -> tuple[Annotation, SkipCounts]:
+    """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
 
-    Documented skips, counted: boxes with xmax <= xmin or ymax <= ymin ("zero-area box": a click or a slip)
-    and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a <size> that
-    differs from `size` is only counted, `size` wins. Without `size` the stated one holds, where there is one;
-    else boxes are clipped at the left and top edges alone. A missing <difficult> means 0. No object at all is ordinary.
+    Documented skips, counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1
+    ("reversed corners"), boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object
+    that is there twice, and boxes wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn
+    before the orientation turned the image are turned with it. A <size> that differs from `size` is only counted.
+    Without `size` objects are as the devkit takes them: only reversed corners are left out, and a box of one pixel
+    counts. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
-    corners = as_boxes([corners for _, corners, _ in objects])
+    corners = as_boxes([own for _, own, _ in objects])
+    names, difficult = tuple(name for name, _, _ in objects), np.array([flag for _, _, flag in objects], dtype=bool)
+    drawn = corners - INWARD
+    if size is None:
+        ordered = np.all(drawn[:, 2:] > drawn[:, :2], axis=1)
+        return _keep(path, drawn, names, difficult, ordered, {"box with reversed corners": int((~ordered).sum())})
     stated = _stated_size(root)
-    height, width = size or stated or (math.inf, math.inf)
-    boxes = np.clip(corners - INWARD, 0, [width, height] * 2)
+    unturned = _is_unturned(drawn, size, stated, orientation)
+    if unturned:
+        drawn = _turn(drawn, size, orientation)
+    boxes = clip_boxes(drawn, size)
+    first: dict[tuple[str, tuple[float, ...]], int] = {}
+    repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
+    reverse = (drawn[:, 2:] < drawn[:, :2]).any(axis=1)
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
-    zero_area = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
-    outside = ~zero_area & (areas(boxes) <= 0)
-    keep = ~zero_area & ~outside
-    clipped = keep & (boxes != corners - INWARD).any(axis=1)
+    zero_area = ~reverse & (corners[:, 2:] <= corners[:, :2]).any(axis=1)
+    again = ~reverse & ~zero_area & np.array(repeated, dtype=bool)
+    outside = ~reverse & ~zero_area & ~again & (areas(boxes.astype(np.float32)) <= 0)
+    keep = ~reverse & ~zero_area & ~again & ~outside
     skips = {
-        "zero-area box": int(zero_area.sum()),
-        "box outside the image": int(outside.sum()),
-        "box clipped to the image": int(clipped.sum()),
-        "annotation size disagrees with the image": int(None not in (size, stated) and size != stated),
+        "box with reversed corners": reverse.sum(),
+        "zero-area box": zero_area.sum(),
+        "object annotated twice": again.sum(),
+        "box outside the image": outside.sum(),
+        "box clipped to the image": (keep & (boxes != drawn).any(axis=1)).sum(),
+        "annotation size disagrees with the image": stated not in (None, size) and not unturned,
+        "annotation turned with its image (EXIF orientation)": unturned is True,
+        "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
     }
-    names = tuple(name for (name, _, _), kept in zip(objects, keep, strict=True) if kept)
-    difficult = np.array([flag for _, _, flag in objects], dtype=bool)[keep]
-    annotation = Annotation(boxes[keep].astype(np.float32), names, difficult)
-    return annotation, SkipCounts({reason: count for reason, count in skips.items() if count})
+    return _keep(path, boxes, names, difficult, keep, skips)
+
+
+def _keep(
+    path: Path,
+    boxes: NDArray[np.floating],
+    names: Sequence[str],
+    difficult: NDArray[np.bool_],
+    keep: NDArray[np.bool_],
+    skips: Mapping[str, int],
+) -> tuple[Annotation, SkipCounts]:
+    """The objects to keep, and the reasons that occurred."""
+    kept = tuple(name for name, wanted in zip(names, keep, strict=True) if wanted)
+    counts = SkipCounts({reason: [path.stem] * int(count) for reason, count in skips.items() if count})
+    return Annotation(boxes[keep].astype(np.float32), kept, difficult[keep]), counts
+
+
+def _is_unturned(
+    boxes: NDArray[np.floating], size: tuple[int, int], stated: tuple[int, int] | None, orientation: int
+) -> bool | None:
+    """Whether boxes were drawn before the EXIF orientation turned the image; None where that cannot be told.
+
+    The stated size tells, unless the boxes fit the other frame alone; where it is none of the two, the boxes tell.
+    """
+    stored = size[::-1]
+    if not 2 <= orientation <= 8 or not len(boxes):
+        return False
+    if orientation not in SIDEWAYS or stored == size:
+        return None
+    fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
+    if stated == size:
+        return False
+    if stated == stored:
+        return fits_stored or not fits
+    return fits_stored if fits_stored != fits else None
+
+
+def _turn(boxes: NDArray[np.float64], size: tuple[int, int], orientation: int) -> NDArray[np.float64]:
+    """Boxes of the image as it is stored in the upright one of `size`; the orientation is 5, 6, 7 or 8."""
+    width, height = size  # as stored
+    x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
+    across = height - y[:, ::-1] if orientation in (6, 7) else y
+    down = width - x[:, ::-1] if orientation in (7, 8) else x
+    return np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1)
 
 
 def write_annotation(
@@ -82,25 +134,32 @@ def write_annotation(
 
 def _xml_root(path: Path) -> Element:
     try:
-        root = parse_xml(path).getroot()  # refuses entities, so a small file cannot become a large one
+        content = path.read_bytes()
+        try:
+            root = parse_xml(content)  # refuses entities, so a small file cannot become a large one
+        except ValueError as error:  # expat does not know the encodings of Chinese, Japanese and Korean
+            declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
+            if declared is None or "multi-byte" not in str(error):
+                raise
+            root = parse_xml(content.decode(declared[1].decode()))
     except FileNotFoundError:
         raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
     except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
         reason = f"{type(error).__name__}: {error}"
-        raise SppnetError(f"{path}: cannot read this annotation as XML ({reason}); repair or remove it") from None
+        raise SppnetError(
+            f"{path}: cannot read this annotation as XML ({reason}); repair it, save it as UTF-8, or remove it"
+        ) from None
     if root is None or root.tag != "annotation":
         tag = None if root is None else root.tag
         raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
     return root
 
 
-def _read_object(element: Element, path: Path) -> tuple[str, list[float], bool]:
+def _read_object(element: Element, path: Path) -> tuple[str, tuple[float, ...], bool]:
     """Name, (xmin, ymin, xmax, ymax) as they stand in the file, and the difficult flag."""
-    name = " ".join((element.findtext("name") or "").split())
+    name = normalise(" ".join((element.findtext("name") or "").split()))
     if not name:
         raise SppnetError(f"{path}: an <object> has no <name>; name its class or remove the object")
-    if "/" in name or "\\" in name:
-        raise SppnetError(f"{path}: class {name!r} cannot be part of a file name; rename it without slashes")
     bndbox = element.find("bndbox")
     if bndbox is None:
         raise SppnetError(f"{path}: object {name!r} has no <bndbox>; add its box or remove the object")
@@ -108,15 +167,15 @@ def _read_object(element: Element, path: Path) -> tuple[str, list[float], bool]:
     for tag in CORNERS:
         text = bndbox.findtext(tag)
         try:
-            corners.append(float(text or ""))
+            corners.append(math.nan if "_" in (text or "") else float(text or ""))
         except ValueError:
             corners.append(math.nan)
         if not abs(corners[-1]) < 1e9:  # nor NaN
             raise SppnetError(f"{path}: <{tag}> of object {name!r} must be a number, got {text!r}; correct the box")
-    difficult = (element.findtext("difficult") or "0").strip()
-    if difficult not in ("0", "1"):
-        raise SppnetError(f"{path}: <difficult> of object {name!r} must be 0 or 1, got {difficult!r}")
-    return name, corners, difficult == "1"
+    difficult = (element.findtext("difficult") or "").strip()
+    if difficult.lower() not in DIFFICULT:
+        raise SppnetError(f"{path}: <difficult> of object {name!r} must be 0 or 1, got {difficult!r}; correct it")
+    return name, tuple(corners), DIFFICULT[difficult.lower()]
 
 
 def _stated_size(root: Element) -> tuple[int, int] | None:
@@ -126,191 +185,13 @@ def _stated_size(root: Element) -> tuple[int, int] | None:
     return (int(height), int(width)) if present else None
 
 
-def read_image_set(path: Path) -> list[str]:
-    """The ids of an image set, in the order of the file.
-
-    One id per line; a second column of -1, 0 or 1 (the per-class sets of VOC) is dropped. Blank lines,
-    byte-order marks and Windows line ends are accepted; an id listed twice, or one that is a path, is an error.
-    """
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
-        columns = line.split()
-        if not columns:
-            continue
-        name = columns[0] if len(columns) == 2 and columns[1] in ("-1", "0", "1") else line.strip()
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
-        if name in first_line:
-            raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
-        first_line[name] = number
-    return list(first_line)
+def normalise(text: str) -> str:
+    """Names in Unicode's composed form (NFC): macOS may hand out another one than was typed."""
+    return unicodedata.normalize("NFC", text)
 
 
-def load_split(root: Path | str, split: str, require_annotations: bool = True) -> tuple[list[ImageRecord], SkipCounts]:
-    """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
-
-    A missing annotation file is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
-    record without one. Raises SppnetError for a missing folder, set or image, an unreadable image header and all of
-    `read_annotation`.
-    """
-    set_file = _set_file(Path(root), split)
-    names = read_image_set(set_file)
-    if not names:
-        raise SppnetError(f"{set_file}: lists no image; write one image id per line")
-    folder, records, counts = set_file.parents[2], [], Counter[str]()
-    for path in _find_images(set_file, names):
-        try:
-            record = ImageRecord(f"{folder.name}/{path.stem}", path, image_size(path), file_digest(path))
-        except (ImageError, OSError) as error:
-            raise SppnetError(f"an image of the data set cannot be used: {error}") from None
-        xml = folder / "Annotations" / f"{path.stem}.xml"
-        if require_annotations or xml.exists():
-            annotation, skips = read_annotation(xml, record.size)
-            record = replace(record, annotation=annotation)
-            counts.update(skips.counts)
-        else:
-            counts["image without annotation, not evaluated"] += 1
-        records.append(record)
-    return records, SkipCounts(dict(counts))
-
-
-def load_splits(
-    root: Path | str, splits: Sequence[str], require_annotations: bool = True
-) -> tuple[list[ImageRecord], SkipCounts]:
-    """Several splits one after the other; an image that is in two of them is an error."""
-    records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
-    for split in splits:
-        more, counted = load_split(root, split, require_annotations)
-        for record in more:
-            if record.id in split_of:
-                first = split_of[record.id]
-                raise SppnetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
-            split_of[record.id] = split
-        records += more
-        skips = skips.plus(counted)
-    return records, skips
-
-
-def _set_file(root: Path, split: str) -> Path:
-    parts = split.split("/")
-    if len(parts) != 2 or not all(parts) or ".." in parts:
-        raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
-    if not root.is_dir():
-        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
-    path = root / parts[0] / "ImageSets" / "Main" / f"{parts[1]}.txt"
-    if not path.is_file():
-        found = sorted(f"{file.parents[2].name}/{file.stem}" for file in root.glob("*/ImageSets/Main/*.txt"))
-        nested = root / "VOCdevkit"
-        hint = f"set data.root={nested}" if nested.is_dir() else f"splits here: {', '.join(found[:20]) or 'none'}"
-        raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
-    return path
-
-
-def _find_images(set_file: Path, names: Sequence[str]) -> list[Path]:
-    """The image file of each id of an image set."""
-    folder = set_file.parents[2] / "JPEGImages"
-    files = [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    files.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
-    image_of = {path.stem: path for path in files}  # the first suffix comes last and wins
-    missing = [name for name in names if name not in image_of]
-    if missing:
-        raise SppnetError(
-            f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
-            f"the {len(names)} in {set_file}; add them, and list ids there without the ending"
-        )
-    return [image_of[name] for name in names]
-
-
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None
-
-
-def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The classes to train: those given, each of which must occur in `records`, or all that occur, sorted."""
-    found = tuple(sorted({name for record in records if record.annotation for name in record.annotation.names}))
-    chosen = found if classes is None else classes
-    listing = f"classes found in the training images: {', '.join(found) or 'none'}"
-    for name in chosen:
-        if name not in found:
-            raise SppnetError(f"class {name!r} never occurs; {listing}")
-        if chosen.count(name) > 1:
-            raise SppnetError(f"data.classes names {name!r} twice; name each class once")
-    if not chosen:
-        raise SppnetError(f"no class to train; {listing}")
-    return chosen
-
-
-def restrict(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> list[ImageRecord]:
-    """The same images with the objects of these classes alone."""
-    wanted = frozenset(classes)
-    return [r if r.annotation is None else replace(r, annotation=r.annotation.of(wanted)) for r in records]
-
-
-def hold_out(
-    records: Sequence[ImageRecord], share: float, seed: int = 0
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(train, held out): `share` of the images, at least one on each side, chosen by `seed` and id alone."""
-    if not 0 < share < 1 or len(records) < 2:
-        expected = "expected a held-out share between 0 and 1 and at least 2 images"
-        raise SppnetError(f"{expected}, got {share} and {len(records)}; set data.holdout, or name images in data.val")
-    count = min(max(round(share * len(records)), 1), len(records) - 1)
-    ranked = sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record.id}".encode()).digest())
-    held = {record.id for record in ranked[:count]}
-    return [r for r in records if r.id not in held], [r for r in records if r.id in held]
-
-
-def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:
-    """16 hexadecimal digits of images and objects of `classes`: ids, image contents, boxes, names, flags, order."""
-    rows = []
-    for record in restrict(records, classes):
-        found = record.annotation
-        objects = None if found is None else (found.boxes.tolist(), found.names, found.difficult.tolist())
-        rows.append((record.id, record.digest, objects))
-    return digest_of("annotations", classes, rows)
-
-
-def write_comp4(
-    folder: Path, image_set_name: str, detections: Mapping[str, Detections], classes: Sequence[str]
-) -> list[Path]:
-    """Write ``comp4_det_<set>_<class>.txt`` per class, as the VOC devkit reads them, and return the paths.
-
-    `detections` maps image ids to what was found; lines are ``stem score xmin ymin xmax ymax``. A class
-    without detections gets an empty file. Images of several year folders with one stem are an error.
-    """
-    stems = {image_id: image_id.rpartition("/")[2] for image_id in detections}
-    if len(set(stems.values())) < len(stems):
-        stem = Counter(stems.values()).most_common(1)[0][0]
-        raise SppnetError(f"comp4 files name images by stem, but {stem!r} occurs twice; write each year by itself")
-    lines: dict[str, list[str]] = {name: [] for name in classes}
-    for image_id, found in detections.items():
-        corners = found.boxes.astype(np.float64) + INWARD
-        for label, score, box in zip(found.labels, found.scores, corners, strict=True):
-            if found.classes[label] in lines:  # nine decimals keep float32 scores in their order
-                values = " ".join(f"{value:.6f}" for value in box)
-                lines[found.classes[label]].append(f"{stems[image_id]} {score:.9f} {values}\n")
-    paths = [folder / f"comp4_det_{image_set_name}_{name}.txt" for name in classes]
-    for path, name in zip(paths, classes, strict=True):
-        write_text(path, "".join(lines[name]))
-    return paths
-
-
-def read_comp4(path: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
-    """Image stems, scores (R,) and half-open boxes (R, 4) of a comp4 file, in the order of the file."""
-    stems, values = list[str](), list[list[float]]()
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        stem, *fields = line.strip().rsplit(maxsplit=5)
-        try:
-            row = [float(field) for field in fields]
-        except ValueError:
-            row = []
-        if len(row) != 5 or not np.isfinite(row).all():
-            raise SppnetError(f"{path}:{number}: expected 'id score xmin ymin xmax ymax', got {line!r}; correct it")
-        stems.append(stem)
-        values.append(row)
-    table = np.array(values, dtype=np.float64).reshape(-1, 5)
-    return stems, table[:, 0], table[:, 1:] - INWARD

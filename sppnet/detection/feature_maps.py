@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.artifacts import has_arrays, read_arrays, write_arrays
+from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
@@ -63,6 +64,22 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
         maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
     return FeatureMaps(tuple(maps), tuple(sides), (image.shape[0], image.shape[1]))
+
+
+def check_sizes(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> None:
+    """Raise BackboneError, with their names, where images have no map at one of the scales: they are too narrow."""
+    found: dict[str, str] = {}
+    for record in records:
+        for scale in settings.scales:
+            try:
+                backbone.map_size(scaled_size(record.size, scale, settings.max_side)[0])
+            except BackboneError as error:
+                size = f"{record.size[1]} × {record.size[0]} pixels"
+                found.setdefault(record.id, f"{record.path}: an image of {size} has no map: {error}, or leave it out")
+    if found:
+        first, *others = found
+        more = f"; {len(others)} more: {', '.join(others[:3])}" if others else ""
+        raise BackboneError(f"{found[first]}{more}")
 
 
 def extract_images(

@@ -30,7 +30,7 @@ class ImageWindows:
 
     windows: NDArray[np.float32]  # (G + R, 4)
     objects: NDArray[np.int64]  # (G,) class index of each object
-    overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class
+    overlaps: NDArray[np.float32]  # (G + R, K) largest IoU with the objects of each class, also those that do not train
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ class TrainingWindows:
 
     def annotation(self, index: int) -> Annotation:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
+        annotation = self._annotation(index)
+        return annotation if self.config.data.train_on_difficult else annotation.easy()
+
+    def _annotation(self, index: int) -> Annotation:
         annotation = self.records[index].annotation
         if annotation is None:
             raise ValueError(f"image {self.records[index].id} has no annotation; training needs one for every image")
-        annotation = annotation.of(self.classes)
-        return annotation if self.config.data.train_on_difficult else annotation.easy()
+        return annotation.of(self.classes)
 
     def windows(self, index: int) -> NDArray[np.float32]:
         """The objects of an image, then its proposals: (G + R, 4)."""
@@ -86,8 +89,18 @@ class TrainingWindows:
 
     def image_windows(self, index: int) -> ImageWindows:
         annotation, windows = self.annotation(index), self.windows(index)
-        objects = self.labels(annotation)
-        return ImageWindows(windows, objects, class_overlaps(windows, annotation.boxes, objects, len(self.classes)))
+        every = self._annotation(index)
+        overlaps = class_overlaps(windows, every.boxes, self.labels(every), len(self.classes))
+        return ImageWindows(windows, self.labels(annotation), overlaps)
+
+    def ignored(self, index: int, windows: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Largest IoU of windows (R, 4) with those objects of each class that do not train, being difficult: (R, K).
+
+        A window is neither a positive nor a negative where one of them is the object that it overlaps most.
+        """
+        found = self._annotation(index)
+        rows = found.difficult & (not self.config.data.train_on_difficult)
+        return class_overlaps(windows, found.boxes[rows], self.labels(found)[rows], len(self.classes))
 
     def labels(self, annotation: Annotation) -> NDArray[np.int64]:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
@@ -120,7 +133,8 @@ class FinetuneWindows:
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
         settings = source.config.finetune
-        own = [label_windows(source.image_windows(i).overlaps, settings) for i in range(len(source.records))]
+        images = enumerate(map(source.image_windows, range(len(source.records))))
+        own = [label_windows(found.overlaps, settings, source.ignored(i, found.windows)) for i, found in images]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -163,7 +177,8 @@ class MiningWindows:
             return PositiveWindows(annotation.boxes, source.labels(annotation), len(annotation.boxes))
         found = self._distinct(index)
         count = len(found.objects)
-        near, classes = np.nonzero(found.overlaps[count:] >= threshold)
+        close = (found.overlaps >= threshold) & (found.overlaps > source.ignored(index, found.windows))
+        near, classes = np.nonzero(close[count:])
         rows, labels = np.concatenate([np.arange(count), count + near]), np.concatenate([found.objects, classes])
         return PositiveWindows(found.windows[rows], labels, count)
 
@@ -192,13 +207,20 @@ def class_overlaps(
     return overlaps
 
 
-def label_windows(overlaps: NDArray[np.floating], settings: FinetuneSettings) -> LabelledWindows:
-    """Positives have IoU >= 0.5 with an object, of the class they overlap most; negatives lie in [0.1, 0.5)."""
+def label_windows(
+    overlaps: NDArray[np.floating], settings: FinetuneSettings, ignored: NDArray[np.floating] | None = None
+) -> LabelledWindows:
+    """Positives have IoU >= 0.5 with an object, of the class they overlap most; negatives lie in [0.1, 0.5).
+
+    overlaps (R, K) are those with all objects, `ignored` (R, K) with those that do not train: a window that has IoU >=
+    0.5 with one of these, and less with the others, is neither.
+    """
     best = overlaps.max(axis=1, initial=0.0)
-    positives = np.flatnonzero(best >= settings.positive_overlap)
+    trained = overlaps if ignored is None else np.where(overlaps > ignored, overlaps, 0)
+    positives = np.flatnonzero(trained.max(axis=1, initial=0.0) >= np.maximum(best, settings.positive_overlap))
     low, high = settings.negative_overlap
     negatives = np.flatnonzero((best >= low) & (best < min(high, settings.positive_overlap)))
-    return LabelledWindows(positives, overlaps[positives].argmax(axis=1).astype(np.int64), negatives)
+    return LabelledWindows(positives, trained[positives].argmax(axis=1).astype(np.int64), negatives)
 
 
 def draw_rows(rows: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -227,9 +249,11 @@ def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:
     for index in range(len(source.records)):
         image = source.image_windows(index)
         objects, proposals = np.split(image.windows, [len(image.objects)])
+        ignored = source.ignored(index, proposals)
         for label in np.unique(image.objects):
             own = objects[image.objects == label]
-            near = proposals[image.overlaps[len(objects) :, label] >= settings.overlap]
+            overlaps = image.overlaps[len(objects) :, label]
+            near = proposals[(overlaps >= settings.overlap) & (overlaps > ignored[:, label])]
             covered = own[pairwise_iou(near, own).argmax(axis=1)]
             found[label].append((np.full(len(near), index), near, covered))
     rng = np.random.default_rng(settings.seed)

@@ -15,15 +15,18 @@ import torch
 
 from sppnet import distributed
 from sppnet.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
+from sppnet.backbones.backbone import build_backbone
 from sppnet.config import Config
-from sppnet.data.voc import restrict, write_comp4
+from sppnet.data.comp4 import write_comp4
+from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
-from sppnet.errors import BackboneError
+from sppnet.detection.feature_maps import check_sizes
+from sppnet.errors import BackboneError, SppnetError
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
-from sppnet.pipeline.run_data import load_test_data, splits_to_test
+from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
 from sppnet.records import Annotation, Detections, ImageRecord, spread
@@ -59,6 +62,7 @@ def detect_split(
     call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
     """
     description = replace(DetectorDescription.read(run), config=config)
+    check_sizes(records, build_backbone(config.backbone.without_weights()), config.maps)  # before hours of work
     windows = windows_folder(run, config)
     propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
@@ -117,10 +121,17 @@ def evaluate_run(
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
     config = _drop_imports(config, other)
-    records, skips = load_test_data(config, data, splits)
-    for reason, count in skips.counts.items():
-        log.info("%d × %s", count, reason)
-    names = splits_to_test(config, splits)
+    found = load_test_data(config, data, splits, Split.read(DetectorDescription.read(run).folder))
+    records, names = found.records, found.splits
+    for line in found.skips.lines():
+        log.info("%s", line)
+    for reason, images in found.skips.images.items():
+        log.debug("%d × %s: %s", len(images), reason, ", ".join(dict.fromkeys(images)))
+    if evaluate and all(record.annotation is None for record in records):
+        raise SppnetError(
+            f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
+            "alone"
+        )
     if not names:
         log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
     result = detect_split(run, config, records, device, evaluate)
@@ -131,7 +142,8 @@ def evaluate_run(
                 (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, result.classes)
         if result.evaluation is not None:
-            tested = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
+            tested: dict[str, Any] = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
+            tested["training_images"] = len(found.trained)
             write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
+from sppnet.data.selection import shown_classes
+from sppnet.detection.feature_maps import check_sizes
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
@@ -29,7 +32,7 @@ from sppnet.models.sppnet import (
     load_pretrained_fc,
     pooled_size,
 )
-from sppnet.pipeline.stages import GRAPH, StageGraph, ranks
+from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
 from sppnet.records import spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
@@ -149,6 +152,27 @@ class TrainingNetworks:
             layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
         for name, rank in wanted.items():
             check_rank(name, *layers[name], rank)
+
+    def unusable_images(self, stages: Sequence[str]) -> list[str]:
+        """Why the images would end one of these stages: none has an object that it needs, or one is too narrow."""
+        data, difficult = self.graph.data, self.config.data.train_on_difficult
+        found, used = list[str](), {name for name in stages if not GRAPH[name].skipped(self.config)}
+        hint = "" if difficult else ", or all are difficult and data.train_on_difficult=false"
+        if used - {"proposals", "maps"} and not any(shown_classes(record, difficult) for record in data.train):
+            found.append(f"no training image has an object of the classes{hint}; check the annotations")
+        if ("finetune" in used or ("low_rank" in used and tunes_low_rank(self.config))) and not data.validation:
+            other = "leave it empty to hold out images of data.train" if self.config.data.val else "add images"
+            found.append(
+                f"no validation image has an object of the classes{hint}, but these choose the fine-tuned network; "
+                f"name images with objects in data.val, or {other}"
+            )
+        if "maps" in used and not self.graph.status("maps").complete:
+            try:
+                backbone = build_backbone(self.config.backbone.without_weights())
+                check_sizes(data.images, backbone, self.config.maps)
+            except SppnetError as error:
+                found.append(str(error))
+        return found
 
     @property
     def pretrained_path(self) -> Path | None:

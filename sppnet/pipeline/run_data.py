@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from sppnet.artifacts import read_json, write_json
 from sppnet.config import Config
-from sppnet.data.voc import annotations_digest, choose_classes, hold_out, load_splits, restrict
-from sppnet.errors import SppnetError
+from sppnet.data.selection import annotations_digest, choose_classes, hold_out, restrict, shown_classes
+from sppnet.data.splits import load_splits, split_digests
+from sppnet.errors import ArtifactError, SppnetError, counted
 from sppnet.records import ImageRecord, SkipCounts, spread
 
+log = logging.getLogger("sppnet")
+
 BARE = {
-    "training": "without objects (background for the SVMs alone)",
-    "validation": "without objects (no part of the error)",
+    "training": "training image without objects (background for the SVMs alone)",
+    "validation": "validation image without objects (no part of the error)",
 }
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images are trained on and which are held out, by id and content, and the settings that decided it.
+
+    It is drawn once, and kept in the run and with the detector: a folder changes, what was trained on does not.
+    """
+
+    settings: Mapping[str, Any]
+    train: Mapping[str, str]  # id -> ImageRecord.digest
+    held_out: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "split.json", {name: getattr(self, name) for name in ("settings", "train", "held_out")})
+
+    @classmethod
+    def read(cls, folder: Path) -> Split | None:
+        """That of a folder of a run or detector; None where it keeps none. ArtifactError for a damaged file."""
+        path = folder / "split.json"
+        if not path.exists():
+            return None
+        values = read_json(path)
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in cls.__annotations__):
+            raise ArtifactError(f"{path}: expected the ids of a split, got something else; delete it to draw a new one")
+        return cls(values["settings"], values["train"], values["held_out"])
+
+    def divide(self, records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
+        """(train, held out) of today's images: held out as before, known by id or content; others are trained on."""
+        contents = set(self.held_out.values())
+        out = {r.id for r in records if r.id in self.held_out or r.digest in contents}
+        return [r for r in records if r.id not in out], [r for r in records if r.id in out]
 
 
 @dataclass(frozen=True)
@@ -26,41 +65,42 @@ class RunData:
     classes: tuple[str, ...] = ()
     skips: SkipCounts = field(default_factory=SkipCounts)
     validate_images: int = 0
+    difficult: bool = True  # whether difficult objects train
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that decided the split
+    notes: tuple[str, ...] = ()  # about classes and the split
 
     @property
     def validation(self) -> list[ImageRecord]:
-        """At most `validate_images` of the held-out images, spread over them."""
-        return spread(self.held_out, self.validate_images)
+        """At most `validate_images` of the held-out images that have objects, spread over them."""
+        return spread([r for r in self.held_out if shown_classes(r, self.difficult)], self.validate_images)
 
     @property
     def images(self) -> list[ImageRecord]:
         """All that stages read: training images, then those of `validation`."""
         return [*self.train, *self.validation]
 
+    @property
+    def split(self) -> Split:
+        train, held_out = ({r.id: r.digest for r in records} for records in (self.train, self.held_out))
+        return Split(self.settings, train, held_out)
+
     def digest(self, split: str) -> str:
         """Content key of the annotated images of "train" or "validation"."""
         return annotations_digest(self.train if split == "train" else self.validation, self.classes)
 
     def __str__(self) -> str:
-        """One line: images, classes, what was skipped, images that have no object, and whether the two overlap."""
-        images = f"{len(self.train)} training and {len(self.held_out)} validation images"
-        skips = [f"{count} × {reason}" for reason, count in self.skips.counts.items()]
-        kinds = {"training": self.train, "validation": self.held_out}
-        bare = {
-            kind: sum(not (r.annotation and len(r.annotation.boxes)) for r in records)
-            for kind, records in kinds.items()
-        }
-        skips += [f"{count} × {kind} image {BARE[kind]}" for kind, count in bare.items() if count]
-        shared = len({record.id for record in self.train} & {record.id for record in self.held_out})
-        if shared:
-            skips.append(f"{shared} validation images are training images too, so validation errors look too good")
-        return "; ".join([f"data: {images}, {len(self.classes)} classes ({', '.join(self.classes)})", *skips])
+        """One line: images, classes, then all that was skipped or is remarkable, each with an image."""
+        images = f"{len(self.train)} training and {counted(len(self.held_out), 'validation image')}"
+        head = f"data: {images}, {counted(len(self.classes), 'class')} ({', '.join(self.classes)})"
+        return "; ".join([head, *self.notes, *self.skips.lines()])
 
 
-def load_run_data(config: Config) -> RunData:
+def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     """Training and validation images; where no val split is named, a share of the training images is held out.
 
-    Raises SppnetError for data that are missing or cannot be used.
+    That share is the one of `kept`, an earlier split of the same settings, as long as it has every class in training
+    and an image on either side. Raises SppnetError for data that are missing or cannot be used, and for validation or
+    test images that are training images too.
     """
     settings = config.data
     if not settings.root.is_dir():
@@ -68,15 +108,119 @@ def load_run_data(config: Config) -> RunData:
             f"{settings.root}: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, "
             "or set data.root to your own folder (data/README.md shows the layout)"
         )
-    train, skips = load_splits(settings.root, settings.train)
+    records, skips = load_splits(settings.root, settings.train)
+    classes = choose_classes(records, settings.classes)
+    others, notes = _count_others(records, classes, "training"), list[str]()
+    train, difficult = restrict(records, classes), settings.train_on_difficult
+    drawn: dict[str, Any] = {"train": list(settings.train), "classes": settings.classes and list(settings.classes)}
     if settings.val:
-        held_out, more = load_splits(settings.root, settings.val)
-        skips = skips.plus(more)
+        drawn |= {"val": list(settings.val)}
+        records, more = load_splits(settings.root, settings.val)
+        skips, others = skips.plus(more), [*others, *_count_others(records, classes, "validation")]
+        held_out = restrict(records, classes)
+        _check_apart({r.id: r.digest for r in train}, {r.id: r.digest for r in held_out}, "data.val")
     else:
-        train, held_out = hold_out(train, settings.holdout, settings.seed)
-    classes = choose_classes(train, settings.classes)
-    own, other = restrict(train, classes), restrict(held_out, classes)
-    return RunData(own, other, classes, skips, config.finetune.validate_images)
+        drawn |= {"holdout": settings.holdout, "seed": settings.seed, "train_on_difficult": difficult}
+        train, held_out, notes = _hold_out(train, drawn, kept)
+    _check_test(config, {r.id: r.digest for r in train})
+    found = {"training": train, "validation": held_out}
+    for kind, images in found.items():
+        bare = [r.id for r in images if not (r.annotation and len(r.annotation.boxes))]
+        skips = skips.plus(SkipCounts({BARE[kind]: bare} if bare else {}))
+        first: dict[str, str] = {}
+        copies = [f"{r.id} of {first[r.digest]}" for r in images if first.setdefault(r.digest, r.id) != r.id]
+        skips = skips.plus(SkipCounts({f"{kind} image that is a copy of another": copies} if copies else {}))
+    for reason, names in skips.images.items():
+        log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
+    notes = [*others, *notes, *_classes_amiss(train, held_out, classes, difficult)]
+    validate = config.finetune.validate_images
+    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes))
+
+
+def _hold_out(
+    records: list[ImageRecord], drawn: Mapping[str, Any], kept: Split | None
+) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
+    """(train, held out, notes): as it was kept, or drawn anew."""
+    difficult = drawn["train_on_difficult"]
+    notes = list[str]()
+    if kept is not None and kept.settings == drawn:
+        train, held_out = kept.divide(records)
+        shown = frozenset[str]().union(*(shown_classes(r, difficult) for r in held_out))
+        lost = shown - frozenset[str]().union(*(shown_classes(r, difficult) for r in train))
+        copies = {r.digest for r in train} & {r.digest for r in held_out}
+        if train and held_out and not lost and not copies:
+            fresh = [r.id for r in train if r.id not in kept.train]
+            if fresh:
+                notes.append(
+                    f"{counted(len(fresh), 'image')} new since the split was drawn, trained on, e.g. {fresh[0]}"
+                )
+            ids = {r.id for r in records}
+            gone = [name for name in (*kept.train, *kept.held_out) if name not in ids]
+            if gone:
+                notes.append(f"{counted(len(gone), 'image')} of the split gone, e.g. {gone[0]}")
+            return train, held_out, notes
+        why = f"class {min(lost)} would not be trained" if lost else "a side is empty, or has copies of the other"
+        notes.append(f"the split of before no longer fits ({why}): drawn anew")
+    train, held_out = hold_out(records, drawn["holdout"], drawn["seed"], difficult)
+    return train, held_out, notes
+
+
+def _count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind: str) -> list[str]:
+    """A note about the objects of other classes, if there are any."""
+    images: dict[str, str] = {}
+    counts = Counter[str]()
+    for record in records:
+        names = [name for name in (record.annotation.names if record.annotation else ()) if name not in classes]
+        counts.update(names)
+        images |= {name: record.id for name in names if name not in images}
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
+    more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
+    name = counts.most_common(1)[0][0]
+    total = counted(counts.total(), f"{kind} object")
+    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {name} in {images[name]}"]
+
+
+def _classes_amiss(
+    train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
+) -> list[str]:
+    """Notes about classes that cannot be trained, or not be measured."""
+    trained, measured = (
+        Counter(n for r in records for n in shown_classes(r, difficult)) for records in (train, held_out)
+    )
+    notes = [
+        f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
+        for name in classes
+        if not trained[name]
+    ]
+    missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
+    if missing:
+        notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
+    return notes
+
+
+def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
+    """Raise where images of another set are training images too, under any name."""
+    of_content = {digest: name for name, digest in train.items()}
+    pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
+    shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
+    if shared:
+        raise SppnetError(
+            f"{setting}: training images are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
+            f"{', '.join(shared[:3])}, so figures would look too good; take them out of one of the sets"
+            + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
+        )
+
+
+def _check_test(config: Config, train: Mapping[str, str]) -> None:
+    """`_check_apart` for the test images; they may be elsewhere, or come later."""
+    for split in config.data.test:
+        try:
+            digests = split_digests(config.data.root, split)
+        except (SppnetError, OSError):
+            continue
+        _check_apart(train, digests, "data.test")
 
 
 def splits_to_test(config: Config, splits: Sequence[str] = ()) -> tuple[str, ...]:
@@ -84,19 +228,62 @@ def splits_to_test(config: Config, splits: Sequence[str] = ()) -> tuple[str, ...
     return tuple(splits) or config.data.test or config.data.val
 
 
+@dataclass(frozen=True)
+class EvaluationData:
+    """Images to evaluate on, what was skipped in them, the splits they are (none: held out), those trained on."""
+
+    records: list[ImageRecord]
+    skips: SkipCounts
+    splits: tuple[str, ...]
+    trained: list[str]
+
+
 def load_test_data(
-    config: Config, root: Path | None = None, splits: Sequence[str] = ()
-) -> tuple[list[ImageRecord], SkipCounts]:
+    config: Config, root: Path | None = None, splits: Sequence[str] = (), kept: Split | None = None
+) -> EvaluationData:
     """The images to evaluate on (see `splits_to_test`), below `root` or data.root.
 
-    Where neither splits nor data.test nor data.val name any, they are the images held out of data.train: the same
-    that chose the fine-tuning snapshot, so that their figures are a little too good. Raises SppnetError.
+    Where neither splits nor data.test nor data.val name any, they are the images held out of data.train, as `kept` with
+    the detector: the same that chose the fine-tuning snapshot, so that their figures are a little too good. Of another
+    data set they are all images of data.train. Raises SppnetError, also for held-out images that are gone or changed,
+    and for training images among them which `splits` does not name.
     """
     settings, names = config.data, splits_to_test(config, splits)
     folder = root or settings.root
+    other = folder.resolve() != settings.root.resolve()
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
-    if names:
-        return load_splits(folder, names, require_annotations=False)
-    train, skips = load_splits(folder, settings.train)
-    return hold_out(train, settings.holdout, settings.seed)[1], skips
+    if not names and kept is None and not other:
+        raise SppnetError(
+            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
+            "was put together elsewhere); name images with --split, or train again"
+        )
+    records, skips = load_splits(folder, names or settings.train, require_annotations=False)
+    if not names:
+        held_out = kept.held_out if kept is not None else {}
+        today = {r.id: r.digest for r in records}
+        wrong = [name for name, digest in held_out.items() if today.get(name) != digest]
+        if other and (wrong or not held_out):
+            names = settings.train
+            log.info("no split is named: all images of %s in %s are evaluated", ", ".join(names), folder)
+        elif wrong:
+            raise SppnetError(
+                f"held out of training, but gone or changed since: {len(wrong)} of {counted(len(held_out), 'image')}, "
+                f"e.g. {', '.join(wrong[:3])}; put them back, train again, or name images with --split"
+            )
+        else:
+            records = [r for r in records if r.id in held_out]
+            skips = SkipCounts(
+                {why: own for why, ids in skips.images.items() if (own := [i for i in ids if i in held_out])}
+            )
+    train = kept.train if kept is not None else {}
+    contents = set(train.values())
+    trained = [r.id for r in records if r.digest in contents or (not other and r.id in train)]
+    if trained:
+        what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
+        if not splits:
+            raise SppnetError(
+                f"{what}; take them out of the set, or name it with --split to evaluate on them nonetheless"
+            )
+        log.warning("%s: the figures look too good", what)
+    return EvaluationData(records, skips, names, trained)

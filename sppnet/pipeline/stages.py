@@ -25,6 +25,8 @@ log = logging.getLogger("sppnet")
 
 NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result beyond rounding
 FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
+# One version more where difficult objects do not train: since windows on them are left alone.
+LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -157,7 +159,8 @@ class StageGraph:
                 key: reduce(getitem, key.split("."), self._values) for key in sorted(stage.settings(self.config))
             }
             data = [self.data.digest(split) for split in stage.data]
-            digests[name] = digest_of(name, stage.version, settings, data, [digests[o] for o in self.reads(name)])
+            version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
+            digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])
         return digests
 
     @cached_property

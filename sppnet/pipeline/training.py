@@ -28,13 +28,13 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime
-from sppnet.pipeline.run_data import load_run_data
+from sppnet.pipeline.run_data import Split, load_run_data
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
@@ -72,6 +72,7 @@ def train_detector(
     if distributed.is_main():
         graph.delete(graph.invalidated(only, force))
         write_text(root / "config.yaml", dump_config(config))
+        graph.data.split.write(root)
     distributed.barrier()
     reports = [training.perform(status) for status in graph.statuses() if status.name in only]
     log.info("Summary\n%s", _table(reports))
@@ -89,7 +90,7 @@ class Training:
         self.asked, self.device, self.progress = config, device, progress
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
-        self.graph = StageGraph(root, self.config, load_run_data(config))
+        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)))
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device)
 
@@ -97,7 +98,7 @@ class Training:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
         weights, head = self.config.backbone.weights, self.config.head
         named = [("proposals.import_from", path) for path in self.config.proposals.import_from]
-        found = list[str]()
+        found = self.networks.unusable_images(stages)
         if set(stages) - {"proposals"}:
             if weights.file is not None and weights.source == "file" and self._needs_start_of("pretrain"):
                 named.append(("backbone.weights.file", weights.file))
@@ -111,7 +112,9 @@ class Training:
         return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
 
     def check_files(self, stages: Sequence[str]) -> None:
-        """Raise now what would end one of these stages hours later: files that are missing or do not fit."""
+        """Raise now what would end one of these stages hours later: files or images that are missing or do not fit."""
+        for reason in self.networks.unusable_images(stages):
+            raise SppnetError(reason)
         for path in self.config.proposals.import_from:
             if not path.is_file():
                 raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
@@ -147,6 +150,7 @@ class Training:
         networks, proposer = self.networks, make_proposer(self.config.proposals)
         detector = SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
         if distributed.is_main():
+            self.graph.data.split.write(self.graph.detector)
             detector.save(self.graph.detector)
         distributed.barrier()
         return detector
@@ -157,13 +161,14 @@ class Training:
         folder = self.graph.folder("proposals")
         done = propose_images(records, self.config.proposals, folder, self.progress)
         windows = {r.id: read_windows(folder, r) for r in records}
-        bare = sum(not len(found) for found in windows.values())
+        bare = [name for name, found in windows.items() if not len(found)]
+        log.debug("images without windows: %s", ", ".join(bare) or "none")
         quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
         return (
-            f"{done.computed} images searched, {done.imported} imported, {done.reused} reused; "
+            f"{counted(done.computed, 'image')} searched, {done.imported} imported, {done.reused} reused; "
             f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
             f"mean best overlap {quality.mean_best_overlap:.3f}"
-            + (f"; {bare} × image without windows (its objects alone are used)" if bare else "")
+            + (f"; {len(bare)} × image without windows (its objects alone are used), e.g. {bare[0]}" if bare else "")
         )
 
     # A backbone without pretrained weights learns from crops of the objects
@@ -187,7 +192,7 @@ class Training:
         workers = 0 if self.device.type == "cpu" else 1
         folder, flipped = self.graph.folder("maps"), self.graph.flipped
         done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)
-        return f"{done.computed} maps computed, {done.reused} reused, {done.gigabytes:.2f} GB"
+        return f"{counted(done.computed, 'map')} computed, {done.reused} reused, {done.gigabytes:.2f} GB"
 
     # 3. fc6 and fc7
     def finetune(self) -> str:
@@ -241,7 +246,7 @@ class Training:
             write_tensors(folder / "head.safetensors", head.state_dict())
         self._delete(folder / CHECKPOINT)
         return (
-            f"{done.steps} steps, {done.reused_steps} of them from before; best validation error "
+            f"{counted(done.steps, 'step')}, {done.reused_steps} of them from before; best validation error "
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
         )
 
@@ -258,7 +263,8 @@ class Training:
             write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.svms.to_tensors())
         distributed.barrier()
-        done = f"{len(self.classes)} classes on {self.config.svm.layer} features of {len(self.graph.data.train)} images"
+        images = counted(len(self.graph.data.train), "image")
+        done = f"{counted(len(self.classes), 'class')} on {self.config.svm.layer} features of {images}"
         silent = [f"{name} ({why})" for name, why in read_json(target.with_name("summary.json"))["untrained"].items()]
         return f"{done}; never fires: {', '.join(silent)}" if silent else done
 
@@ -281,7 +287,8 @@ class Training:
                 write_tensors(self._regressor(label), tensors)
                 counts.append(len(rows))
         distributed.barrier()
-        return f"{len(missing)} classes fitted on {sum(counts)} windows, {len(self.classes) - len(missing)} reused"
+        fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
+        return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
     def _regressor(self, label: int) -> Path:
         return self.graph.folder("boxes") / regressor_path(label)

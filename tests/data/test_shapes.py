@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sppnet.config import ProposalSettings
+from sppnet.data.selection import choose_classes
 from sppnet.data.shapes import (
     OUTLINES,
     Scene,
@@ -15,7 +16,7 @@ from sppnet.data.shapes import (
     polygon_cover,
     tight_box,
 )
-from sppnet.data.voc import choose_classes, load_split, load_splits
+from sppnet.data.splits import load_split, load_splits
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
 from sppnet.proposals.selective_search import selective_search

@@ -1,5 +1,7 @@
 """What mining and box regression read of the training images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection import training_windows
 from sppnet.detection.training_windows import (
+    FinetuneWindows,
     MiningWindows,
     TrainingWindows,
     class_overlaps,
     draw_rows,
+    find_box_examples,
     label_windows,
 )
 from sppnet.detection.window_features import pool_projected
@@ -110,6 +114,103 @@ def test_mining_reads_the_objects_and_one_proposal_of_each_window_of_cells(sourc
     proposals = features[2:]
     assert len(torch.unique(proposals, dim=0)) == len(proposals) < 5
     assert image.overlaps.shape == (len(features), 2)
+
+
+# ---- difficult objects that do not train ---------------------------------------------------------------------------
+
+
+EASY, HARD = [20, 20, 60, 60], [100, 20, 160, 80]  # a cat that trains, one that is difficult; further windows:
+ON_HARD, BESIDE_HARD, ON_EASY, NEAR_BOTH = [102, 20, 160, 80], [100, 20, 160, 40], [20, 20, 60, 56], [20, 20, 160, 80]
+AWAY, HALF_EASY = [0, 90, 20, 118], [20, 20, 60, 36]
+
+
+@pytest.fixture
+def difficult(source, monkeypatch):
+    """Windows of an image with an easy and a difficult cat and an easy dog, where difficult objects do not train."""
+
+    def make(*windows, used=False, names=("cat", "cat", "dog"), boxes=(EASY, HARD, [0, 0, 16, 16]), **svm):
+        monkeypatch.setattr(training_windows, "read_windows", lambda *_: np.float32(windows))
+        annotation = Annotation(np.float32(boxes), names, np.array([False, True, False]))
+        own = source(1)
+        config = own.config.model_copy(
+            update={
+                "data": own.config.data.model_copy(update={"train_on_difficult": used}),
+                "svm": own.config.svm.model_copy(update=svm),
+            }
+        )
+        return replace(own, records=[replace(own.records[0], annotation=annotation)], config=config)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("used", "negative"), [(False, [False, False, False, True]), (True, [False, False, False, True])]
+)
+def test_no_window_on_a_difficult_object_is_a_negative_of_its_class(difficult, used, negative):
+    found, _ = mining(difficult(ON_HARD, BESIDE_HARD, ON_EASY, AWAY, used=used)).read(0)
+    assert len(found.objects) == (3 if used else 2)
+    overlaps = found.overlaps[len(found.objects) :]
+    assert (overlaps[:, 0] < 0.3).tolist() == negative
+    assert (overlaps[:, 1] < 0.3).all()  # of the other class they all are
+
+
+def test_no_window_on_a_difficult_object_is_a_positive_for_the_svms(difficult):
+    own = difficult(ON_HARD, ON_EASY, positive_overlap=0.5)
+    found = mining(own).positives(0)
+    assert found.windows.tolist() == [EASY, [0, 0, 16, 16], ON_EASY]
+    assert found.labels.tolist() == [0, 1, 0]
+    used = mining(difficult(ON_HARD, ON_EASY, used=True, positive_overlap=0.5)).positives(0)
+    assert used.windows.tolist() == [EASY, HARD, [0, 0, 16, 16], ON_HARD, ON_EASY]
+
+
+def test_fine_tuning_leaves_windows_on_difficult_objects_alone(difficult):
+    windows = (ON_HARD, ON_EASY, HALF_EASY, BESIDE_HARD, AWAY)
+    for used, positives, negatives in ((False, [ON_EASY], [HALF_EASY]), (True, [ON_HARD, ON_EASY], [HALF_EASY])):
+        own = difficult(*windows, used=used)
+        (found,) = FinetuneWindows(own, flips=False).labelled
+        rows = own.windows(0)
+        assert rows[found.positives].tolist()[3 if used else 2 :] == positives
+        assert [row for row in rows[found.negatives].tolist() if row != BESIDE_HARD] == negatives
+
+
+def test_a_window_that_is_background_of_one_object_and_shows_a_difficult_one_is_neither(difficult):
+    overlapped = [100, 20, 160, 68]  # a dog whose overlap with the window below is in the background's range
+    own = difficult([104, 44, 160, 90], names=("cat", "cat", "dog"), boxes=(EASY, [104, 44, 160, 88], overlapped))
+    overlaps = own.image_windows(0).overlaps[-1]
+    assert overlaps[0] > 0.5
+    assert 0.1 < overlaps[1] < 0.5
+    (found,) = FinetuneWindows(own, flips=False).labelled
+    assert len(own.windows(0)) - 1 not in [*found.positives, *found.negatives]
+
+
+def test_box_regressors_learn_from_no_window_that_shows_a_difficult_object_better(difficult):
+    cats = ([20, 20, 80, 80], [30, 20, 90, 80], [0, 0, 16, 16])  # the second is difficult
+    windows = ([21, 20, 80, 80], [29, 20, 90, 80], [24, 20, 84, 80])
+    examples = find_box_examples(difficult(*windows, boxes=cats))
+    assert examples[0].windows.tolist() == [windows[0], windows[2]]
+    assert examples[0].boxes.tolist() == [cats[0], cats[0]]
+    used = find_box_examples(difficult(*windows, boxes=cats, used=True))
+    assert used[0].boxes.tolist() == [cats[0], cats[1], cats[0]]
+
+
+def test_an_easy_object_trains_where_a_difficult_one_of_another_class_has_its_box(difficult):
+    own = difficult(ON_EASY, names=("cat", "dog", "dog"), boxes=(EASY, EASY, [0, 0, 16, 16]))
+    (found,) = FinetuneWindows(own, flips=False).labelled
+    assert own.windows(0)[found.positives].tolist() == [EASY, [0, 0, 16, 16], ON_EASY]
+    assert found.labels.tolist() == [0, 1, 0]
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4), max_size=12))
+def test_windows_are_left_alone_where_what_does_not_train_is_overlapped_most(rows):
+    trained, ignored = (np.array([row[i : i + 2] for row in rows], np.float32).reshape(-1, 2) for i in (0, 2))
+    found = label_windows(np.maximum(trained, ignored), SETTINGS, ignored)
+    for row, (own, other) in enumerate(zip(trained, ignored, strict=True)):
+        best, rival = own.max(), other.max()
+        if best > rival:
+            assert (row in found.positives) == (best >= 0.5)
+        if rival >= 0.5 and rival > best:
+            assert row not in [*found.positives, *found.negatives]
+        assert (row in found.negatives) == (0.1 <= max(best, rival) < 0.5)
 
 
 # ---- overlaps and labels -------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppnet.data.voc import read_annotation, read_comp4, read_image_set
+from sppnet.data.comp4 import read_comp4
+from sppnet.data.splits import read_image_set
+from sppnet.data.voc import read_annotation
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.evaluation.voc import average_precision, evaluate_class, evaluate_flat, evaluate_voc
 from sppnet.records import Annotation, Detections

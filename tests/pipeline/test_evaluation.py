@@ -13,10 +13,11 @@ import pytest
 from small_run import copied, run_command, write_windows
 
 from sppnet.backbones import backbone as backbones
-from sppnet.data.voc import read_comp4
+from sppnet.data.comp4 import read_comp4
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
+from sppnet.pipeline.run_data import load_run_data
 
 CLASSES = ("cross", "disc", "square", "star", "triangle")
 
@@ -181,7 +182,11 @@ def test_a_split_without_annotations_is_detected_but_not_evaluated(run, detector
     devkit = other_devkit(run, tmp_path / "other")
     shutil.rmtree(devkit / "OTHER/Annotations")
     file = write_windows(devkit, tmp_path / "other.npz", ("OTHER/all",))
-    output = evaluate(at_home(detector, devkit, file), run.root, devkit, ("OTHER/all",))
+    own = at_home(detector, devkit, file)
+    with pytest.raises(SppnetError, match=r"no image has an annotation, e\.g\. OTHER/photo_0; .* `sppnet test`"):
+        evaluate(own, run.root, devkit, ("OTHER/all",))
+    assert not list(run.root.glob("detections-*"))
+    output = evaluate(own, run.root, devkit, ("OTHER/all",), evaluate=False)
     assert output.result.evaluation is None
     assert "none of the 4 images is annotated" in caplog.text
     assert {path.name for path in output.folder.iterdir()} == {f"comp4_det_all_{name}.txt" for name in CLASSES}
@@ -223,12 +228,21 @@ def test_the_held_out_images_are_tested_where_no_split_is_named(run, detector, c
     caplog.set_level(logging.INFO, "sppnet")
     data = detector.config.data.model_copy(update={"val": (), "test": ()})
     held_out = replace(detector, config=detector.config.model_copy(update={"data": data}))
+    load_run_data(held_out.config).split.write(run.root / "detector")
     output = evaluate(held_out, run.root)
     assert output.folder.name == "held-out"
     assert len(output.result.detections) == 2  # a fifth of eight
     assert "held-out images, which also chose the fine-tuning snapshot" in caplog.text
     assert (output.folder / "comp4_det_held-out_star.txt").is_file()
     assert json.loads((output.folder / "metrics.json").read_text())["splits"] == ["held-out"]
+
+
+def test_training_images_among_those_evaluated_are_counted_in_the_metrics(run, detector, caplog):
+    output = evaluate(detector, run.root, splits=("SHAPES/train",))
+    assert "trained on: 8 of 8 images, e.g. SHAPES/train_00000" in caplog.text
+    assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 8
+    output = evaluate(detector, run.root)
+    assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 0
 
 
 def test_a_detector_outlives_the_files_of_its_training_windows(run, detector, tmp_path, caplog):
@@ -280,10 +294,12 @@ def test_a_damaged_image_stops_the_test_with_its_name_and_keeps_the_rest(run, de
     assert not (run.root / "results").exists()
 
 
-def test_an_image_too_narrow_for_the_network_is_named(run, detector, monkeypatch):
+def test_an_image_too_narrow_for_the_network_is_named(run, detector, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "map_side", lambda steps, side: 0)
-    with pytest.raises(BackboneError, match=r"test_00000\.jpg: an image of \d+ × \d+ pixels is too narrow"):
-        evaluate(detector, run.root)
+    message = r"test_00000\.jpg: an image of \d+ × \d+ pixels has no map: .*; 3 more: SHAPES/test_00001, "
+    with pytest.raises(BackboneError, match=message):
+        evaluate(unimported(detector, tmp_path / "gone.npz"), run.root)
+    assert len(list(run.root.glob("proposals-*"))) == 1  # those of training: nothing was searched
 
 
 def test_no_images_give_no_detections_and_no_figures(run, detector):

@@ -16,6 +16,7 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError
+from sppnet.pipeline import stages
 from sppnet.pipeline.run_data import load_run_data, load_test_data, splits_to_test
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
@@ -126,6 +127,18 @@ def test_a_newer_algorithm_invalidates_its_results_and_what_depends_on_them(smal
     assert invalidated(small_run, small_run.config) == ("finetune", "svm")
 
 
+def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_train(small_run, monkeypatch):
+    def digests(**changes):
+        return StageGraph(small_run.root, changed(small_run, **changes), load_run_data(small_run.config)).digests
+
+    unlike = {"pretrain__enabled": True, "low_rank__fc6": 5, "data__train_on_difficult": False}
+    now = digests(), digests(**unlike)
+    monkeypatch.setattr(stages, "LEAVES_DIFFICULT", ())
+    before = digests(), digests(**unlike)
+    assert now[0] == before[0]
+    assert {name for name in STAGES if now[1][name] != before[1][name]} == {"finetune", "low_rank", "svm", "boxes"}
+
+
 def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
     assert tuple(GRAPH) == STAGES
     for place, name in enumerate(STAGES):
@@ -177,7 +190,7 @@ def test_where_no_validation_is_named_a_share_of_the_training_images_is_held_out
     assert (len(data.train), len(data.held_out)) == (6, 2)
     assert not {r.id for r in data.train} & {r.id for r in data.held_out}
     assert splits_to_test(config) == ()
-    records, _ = load_test_data(config)
+    records = load_test_data(config, kept=data.split).records
     assert [r.id for r in records] == [r.id for r in data.held_out]
 
 
@@ -187,13 +200,15 @@ def test_the_images_to_test_are_those_given_then_test_then_val(small_run):
     assert splits_to_test(config) == ("SHAPES/test",)
     without = changed(small_run, data__test=[])
     assert splits_to_test(without) == ("SHAPES/val",)
-    assert len(load_test_data(without)[0]) == 3
-    assert len(load_test_data(config)[0]) == 4
-    assert len(load_test_data(config, splits=("SHAPES/train", "SHAPES/val"))[0]) == 11
+    assert len(load_test_data(without).records) == 3
+    assert len(load_test_data(config).records) == 4
+    assert len(load_test_data(config, splits=("SHAPES/train", "SHAPES/val")).records) == 11
 
 
 def test_validation_windows_come_from_images_spread_over_the_split(small_run):
-    config = changed(small_run, data__val=["SHAPES/train"], data__train=["SHAPES/test"], finetune__validate_images=3)
+    config = changed(
+        small_run, data__val=["SHAPES/train"], data__train=["SHAPES/test"], data__test=[], finetune__validate_images=3
+    )
     data = load_run_data(config)
     assert [record.id for record in data.validation] == [data.held_out[i].id for i in (0, 2, 5)]
 
@@ -204,11 +219,9 @@ def test_the_line_about_the_data_counts_images_skips_and_leaks(small_run, tmp_pa
     write_annotation(devkit / "SHAPES/Annotations/train_00003.xml", (50, 60), boxes, ["star"] * 3, [False] * 3)
     line = str(load_run_data(changed(small_run, data__root=str(devkit))))
     assert line.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc, square, star, triangle)")
-    assert "1 × zero-area box" in line
-    assert "1 × box outside the image" in line
+    assert "1 × zero-area box, e.g. SHAPES/train_00003" in line
+    assert "1 × box outside the image, e.g. SHAPES/train_00003" in line
     assert "without objects" not in line
-    leak = changed(small_run, data__val=["SHAPES/trainval"])
-    assert "8 validation images are training images too" in str(load_run_data(leak))
 
 
 def test_the_line_about_the_data_counts_images_without_objects_of_the_classes(small_run, tmp_path):
@@ -221,10 +234,12 @@ def test_the_line_about_the_data_counts_images_without_objects_of_the_classes(sm
             )
     write_annotation(devkit / "SHAPES/Annotations/train_00001.xml", (50, 60), [], [], [])
     data = load_run_data(changed(small_run, data__root=str(devkit), data__classes=["star"]))
-    assert str(data).endswith(
-        "; 3 × training image without objects (background for the SVMs alone); "
-        "1 × validation image without objects (no part of the error)"
-    )
+    for note in (
+        "2 training objects of classes that are not trained: owl 2, e.g. owl in SHAPES/train_00006",
+        "3 × training image without objects (background for the SVMs alone), e.g. SHAPES/train_00001",
+        "1 × validation image without objects (no part of the error), e.g. SHAPES/val_00002",
+    ):
+        assert note in str(data)
 
 
 def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from small_run import copied, merged, modified, small_settings
 
@@ -25,6 +26,7 @@ from sppnet.errors import ArtifactError, ImageError, SppnetError
 from sppnet.images import read_image
 from sppnet.pipeline import networks as training_networks
 from sppnet.pipeline import training
+from sppnet.pipeline.run_data import Split
 from sppnet.pipeline.stages import STAGES, StageStatus
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals import search as proposals
@@ -389,8 +391,53 @@ def test_no_window_in_any_image_is_an_error_that_names_the_setting(small_run, tm
 def test_no_object_to_validate_on_is_an_error_before_any_step(small_run, devkit, tmp_path):
     for number in range(3):
         write_annotation(devkit / f"SHAPES/Annotations/val_0000{number}.xml", (10, 10), [], [], [])
-    with pytest.raises(SppnetError, match=r"no .*window overlaps an object .*check the proposals and"):
+    with pytest.raises(SppnetError, match=r"no validation image has an object of the classes, but these choose"):
         train(changed(small_run, data__root=str(devkit)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    pool = changed(small_run, data__root=str(devkit), svm__layer="pool")  # nothing is fine-tuned
+    assert train(pool, tmp_path / "run") is not None
+
+
+@pytest.mark.parametrize("size", [(900, 3), (2, 500)])
+def test_a_training_image_too_narrow_for_a_map_is_named_before_anything_is_computed(small_run, devkit, tmp_path, size):
+    Image.new("RGB", size).save(devkit / "SHAPES/JPEGImages/train_00003.jpg")
+    config = changed(small_run, data__root=str(devkit), maps__max_side=112, backbone__name="alexnet")
+    message = rf"train_00003\.jpg: an image of {size[0]} × {size[1]} pixels has no map: .*or leave it out"
+    with pytest.raises(SppnetError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (reason,) = Training(config, tmp_path / "run", torch.device("cpu")).missing_inputs(STAGES)
+    assert "train_00003.jpg" in reason
+
+
+def test_training_images_of_difficult_objects_alone_are_an_error_before_anything_is_computed(
+    small_run, devkit, tmp_path
+):
+    for split, count in (("train", 8), ("val", 3)):
+        for number in range(count):
+            path = devkit / f"SHAPES/Annotations/{split}_0000{number}.xml"
+            write_annotation(path, (10, 10), [[20, 20, 90, 90]], ["owl"], [True])
+    config = changed(small_run, data__root=str(devkit), data__train_on_difficult=False)
+    reasons = Training(config, tmp_path / "run", torch.device("cpu")).missing_inputs(STAGES)
+    assert [reason.split(",")[0] for reason in reasons] == [
+        f"no {kind} image has an object of the classes" for kind in ("training", "validation")
+    ]
+    with pytest.raises(SppnetError, match=r"all are difficult and data\.train_on_difficult=false"):
+        train(config, tmp_path / "run")
+
+
+def test_a_run_keeps_its_split_and_so_does_its_detector(small_run, devkit, tmp_path):
+    config = changed(small_run, data__root=str(devkit), data__val=[], data__test=[])
+    assert train(config, tmp_path / "run") is not None
+    kept = Split.read(tmp_path / "run")
+    assert kept == Split.read(tmp_path / "run/detector")
+    assert (len(kept.train), len(kept.held_out)) == (6, 2)
+    listed = devkit / "SHAPES/ImageSets/Main/train.txt"
+    listed.write_text(listed.read_text() + (devkit / "SHAPES/ImageSets/Main/val.txt").read_text())
+    training = Training(config, tmp_path / "run", torch.device("cpu"))
+    assert training.graph.data.split.held_out == kept.held_out
+    assert len(training.graph.data.train) == 9
+    assert not training.graph.status("svm").complete
 
 
 def test_a_class_of_difficult_objects_alone_is_reported_and_never_fires(small_run, devkit, tmp_path, caplog):

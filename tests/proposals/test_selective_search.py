@@ -18,7 +18,8 @@ from PIL import Image
 from refusals import refused_here
 
 from sppnet.config import ProposalSettings
-from sppnet.data.voc import load_splits, restrict
+from sppnet.data.selection import restrict
+from sppnet.data.splits import load_splits
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.images import read_image
 from sppnet.proposals.files import match_records

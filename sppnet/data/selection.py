@@ -1,0 +1,127 @@
+"""Which classes and which images of a data set are used for what."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sppnet.artifacts import digest_of
+from sppnet.errors import SppnetError
+from sppnet.records import ImageRecord
+
+LONGEST = 200  # bytes of a class name: it becomes part of file names
+
+
+def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The classes to train: those given, each of which must occur in `records`, or all that occur, sorted.
+
+    Raises SppnetError for none, one that never occurs or is named twice, and names that cannot be parts of file names:
+    with slashes or control characters, too long, or different in upper and lower case alone.
+    """
+    example: dict[str, str] = {}  # class -> an image that shows it
+    for record in records:
+        for name in record.annotation.names if record.annotation else ():
+            example.setdefault(name, record.id)
+    found = tuple(sorted(example))
+    chosen = found if classes is None else classes
+    listing = f"classes found in the training images: {', '.join(found) or 'none'}"
+    if not chosen:
+        raise SppnetError(f"no class to train; {listing}")
+    for name in chosen:
+        if name not in example:
+            raise SppnetError(f"class {name!r} never occurs; {listing}")
+        if chosen.count(name) > 1:
+            raise SppnetError(f"data.classes names {name!r} twice; name each class once")
+        if any(letter in "/\\" or unicodedata.category(letter) == "Cc" for letter in name) or name in (".", ".."):
+            fault = "cannot be part of a file name"
+        elif len(name.encode()) > LONGEST:
+            fault = f"has more than {LONGEST} bytes"
+        else:
+            continue
+        raise SppnetError(
+            f"class {name!r}, e.g. in the annotation of {example[name]}, {fault}; rename it in the annotations, or "
+            "name the classes to train in data.classes"
+        )
+    folded = {name.casefold(): name for name in reversed(chosen)}
+    for name in chosen:
+        first = folded[name.casefold()]
+        if first != name:
+            raise SppnetError(
+                f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]}) differ in "
+                "upper and lower case alone; rename one of them in the annotations, or leave it out of data.classes"
+            )
+    return chosen
+
+
+def restrict(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> list[ImageRecord]:
+    """The same images with the objects of these classes alone."""
+    wanted = frozenset(classes)
+    return [r if r.annotation is None else replace(r, annotation=r.annotation.of(wanted)) for r in records]
+
+
+def shown_classes(record: ImageRecord, difficult: bool = True) -> frozenset[str]:
+    """The classes of the objects of an image; of those that are not difficult where `difficult` is false."""
+    if record.annotation is None:
+        return frozenset()
+    return frozenset((record.annotation if difficult else record.annotation.easy()).names)
+
+
+def hold_out(
+    records: Sequence[ImageRecord], share: float, seed: int = 0, difficult: bool = True
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """(train, held out): about `share` of the images, at least one on each side, chosen by `seed` and ids.
+
+    Every class stays in training, so one that a single image shows is not held out. Where the share allows it every
+    other class is held out too, the rarest first. Copies of one image stay on one side. `difficult`: whether difficult
+    objects train.
+    """
+    if not 0 < share < 1 or len(records) < 2:
+        expected = "expected a held-out share between 0 and 1 and at least 2 images"
+        raise SppnetError(f"{expected}, got {share} and {len(records)}; set data.holdout, or name images in data.val")
+    count = min(max(round(share * len(records)), 1), len(records) - 1)
+    groups: dict[str, list[ImageRecord]] = {}  # copies
+    for record in sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record.id}".encode()).digest()):
+        groups.setdefault(record.digest, []).append(record)
+    shown = {
+        digest: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[digest])) for digest in groups
+    }
+    left = Counter(name for names in shown.values() for name in names)  # groups in training that show a class
+    held, free = set[str](), count
+
+    def may_go(digest: str) -> bool:
+        return len(groups[digest]) <= free and digest not in held and all(left[name] > 1 for name in shown[digest])
+
+    def take(digest: str) -> None:
+        nonlocal free
+        held.add(digest)
+        free -= len(groups[digest])
+        left.subtract(shown[digest])
+
+    for name in sorted(left, key=lambda name: (left[name], name)):
+        own = [digest for digest in shown if name in shown[digest]]
+        first = next((digest for digest in own if may_go(digest)), None)
+        if first is not None and held.isdisjoint(own):
+            take(first)
+    for digest in shown:
+        if may_go(digest):
+            take(digest)
+    if not held:
+        raise SppnetError(
+            f"no image of {len(records)} can be held out: each is the only one of a class, or a copy of the others; "
+            "add images, or name images in data.val"
+        )
+    out = {record.id for digest in held for record in groups[digest]}
+    return [r for r in records if r.id not in out], [r for r in records if r.id in out]
+
+
+def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:
+    """16 hexadecimal digits of images and objects of `classes`: ids, image contents, boxes, names, flags, order."""
+    rows = []
+    for record in restrict(records, classes):
+        found = record.annotation
+        objects = None if found is None else (found.boxes.tolist(), found.names, found.difficult.tolist())
+        rows.append((record.id, record.digest, objects))
+    return digest_of("annotations", classes, rows)

@@ -1,0 +1,179 @@
+"""Splits of a data set in PASCAL VOC's layout, read from disk.
+
+    <root>/<year folder>/ImageSets/Main/<set>.txt     one image id per line
+    <root>/<year folder>/JPEGImages/<id>.jpg          or .jpeg, .png, .bmp, .webp, in upper or lower case
+    <root>/<year folder>/Annotations/<id>.xml
+
+A split is named ``<year folder>/<set>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sppnet.artifacts import file_digest
+from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.errors import ImageError, SppnetError
+from sppnet.images import image_header
+from sppnet.records import ImageRecord, SkipCounts
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FLAGS = ("-1", "0", "1")  # second column of the per-class sets
+
+
+def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str]:
+    """The ids of an image set, in the order of the file, in Unicode's composed form (NFC).
+
+    One id per line; a second column of -1, 0 or 1 (the per-class sets of VOC) is dropped. Where the ids that there are
+    are `known`, a line is one of these as it stands before it is one with such a column, or with the ending of an
+    image. Blank lines, byte-order marks and Windows line ends are accepted; an id listed twice, or one that is a path,
+    is an error, and so is a line that may be either where all lines end in such a column.
+    """
+    first_line: dict[str, int] = {}
+    lines = [(number, normalise(line.strip())) for number, line in enumerate(read_lines(path), start=1)]
+    lines = [(number, line) for number, line in lines if line]
+    per_class = all(len(columns := line.rsplit(None, 1)) == 2 and columns[1] in FLAGS for _, line in lines)
+    for number, line in lines:
+        name = _id_of(line, known)
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
+        if per_class and known is not None and name == line and line.rsplit(None, 1)[0] in known:
+            raise SppnetError(
+                f"{path}:{number}: {line!r} may be an image, or {line.rsplit(None, 1)[0]!r} with a column of a class; "
+                "rename one of the two images"
+            )
+        if name in first_line:
+            raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
+        first_line[name] = number
+    return list(first_line)
+
+
+def _id_of(line: str, known: Collection[str] | None) -> str:
+    """The id on a line of an image set."""
+    stem, flag = [*line.rsplit(None, 1), ""][:2]
+    if flag not in FLAGS:
+        stem = line
+    if known is None:
+        return line if len(stem.split()) > 1 else stem
+    endings = [
+        name[: -len(suffix)] for name in (line, stem) for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)
+    ]
+    return next((name for name in (line, stem, *endings) if name in known), stem)
+
+
+def load_split(root: Path | str, split: str, require_annotations: bool = True) -> tuple[list[ImageRecord], SkipCounts]:
+    """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
+
+    A missing annotation file is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
+    record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
+    header and all of `read_annotation`.
+    """
+    set_file = _set_file(Path(root), split)
+    folder, records, skipped = set_file.parents[2], list[ImageRecord](), dict[str, list[str]]()
+    images = _find_images(set_file)
+    annotations = find_annotations(folder / "Annotations", images)
+    for name, path in images.items():
+        try:
+            size, orientation = image_header(path)
+            record = ImageRecord(f"{normalise(folder.name)}/{name}", path, size, file_digest(path))
+        except (ImageError, OSError) as error:
+            raise SppnetError(f"an image of the data set cannot be used: {error}") from None
+        xml = annotations[name]
+        if require_annotations or xml.exists():
+            annotation, skips = read_annotation(xml, size, orientation)
+            record, counts = replace(record, annotation=annotation), skips.counts
+        else:
+            counts = {"image without annotation, not evaluated": 1}
+        for reason, count in counts.items():
+            skipped.setdefault(reason, []).extend([record.id] * count)
+        records.append(record)
+    return records, SkipCounts(skipped)
+
+
+def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Id -> its annotation file, which ends in .xml in any case; where there is none, the path that it would have."""
+    files = files_by_stem(folder, (".xml",))
+    return {name: _only(files.get(name, [folder / f"{name}.xml"]), name) for name in names}
+
+
+def split_digests(root: Path | str, split: str) -> dict[str, str]:
+    """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
+    set_file = _set_file(Path(root), split)
+    year = normalise(set_file.parents[2].name)
+    return {f"{year}/{name}": file_digest(path) for name, path in _find_images(set_file).items()}
+
+
+def load_splits(
+    root: Path | str, splits: Sequence[str], require_annotations: bool = True
+) -> tuple[list[ImageRecord], SkipCounts]:
+    """Several splits one after the other; an image that is in two of them is an error."""
+    records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
+    for split in splits:
+        more, counted = load_split(root, split, require_annotations)
+        for record in more:
+            if record.id in split_of:
+                first = split_of[record.id]
+                raise SppnetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
+            split_of[record.id] = split
+        records += more
+        skips = skips.plus(counted)
+    return records, skips
+
+
+def _set_file(root: Path, split: str) -> Path:
+    parts = split.split("/")
+    if len(parts) != 2 or not all(parts) or ".." in parts:
+        raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
+    if not root.is_dir():
+        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
+    path = root / parts[0] / "ImageSets" / "Main" / f"{parts[1]}.txt"
+    if not path.is_file():
+        found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob("*/ImageSets/Main/*.txt"))}
+        alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
+        if len(alike) == 1:
+            return alike[0]
+        nested, hint = root / "VOCdevkit", f"splits here: {', '.join([*found][:20]) or 'none'}"
+        if nested.is_dir():
+            hint = f"set data.root={nested}"
+        elif (root / "ImageSets").is_dir():
+            hint = (
+                f"this is a year folder; set data.root={root.resolve().parent} and name splits {root.resolve().name}/…"
+            )
+        raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
+    return path
+
+
+def _find_images(set_file: Path) -> dict[str, Path]:
+    """Id -> image file, of an image set, in its order."""
+    folder = set_file.parents[2] / "JPEGImages"
+    files = files_by_stem(folder, IMAGE_SUFFIXES)
+    names = read_image_set(set_file, files)
+    if not names:
+        raise SppnetError(f"{set_file}: lists no image; write one image id per line")
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise SppnetError(
+            f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
+            f"the {len(names)} in {set_file}; add them, or take their ids out of the list"
+        )
+    return {name: _only(files[name], name) for name in names}
+
+
+def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """Stem in composed form -> the files of it with one of these endings, in upper or lower case."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in suffixes:
+            found.setdefault(normalise(path.stem), []).append(path)
+    return found
+
+
+def _only(files: Sequence[Path], name: str) -> Path:
+    if len(files) > 1:
+        raise SppnetError(
+            f"{files[0]} and {files[1].name} are both files of the id {name!r} (names that look alike may differ in "
+            "their Unicode form); keep one of them"
+        )
+    return files[0]
