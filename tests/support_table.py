@@ -8,9 +8,8 @@ import os
 import pickle
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ LEVELS = (1, 2, 3, 6)
 WINDOWS = torch.tensor([[0, 0, 10, 13], [2, 3, 9, 4], [4, 4, 5, 5], [0, 1, 7, 8]])
 BELOW = """
 ONNX has no adaptive pooling: the layer is exported as slices and maxima, of one size, or with `dynamic_shapes` of any
-batch, height and width, which takes some ten seconds to export. What a NaN becomes is up to the runtime. Windows are
-not exported: the region pooling of ONNX rounds its bins. An exported program (`torch.export`) with the layer in it is
-not converted; pass the module to `torch.onnx.export`.
+batch, height and width, which takes some ten seconds for (1, 2, 3, 6). What a NaN becomes is up to the runtime. Windows
+are not exported: the region pooling of ONNX rounds its bins. An exported program (`torch.export`) with the layer in it
+is not converted; pass the module to `torch.onnx.export`.
 """
 TEXT = """\
 # What works with what
@@ -183,21 +182,12 @@ def copied(layer: nn.Module) -> bool:
     return same(layer, copy.deepcopy(layer))
 
 
-@contextmanager
-def deprecated() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch.jit")  # deprecated as a whole
-        yield
-
-
 def scripted(layer: nn.Module) -> bool:
-    with deprecated():
-        return same(layer, torch.jit.script(layer))
+    return same(layer, torch.jit.script(layer))
 
 
 def traced(layer: nn.Module) -> bool:
-    with deprecated():
-        return same(layer, torch.jit.trace(layer, arguments(layer, torch.rand(1, 3, 19, 16))))
+    return same(layer, torch.jit.trace(layer, arguments(layer, torch.rand(1, 3, 19, 16))))
 
 
 def symbolic(layer: nn.Module) -> bool:
@@ -206,19 +196,20 @@ def symbolic(layer: nn.Module) -> bool:
 
 def onnx(layer: nn.Module) -> bool:
     example = arguments(layer, maps_of())
-    found = run_onnx(layer, example, example)
-    return torch.equal(found, expected(layer, example[0]))
+    return torch.equal(through_onnx(layer, example)(*example), expected(layer, example[0]))
 
 
-def run_onnx(layer: nn.Module, example: tuple[Tensor, ...], given: tuple[Tensor, ...], dynamic: Any = None) -> Tensor:
-    """Export with one input, run onnxruntime with another."""
+def through_onnx(layer: nn.Module, example: tuple[Tensor, ...], dynamic: Any = None) -> Callable[..., Tensor]:
+    """The exported layer in onnxruntime."""
     import onnxruntime
 
     program = torch.onnx.export(layer.eval(), example, dynamo=True, dynamic_shapes=dynamic, verbose=False)
     program.save(file := io.BytesIO())
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    inputs = {of.name: one.numpy() for of, one in zip(session.get_inputs(), given, strict=True)}
-    return torch.from_numpy(session.run(None, inputs)[0])
+    names = [one.name for one in session.get_inputs()]
+    return lambda *given: torch.from_numpy(
+        session.run(None, dict(zip(names, map(Tensor.numpy, given), strict=True)))[0]
+    )
 
 
 CASES: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
@@ -252,10 +243,12 @@ def row(name: str) -> str:
 
 
 def _answer(check: Callable[[nn.Module], bool], layer: nn.Module) -> str:
-    try:
-        return "yes" if check(layer) else "no"
-    except Exception:  # of any kind, from any of torch's tools
-        return "no"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit")  # deprecated, and used by forward mode itself
+        try:
+            return "yes" if check(layer) else "no"
+        except Exception:  # of any kind, from any of torch's tools
+            return "no"
 
 
 if __name__ == "__main__":

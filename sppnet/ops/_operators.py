@@ -30,13 +30,13 @@ _library = torch.library.Library(_namespace, "FRAGMENT")
 
 
 def _pool_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    from . import _argmax_cpu, _pool_cpu  # bring numba, which takes a second to import
+    from . import _pool_cpu  # brings numba, which takes a second to import
 
-    rows, exact, threads = _checked_rows(windows, maps.shape), _exact(maps).numpy(), torch.get_num_threads()
+    exact = _exact(maps).numpy()
     if any(_pool_cpu.has_nan(one) for one in exact):
-        pooled = exact.reshape(-1)[_argmax_cpu.argmax_cells(exact, rows, levels, threads)]
+        pooled = exact.reshape(-1)[_argmax_on_cpu(maps, windows, levels).numpy()]
     else:
-        pooled = _pool_cpu.pool_cells(exact, rows, levels, threads)
+        pooled = _pool_cpu.pool_cells(exact, _checked_rows(windows, maps.shape), levels, torch.get_num_threads())
     return torch.from_numpy(pooled).to(maps.dtype)
 
 
@@ -142,20 +142,30 @@ def _exact(maps: Tensor) -> Tensor:
 
 def _checked_rows(windows: Tensor, shape: Sequence[int]) -> NDArray[np.int64]:
     """(K, 5): the index of a map and a window inside it."""
-    given = (windows.double() if windows.is_floating_point() else windows).detach().cpu().numpy()
-    given, (count, _, height, width) = (np.insert(given, 0, 0, axis=1) if given.shape[1] == 4 else given), shape
-    image, x1, y1, x2, y2 = given.T
-    for bad, what in (
-        ((given % 1 != 0).any(axis=1) if given.dtype.kind == "f" else np.zeros(0, bool), "is not whole cells"),
-        ((image < 0) | (image >= count), f"names no map of the batch of {count}"),
-        ((x2 <= x1) | (y2 <= y1), "is empty"),
-        ((x1 < 0) | (y1 < 0) | (x2 > width) | (y2 > height), f"is not inside the map of {height} × {width} cells"),
+    given, (count, _, height, width) = windows.detach().cpu(), shape
+    whole = np.ones(len(given), bool)
+    if given.is_floating_point():
+        whole = (given.isfinite() & (given % 1 == 0)).all(dim=1).numpy()
+        given = given.double().nan_to_num().clamp(-1, 2**31)
+    rows = np.zeros((len(given), 5), np.int64)
+    rows[:, 5 - given.shape[1] :] = given.numpy()
+    inside = (
+        rows.min(initial=0) >= 0 and (rows.max(axis=0, initial=0) <= (count - 1, width, height, width, height)).all()
+    )
+    if inside and whole.all() and (rows[:, 1:3] < rows[:, 3:]).all():
+        return rows
+    image, x1, y1, x2, y2 = rows.T
+    for good, what in (
+        (whole, "is not whole cells"),
+        ((image >= 0) & (image < count), f"names no map of the batch of {count}"),
+        ((x1 < x2) & (y1 < y2), "is empty"),
+        ((x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height), f"is not inside the map of {height} × {width} cells"),
     ):
-        if bad.any():
-            k = int(bad.argmax())
+        if not good.all():
+            k = int(good.argmin())
             name = f"window {(image[:k] == image[k]).sum()}" + (f" of map {image[k]}" if count > 1 else "")
             raise ValueError(
-                f"{name} {what}: got {given[k, 1:].tolist()} (x1, y1, x2, y2, half-open); "
+                f"{name} {what}: got {windows[k, -4:].tolist()} (x1, y1, x2, y2, half-open); "
                 "project_windows gives windows that are not empty and lie inside the map"
             )
-    return np.ascontiguousarray(given, dtype=np.int64)
+    return rows

@@ -84,15 +84,24 @@ def pool_windows(feature_map: Tensor, windows: Windows, levels: Sequence[int]) -
     return _operators.pool(feature_map, torch.cat(rows), levels)
 
 
-class SpatialPyramidPool(nn.Module):
-    """``spatial_pyramid_pool`` as a layer: (N, C, H, W) of any H and W -> (N, C · Σn²).
-
-    Can be scripted, traced and exported, to ONNX too, where the runtime decides what a NaN does.
-    """
-
+class _Pyramid(nn.Module):
     def __init__(self, levels: Sequence[int] = PAPER_LEVELS) -> None:
         super().__init__()
         self.levels = _checked_levels(levels)
+
+    def out_features(self, channels: int) -> int:
+        """C · Σn²: how long the vectors of maps of that many channels are."""
+        return _checked_whole(channels, "channels") * bin_count(self.levels)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
+
+class SpatialPyramidPool(_Pyramid):
+    """``spatial_pyramid_pool`` as a layer: (N, C, H, W) of any H and W -> (N, C · Σn²).
+
+    Can be scripted, traced and exported, to ONNX too, where the runtime decides what a NaN becomes.
+    """
 
     def forward(self, feature_map: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -102,26 +111,12 @@ class SpatialPyramidPool(nn.Module):
             return torch.cat(parts, dim=-1)
         return spatial_pyramid_pool(feature_map, self.levels)
 
-    def out_features(self, channels: int) -> int:
-        """C · Σn²: the length of the vector of a map of so many channels."""
-        return _checked_whole(channels, "channels") * bin_count(self.levels)
 
-    def extra_repr(self) -> str:
-        return f"levels={self.levels}"
-
-
-class WindowPool(nn.Module):
+class WindowPool(_Pyramid):
     """``pool_windows`` as a layer: maps and windows in any of its forms -> (windows, C · Σn²)."""
-
-    def __init__(self, levels: Sequence[int] = PAPER_LEVELS) -> None:
-        super().__init__()
-        self.levels = _checked_levels(levels)
 
     def forward(self, feature_map: Tensor, windows: Windows) -> Tensor:
         return pool_windows(feature_map, windows, self.levels)
-
-    def extra_repr(self) -> str:
-        return f"levels={self.levels}"
 
 
 class RoIPool(nn.Module):
@@ -129,7 +124,7 @@ class RoIPool(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        (self.size,) = _checked_levels((size,))
+        self.size = _checked_whole(size, "size")
 
     def forward(self, feature_map: Tensor, windows: Windows) -> Tensor:
         return pool_windows(feature_map, windows, (self.size,)).unflatten(1, (-1, self.size, self.size))
@@ -165,12 +160,12 @@ def _checked_whole(number: Any, name: str) -> int:
 
 
 def _checked_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(levels, (list, tuple, range, np.ndarray)) and len(levels) > 0:
-        whole = [isinstance(n, (int, np.integer)) and not isinstance(n, bool) and 1 <= n <= MAX_LEVEL for n in levels]
-        if all(whole):
-            return tuple(int(n) for n in levels)
+    given = levels.tolist() if isinstance(levels, np.ndarray) else levels
+    several = isinstance(given, (list, tuple, range)) and len(given) > 0
+    if several and all(isinstance(n, (int, np.integer)) and n is not True and 1 <= n <= MAX_LEVEL for n in given):
+        return tuple(int(n) for n in given)
     raise ValueError(
-        f"levels must be whole numbers from 1 to {MAX_LEVEL}, got {levels!r}; the paper's pyramid is {PAPER_LEVELS}"
+        f"levels must be whole numbers from 1 to {MAX_LEVEL}, got {levels!r:.80}; the paper's pyramid is {PAPER_LEVELS}"
     )
 
 
@@ -179,7 +174,7 @@ def _check_map(feature_map: Tensor) -> None:
         raise ValueError(
             f"feature_map must be a tensor, got {type(feature_map).__name__}; torch.from_numpy makes one of an array"
         )
-    if feature_map.layout != torch.strided or feature_map.dtype not in FLOATING:
+    if feature_map.dtype not in FLOATING or feature_map.layout != torch.strided or feature_map.is_nested:
         raise ValueError(
             "feature_map must be floating point of 16, 32 or 64 bits and dense, got "
             f"{feature_map.dtype}, {feature_map.layout}; convert it with .float() or .to_dense()"
@@ -203,15 +198,18 @@ def _as_cells(windows: Windows, feature_map: Tensor, columns: int) -> Tensor:
     cells = windows.detach() if isinstance(windows, Tensor) else _from_numbers(windows)
     if torch.jit.is_tracing():  # sizes of a trace are not to be asked
         return cells.cpu()
+    if cells.layout != torch.strided or cells.is_nested or cells.is_meta > feature_map.is_meta:
+        raise ValueError(
+            f"windows must be a dense tensor with values, got {cells.layout} on {cells.device}; pass a list"
+        )
     if cells.shape in ((0,), (0, 4), (0, 5)):
         return torch.from_numpy(np.zeros((0, columns), np.int64))
     if cells.ndim != 2 or cells.shape[1] != columns:
-        hint = "; pass windows[None] for one window" if cells.shape == (columns,) else ""
         form = "(R, 4)" if columns == 4 else "(K, 5), or be a list of one (R, 4) per map"
-        raise ValueError(f"windows must have shape {form}, got {tuple(cells.shape)}{hint}")
-    whole = cells.dtype in WHOLE or (cells.is_floating_point() and columns == 5)
-    if not whole or cells.layout != torch.strided or cells.is_meta > feature_map.is_meta:
-        found = ", ".join([str(cells.dtype).removeprefix("torch."), str(cells.layout), str(cells.device)])
+        step = "pass windows[None] for one window" if cells.shape == (columns,) else "give one row per window"
+        raise ValueError(f"windows must have shape {form}, got {tuple(cells.shape)}; {step}")
+    if cells.dtype not in WHOLE and not (cells.is_floating_point() and columns == 5):
+        found = str(cells.dtype).removeprefix("torch.")
         raise ValueError(
             f"windows must be whole cells of the map, got {found}; project boxes with project_windows first"
         )
