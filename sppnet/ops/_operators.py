@@ -47,12 +47,16 @@ def _argmax_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tens
     return torch.from_numpy(_argmax_cpu.argmax_cells(exact, rows, levels, torch.get_num_threads()))
 
 
-def _pool_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    return torch.cat([pool_level(maps, windows, n)[0] for n in levels], dim=1).to(maps.dtype)
+def pool_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
+    rows, exact = _checked_rows(windows, maps.shape), _exact(maps)
+    return torch.cat([_pool_level(exact, rows, n)[0].flatten(1) for n in levels], dim=1).to(maps.dtype)
 
 
-def _argmax_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    return torch.cat([pool_level(maps, windows, n)[1] for n in levels], dim=1)
+def argmax_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
+    rows, exact, (_, channels, height, width) = _checked_rows(windows, maps.shape), _exact(maps), maps.shape
+    planes = (rows[:, :1] * channels + np.arange(channels)) * (height * width)
+    first = torch.from_numpy(planes).to(maps.device)[..., None]
+    return torch.cat([(_pool_level(exact, rows, n)[1] + first).flatten(1) for n in levels], dim=1)
 
 
 def _pool_autograd(keys: Any, maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
@@ -67,7 +71,8 @@ def _vmap(operator: Callable[..., Tensor], info: Any, in_dims: Any, *arguments: 
     """The maps of all batches become one batch."""
     (maps, windows, levels), batches = arguments, torch.arange(info.batch_size)[:, None, None]
     rows = windows.expand(len(batches), -1, -1) if in_dims[1] is None else windows.movedim(in_dims[1], 0)
-    rows, shift = (pad(rows, (1, 0)) if rows.shape[2] == 4 else rows), 0
+    rows, shift = rows if rows.is_floating_point() else rows.long(), 0
+    rows = pad(rows, (1, 0)) if rows.shape[2] == 4 else rows
     if in_dims[0] is not None:
         maps, image = maps.movedim(in_dims[0], 0), rows[..., :1]
         count, shift = maps.shape[1], batches * maps[0].numel()
@@ -94,44 +99,41 @@ def _define(name: str, dtype: torch.dtype | None, **kernels: Any) -> Any:
     return operator
 
 
-pool = _define("pool", None, CPU=_pool_on_cpu, CompositeExplicitAutograd=_pool_elsewhere, Autograd=_pool_autograd)
+pool = _define("pool", None, CPU=_pool_on_cpu, CompositeExplicitAutograd=pool_elsewhere, Autograd=_pool_autograd)
 argmax = _define(
     "argmax",
     torch.int64,
     CPU=_argmax_on_cpu,
-    CompositeExplicitAutograd=_argmax_elsewhere,
+    CompositeExplicitAutograd=argmax_elsewhere,
     Autograd=torch.library.fallthrough_kernel,  # places have no derivative
 )
 
 
-def pool_level(maps: Tensor, windows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Values and places (K, C · n²) of one level by torchvision: on any device that it serves."""
+def _pool_level(maps: Tensor, rows: NDArray[np.int64], n: int) -> tuple[Tensor, Tensor]:
+    """Values (K, C, n²) of one level and their places in the plane, by torchvision: on any device that it serves."""
     import torchvision  # noqa: F401, takes a second to import, too
 
-    rows, exact = _checked_rows(windows, maps.shape), _exact(maps)
     # right and bottom edges are inclusive there
-    regions = torch.from_numpy(rows - [0, 0, 0, 1, 1]).to(exact.device, exact.dtype)
-    values, places = (one.flatten(2) for one in torch.ops.torchvision.roi_pool(exact, regions, 1.0, n, n))
-    kind, places = (np.float64 if exact.dtype == torch.float64 else np.float32), places.long()
-    trusted = bool((exact > LEAST).all())  # others, and NaN, are never the largest there
-    for k in np.flatnonzero(_roi_pool_rounds(rows, n, kind)) if trusted else range(len(rows)):
+    regions = torch.from_numpy(rows - [0, 0, 0, 1, 1]).to(maps.device, maps.dtype)
+    values, places = (one.flatten(2) for one in torch.ops.torchvision.roi_pool(maps, regions, 1.0, n, n))
+    trusted = bool((maps > LEAST).all())  # other cells, and NaN, are never the largest there
+    for k in np.flatnonzero(_roi_pool_rounds(rows, n, maps.dtype)) if trusted else range(len(rows)):
         image, x1, y1, x2, y2 = rows[k].tolist()
-        largest, at = adaptive_max_pool2d(exact[image, :, y1:y2, x1:x2], n, return_indices=True)
+        largest, at = adaptive_max_pool2d(maps[image, :, y1:y2, x1:x2], n, return_indices=True)
         values[k] = largest.flatten(1)
         places[k] = ((y1 + at // (x2 - x1)) * maps.shape[3] + x1 + at % (x2 - x1)).flatten(1)
-    planes = torch.from_numpy(rows[:, :1] * maps.shape[1] + np.arange(maps.shape[1])).to(exact.device)
-    places += planes[..., None] * (maps.shape[2] * maps.shape[3])
-    return values.flatten(1), places.flatten(1)
+    return values, places
 
 
-def _roi_pool_rounds(rows: NDArray[np.int64], n: int, dtype: type[np.floating]) -> NDArray[np.bool_]:
+def _roi_pool_rounds(rows: NDArray[np.int64], n: int, dtype: torch.dtype) -> NDArray[np.bool_]:
     """(K,): for which windows torchvision's edges of bins, found in the map's type, are not the exact ones.
 
     A last bin of n = 7, 11 or 13 may reach one cell too far: 7 · (57 / 7) is more than 57 in float32.
     """
+    kind: type[np.floating] = np.float64 if dtype == torch.float64 else np.float32
     sides, i = (rows[:, 3:] - rows[:, 1:3])[..., None], np.arange(n)
-    bin_sides = sides.astype(dtype) / dtype(n)
-    starts, ends = np.floor(i.astype(dtype) * bin_sides), np.ceil((i + 1).astype(dtype) * bin_sides)
+    bin_sides = sides.astype(kind) / kind(n)
+    starts, ends = np.floor(i.astype(kind) * bin_sides), np.ceil((i + 1).astype(kind) * bin_sides)
     return ((starts != i * sides // n) | (ends != -(-(i + 1) * sides // n))).any(axis=(1, 2))
 
 
@@ -142,18 +144,13 @@ def _exact(maps: Tensor) -> Tensor:
 
 def _checked_rows(windows: Tensor, shape: Sequence[int]) -> NDArray[np.int64]:
     """(K, 5): the index of a map and a window inside it."""
-    given, (count, _, height, width) = windows.detach().cpu(), shape
-    whole = np.ones(len(given), bool)
-    if given.is_floating_point():
-        whole = (given.isfinite() & (given % 1 == 0)).all(dim=1).numpy()
-        given = given.double().nan_to_num().clamp(-1, 2**31)
+    given = (windows.double() if windows.is_floating_point() else windows).numpy(force=True)
+    whole, (count, _, height, width) = np.True_, shape
+    if given.dtype.kind == "f":
+        whole = (np.isfinite(given) & (np.floor(given) == given)).all(axis=1)
+        given = np.nan_to_num(given).clip(-1, 2**31)
     rows = np.zeros((len(given), 5), np.int64)
-    rows[:, 5 - given.shape[1] :] = given.numpy()
-    inside = (
-        rows.min(initial=0) >= 0 and (rows.max(axis=0, initial=0) <= (count - 1, width, height, width, height)).all()
-    )
-    if inside and whole.all() and (rows[:, 1:3] < rows[:, 3:]).all():
-        return rows
+    rows[:, 5 - given.shape[1] :] = given
     image, x1, y1, x2, y2 = rows.T
     for good, what in (
         (whole, "is not whole cells"),

@@ -47,8 +47,9 @@ def pool_cells(maps: NDArray[Any], rows: Ints, levels: Sequence[int], threads: i
     level, and within a level channel-major.
     """
     pooled = _results.array((len(rows), maps.shape[1] * sum(n * n for n in levels)), maps.dtype)
-    for image in np.unique(rows[:, 0]):
-        _pool_map(maps[image], rows[:, 1:], np.flatnonzero(rows[:, 0] == image), _plan(levels), pooled, threads)
+    for image, feature_map in enumerate(maps):
+        if len(own := np.flatnonzero(rows[:, 0] == image)) > 0:
+            _pool_map(feature_map, rows[:, 1:], own, _plan(levels), pooled, threads)
     return pooled
 
 

@@ -221,7 +221,7 @@ def _from_numbers(windows: Any) -> Tensor:
         return torch.as_tensor(windows)
     try:
         array = np.asarray(windows)
-        kinds = {"i": np.int64, "u": np.uint64, "f": np.float64}
+        kinds = {"i": np.int64, "u": np.int64, "f": np.float64}
         return torch.from_numpy(array.astype(kinds[array.dtype.kind] if array.size else np.int64))
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         raise ValueError(
