@@ -2,9 +2,10 @@
 
     python benchmarks/pool_windows.py [--rounds 7] [--threads N] [--levels 3 5 7] [--device cuda] [--precision float16]
 
-The two are timed one after the other in every round, so that a busy machine slows both; ratios are taken round by
-round. Results must be bit-equal. With SPPNET_SHARED set the windows are real proposals of one VOC image, projected at
-scale 688; otherwise random boxes of similar sizes.
+All are timed one after the other in every round, so that a busy machine slows both; ratios are taken round by round.
+On a CPU the compiled loop is called directly, too: what the operator adds is checks and torch's dispatch. Results must
+be bit-equal. With SPPNET_SHARED set the windows are real proposals of one VOC image, projected at scale 688; otherwise
+random boxes of similar sizes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from sppnet.backbones.geometry import Geometry
 from sppnet.detection.windows import project_windows
+from sppnet.ops._pool_cpu import pool_cells
 from sppnet.ops.pyramid import pool_windows
 
 CHANNELS, MAP_SIZE, LEVELS, SCALE = 256, (43, 57), (1, 2, 3, 6), 688
@@ -49,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         "roi_pool, once per level": partial(roi_pool_per_level, feature_map, regions, levels),
         "copy": partial(target.copy_, source),
     }
-    first, peer = "sppnet, map (C, H, W)", "roi_pool, once per level"
+    first, second, peer, loop = *list(ways)[:3], "compiled loop alone"
+    if device.type == "cpu":
+        rows = np.concatenate([np.zeros((len(cells), 1), np.int64), cells], axis=1)
+        ways[loop] = partial(pool_cells, last[None].numpy(), rows, levels, options.threads)
     equal = torch.equal(ways[first](), ways[peer]())
     times = alternate({name: partial(seconds, way, device) for name, way in ways.items()}, options.rounds)
     written = feature_map.element_size() * CHANNELS * len(cells) * sum(n * n for n in levels)
@@ -57,8 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(f"{describe(device)}, {options.threads} threads; {len(cells)} windows ({origin}), {options.precision}")
     print(f"{peer:<28}{milliseconds(times[peer]):>10} ms")
-    for name in list(ways)[:2]:
+    for name in (first, second):
         print(f"{name:<28}{milliseconds(times[name]):>10} ms   roi_pool / sppnet {ratio(times[peer], times[name])}")
+    if loop in times:
+        print(f"{loop:<28}{milliseconds(times[loop]):>10} ms   operator / loop {ratio(times[second], times[loop])}")
     print(f"ours writes {rates[first] / 1e9:.1f} GB/s; a copy reads and writes {rates['copy'] / 1e9:.1f} GB/s here")
     print(f"bit-equal: {equal}")
     return 0 if equal else 1

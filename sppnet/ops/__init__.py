@@ -1,7 +1,9 @@
-"""The layer: spatial pyramid pooling of whole maps and of many windows of one map (sec. 2.2, 4.1, app. A).
+"""The layer: spatial pyramid pooling of whole maps and of many windows (sec. 2.2, 4.1, app. A).
 
-    pyramid    spatial_pyramid_pool (whole map), pool_windows (many windows), SpatialPyramidPool, RoIPool
-    _pool_cpu  the compiled CPU loops behind pool_windows, imported when it is first used
+    pyramid      spatial_pyramid_pool (whole maps), pool_windows (windows), and both as layers; RoIPool
+    _operators   pool_windows as operators of torch: their dispatch, and what other devices than a CPU run
+    _pool_cpu    the compiled CPU loops behind them, imported when they are first used: the largest values
+    _argmax_cpu  and the places of these, for derivatives
 
 The folder can be copied into another project: it imports nothing of sppnet and raises plain ValueError.
 """

@@ -28,6 +28,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
 
+Ints = NDArray[np.int64]
 LANES = 256  # most channels of a block
 LANE_STEP = 16  # a block has a multiple of that many, the last ones of the last block unused
 TILE = 8  # numbers a side that are transposed at once
@@ -38,20 +39,24 @@ TABLE_BYTES = 2**28  # no squares where the table would take more
 WINDOWS_PER_PART, PARTS_PER_THREAD = 32, 8  # parts take different times: several per thread even out the work
 
 
-def pool_cells(
-    feature_map: NDArray[Any], windows: NDArray[np.int64], levels: Sequence[int], threads: int = 1
-) -> NDArray[Any]:
+def pool_cells(maps: NDArray[Any], rows: Ints, levels: Sequence[int], threads: int = 1) -> NDArray[Any]:
     """Maximum of every bin of every window.
 
-    feature_map: (C, H, W), float32 or float64, without NaN, at least one cell; windows: (R, 4) int64 xyxy cells,
-    half-open, not empty and inside the map (neither is checked here). Returns (R, C · Σn²): level after level, and
-    within a level channel-major.
+    maps: (N, C, H, W), float32 or float64, without NaN, at least one cell each; rows: (K, 5) int64, the index of a map
+    and xyxy cells, half-open, not empty and inside the map (neither is checked here). Returns (K, C · Σn²): level after
+    level, and within a level channel-major.
     """
-    (channels, height, width), plan = feature_map.shape, _plan(levels)
-    pooled = _results.array((len(windows), channels * sum(n * n for n in levels)), feature_map.dtype)
-    if len(windows) == 0:
-        return pooled
-    unique, begins, rows = _group_windows(windows, height, width)
+    pooled = _results.array((len(rows), maps.shape[1] * sum(n * n for n in levels)), maps.dtype)
+    for image, feature_map in enumerate(maps):
+        if len(own := np.flatnonzero(rows[:, 0] == image)) > 0:
+            _pool_map(feature_map, rows[:, 1:], own, _plan(levels), pooled, threads)
+    return pooled
+
+
+def _pool_map(feature_map: NDArray[Any], windows: Ints, own: Ints, plan: Ints, pooled: Any, threads: int) -> None:
+    """The windows of one map, (C, H, W), into their rows of the result."""
+    channels, height, width = feature_map.shape
+    unique, begins, order = _group_windows(windows[own], height, width)
     blocks = -(-channels // LANES)
     lanes = -(-channels // (blocks * LANE_STEP)) * LANE_STEP
     plane_bytes = blocks * lanes * height * width * feature_map.itemsize
@@ -59,10 +64,9 @@ def pool_cells(
     table = feature_map.transpose(1, 2, 0)[None, None]
     if planes > 1 or channels % LANE_STEP or not table.flags.c_contiguous:  # else few windows read the map itself
         table = _tables.array((blocks, planes, height, width, lanes), feature_map.dtype)
-        _in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
-    groups = unique, begins, rows
-    _in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
-    return pooled
+        in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
+    groups = unique, begins, own[order]
+    in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
 
 
 def has_nan(values: NDArray[Any]) -> bool:
@@ -70,7 +74,7 @@ def has_nan(values: NDArray[Any]) -> bool:
     return bool(_count_nan(values.ravel(order="K")))
 
 
-def _plan(levels: Sequence[int]) -> NDArray[np.int64]:
+def _plan(levels: Sequence[int]) -> Ints:
     """How to compute the levels, finest first: rows (n, m, row, source, first bin).
 
     Bins are computed into consecutive rows: those of level n begin at `row`, and are computed from those of level m,
@@ -86,9 +90,7 @@ def _plan(levels: Sequence[int]) -> NDArray[np.int64]:
     return np.array(plan, dtype=np.int64)
 
 
-def _group_windows(
-    windows: NDArray[np.int64], height: int, width: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _group_windows(windows: Ints, height: int, width: int) -> tuple[Ints, Ints, Ints]:
     """(R, 4) -> (U, 4) different windows, from top to bottom; window u is that of rows[begins[u]:begins[u + 1]]."""
     x1, y1, x2, y2 = windows.T
     key = np.ravel_multi_index((y1, x1, y2, x2), (height, width, height + 1, width + 1))
@@ -97,7 +99,7 @@ def _group_windows(
     return windows[rows[begins]], np.append(begins, len(rows)), rows
 
 
-def _count_planes(windows: NDArray[np.int64], plan: NDArray[np.int64], height: int, width: int, limit: int) -> int:
+def _count_planes(windows: Ints, plan: Ints, height: int, width: int, limit: int) -> int:
     """How many planes the table has: the cells themselves, and squares as long as they save more than they cost."""
     most = min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1)
     reads = _count_reads(windows, plan, max(most, 0) + 1)
@@ -105,7 +107,7 @@ def _count_planes(windows: NDArray[np.int64], plan: NDArray[np.int64], height: i
     return 1 + int(np.append(saved >= READS_PER_SQUARE * height * width, False).argmin())
 
 
-def _in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
+def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
     """Call run(start, stop) over `count` things, in parts of at least `least` shared by the threads."""
     count_parts = min(threads * PARTS_PER_THREAD, count // least)
     if threads == 1 or count_parts <= 1:
@@ -150,7 +152,7 @@ _results = _ReusedMemory(smallest=2**20, largest=2**28)
 _tables = _ReusedMemory(smallest=2**16, largest=2**26)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile a loop on its first call, to run without the interpreter lock; kept on disk where a folder allows it."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -190,7 +192,7 @@ def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, ta
     return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
 
 
-@_compiled
+@compiled
 def _count_nan(values: Any) -> int:
     count = 0
     for k in range(values.shape[0]):
@@ -198,7 +200,7 @@ def _count_nan(values: Any) -> int:
     return count
 
 
-@_compiled
+@compiled
 def _count_reads(windows: Any, plan: Any, planes: int) -> Any:
     """(planes,): how many vectors `_pool` reads from the table, if it has one plane, two, …"""
     reads = np.zeros(planes, np.int64)
@@ -214,7 +216,7 @@ def _count_reads(windows: Any, plan: Any, planes: int) -> Any:
     return reads
 
 
-@_compiled
+@compiled
 def _fill(feature_map: Any, table: Any, start: int, stop: int) -> None:
     """Blocks `start` … of the table (blocks, planes, H, W, lanes).
 
@@ -239,7 +241,7 @@ def _fill(feature_map: Any, table: Any, start: int, stop: int) -> None:
                         table[block, k, y, x, c] = max(above, below)
 
 
-@_compiled
+@compiled
 def _largest(grid: Any, first: int, width: int, box: Any, side: int, out: Any, row: int) -> None:
     """out[row] = the largest vectors of grid in box = (y1, y2, x1, x2).
 
@@ -260,7 +262,7 @@ def _largest(grid: Any, first: int, width: int, box: Any, side: int, out: Any, r
                     out[row, k] = max(out[row, k], max(max(grid[a, k], grid[b, k]), max(grid[c, k], grid[d, k])))
 
 
-@_compiled
+@compiled
 def _pool(table: Any, groups: Any, plan: Any, pooled: Any, start: int, stop: int) -> None:
     """Windows `start` … of `_group_windows` into their rows of the result (R, C · Σn²)."""
     (blocks, planes, height, width, lanes), (windows, begins, rows) = table.shape, groups

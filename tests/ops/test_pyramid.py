@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +19,12 @@ from hypothesis import strategies as st
 from reference import pyramid_vector
 from torch.nn.functional import adaptive_max_pool2d
 
+from sppnet.ops import pyramid
+from sppnet.ops._operators import argmax, argmax_elsewhere, pool, pool_elsewhere
 from sppnet.ops.pyramid import (
     RoIPool,
     SpatialPyramidPool,
+    WindowPool,
     bin_count,
     pool_windows,
     sliding_pool,
@@ -53,9 +60,19 @@ def crop_by_crop(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[i
     return torch.stack(rows)
 
 
-def with_roi_pool(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[int, ...]) -> torch.Tensor:
+def with_gradient(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[int, ...]) -> torch.Tensor:
     """The path of maps that require a gradient."""
     return pool_windows(feature_map.detach().requires_grad_(), windows, levels).detach()
+
+
+def with_roi_pool(feature_map: torch.Tensor, windows: np.ndarray, levels: tuple[int, ...]) -> torch.Tensor:
+    """What a GPU runs, on the CPU: its values, which are also those at its places."""
+    cells = torch.from_numpy(np.asarray(windows, dtype=np.int64))
+    values = pool_elsewhere(feature_map[None], cells, levels)
+    places = argmax_elsewhere(feature_map[None], cells, levels)
+    assert torch.equal(feature_map.reshape(-1)[places].nan_to_num(7e4), values.nan_to_num(7e4))
+    assert torch.equal(places, argmax(feature_map[None], cells, levels))
+    return values
 
 
 @given(
@@ -77,6 +94,7 @@ def test_windows_equal_adaptive_max_pooling_of_the_crop_bit_for_bit(
     windows = random_windows(count, height, width, seed)
     expected = crop_by_crop(feature_map, windows, levels)
     assert torch.equal(pool_windows(given, windows, levels), expected)
+    assert torch.equal(with_gradient(given, windows, levels), expected)
     assert torch.equal(with_roi_pool(given, windows, levels), expected)
 
 
@@ -253,9 +271,35 @@ def test_nan_and_infinity_propagate_as_in_torch():
     feature_map[0, 1, 1], feature_map[1], feature_map[2, 3, 3] = torch.nan, -torch.inf, torch.inf
     windows = random_windows(30, 6, 6)
     expected = crop_by_crop(feature_map, windows, (1, 2, 3))
-    assert torch.equal(pool_windows(feature_map, windows, (1, 2, 3)).nan_to_num(7e7), expected.nan_to_num(7e7))
-    without_nan = feature_map[1:]
-    assert torch.equal(pool_windows(without_nan, windows, (1, 2, 3)), crop_by_crop(without_nan, windows, (1, 2, 3)))
+    for way in (pool_windows, with_gradient, with_roi_pool):
+        assert torch.equal(way(feature_map, windows, (1, 2, 3)).nan_to_num(7e7), expected.nan_to_num(7e7))
+        without_nan = feature_map[1:]
+        assert torch.equal(way(without_nan, windows, (1, 2, 3)), crop_by_crop(without_nan, windows, (1, 2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min, -1e300])
+def test_the_lowest_numbers_of_a_type_are_pooled(dtype, lowest):
+    feature_map = torch.full((2, 5, 4), lowest, dtype=torch.float64).to(dtype)
+    feature_map[1, 2:] = torch.tensor(-3.0)
+    windows = random_windows(20, 5, 4)
+    expected = crop_by_crop(feature_map, windows, (1, 2, 3))
+    for way in (pool_windows, with_gradient, with_roi_pool):
+        assert torch.equal(way(feature_map, windows, (1, 2, 3)), expected)
+
+
+@pytest.mark.parametrize("special", [None, torch.nan, torch.inf, -torch.inf])
+def test_the_gradient_goes_where_that_of_the_crop_goes_also_among_equal_cells(special):
+    feature_map = torch.randint(0, 3, (3, 8, 9), generator=torch.Generator().manual_seed(1)).double()
+    if special is not None:
+        feature_map[:, 2:7:2, 1:8:3] = special
+    for n in (1, 2, 3, 6):  # level by level: sums of whole numbers do not depend on their order
+        for window in random_windows(20, 8, 9).tolist():
+            ours, theirs = feature_map.clone().requires_grad_(), feature_map.clone().requires_grad_()
+            weights = torch.arange(3.0 * n * n, dtype=torch.float64) + 1
+            pool_windows(ours, [window], (n,))[0].backward(weights)
+            adaptive_max_pool2d(theirs[:, window[1] : window[3], window[0] : window[2]], n).flatten().backward(weights)
+            assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_levels_too_fine_for_roi_pool_are_exact_too():
@@ -338,18 +382,343 @@ def test_windows_that_cannot_be_pooled_are_refused(windows, message):
         pool_windows(random_map(2, 7, 8), windows, (1, 2))
 
 
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([[[0, 0, 1, 1]]], r"a list of one \(R, 4\) per map, got 1 for a batch of 2 maps"),
+        ([[0, 0, 1, 1], [0, 0, 1, 1]], r"must have shape \(K, 5\), or be a list of one \(R, 4\) per map, got \(2, 4\)"),
+        (np.zeros((2, 1, 4), int), r"got \(2, 1, 4\)"),
+        ([0, 0, 0, 1, 1], r"got \(5,\); pass windows\[None\]"),
+        ([[2, 0, 0, 1, 1]], "window 0 of map 2 names no map of the batch of 2"),
+        ([[0, 0, 0, 1, 1], [-1, 0, 0, 1, 1]], "window 0 of map -1 names no map"),
+        (
+            [[], [[0, 0, 1, 1], [0, 0, 9, 1]]],
+            r"window 1 of map 1 is not inside the map of 7 × 8 cells: got \[0, 0, 9, 1\]",
+        ),
+        ([[0, 0, 0, 1, 1], [1, 0, 0, 1, 1], [0, 3, 0, 3, 1]], "window 1 of map 0 is empty"),
+        (
+            np.array([[0, 0, 0, 1, 1], [1, 0, 0.5, 1, 1]]),
+            r"window 0 of map 1 is not whole cells: got \[0.0, 0.5, 1.0, 1.0\]",
+        ),
+        (torch.tensor([[0, 0, 0, torch.nan, 1]]), "window 0 of map 0 is not whole cells"),
+        (torch.tensor([[0, 0, 0, torch.inf, 1]]), "window 0 of map 0 is not whole cells"),
+        (torch.tensor([[0, 0, 0, 1e30, 1]]), "window 0 of map 0 is not inside"),
+        ([[[0.0, 0.0, 1.0, 1.0]], []], "must be whole cells of the map, got float64; project boxes"),
+        ([[0, 0, 0, 2**63, 1]], "window 0 of map 0 is"),
+    ],
+)
+def test_windows_of_a_batch_that_cannot_be_pooled_are_refused(windows, message):
+    with pytest.raises(ValueError, match=message):
+        pool_windows(torch.zeros(2, 2, 7, 8), windows, (1, 2))
+
+
 def test_maps_and_levels_that_cannot_be_pooled_are_refused():
-    with pytest.raises(ValueError, match=r"feature_map must have shape \(C, H, W\).*one image's map at a time"):
-        pool_windows(torch.zeros(1, 2, 7, 8), [[0, 0, 1, 1]], (1,))
-    with pytest.raises(ValueError, match=r"must be floating point, got torch.int64; convert it with .float\(\)"):
-        pool_windows(torch.zeros(2, 7, 8, dtype=torch.int64), [[0, 0, 1, 1]], (1,))
-    with pytest.raises(ValueError, match=r"at least one cell, got \(2, 0, 8\); a map without cells"):
-        spatial_pyramid_pool(torch.zeros(2, 0, 8), (1,))
-    for levels in ((), (0, 1), (1.5,)):
-        with pytest.raises(ValueError, match=r"levels must be whole numbers from 1 on, got .*\(1, 2, 3, 6\)"):
+    for call in (lambda one: pool_windows(one, [], (1,)), lambda one: spatial_pyramid_pool(one, (1,))):
+        with pytest.raises(ValueError, match=r"must be a tensor, got ndarray; torch.from_numpy makes one"):
+            call(np.zeros((2, 7, 8), np.float32))
+        with pytest.raises(ValueError, match=r"must be floating point .* got torch.int64, .*\.float\(\)"):
+            call(torch.zeros(2, 7, 8, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"and dense, got .* torch.sparse_coo; .*\.to_dense\(\)"):
+            call(torch.zeros(2, 7, 8).to_sparse())
+        with pytest.raises(ValueError, match=r"at least one cell, got \(2, 0, 8\); a map without cells"):
+            call(torch.zeros(2, 0, 8))
+        with pytest.raises(ValueError, match=r"must have shape \(C, H, W\) or \(N, C, H, W\) .* got \(7, 8\)"):
+            call(torch.zeros(7, 8))
+    for levels in ((), (0, 1), (1.5,), (True,), 3, "12", None, (1, 1001)):
+        with pytest.raises(ValueError, match=r"levels must be whole numbers from 1 to 1000, got .*\(1, 2, 3, 6\)"):
             SpatialPyramidPool(levels)
-    with pytest.raises(ValueError, match="side and n must be at least 1, got 0 and 6; give the side"):
+    with pytest.raises(ValueError, match="side must be a whole number from 1 on, got 0; give side as an int"):
         sliding_pool(0, 6)
+    with pytest.raises(ValueError, match=r"size must be a whole number from 1 on, got 2\.5"):
+        RoIPool(2.5)
+    with pytest.raises(ValueError, match="channels must be a whole number from 1 on, got True"):
+        WindowPool().out_features(True)
+
+
+# --- a batch ----------------------------------------------------------------------------------------
+
+INDEX = np.array([[2, 0, 0, 9, 7], [0, 1, 2, 8, 3], [2, 4, 4, 5, 5], [0, 0, 0, 9, 7], [0, 3, 1, 8, 7]])
+OF_EACH = [INDEX[INDEX[:, 0] == image, 1:] for image in range(3)]  # none of map 1
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [INDEX, INDEX.tolist(), INDEX.astype(np.float32), torch.from_numpy(INDEX), torch.from_numpy(INDEX).bfloat16()],
+)
+def test_windows_of_a_batch_may_name_their_map(windows):
+    maps = torch.stack([random_map(5, 7, 9, seed) for seed in range(3)])
+    expected = torch.stack([spatial_pyramid_pool(maps[i, :, b:d, a:c], (1, 3)) for i, a, b, c, d in INDEX])
+    assert torch.equal(pool_windows(maps, windows, (1, 3)), expected)
+    assert torch.equal(with_gradient(maps, windows, (1, 3)), expected)
+    assert torch.equal(pool_elsewhere(maps, torch.as_tensor(windows), (1, 3)), expected)
+    places = argmax(maps, torch.as_tensor(windows), (1, 3))
+    assert torch.equal(argmax_elsewhere(maps, torch.as_tensor(windows), (1, 3)), places)
+    assert torch.equal(maps.reshape(-1)[places], expected)
+    assert torch.equal(RoIPool(3)(maps, windows).flatten(1), expected[:, 5:])
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [OF_EACH, [one.tolist() for one in OF_EACH], tuple(torch.from_numpy(one).int() for one in OF_EACH),
+     [OF_EACH[0], np.zeros(0), torch.from_numpy(OF_EACH[2])]],
+)  # fmt: skip
+def test_windows_of_a_batch_may_be_listed_per_map(windows):
+    maps = torch.stack([random_map(5, 7, 9, seed) for seed in range(3)]).contiguous(memory_format=torch.channels_last)
+    expected = torch.cat([pool_windows(one, cells, PAPER) for one, cells in zip(maps, OF_EACH, strict=True)])
+    assert torch.equal(WindowPool()(maps, windows), expected)
+    maps.requires_grad_()
+    pool_windows(maps, windows, (2,)).sum().backward()
+    assert (maps.grad[1] == 0).all()
+    assert maps.grad.sum() == 5 * 5 * 4
+
+
+def test_the_place_of_a_nan_map_of_a_batch_is_its_own():
+    maps = torch.stack([random_map(4, 6, 6, seed) for seed in range(3)])
+    maps[1, 2, 3, 3] = torch.nan
+    windows = [[[0, 0, 6, 6]], [[0, 0, 6, 6], [0, 0, 3, 3]], [[1, 2, 5, 4]]]
+    found = pool_windows(maps, windows, (1, 2))
+    expected = torch.cat([crop_by_crop(one, np.array(cells), (1, 2)) for one, cells in zip(maps, windows, strict=True)])
+    assert torch.equal(found.nan_to_num(7e7), expected.nan_to_num(7e7))
+
+
+NONE = [
+    [],
+    (),
+    np.zeros(0),
+    np.zeros((0, 4)),
+    torch.zeros(0),
+    torch.zeros((0, 4), dtype=torch.bool),
+    np.zeros((0, 5), "U3"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own forward mode uses it
+@pytest.mark.parametrize("windows", NONE)
+def test_no_windows_are_an_answer_of_every_map_and_derivative(windows):
+    for maps in (random_map(4, 7, 8), torch.zeros(2, 4, 7, 8), torch.zeros(0, 4, 7, 8)):
+        given = maps.clone().requires_grad_()
+        pooled = pool_windows(given, windows, (1, 2))
+        assert pooled.shape == (0, 20)
+        pooled.sum().backward()
+        assert torch.equal(given.grad, torch.zeros_like(maps))
+        assert torch.vmap(lambda one: pool_windows(one, windows, (1, 2)))(maps[None].expand(3, *maps.shape)).shape == (
+            3,
+            0,
+            20,
+        )
+        tangent = torch.func.jvp(lambda one: pool_windows(one, windows, (1, 2)), (maps,), (maps,))[1]
+        assert tangent.shape == (0, 20)
+        assert torch.func.grad(lambda one: pool_windows(one, windows, (1, 2)).sum())(maps).shape == maps.shape
+        assert RoIPool(2)(maps, windows).shape == (0, 4, 2, 2)
+
+
+def test_a_batch_of_no_maps_has_no_vectors():
+    maps = torch.zeros(0, 4, 7, 8, requires_grad=True)
+    SpatialPyramidPool((1, 2))(maps).sum().backward()
+    assert maps.grad.shape == maps.shape
+    assert SpatialPyramidPool((1, 2))(maps).shape == (0, 20)
+
+
+def test_maps_without_memory_give_vectors_without_memory():
+    pooled = pool_windows(torch.zeros(4, 7, 8, device="meta"), [[0, 0, 1, 1]] * 3, (1, 2))
+    assert pooled.is_meta
+    assert pooled.shape == (3, 20)
+    with pytest.raises(ValueError, match=r"windows must be a dense tensor with values, got .* on meta; pass a list"):
+        pool_windows(torch.zeros(4, 7, 8), torch.zeros(1, 4, dtype=torch.int64, device="meta"), (1, 2))
+
+
+# --- the operator -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck asks for it
+@pytest.mark.parametrize("operator", [pool, argmax])
+def test_the_operators_keep_what_torch_asks_of_operators(operator):
+    rows = torch.from_numpy(INDEX)
+    torch.library.opcheck(operator, (torch.rand(3, 4, 7, 9, requires_grad=True), rows, (1, 3)))
+    torch.library.opcheck(operator, (torch.rand(1, 4, 7, 9, requires_grad=True), rows[:, 1:], (2,)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own forward mode uses it
+def test_derivatives_of_every_mode_and_order_are_right():
+    maps, rows = torch.stack([random_map(2, 7, 9, seed, torch.float64) for seed in range(3)]), torch.from_numpy(INDEX)
+    run = lambda given: pool_windows(given, rows, (1, 2))  # noqa: E731
+    given = maps.clone().requires_grad_()
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(run, given, **modes)
+    assert torch.autograd.gradgradcheck(lambda one: run(one) ** 2, given)
+
+
+def test_windows_may_differ_from_batch_to_batch_of_vmap():
+    maps, windows = (
+        torch.stack([random_map(5, 7, 9, seed) for seed in range(3)]),
+        torch.from_numpy(random_windows(12, 7, 9)),
+    )
+    several = windows.reshape(3, 4, 4).to(torch.uint16)
+    run = lambda one, cells: pool_windows(one, cells, (1, 3))  # noqa: E731
+    expected = torch.stack([run(one, cells) for one, cells in zip(maps, several, strict=True)])
+    assert torch.equal(torch.vmap(run)(maps, several), expected)
+    assert torch.equal(torch.vmap(run, in_dims=(1, 1))(maps.movedim(0, 1), several.movedim(0, 1)), expected)
+    assert torch.equal(torch.vmap(run, in_dims=(None, 0))(maps[0], several).flatten(0, 1), run(maps[0], windows))
+    nested = torch.vmap(torch.vmap(run, in_dims=(0, None)), in_dims=(None, 0))(maps, several)
+    assert torch.equal(nested[2, 1], run(maps[1], several[2]))
+
+
+@pytest.mark.parametrize("row", [[1, 0, 0, 1, 1], [-1, 0, 0, 1, 1]])
+def test_a_row_of_vmap_does_not_reach_the_next_batch(row):
+    with pytest.raises(ValueError, match="names no map of the batch"):
+        torch.vmap(lambda one: pool_windows(one, torch.tensor([row]), (1,)))(torch.zeros(2, 1, 3, 4, 5))
+
+
+def test_copies_of_the_folder_have_operators_of_their_own(tmp_path, monkeypatch):
+    shutil.copytree(
+        Path(pyramid.__file__).parent, tmp_path / "copied_pyramid", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    feature_map, windows = random_map(2, 5, 6).requires_grad_(), [[0, 1, 4, 5]]  # the loop that compiles faster
+    expected, functions = pool_windows(feature_map, windows, PAPER), []
+    for _ in range(2):  # the second time under the same name, while the first is still used
+        functions.append(importlib.import_module("copied_pyramid.pyramid").pool_windows)
+        for name in [name for name in sys.modules if name.startswith("copied_pyramid")]:
+            del sys.modules[name]
+    for function in (pool_windows, *functions):
+        assert torch.equal(function(feature_map, windows, PAPER), expected)
+        with pytest.raises(ValueError, match="window 0 is empty"):
+            function(feature_map, [[0, 1, 0, 5]], PAPER)
+
+
+# --- anything ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def maps_and_windows(draw):
+    """Maps, windows in one of the forms, and the same windows as rows (index of the map, cells)."""
+    height, width, channels, count = (draw(st.integers(1, most)) for most in (12, 12, 5, 3))
+    single, dtype = (
+        draw(st.booleans()),
+        draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])),
+    )
+    values = draw(st.sampled_from([1, 2, 1000]))  # many equal cells, and few
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    maps = torch.randint(-values, values + 1, (count, channels, height, width), generator=generator).to(dtype)
+    if draw(st.booleans()):
+        maps = maps.contiguous(memory_format=torch.channels_last)
+    rows = draw(st.lists(st.tuples(st.integers(0, 0 if single else count - 1), *[st.integers(0, 11)] * 4), max_size=6))
+    ordered = [(i, *sorted((a % width, c % width)), *sorted((b % height, d % height))) for i, a, b, c, d in rows]
+    cells = np.array([(i, x1, y1, x2 + 1, y2 + 1) for i, x1, x2, y1, y2 in ordered], np.int64).reshape(-1, 5)
+    form = draw(st.sampled_from([np.asarray, torch.from_numpy, np.ndarray.tolist, lambda one: one.astype(np.uint8)]))
+    if single:
+        return maps[0], form(cells[:, 1:]), cells
+    if draw(st.booleans()):
+        return maps, form(cells if draw(st.booleans()) else cells.astype(np.float64)), cells
+    cells = cells[np.argsort(cells[:, 0], kind="stable")]
+    return maps, [form(cells[cells[:, 0] == image, 1:]) for image in range(count)], cells
+
+
+@given(maps_and_windows(), st.lists(st.integers(1, 7), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_valid_windows_equal_the_definition_written_as_loops(given_maps, levels, gradient):
+    maps, windows, cells = given_maps
+    batch = (maps if maps.ndim == 4 else maps[None]).double().numpy()
+    expected = [pyramid_vector(batch[image], window, levels) for image, *window in cells.tolist()]
+    pooled = (with_gradient if gradient else pool_windows)(maps, windows, levels)
+    assert pooled.dtype == maps.dtype
+    assert np.array_equal(pooled.double().numpy(), np.reshape(expected, (-1, batch.shape[1] * bin_count(levels))))
+    whole = spatial_pyramid_pool(maps, levels).double().reshape(len(batch), -1).numpy()
+    height, width = batch.shape[2:]
+    assert np.array_equal(whole, [pyramid_vector(one, (0, 0, width, height), levels) for one in batch])
+    assert SpatialPyramidPool(levels).out_features(batch.shape[1]) == whole.shape[1]
+
+
+NUMBERS = [None, True, False, 0, -1, 1.0, "1", 2**70, torch.tensor(2), np.float64(2), np.array([2]), [2], object()]
+BAD_LEVELS = [
+    *[(n,) for n in NUMBERS], (), [], {1}, {1: 2}, "12", b"12", 3, None, iter((1,)), np.array(3), np.array([1.5]),
+    np.array([[1]]), np.array([True]), torch.tensor([1]), [1, 1001], [[1]], range(3),
+]  # fmt: skip
+BAD_MAPS = [
+    None, 1.0, "map", [[[1.0]]], np.zeros((2, 5, 6)), torch.zeros(()), torch.zeros(5), torch.zeros(5, 6),
+    torch.zeros(1, 1, 2, 5, 6), torch.zeros(0, 5, 6), torch.zeros(2, 5, 0), torch.zeros(2, 0, 5, 6),
+    torch.zeros(2, 5, 6).int(), torch.zeros(2, 5, 6).bool(), torch.zeros(2, 5, 6, dtype=torch.complex64),
+    torch.zeros(2, 5, 6).to(torch.float8_e4m3fn), torch.zeros(2, 5, 6).to_sparse(),
+]  # fmt: skip
+BAD_WINDOWS = [
+    None, 1, 1.5, "ab", b"ab", {}, {1}, object(), iter([]), [1], [None], ["a"], [[0, 0, 1]], [[0, 0, 1, 1], [0]],
+    [[0, 0, 1, 2**70]], [[0, 0, 1, None]], [["0", "0", "1", "1"]], [[0, 0, 1.0, 1]], [[0, 0, 1j, 1]],
+    [[False, False, True, True]], [0, 0, 1, 1], [[[0, 0, 1, 1, 1]]], [[[[0, 0, 1, 1]]]],
+    np.zeros((1, 4), object), np.zeros((1, 4), "M8[s]"), np.zeros(1, [("x", int)]), np.zeros((1, 4)),
+    torch.zeros(1, 4), torch.zeros(1, 4).bool(), torch.zeros(1, 4).to_sparse(), torch.zeros(1, 4, device="meta"),
+    torch.zeros(1, 4, dtype=torch.complex64), torch.tensor(1), [torch.tensor([0, 0, 1, 1]), None],
+    [torch.zeros(1, 3)], [np.zeros((1, 5), int)], [[[0, 0, 1, 1]]] * 5,
+]  # fmt: skip
+
+
+def refused(call) -> None:
+    """With an error of ours: neither one from inside a library, nor an answer."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    *_, last = traceback.extract_tb(error.value.__traceback__)
+    assert Path(last.filename).is_relative_to(Path(pyramid.__file__).parent), last
+    assert type(error.value) is ValueError
+    assert "; " in str(error.value)  # the next step
+
+
+@given(bad=st.sampled_from(BAD_LEVELS))
+@settings(max_examples=len(BAD_LEVELS), deadline=None)
+def test_anything_else_than_levels_is_refused(bad):
+    feature_map = torch.zeros(2, 5, 6)
+    for call in (bin_count, SpatialPyramidPool, WindowPool):
+        refused(lambda call=call: call(bad))
+    refused(lambda: spatial_pyramid_pool(feature_map, bad))
+    refused(lambda: pool_windows(feature_map, [], bad))
+
+
+@given(bad=st.sampled_from(NUMBERS))
+@settings(max_examples=len(NUMBERS), deadline=None)
+def test_anything_else_than_numbers_is_refused(bad):
+    if not (isinstance(bad, int) and bad > 1):
+        for call in (
+            RoIPool,
+            SpatialPyramidPool().out_features,
+            lambda one: sliding_pool(one, 3),
+            lambda one: sliding_pool(3, one),
+        ):
+            refused(lambda call=call: call(bad))
+
+
+@given(bad=st.sampled_from(BAD_MAPS), windows=st.sampled_from([[], [[0, 0, 1, 1]]]))
+@settings(max_examples=len(BAD_MAPS) * 2, deadline=None)
+def test_anything_else_than_maps_is_refused(bad, windows):
+    refused(lambda: spatial_pyramid_pool(bad, (1,)))
+    refused(lambda: SpatialPyramidPool()(bad))
+    refused(lambda: WindowPool()(bad, windows))
+
+
+@given(bad=st.sampled_from(BAD_WINDOWS), count=st.sampled_from([None, 1, 2]), gradient=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_anything_else_than_windows_is_refused(bad, count, gradient):
+    maps = torch.zeros([2, 5, 6] if count is None else [count, 2, 5, 6], requires_grad=gradient)
+    refused(lambda: WindowPool()(maps, bad))
+
+
+@given(
+    corners=st.lists(st.integers(-4, 9), min_size=4, max_size=4),
+    image=st.integers(-2, 4),
+    form=st.sampled_from([np.array, torch.tensor, list]),
+    gradient=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_windows_anywhere_are_pooled_or_refused(corners, image, form, gradient):
+    x1, y1, x2, y2 = corners
+    inside = 0 <= x1 < x2 <= 6 and 0 <= y1 < y2 <= 5
+    maps = torch.rand(3, 2, 5, 6, requires_grad=gradient)
+    for call, valid in (
+        (lambda: pool_windows(maps[0], form([corners]), (2,)), inside),
+        (lambda: pool_windows(maps, form([[0, 0, 0, 1, 1], [image, *corners]]), (2,)), inside and 0 <= image < 3),
+    ):
+        if valid:
+            assert call().shape[1] == 8
+        else:
+            refused(call)
 
 
 HEAVY = ("numba", "llvmlite", "torchvision", "cv2", "scipy", "sklearn", "matplotlib")
