@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
-from sppnet.backbones.backbone import build_backbone
+from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.classification.pretraining import pretrain_network
-from sppnet.config import STAGES, Config, FinetuneSettings
+from sppnet.config import STAGES, BackboneSettings, Config, FinetuneSettings
 from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
@@ -57,13 +59,16 @@ def train_detector(
     only: Sequence[str] = STAGES,
     force: Sequence[str] = (),
     progress: bool = True,
+    backbone: nn.Module | None = None,
 ) -> SPPDetector | None:
     """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete.
 
-    The settings go to root/config.yaml. Files that are missing or do not fit are an error before anything is written.
-    What depends on a stage run from scratch is deleted too, and so is the detector of an earlier training.
+    `backbone`: a network of your own in place of what config.backbone names. The settings go to root/config.yaml. Files
+    that are missing or do not fit are an error before anything is written. What depends on a stage run from scratch is
+    deleted too, and so is the detector of an earlier training.
     """
-    training = Training(config, root, torch.device(device), progress)
+    training = Training(config, root, torch.device(device), progress, backbone)
+    config = training.asked
     graph = training.graph
     runtime = resolve_runtime(config.maps.runtime, device)
     log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
@@ -85,13 +90,30 @@ def train_detector(
 class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
-    def __init__(self, config: Config, root: Path, device: torch.device, progress: bool = True) -> None:
-        self.asked, self.device, self.progress = config, device, progress
+    def __init__(
+        self,
+        config: Config,
+        root: Path,
+        device: torch.device,
+        progress: bool = True,
+        module: nn.Module | None = None,
+    ) -> None:
+        if module is not None:
+            given = config.backbone.model_copy(update={"name": None, "module": "object", "layer": None})
+            config = config.model_copy(update={"backbone": given})
+        self.asked, self.device, self.progress, self.module = config, device, progress, module
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
-        self.graph = StageGraph(root, self.config, load_run_data(config))
+        digest = ""
+        if config.backbone.module is not None:
+            own = self.build_backbone(self.config.backbone.without_weights())
+            _, digest = own.geometry, content_digest(own)  # a network that is no grid is refused here
+        self.graph = StageGraph(root, self.config, load_run_data(config), digest)
         self.classes = self.graph.data.classes
-        self.networks = TrainingNetworks(self.graph, device)
+        self.networks = TrainingNetworks(self.graph, device, module)
+
+    def build_backbone(self, settings: BackboneSettings, seed: int = 0) -> Backbone:
+        return build_backbone(settings, seed, self.module)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
@@ -120,7 +142,7 @@ class Training:
         if not self.config.pretrain.enabled:
             _ = self.networks.backbone
         elif self._needs_start_of("pretrain"):
-            build_backbone(self.config.backbone)
+            self.build_backbone(self.config.backbone)
         self.networks.check_ranks()
         if self.config.head.init != "random" and self._needs_start_of("finetune"):
             self.networks.started_head()
@@ -171,7 +193,7 @@ class Training:
         folder = self.graph.folder("pretrain")
         if self._exists(folder / "network.safetensors"):
             return "reused"
-        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
+        backbone = self.build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
@@ -183,7 +205,7 @@ class Training:
     def maps(self) -> str:
         config, data = self.config, self.graph.data
         pretrained, kind = self.networks.pretrained_path, config.maps.runtime
-        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device)
+        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.module)
         workers = 0 if self.device.type == "cpu" else 1
         folder, flipped = self.graph.folder("maps"), self.graph.flipped
         done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)

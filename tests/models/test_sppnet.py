@@ -169,14 +169,14 @@ def test_a_checkpoint_that_is_not_named_or_not_there_is_reported(tmp_path):
     ):
         load_head_checkpoint(small_head(), HeadSettings())
     with pytest.raises(
-        SppnetError, match=r"none: no such classification checkpoint; set head\.checkpoint to an existing"
+        SppnetError, match=r"none: expected a weight file, but there is no such file; check head\.checkpoint"
     ):
         load_head_checkpoint(small_head(), HeadSettings(checkpoint=tmp_path / "none"))
 
 
 def test_a_checkpoint_of_another_format_is_reported(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 something else entirely")
-    with pytest.raises(SppnetError, match=r"x\.pth: not a \.safetensors file; give an SPP classification checkpoint"):
+    with pytest.raises(SppnetError, match=r"x\.pth: expected a complete \.pth file of plain tensors"):
         load_head_checkpoint(small_head(), HeadSettings(checkpoint=tmp_path / "x.pth"))
 
 
