@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,3 +42,10 @@ def number() -> int:
 
 def failing() -> nn.Module:
     raise FileNotFoundError("weights.pth")
+
+
+def different() -> nn.Module:
+    """Weights from a source that no seed of torch reaches."""
+    module = SmallResidual()
+    module.stem.bias.data[0] = random.SystemRandom().random()
+    return module

@@ -106,7 +106,8 @@ class _Axis:
 
     def grid(self) -> Grid:
         """Stride and first centre along this axis."""
-        for length in LENGTHS:
+        lengths = [length for length in LENGTHS if length >= self.width]  # those large enough for the network
+        for length in lengths:
             middle, cells = length // 2, len(self.seen(length, 0, 0))
             # The first cell behind all that see something before the middle, and the first that sees something behind.
             before, behind = (np.flatnonzero(self.seen(length, *part)) for part in ((0, middle), (middle, length)))
@@ -115,8 +116,8 @@ class _Axis:
             if inside and not self.seen(length, length - 1, length)[high + CELLS - 1]:
                 break
         else:
-            few = len(self.seen(LENGTHS[0], 0, 0))
-            growth = f"got {few} cells for {LENGTHS[0]} pixels and {cells} for {length}"
+            few = len(self.seen(lengths[0], 0, 0))
+            growth = f"got {few} cells for {lengths[0]} pixels and {cells} for {length}"
             why = "none of which changes with a pixel" if not low else "each of which sees most of the image"
             raise BackboneError(
                 f"{_WANTED}, {growth}, {why if cells > few else 'whatever the image'}; take the map of an earlier layer"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.runtime import Precision, Runtime, make_runtime, resolve_precision
+from sppnet.backbones.runtime import Precision, Runtime, device_of, make_runtime, resolve_precision
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
@@ -112,7 +112,7 @@ class SPPDetector:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return device_of(self.backbone)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was made when first used: a compiled runtime cannot be copied."""
@@ -193,7 +193,7 @@ class SPPDetector:
         except BackboneError:  # a network of one's own that is not there
             raise
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{folder / 'detector.json'}: {_OTHER_VERSION} ({reason})") from None
         return detector.to(device)
 

@@ -108,6 +108,11 @@ class Training:
         if config.backbone.module is not None:
             own = self.build_backbone(self.config.backbone.without_weights())
             _, digest = own.geometry, content_digest(own)  # a network that is no grid is refused here
+            if content_digest(self.build_backbone(self.config.backbone.without_weights())) != digest:
+                raise SppnetError(
+                    f"backbone.module={config.backbone.module}: expected the same network at every call, because each "
+                    "process makes its own, got other weights; load them from a file, or draw them with torch alone"
+                )
         self.graph = StageGraph(root, self.config, load_run_data(config), digest)
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device, module)
