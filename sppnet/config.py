@@ -100,7 +100,7 @@ class WeightsSettings(Settings):
 class BackboneSettings(Settings):
     """The convolutional layers below the pyramid."""
 
-    name: str | None = "zf5"  # None where `module` gives a network of your own
+    name: str | None = "zf5"  # None = `module` gives a network of your own
     module: str | None = None  # package.module:function that returns one; "object": the one given in Python
     layer: str | None = None  # last layer to run, in the backbone's own names; None = the backbone's default
     weights: WeightsSettings = WeightsSettings()

@@ -29,6 +29,7 @@ _MAIN_PATH = {  # blocks with branches -> the children that decide stride and ce
     InvertedResidual: ("conv",),
     Fire: ("squeeze", "expand3x3"),
 }
+_IN_PLACE = {f"torch.nn.modules.{kind}" for kind in ("activation", "batchnorm", "dropout")}  # cell by cell
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,15 @@ def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | LocalRe
     if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocalResponseNorm):
         yield module
         return
-    if hasattr(module, "kernel_size"):
+    names, children = _MAIN_PATH.get(type(module)), list(module.children())
+    in_order = type(module).forward is nn.Sequential.forward
+    in_place = not children and (type(module).__module__ in _IN_PLACE or type(module) is nn.Identity)
+    if names is None and not in_order and not in_place:
         raise TypeError(
-            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d"
+            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d, "
+            "one behind the other, or Geometry.of(module), which runs the network"
         )
-    names = _MAIN_PATH.get(type(module))
-    for child in module.children() if names is None else [getattr(module, name) for name in names]:
+    for child in children if names is None else [getattr(module, name) for name in names]:
         yield from _main_path(child)
 
 
@@ -182,7 +186,7 @@ def _restride_shortcuts(module: nn.Module) -> None:
 def _int(value: Any) -> int:
     """A layer's number, given once or once per axis."""
     both = value if isinstance(value, tuple) else (value, value)
-    if both[0] != both[1]:
+    if both[0] != both[1] or not isinstance(both[0], int):
         raise TypeError(f"expected the same number for both axes of a layer, got {value}")
     return int(both[0])
 
