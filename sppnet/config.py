@@ -123,6 +123,10 @@ class BackboneSettings(Settings):
             raise ValueError(f"module={self.module}: expected package.module:function, e.g. my_networks:resnet")
         return self
 
+    def of_object(self) -> BackboneSettings:
+        """The same for a network that is given in Python."""
+        return self.model_copy(update={"name": None, "module": "object", "layer": None})
+
     def without_weights(self) -> BackboneSettings:
         """The same layers with random weights: those wanted are loaded from elsewhere, or only shapes matter."""
         return self.model_copy(update={"weights": self.weights.model_copy(update={"source": "random"})})

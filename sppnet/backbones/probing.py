@@ -52,22 +52,20 @@ def probe(module: nn.Module) -> Grid:
         raise BackboneError(f"{_WANTED}, got {type(module).__name__}; give a torch.nn.Module")
     with _undisturbed(module):
         width, channels = _narrowest(module)
-        down, right = (_Axis(module, axis, width, channels) for axis in (2, 3))
-        grid = down.grid()
-        if right.alike(down):
-            return grid
-        other = right.grid()
-    raise BackboneError(
-        f"{_WANTED}, the same in both axes, got stride {grid.stride} and first centre {grid.first_centre:g} downwards, "
-        f"{other.stride} and {other.first_centre:g} to the right; give both axes the same layers"
-    )
+        down, right = (_along(module, axis, width, channels) for axis in (2, 3))
+    if down != right:
+        raise BackboneError(
+            f"{_WANTED}, the same in both axes, got stride {down[0]} and first centre {down[1]:g} downwards, "
+            f"{right[0]} and {right[1]:g} to the right; give both axes the same layers"
+        )
+    return Grid(*down, channels, width)
 
 
 def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
     """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network."""
     try:
         with _undisturbed(module):
-            return _run(module, _strip(module, axis, side, width), marked=False).shape[axis]
+            return _run(module, _random_images(module, axis, side, width), marked=False).shape[axis]
     except BackboneError:
         return 0
 
@@ -76,7 +74,7 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     """The first of WIDTHS that gives two cells, and the channels of the map."""
     error = None
     for width in WIDTHS:
-        images = _strip(module, 2, 256, width)
+        images = _random_images(module, 2, 256, width)
         try:
             found = _run(module, images, marked=False)
         except BackboneError as reason:  # too narrow, or nothing that fits any image: the widest one tells
@@ -96,87 +94,75 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     raise error
 
 
-class _Axis:
-    """Strips along one axis (2 or 3), and which cells of their maps see which pixels."""
-
-    def __init__(self, module: nn.Module, axis: int, width: int, channels: int) -> None:
-        self.module, self.axis, self.width, self.channels = module, axis, width, channels
-        self.seen = functools.cache(self._seen)
-        self.decisive: list[tuple[int, int, int]] = []  # what to look at in the other axis
-
-    def grid(self) -> Grid:
-        """Stride and first centre along this axis."""
-        lengths = [length for length in LENGTHS if length >= self.width]  # those large enough for the network
-        for length in lengths:
-            middle, cells = length // 2, len(self.seen(length, 0, 0))
-            # The first cell behind all that see something before the middle, and the first that sees something behind.
-            before, behind = (np.flatnonzero(self.seen(length, *part)) for part in ((0, middle), (middle, length)))
-            low, high = int(before.max(initial=-1)) + 1, int(behind.min(initial=cells))
-            inside = min(low, high) > 0 and max(low, high) + CELLS <= cells
-            if inside and not self.seen(length, length - 1, length)[high + CELLS - 1]:
-                break
-        else:
-            few = len(self.seen(lengths[0], 0, 0))
-            growth = f"got {few} cells for {lengths[0]} pixels and {cells} for {length}"
-            why = "none of which changes with a pixel" if not low else "each of which sees most of the image"
-            raise BackboneError(
-                f"{_WANTED}, {growth}, {why if cells > few else 'whatever the image'}; take the map of an earlier layer"
-            )
-        reach = 4 * (length // cells + 1)  # more than a stride
-        start = self._first(length, low, middle, reach)
-        stride = self._first(length, low + 1, start, reach) - start
-        end = bisect.bisect_left(
-            range(length), True, middle, min(middle + reach, length), key=lambda p: not self._sees(length, p, high)
+def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
+    """Stride and first centre along an axis (2 or 3)."""
+    lengths = [length for length in LENGTHS if length >= width]  # those large enough for the network
+    for length in lengths:
+        strip, middle = _Strip(module, axis, width, channels, length), length // 2
+        # From cell `low` on nothing before the middle is seen, from cell `high` on something behind it.
+        cells, low, high = strip.cells, strip.reached(middle), strip.left(middle)
+        apart = length // max(cells, 1) + 1  # roughly a stride, and more
+        inside = min(low, high) > 0 and max(low, high) + CELLS <= strip.reached(length)
+        if inside and strip.left(max(length - 2 * apart, 0)) >= high + CELLS:  # between two cells may be a gap
+            break
+    else:
+        few = _Strip(module, axis, width, channels, lengths[0]).cells
+        why = "none of which changes with a pixel" if not low else "each of which sees most of the image"
+        raise BackboneError(
+            f"{_WANTED}, got {few} cells for {lengths[0]} pixels and {cells} for {length}, "
+            f"{why if cells > few else 'whatever the image'}; take the map of an earlier layer"
         )
-        for i in range(CELLS):
-            self.decisive += [(length, 0, start + i * stride + k) for k in (0, 1)]
-            self.decisive += [(length, end + i * stride - k, length) for k in (0, 1)]
-            begins = [bool(self.seen(*self.decisive[-4 + k])[low + i]) for k in (0, 1)]
-            ends = [bool(self.seen(*self.decisive[-2 + k])[high + i]) for k in (0, 1)]
-            if stride < 1 or begins != [False, True] or ends != [False, True]:
-                raise BackboneError(
-                    f"{_WANTED}, one stride apart, but of {CELLS} neighbours the first two begin {stride} pixels apart "
-                    "and others do not; take a map that was not enlarged or resized"
-                )
-        longer = len(self.seen(length + CELLS * stride, 0, 0))
-        self.decisive.append((length + CELLS * stride, 0, 0))
-        if longer != cells + CELLS:
+    places = range(length)
+    reach = min(middle + 8 * apart, length)  # more than two strides
+    start, following = (bisect.bisect(places, cell, middle - 1, reach, key=strip.reached) for cell in (low, low + 1))
+    end, stride = bisect.bisect(places, high, middle, reach, key=strip.left), following - start
+    for i in range(CELLS):  # they begin at `start` - 1 and end at `end` - 1, and so on in steps of a stride
+        first, last = start + i * stride, end + i * stride
+        found = strip.reached(first - 1), strip.reached(first), strip.left(last - 1), strip.left(last)
+        if stride < 1 or found != (low + i, low + i + 1, high + i, high + i + 1):
             raise BackboneError(
-                f"{_WANTED}, got {cells} cells for {length} pixels and {longer} for {length + CELLS * stride}, though "
-                f"cells lie {stride} pixels apart; do not resize the map"
+                f"{_WANTED}, one stride apart, but of {CELLS} neighbours the first two begin {stride} pixels apart and "
+                "others do not; take a map that was not enlarged or resized"
             )
-        centre = (start - low * stride + end - 1 - high * stride) / 2
-        return Grid(stride, centre, self.channels, self.width)
-
-    def alike(self, other: _Axis) -> bool:
-        """Whether the same cells see the same pixels as in the other axis, whose grid is known."""
-        return all(np.array_equal(self.seen(*place), other.seen(*place)) for place in other.decisive)
-
-    def _first(self, length: int, cell: int, start: int, reach: int) -> int:
-        """The first pixel that a cell sees, at `start` or up to `reach` behind it."""
-        stop = min(start + reach, length)
-        return bisect.bisect_left(
-            range(length), True, start, stop, key=lambda p: bool(self.seen(length, 0, p + 1)[cell])
+    longer = _Strip(module, axis, width, channels, length + CELLS * stride).cells
+    if longer != cells + CELLS:
+        raise BackboneError(
+            f"{_WANTED}, got {cells} cells for {length} pixels and {longer} for {length + CELLS * stride}, though they "
+            f"lie {stride} pixels apart; do not resize the map"
         )
+    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
 
-    def _sees(self, length: int, pixel: int, cell: int) -> bool:
-        """Whether a cell sees this pixel or one behind it."""
-        return bool(self.seen(length, pixel, length)[cell])
 
-    def _seen(self, length: int, start: int, stop: int) -> NDArray[np.bool_]:
-        """For every cell: does it see a pixel of [start, stop) of a strip of this length?"""
-        images = _strip(self.module, self.axis, length, self.width)
+class _Strip:
+    """A narrow image along one axis, and which cells of its map see which of its pixels."""
+
+    def __init__(self, module: nn.Module, axis: int, width: int, channels: int, length: int) -> None:
+        self.module, self.axis, self.channels = module, axis, channels
+        self.images = _random_images(module, axis, length, width)
+        self.seen = functools.cache(self._seen)  # where it bisects, it asks again
+        self.cells = len(self.seen(0, 0))
+
+    def reached(self, stop: int) -> int:
+        """How many cells there are up to the last that sees a pixel before `stop`."""
+        return int(np.flatnonzero(self.seen(0, stop)).max(initial=-1)) + 1
+
+    def left(self, start: int) -> int:
+        """How many cells there are before the first that sees a pixel from `start` on."""
+        return int(np.flatnonzero(self.seen(start, self.images.shape[self.axis])).min(initial=self.cells))
+
+    def _seen(self, start: int, stop: int) -> NDArray[np.bool_]:
+        images = self.images.clone()
         images.narrow(self.axis, start, stop - start).fill_(torch.nan)
         found = _run(self.module, images)
         if found.shape[1] != self.channels:
             raise BackboneError(
-                f"{_WANTED}, got {self.channels} channels for 256 × {self.width} pixels and {found.shape[1]} for "
+                f"{_WANTED}, got {self.channels} channels for one size and {found.shape[1]} for "
                 f"{images.shape[2]} × {images.shape[3]}; give every map the same channels"
             )
         return found.isnan().transpose(self.axis, 0).flatten(1).any(dim=1).cpu().numpy()
 
 
-def _strip(module: nn.Module, axis: int, length: int, width: int) -> Tensor:
+def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Tensor:
     """An image (1, 3, H, W) of the module's kind, `length` pixels along the axis and `width` across."""
     size = (length, width) if axis == 2 else (width, length)
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
@@ -203,7 +189,7 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; the mode of every part, the buffers and torch's random numbers are put back."""
     modes = {part: part.training for part in module.modules()}
     buffers = [(part, *named, named[1].clone()) for part in modes for named in part.named_buffers(recurse=False)]
-    model = _strip(module, 2, 1, 1)
+    model = _random_images(module, 2, 1, 1)
     gpus = [model.device] if model.is_cuda else []
     with contextlib.ExitStack() as stack:
         # cuDNN's convolutions by tiles, and oneDNN's in 16 bits, would spread NaN beyond the pixels that a cell sees.

@@ -190,9 +190,9 @@ class SPPDetector:
         tensors = {name: _read_part(folder, name, digest) for name, digest in description.parts.items()}
         try:
             detector = cls._from_parts(description, tensors, proposer, backbone)
-        except BackboneError:  # a network of one's own that is not there
-            raise
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
+            if isinstance(error, BackboneError) and description.config.backbone.module is not None:
+                raise
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{folder / 'detector.json'}: {_OTHER_VERSION} ({reason})") from None
         return detector.to(device)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
-from sppnet.errors import SppnetError
+from sppnet.errors import BackboneError, SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
@@ -187,6 +188,23 @@ def load_backbone(settings: BackboneSettings, pretrained: Path | None, module: n
     own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     backbone.load_state_dict(own)
     return backbone
+
+
+def own_digest(settings: BackboneSettings, module: nn.Module | None) -> str:
+    """Names a network of one's own by its layers and weights; "" for a backbone by name.
+
+    BackboneError for a network that is no grid, and for one that differs from call to call.
+    """
+    if settings.module is None:
+        return ""
+    first, second = (build_backbone(settings.without_weights(), module=module) for _ in range(2))
+    _ = first.geometry  # refused here where there is none
+    if content_digest(first) != content_digest(second):
+        raise BackboneError(
+            f"backbone.module={settings.module}: expected the same network at every call, because each process makes "
+            "its own, got other weights; load them from a file, or draw them with torch alone"
+        )
+    return content_digest(first)
 
 
 def load_runtime(

@@ -17,11 +17,10 @@ from torch import nn
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
-from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.own import content_digest
+from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.classification.pretraining import pretrain_network
-from sppnet.config import STAGES, BackboneSettings, Config, FinetuneSettings
+from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
@@ -35,7 +34,7 @@ from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
-from sppnet.pipeline.networks import TrainingNetworks, load_runtime
+from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import load_run_data
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
@@ -91,34 +90,17 @@ class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
     def __init__(
-        self,
-        config: Config,
-        root: Path,
-        device: torch.device,
-        progress: bool = True,
-        module: nn.Module | None = None,
+        self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
     ) -> None:
         if module is not None:
-            given = config.backbone.model_copy(update={"name": None, "module": "object", "layer": None})
-            config = config.model_copy(update={"backbone": given})
+            config = config.model_copy(update={"backbone": config.backbone.of_object()})
         self.asked, self.device, self.progress, self.module = config, device, progress, module
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
-        digest = ""
-        if config.backbone.module is not None:
-            own = self.build_backbone(self.config.backbone.without_weights())
-            _, digest = own.geometry, content_digest(own)  # a network that is no grid is refused here
-            if content_digest(self.build_backbone(self.config.backbone.without_weights())) != digest:
-                raise SppnetError(
-                    f"backbone.module={config.backbone.module}: expected the same network at every call, because each "
-                    "process makes its own, got other weights; load them from a file, or draw them with torch alone"
-                )
+        digest = own_digest(self.config.backbone, module)
         self.graph = StageGraph(root, self.config, load_run_data(config), digest)
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device, module)
-
-    def build_backbone(self, settings: BackboneSettings, seed: int = 0) -> Backbone:
-        return build_backbone(settings, seed, self.module)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
@@ -147,7 +129,7 @@ class Training:
         if not self.config.pretrain.enabled:
             _ = self.networks.backbone
         elif self._needs_start_of("pretrain"):
-            self.build_backbone(self.config.backbone)
+            build_backbone(self.config.backbone, module=self.module)
         self.networks.check_ranks()
         if self.config.head.init != "random" and self._needs_start_of("finetune"):
             self.networks.started_head()
@@ -198,7 +180,7 @@ class Training:
         folder = self.graph.folder("pretrain")
         if self._exists(folder / "network.safetensors"):
             return "reused"
-        backbone = self.build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
+        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():

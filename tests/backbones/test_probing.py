@@ -151,7 +151,7 @@ def test_chains_of_layers_follow_the_formula(layers: list[tuple[int, int, int, i
         (Calls(stem(), lambda x: x / 0 * 0), "its map of finite images holds NaN; check its weights"),
         (Calls(stem(), lambda x: (x,)), "got tuple for"),
         (Calls(stem(), lambda x: x.long()), r"got torch\.int64 of shape"),
-        (Calls(stem(), lambda x: x[:, : x.shape[2] % 5 + 1]), r"got 5 channels for 256 × 8 pixels and 2 for 64 × 8"),
+        (Calls(stem(), lambda x: x[:, : x.shape[2] % 5 + 1]), "got 5 channels for one size and 2 for 64 × 8"),
         (nn.Conv2d(1, 8, 3, 2, 1), r"it fails: Given groups=1, .* to have 1 channels, but got 3 channels"),
         (torchvision.models.vit_b_16(), r"on \(1, 3, 256, 256\) it fails: Wrong image height"),
         (lambda x: x, r"got function; give a torch\.nn\.Module"),
