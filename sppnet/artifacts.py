@@ -142,7 +142,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Named tensors as .safetensors."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: tensors that share memory, as tied weights do, are refused by safetensors.
+    contiguous = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     with _replacing(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 

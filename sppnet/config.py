@@ -9,11 +9,12 @@ Recognition" (arXiv 1406.4729v4); "release" is the behaviour of the authors' pub
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sppnet.errors import SppnetError
 
@@ -88,11 +89,32 @@ class WeightsSettings(Settings):
     Pixels run 0-255; the network sees ``(pixel - mean) / std`` per channel in ``channel_order``.
     """
 
-    source: Literal["torchvision", "file", "random"] = "torchvision"
+    source: Literal["torchvision", "file", "random"] = "torchvision"  # an own module keeps its weights, or takes a file
     file: Path | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
     channel_order: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
     std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_number_per_channel(cls, values: Any) -> Any:
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(f"expected three numbers, one per channel, e.g. [128, 128, 128], got {values!r}")
+        return values
+
+    @model_validator(mode="after")
+    def _pixels_run_to_255(self) -> WeightsSettings:
+        given = {"mean": self.mean, "std": self.std}
+        small = [name for name, values in given.items() if any(0 < value < 1 for value in values)]
+        if small or 0 < max(self.mean) <= 1:
+            larger = [f"{name}={[round(255 * v, 3) for v in given[name]]}" for name in small or ["mean"]]
+            raise ValueError(
+                f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1, but pixels run from 0 to "
+                f"255 here; multiply by 255: {', '.join(larger)}"
+            )
+        if not all(0 <= value <= 255 for value in self.mean):
+            raise ValueError(f"mean={list(self.mean)} lies outside 0 to 255; give that of pixels from 0 to 255")
+        return self
 
     @model_validator(mode="after")
     def _file_goes_with_source(self) -> WeightsSettings:
@@ -104,9 +126,32 @@ class WeightsSettings(Settings):
 class BackboneSettings(Settings):
     """The convolutional layers below the pyramid."""
 
-    name: str = "zf5"
+    name: str | None = "zf5"  # None = `module` gives a network of your own
+    module: str | None = None  # package.module:function that returns one; "object": the one given in Python
     layer: str | None = None  # last layer to run, in the backbone's own names; None = the backbone's default
     weights: WeightsSettings = WeightsSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_or_module(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("module") is None:
+            return values
+        for key, why in (("name", "they name two networks"), ("layer", "a network of your own has no named layers")):
+            if values.get(key) is not None:
+                raise ValueError(f"{key}={values[key]} and module={values['module']}: {why}; leave one out")
+        return {**values, "name": None}
+
+    @model_validator(mode="after")
+    def _is_given(self) -> BackboneSettings:
+        if self.name is None and self.module is None:
+            raise ValueError("neither name nor module is given; set one, e.g. name=resnet18")
+        if self.module not in (None, "object") and not re.fullmatch(r"[\w.]+:\w[\w.]*", self.module or ""):
+            raise ValueError(f"module={self.module}: expected package.module:function, e.g. my_networks:resnet")
+        return self
+
+    def of_object(self) -> BackboneSettings:
+        """The same for a network that is given in Python."""
+        return self.model_copy(update={"name": None, "module": "object", "layer": None})
 
     def without_weights(self) -> BackboneSettings:
         """The same layers with random weights: those wanted are loaded from elsewhere, or only shapes matter."""

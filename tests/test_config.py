@@ -162,6 +162,44 @@ def test_every_configuration_of_the_project_can_be_read(path):
     assert load_config(path).name == path.stem
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+         r"multiply by 255: mean=\[123\.675, 116\.28, 103\.53\], std=\[58\.395, 57\.12, 57\.375\]"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, r"mean=\[127\.5, 127\.5, 127\.5\], std=\[127\.5, "),
+        ({"mean": [0.485, 0.456, 0.406], "std": [1, 1, 1]}, r"multiply by 255: mean=\[123\.675, 116\.28, 103\.53\]$"),
+        ({"mean": [0.48, 0.45, 0.4]}, "multiply by 255: mean="),
+        ({"mean": [0, 0, 0], "std": [0.229, 0.224, 0.225]}, r"multiply by 255: std=\[58\.395"),
+        ({"std": [0.017, 0.017, 0.017]}, r"multiply by 255: std=\["),
+        ({"mean": [1, 1, 1], "std": [1, 1, 1]}, r"mean=\[255"),
+        ({"mean": [123, 116, 0.4]}, "multiply by 255"),
+        ({"mean": [300, 116, 103]}, r"mean=\[300\.0, 116\.0, 103\.0\] lies outside 0 to 255"),
+        ({"mean": [-123, 116, 103]}, "lies outside 0 to 255"),
+        ({"mean": [float("nan"), 116, 103]}, "lies outside 0 to 255"),
+        ({"std": [0, 57, 57]}, "greater than 0"),
+        ({"std": [-58, 57, 57]}, "greater than 0"),
+        ({"std": [float("nan"), 57, 57]}, "finite number|greater than 0"),
+        ({"mean": [0.5, 0.5]}, r"backbone\.weights\.mean: expected three numbers, .* got \[0\.5, 0\.5\]"),
+        ({"std": [1, 1, 1, 1]}, "expected three numbers"),
+        ({"mean": 127.5}, r"expected three numbers, .* got 127\.5"),
+        ({"mean": "imagenet"}, "expected three numbers"),
+    ],
+)  # fmt: skip
+def test_preprocessing_of_pixels_from_0_to_1_is_refused_with_the_values_to_write(values, message):
+    with pytest.raises(SppnetError, match=message):
+        parse_config({"backbone": {"weights": values}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0, 0, 0), (1, 1, 1)), ((0, 0, 0), (255, 255, 255)), ((127.5,) * 3, (127.5,) * 3), ((104, 117, 123), (1, 1, 1)),
+     ((128,) * 3, (128,) * 3), ((1, 2, 3), (58, 57, 57)), ((0, 0, 0), (256, 256, 256))],
+)  # fmt: skip
+def test_preprocessing_that_is_in_use_is_accepted(mean, std):
+    assert WeightsSettings(mean=mean, std=std).mean == mean
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config().svm.C = 3

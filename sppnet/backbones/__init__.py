@@ -2,6 +2,8 @@
 
 architectures  the layers of every backbone by name: the paper's four, a tiny one of ours, torchvision's
 geometry       stride, first centre and map size, from the layers themselves
+probing        the same of any network, found by running it
+own            a network of one's own, by its import path
 weights        files of weights, read without running anything in them
 backbone       layers, weights, geometry and preprocessing together
 runtime        what computes the maps of a frozen backbone: torch or OpenVINO

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 
 from sppnet.backbones.architectures import BACKBONES, Plan
 from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.own import check_object, import_module
+from sppnet.backbones.probing import Grid, probe
+from sppnet.backbones.probing import map_side as probed_side
 from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
@@ -37,9 +42,12 @@ class Backbone(nn.Module):
         self._order = tuple(layers)
         self._outputs = outputs
         self._steps = steps_of(layers.values())
-        self.geometry: Geometry = geometry_of(self._steps)
         self.channels: int = sum(channels_of([*_up_to(layers, output).values()]) for output in outputs)
         self._check_joined(layers)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return geometry_of(self._steps)
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""
@@ -54,13 +62,16 @@ class Backbone(nn.Module):
 
     def map_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of a prepared image -> (h, w) of its map, from the layers alone; BackboneError if it is too small."""
-        height, width = (map_side(self._steps, side) for side in size)
+        height, width = self._map_size(size)
         if min(height, width) < 1:
             raise BackboneError(
                 f"expected an image large enough for {self.name} up to {self.layer}, "
                 f"got {size[0]} × {size[1]} pixels; use a larger scale"
             )
         return height, width
+
+    def _map_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return map_side(self._steps, size[0]), map_side(self._steps, size[1])
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
@@ -77,12 +88,64 @@ class Backbone(nn.Module):
                 )
 
 
-def build_backbone(settings: BackboneSettings, seed: int = 0) -> Backbone:
+class OwnBackbone(Backbone):
+    """Any network that maps images (N, 3, H, W) to a grid of cells (N, C, h, w); what it is, is found by running it."""
+
+    def __init__(self, module: nn.Module, name: str, weights: WeightsSettings) -> None:
+        nn.Module.__init__(self)
+        self.module, self.name, self.layer, self.weights = module, name, "its map", weights
+        self._sides: dict[tuple[int, int], int] = {}
+
+    @cached_property
+    def _grid(self) -> Grid:
+        try:
+            return probe(self.module)
+        except BackboneError as error:
+            raise BackboneError(f"backbone.module={self.name}: {error}") from error
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry(self._grid.stride, self._grid.first_centre)
+
+    @cached_property
+    def channels(self) -> int:  # type: ignore[override]  # found when it is first asked for
+        return self._grid.channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As that of every backbone; BackboneError where the network fails on an image of this size."""
+        try:
+            found = self.module(images.contiguous(memory_format=torch.channels_last))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:  # what layers raise for an image too small
+            raise self._too_small((images.shape[2], images.shape[3]), str(error).partition("\n")[0]) from error
+        if not isinstance(found, Tensor) or found.ndim != 4 or not found.numel():
+            raise self._too_small((images.shape[2], images.shape[3]), "it gives no map (N, C, h, w)")
+        return found
+
+    def _map_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        for place in ((2, size[0]), (3, size[1])):
+            if place not in self._sides:
+                self._sides[place] = probed_side(self.module, *place, self._grid.width)
+        return self._sides[2, size[0]], self._sides[3, size[1]]
+
+    def _too_small(self, size: tuple[int, int], reason: str) -> BackboneError:
+        return BackboneError(
+            f"backbone.module={self.name} fails on an image of {size[0]} × {size[1]} pixels ({reason}); use a larger "
+            "scale, or a network that takes images of any size"
+        )
+
+
+def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module | None = None) -> Backbone:
     """The backbone of `settings` with its weights, in eval mode, every parameter frozen.
 
-    Random weights depend on `seed` alone and leave torch's global generator as it was. Raises BackboneError for
-    unknown names and SppnetError for weights that cannot be had.
+    Random weights depend on `seed` alone and leave torch's global generator as it was. `module` stands for what
+    backbone.module names; it is copied. Raises BackboneError for unknown names and networks that do not fit, and
+    SppnetError for weights that cannot be had.
     """
+    if module is not None or settings.module is not None:
+        return _own_backbone(settings, seed, module)
+    assert settings.name is not None  # BackboneSettings has checked it
     if settings.name not in BACKBONES:
         near = difflib.get_close_matches(settings.name, BACKBONES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -100,6 +163,20 @@ def build_backbone(settings: BackboneSettings, seed: int = 0) -> Backbone:
     elif weights.source == "file":
         assert weights.file is not None  # WeightsSettings has checked it
         load_weights(backbone, load_weight_file(weights.file), str(weights.file))
+    return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def _own_backbone(settings: BackboneSettings, seed: int, module: nn.Module | None) -> Backbone:
+    name, weights = settings.module or "object", settings.weights
+    if module is None:
+        module = import_module(name, seed)
+    else:
+        check_object(module)
+        module = copy.deepcopy(module)
+    if weights.source == "file":
+        assert weights.file is not None  # WeightsSettings has checked it
+        load_weights(module, load_weight_file(weights.file), str(weights.file))
+    backbone = OwnBackbone(module.float(), name, weights)
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 

@@ -1,5 +1,6 @@
-"""Where on the image a cell of a map looks, and how large the map is: from the layers themselves.
+"""Where on the image a cell of a map looks, and how large the map is: from the layers, or by running the network.
 
+Of the built-in backbones all follows from the layers, before there are weights; `Geometry.of` finds it for any network.
 Along the main path of a network every convolution or pool adds ((kernel - 1) · dilation / 2 - padding) · stride so
 far to the centre of the first cell, and multiplies the stride. Kernels are square and the same in both axes.
 """
@@ -7,6 +8,7 @@ far to the centre of the first cell, and multiplies the stride. Kernels are squa
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +19,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.squeezenet import Fire
 
 from sppnet.backbones.architectures import LocalResponseNorm
+from sppnet.backbones.probing import probe
+from sppnet.errors import SppnetError
 
 SHRINK = 6.5  # release: pixels by which a window is narrowed on each side before rounding, at stride 16
 _MAIN_PATH = {  # blocks with branches -> the children that decide stride and centre, in order
@@ -25,6 +29,7 @@ _MAIN_PATH = {  # blocks with branches -> the children that decide stride and ce
     InvertedResidual: ("conv",),
     Fire: ("squeeze", "expand3x3"),
 }
+_IN_PLACE = {f"torch.nn.modules.{kind}" for kind in ("activation", "batchnorm", "dropout")}  # cell by cell
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Geometry:
     """Cell i of a map looks at pixel first_centre + i · stride (0-based) of the network's input, in both axes.
 
     `shrink`: pixels by which a window is narrowed on each side when it is projected; None = 6.5 at stride 16,
-    in proportion elsewhere.
+    in proportion elsewhere. ValueError for a stride that is not positive, a negative shrink, and what is not finite.
     """
 
     stride: float
@@ -40,8 +45,32 @@ class Geometry:
     shrink: float = cast(float, None)
 
     def __post_init__(self) -> None:
-        if self.shrink is None:
-            object.__setattr__(self, "shrink", SHRINK * self.stride / 16)
+        for name, wanted in (("stride", "pixels > 0"), ("first_centre", "a pixel"), ("shrink", "pixels >= 0 or None")):
+            value = getattr(self, name)
+            if name == "shrink" and value is None:
+                object.__setattr__(self, name, SHRINK * self.stride / 16)
+            elif not is_number(value) or (name == "stride" and value <= 0) or (name == "shrink" and value < 0):
+                raise SppnetError(f"Geometry: expected {name} in {wanted}, got {value!r}; Geometry.of(module) finds it")
+
+    @classmethod
+    def of(cls, module: nn.Module, shrink: float | None = None) -> Geometry:
+        """The geometry of any network that maps images (N, 3, H, W) to a grid of cells (N, C, h, w), by running it.
+
+        A cell looks at the middle of the pixels that it sees, through any branch. Squeeze-and-excitation and other
+        values without a place do not count. The network stays as it was: mode, buffers, gradients, random numbers. It
+        takes seconds (ResNet-50: 5). BackboneError, with what was found, for a network that is no such grid: pooled or
+        flattened, fixed in size, enlarged, attending everywhere, random, or different in the two axes.
+        """
+        grid = probe(module)
+        return cls(grid.stride, grid.first_centre, cast(float, shrink))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number, of Python or numpy."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 @dataclass(frozen=True)
@@ -123,12 +152,15 @@ def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | LocalRe
     if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocalResponseNorm):
         yield module
         return
-    if hasattr(module, "kernel_size"):
+    names, children = _MAIN_PATH.get(type(module)), list(module.children())
+    in_order = type(module).forward is nn.Sequential.forward
+    in_place = not children and (type(module).__module__ in _IN_PLACE or type(module) is nn.Identity)
+    if names is None and not in_order and not in_place:
         raise TypeError(
-            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d"
+            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d, "
+            "one behind the other, or Geometry.of(module), which runs the network"
         )
-    names = _MAIN_PATH.get(type(module))
-    for child in module.children() if names is None else [getattr(module, name) for name in names]:
+    for child in children if names is None else [getattr(module, name) for name in names]:
         yield from _main_path(child)
 
 
@@ -154,7 +186,7 @@ def _restride_shortcuts(module: nn.Module) -> None:
 def _int(value: Any) -> int:
     """A layer's number, given once or once per axis."""
     both = value if isinstance(value, tuple) else (value, value)
-    if both[0] != both[1]:
+    if both[0] != both[1] or not isinstance(both[0], int):
         raise TypeError(f"expected the same number for both axes of a layer, got {value}")
     return int(both[0])
 

@@ -111,8 +111,9 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
 
 
 def device_of(backbone: nn.Module) -> torch.device:
-    """The device of the first parameter; the CPU for a backbone without any."""
-    return next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    """The device of the first parameter or buffer; the CPU for a backbone without any."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 # torch

@@ -6,7 +6,7 @@ import hashlib
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,18 @@ from sppnet.errors import SppnetError
 
 DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 _KINDS = (".pth", ".pt", ".safetensors", ".npz")
+_HOLDERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema", "ema")  # in a checkpoint
 
 
-def load_weight_file(path: Path | str) -> dict[str, Tensor]:
+def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -> dict[str, Tensor]:
     """Named CPU tensors of a .pth (or .pt), .safetensors or .npz file; nothing in it is executed.
 
-    A .pth may hold the tensors under the key "state_dict". Raises SppnetError for a file that is missing, of
-    another kind, damaged, or that holds anything but finite named tensors.
+    A .pth may hold the tensors under a key, e.g. "state_dict". Raises SppnetError for a file that is missing, of
+    another kind, damaged, or that holds anything but finite named tensors; `setting` is what names the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise SppnetError(f"{path}: expected a weight file, but there is no such file; check backbone.weights.file")
+        raise SppnetError(f"{path}: expected a weight file, but there is no such file; check {setting}")
     if path.suffix not in _KINDS:
         raise SppnetError(
             f"{path}: expected a weight file of kind {', '.join(_KINDS)}, got {path.suffix!r}; convert it"
@@ -43,7 +44,7 @@ def load_weight_file(path: Path | str) -> dict[str, Tensor]:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise SppnetError(
             f"{path}: expected a complete {path.suffix} file of plain tensors, but it cannot be read ({first_line}); "
-            "fetch or save it again"
+            "fetch or save it again; of a whole model save its state_dict()"
         ) from None
     return _checked(values, path)
 
@@ -73,14 +74,36 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     """
     own = module.state_dict()
     needed = {key: tensor for key, tensor in own.items() if not key.endswith("num_batches_tracked")}
+    state = without_prefix(state, needed, origin)
     faults = [fault for key, tensor in needed.items() if (fault := _fault(key, tensor, state.get(key)))]
     if faults:
+        others = [key for key in state if key not in own]
         raise SppnetError(
-            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {'; '.join(faults[:3])}"
-            f"{'; …' if len(faults) > 3 else ''}; expected torchvision's parameter names: "
+            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {_few(faults, '; ')}; "
+            f"{f'not used: {_few(others)}; ' if others else ''}expected torchvision's parameter names: "
             "choose the backbone.name that the file was saved from, or another file"
         )
     module.load_state_dict({key: state[key] for key in needed}, strict=False)
+
+
+def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: str) -> Mapping[str, Tensor]:
+    """`state` under the names needed, without the prefix that a wrapper put before all of them ("module.", "model.").
+
+    As it is where they are there, or no single prefix fits; SppnetError where several do.
+    """
+    names = list(needed)
+    if not names or all(name in state for name in names):
+        return state
+    prefixes = {key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}")}
+    fitting = sorted(prefix for prefix in prefixes if all(f"{prefix}{name}" in state for name in names))
+    if len(fitting) > 1:
+        raise SppnetError(f"{origin}: holds these tensors under {' and '.join(fitting)}; save one of them alone")
+    prefix = fitting[0] if fitting else ""
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _few(things: Sequence[str], separator: str = ", ") -> str:
+    return separator.join([*things[:3], *(["…"] if len(things) > 3 else [])])
 
 
 def _read(path: Path) -> Any:
@@ -90,13 +113,19 @@ def _read(path: Path) -> Any:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     values = torch.load(path, map_location="cpu", weights_only=True)
-    return values["state_dict"] if isinstance(values, dict) and isinstance(values.get("state_dict"), dict) else values
+    while isinstance(values, dict) and (inner := [key for key in _HOLDERS if isinstance(values.get(key), dict)]):
+        values = values[inner[0]]
+    return values
 
 
 def _checked(values: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise SppnetError(f"{path}: expected named tensors, got {type(values).__name__}; save a model's state_dict")
+    if not isinstance(values, dict) or not values:
+        found = "an empty file" if values == {} else type(values).__name__
+        raise SppnetError(f"{path}: expected named tensors, got {found}; save a model's state_dict")
     for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise SppnetError(f"{path}: expected named tensors, got {kind} for {name!r}; save a model's state_dict")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
     return dict(values)
@@ -107,6 +136,8 @@ def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:
         return f"{key} is missing"
     if given.shape != own.shape:
         return f"{key} has shape {tuple(given.shape)} instead of {tuple(own.shape)}"
+    if own.is_floating_point() and not given.is_floating_point():
+        return f"{key} holds {str(given.dtype).removeprefix('torch.')} instead of floating-point numbers"
     return None
 
 

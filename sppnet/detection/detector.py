@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.runtime import Precision, Runtime, make_runtime, resolve_precision
+from sppnet.backbones.runtime import Precision, Runtime, device_of, make_runtime, resolve_precision
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
@@ -22,7 +22,7 @@ from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import nms_per_class
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
-from sppnet.errors import ArtifactError, SppnetError
+from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, as_boxes, clip_boxes
@@ -112,7 +112,7 @@ class SPPDetector:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return device_of(self.backbone)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was made when first used: a compiled runtime cannot be copied."""
@@ -174,15 +174,26 @@ class SPPDetector:
         write_json(folder / "detector.json", description)
 
     @classmethod
-    def load(cls, run: Path | str, device: str | torch.device = "cpu", proposer: Proposer | None = None) -> SPPDetector:
-        """The detector of a run folder, or of the ``detector`` folder in it; ArtifactError if training is not done."""
+    def load(
+        cls,
+        run: Path | str,
+        device: str | torch.device = "cpu",
+        proposer: Proposer | None = None,
+        backbone: nn.Module | None = None,
+    ) -> SPPDetector:
+        """The detector of a run folder, or of the ``detector`` folder in it; ArtifactError if training is not done.
+
+        `backbone`: the network of your own that it was trained with; its weights are read from the folder.
+        """
         description = DetectorDescription.read(run)
         folder = description.folder
         tensors = {name: _read_part(folder, name, digest) for name, digest in description.parts.items()}
         try:
-            detector = cls._from_parts(description, tensors, proposer)
+            detector = cls._from_parts(description, tensors, proposer, backbone)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
-            reason = str(error).splitlines()[0]
+            if isinstance(error, BackboneError) and description.config.backbone.module is not None:
+                raise
+            reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{folder / 'detector.json'}: {_OTHER_VERSION} ({reason})") from None
         return detector.to(device)
 
@@ -193,10 +204,14 @@ class SPPDetector:
 
     @classmethod
     def _from_parts(
-        cls, description: DetectorDescription, tensors: dict[str, dict[str, Tensor]], proposer: Proposer | None
+        cls,
+        description: DetectorDescription,
+        tensors: dict[str, dict[str, Tensor]],
+        proposer: Proposer | None,
+        module: nn.Module | None,
     ) -> SPPDetector:
         config = description.config
-        backbone = build_backbone(config.backbone.without_weights())
+        backbone = build_backbone(config.backbone.without_weights(), module=module)
         backbone.load_state_dict(tensors["backbone"])
         outputs = len(description.classes) + 1
         head = build_head(backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks)

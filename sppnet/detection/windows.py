@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sppnet.backbones.geometry import Geometry
+from sppnet.backbones.geometry import Geometry, is_number
+from sppnet.errors import SppnetError
 from sppnet.records import areas, as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
+
+SPARE = 2  # cells by which a map may differ from what stride and first centre say: every layer rounds its size
 
 
 def choose_scales(
@@ -26,14 +29,18 @@ def choose_scales(
 
     Release: expected = round(208 · min(h, w) / √area), 208 being the span of 13 cells; then the scale nearest to it,
     the first one on a tie. The paper (sec. 4.1) takes the scale whose window has the area nearest to 224²; a target of
-    224 is close to that, but takes the nearest side, not the nearest area.
+    224 is close to that, but takes the nearest side, not the nearest area. SppnetError as in `project_windows`.
     """
-    if len(scales) == 0:
-        raise ValueError("scales is empty; give at least one shorter side, e.g. (688,)")
-    _check_size("image_size", image_size)
-    area = np.maximum(areas(_finite_boxes(boxes)), 1e-9)  # a box without area goes to the largest scale
-    expected = np.floor(target_side * min(image_size) / np.sqrt(area) + 0.5)
-    distances = np.abs(np.asarray(scales, dtype=np.float64)[None, :] - expected[:, None])
+    height, width = _whole_size("image_size", image_size)
+    sides = _as_array(scales)
+    if sides is None or sides.ndim != 1 or not len(sides) or not (np.isfinite(sides) & (sides > 0)).all():
+        raise SppnetError(f"scales must be shorter sides in pixels, at least one, e.g. (688,), got {scales!r}")
+    if not is_number(target_side) or target_side <= 0:
+        raise SppnetError(f"target_side must be pixels > 0, e.g. 208, got {target_side!r}")
+    with np.errstate(over="ignore"):  # boxes of any extent
+        area = np.maximum(areas(_checked_boxes(boxes)), 1e-9)  # a box without area goes to the largest scale
+    expected = np.floor(target_side * min(height, width) / np.sqrt(area) + 0.5)
+    distances = np.abs(sides[None, :] - expected[:, None])
     return _like(boxes, distances.argmin(axis=1))
 
 
@@ -51,41 +58,101 @@ def project_windows(
     "release" gives left = floor((x - c + shrink) / S + 1/2), right = ceil((x - c - shrink) / S - 1/2), inclusive;
     "paper" (app. A; c is its "proper offset" for paddings other than floor(k/2)) gives left = floor((x - c) / S) + 1
     and right = ceil((x - c) / S) - 1. Where left > right both become their mean, truncated; then both are clamped to
-    the map, so a window always holds a cell and lies inside the map, whatever the box.
+    the map, so a window always holds a cell and lies inside the map, wherever the box is.
+
+    SppnetError for what cannot be: a scale that is no number of pixels, sizes that are not (height, width), a map that
+    is not of this image at this scale and geometry, corners that are not finite or not in order.
     """
-    _check_size("image_size", image_size)
-    _check_size("map_size", map_size)
-    # Release: first and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 counted from 1.
-    corners, span = _finite_boxes(boxes), max(min(image_size) - 1, 1)  # an image one pixel wide has no span
-    corner1, corner2 = corners[:, :2] * (scale - 1) / span, (corners[:, 2:] - 1) * (scale - 1) / span
+    if projection not in ("release", "paper"):
+        raise SppnetError(f"projection must be one of release, paper, got {projection!r}")
+    size, cells = _whole_size("image_size", image_size), _whole_size("map_size", map_size)
+    corners = _checked_boxes(boxes)
+    if not all(hasattr(geometry, name) for name in ("stride", "first_centre", "shrink")):
+        raise SppnetError(f"geometry must be a Geometry, e.g. Geometry(stride=16, first_centre=7.5), got {geometry!r}")
     centre, shrink, stride = geometry.first_centre, geometry.shrink, geometry.stride
-    if projection == "release":
-        first = np.floor((corner1 - centre + shrink) / stride + 0.5)
-        last = np.ceil((corner2 - centre - shrink) / stride - 0.5)
-    elif projection == "paper":
-        first, last = np.floor((corner1 - centre) / stride) + 1, np.ceil((corner2 - centre) / stride) - 1
-    else:
-        raise ValueError(f"projection must be one of release, paper, got {projection!r}")
-    middle = np.floor((first + last) / 2)
+    if not is_number(scale) or scale <= 0:
+        raise SppnetError(f"scale must be the resized shorter side in pixels, e.g. 688, got {scale!r}")
+    scale = float(scale)
+    _check_map(size, scale, Geometry(stride, centre, shrink), cells)
+    # Release: first and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 counted from 1.
+    factor = (scale - 1) / max(min(size) - 1, 1) if scale > 1 else scale / min(size)  # one pixel has no span
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of any extent
+        corner1, corner2 = corners[:, :2] * factor, (corners[:, 2:] - 1) * factor
+        if projection == "release":
+            first = np.floor((corner1 - centre + shrink) / stride + 0.5)
+            last = np.ceil((corner2 - centre - shrink) / stride - 0.5)
+        else:
+            first, last = np.floor((corner1 - centre) / stride) + 1, np.ceil((corner2 - centre) / stride) - 1
+        middle = np.floor((first + last) / 2)
     crossed = first > last
-    height, width = map_size
+    height, width = cells
     bound = np.array([width - 1, height - 1], dtype=np.float64)
     first = np.clip(np.where(crossed, middle, first), 0, bound)
     last = np.clip(np.where(crossed, middle, last), 0, bound)
     return _like(boxes, np.concatenate([first, last + 1], axis=1).astype(np.int64))
 
 
-def _finite_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(boxes.detach().cpu().numpy() if isinstance(boxes, torch.Tensor) else boxes)
+def _checked_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
+    array = as_boxes(boxes.detach().cpu().double().numpy() if isinstance(boxes, torch.Tensor) else boxes)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
-        raise ValueError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")
+        raise SppnetError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")
+    bad = np.flatnonzero((array[:, :2] > array[:, 2:]).any(axis=1))
+    if len(bad):
+        raise SppnetError(
+            f"box {bad[0]} must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, got {array[bad[0]].tolist()}; "
+            "put its corners in order"
+        )
     return array
 
 
-def _check_size(name: str, size: tuple[int, int]) -> None:
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{name} must be (height, width), both at least 1, got {tuple(size)}")
+def _check_map(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[int, int]) -> None:
+    """SppnetError where these cells cannot be the map of an image of this size whose shorter side becomes `scale`."""
+    if _fits(size, scale, geometry, cells):
+        return
+    resized = [side * scale / min(size) for side in size]
+    about = [max(1.0, side / geometry.stride) for side in resized]
+    hint = "give the map of this image at this scale"
+    if _fits(size, scale, geometry, cells[::-1]):
+        hint = "give sizes as (height, width)"
+    elif _fits(size, scale * min(size), geometry, cells):
+        hint = f"scale is no factor: give the resized shorter side, {scale * min(size):g}"
+    raise SppnetError(
+        f"an image of {size[0]} × {size[1]} pixels at scale={scale:g} (its shorter side) becomes {resized[0]:.0f} × "
+        f"{resized[1]:.0f} and at stride {geometry.stride:g} a map of about {about[0]:.0f} × {about[1]:.0f} cells, but "
+        f"map_size is {cells[0]} × {cells[1]}; {hint}"
+    )
+
+
+def _fits(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[int, int]) -> bool:
+    """Whether a network of this geometry, whatever it pads, can give so many cells; SPARE for what layers round."""
+    for side, count in zip(size, cells, strict=True):
+        length = side * scale / min(size)
+        padded, symmetric = length / geometry.stride, (length - 1 - 2 * geometry.first_centre) / geometry.stride + 1
+        if not min(padded, symmetric) - SPARE <= count <= max(padded, symmetric) + SPARE:
+            return False
+    return True
+
+
+def _whole_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    array = _as_array(size)
+    if array is None or array.shape != (2,) or not (np.isfinite(array) & (array >= 1) & (array % 1 == 0)).all():
+        hint = f"; leave out the channels: {name}=image.shape[:2]" if array is not None and array.shape == (3,) else ""
+        raise SppnetError(f"{name} must be (height, width), both at least 1, got {_shown(size)}{hint}")
+    return int(array[0]), int(array[1])
+
+
+def _as_array(values: object) -> NDArray[np.float64] | None:
+    """Numbers as an array, from a sequence, an array or a tensor; None for anything else."""
+    try:
+        array = np.asarray(values.tolist() if isinstance(values, torch.Tensor) else values)
+        return array.astype(np.float64) if array.dtype.kind in "iuf" else None
+    except (TypeError, ValueError):  # e.g. rows of different lengths
+        return None
+
+
+def _shown(size: object) -> str:
+    return str(tuple(size)) if isinstance(size, list | tuple) else repr(size)
 
 
 def _like(model: Array, values: NDArray[np.int64]) -> Array:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone
+from sppnet.backbones.weights import load_weight_file, without_prefix
 from sppnet.config import HeadSettings
-from sppnet.errors import ArtifactError, SppnetError
+from sppnet.errors import SppnetError
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 Layer = Literal["pool", "fc6", "fc7"]
@@ -154,6 +154,7 @@ def load_pretrained_fc(
             f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
         )
     keys = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    state = without_prefix(state, keys, f"the weights of {backbone}")
     missing = [key for key in keys if key not in state]
     if missing:
         raise SppnetError(
@@ -181,24 +182,17 @@ def load_pretrained_fc(
 
 
 def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
-    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a .safetensors file) into `head`, in place."""
+    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a file of weights) into `head`, in place."""
     path = settings.checkpoint
     if path is None:
         raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
-    if not path.is_file():
-        raise SppnetError(
-            f"{path}: no such classification checkpoint; set head.checkpoint to an existing .safetensors file"
-        )
-    try:
-        state = read_tensors(path)
-    except ArtifactError:
-        raise SppnetError(f"{path}: not a .safetensors file; give an SPP classification checkpoint") from None
-    copy_fc(head, state, str(path))
+    copy_fc(head, load_weight_file(path, "head.checkpoint"), str(path))
 
 
 def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
     """``head.fc6.*``, ``head.fc7.*`` and the input scale of `state` into `head`; `origin` names them in errors."""
     own = {name: tensor for name, tensor in head.state_dict().items() if not name.startswith("classifier")}
+    state = without_prefix(state, [f"head.{name}" for name in own], origin)
     for name, tensor in own.items():
         given = state.get(f"head.{name}")
         if given is None or given.shape != tensor.shape:

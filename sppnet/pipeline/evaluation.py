@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from sppnet import distributed
 from sppnet.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
@@ -54,7 +55,12 @@ class SplitResult:
 
 
 def detect_split(
-    run: Path, config: Config, records: Sequence[ImageRecord], device: torch.device | str = "cpu", evaluate: bool = True
+    run: Path,
+    config: Config,
+    records: Sequence[ImageRecord],
+    device: torch.device | str = "cpu",
+    evaluate: bool = True,
+    backbone: nn.Module | None = None,
 ) -> SplitResult:
     """Detect in every record with the detector of a run, under `config`; with `evaluate`, evaluate what is annotated.
 
@@ -67,7 +73,7 @@ def detect_split(
     propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
     own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
-    make = partial(_searcher, run, config, device, windows, folder)
+    make = partial(_searcher, run, config, device, windows, folder, backbone)
     workers = 0 if torch.device(device).type == "cpu" else 1
     done = map_in_workers(make, own, "detect", "image", workers)
     seconds = sum(each for _, each in done) / len(done) if done else None
@@ -78,10 +84,10 @@ def detect_split(
 
 
 def _searcher(
-    run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path
+    run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path, backbone: nn.Module | None
 ) -> Callable[[ImageRecord], float]:
     """Detects in one image after the other and writes what it finds."""
-    detector = replace(SPPDetector.load(run, device), config=config)
+    detector = replace(SPPDetector.load(run, device, backbone=backbone), config=config)
 
     def search(record: ImageRecord) -> float:
         start = time.monotonic()
@@ -110,13 +116,17 @@ def evaluate_run(
     splits: Sequence[str] = (),
     metric: Literal["11point", "area"] | None = None,
     evaluate: bool = True,
+    backbone: nn.Module | None = None,
 ) -> RunEvaluation:
     """Detect on a run's own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
 
+    `backbone`: the network that it was trained with, where that was given in Python.
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
     Results on a folder other than data.root have a folder of their own below run/results/.
     """
-    config = SPPDetector.load(run).config  # whole: a damaged one is refused before windows are searched
+    config = SPPDetector.load(
+        run, backbone=backbone
+    ).config  # whole: a damaged one is refused before windows are searched
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
@@ -134,7 +144,7 @@ def evaluate_run(
         )
     if not names:
         log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
-    result = detect_split(run, config, records, device, evaluate)
+    result = detect_split(run, config, records, device, evaluate, backbone)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
         if evaluate or not _describe(folder, result, names):

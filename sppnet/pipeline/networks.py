@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
@@ -20,7 +21,7 @@ from sppnet.detection.feature_maps import check_sizes
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
-from sppnet.errors import SppnetError
+from sppnet.errors import BackboneError, SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
@@ -32,7 +33,7 @@ from sppnet.models.sppnet import (
     load_pretrained_fc,
     pooled_size,
 )
-from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
+from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, starts_trained, tunes_low_rank
 from sppnet.records import spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
@@ -46,12 +47,13 @@ class TrainingNetworks:
     A stage that is wanted but not complete is a SppnetError that names it.
     """
 
-    def __init__(self, graph: StageGraph, device: torch.device) -> None:
+    def __init__(self, graph: StageGraph, device: torch.device, module: nn.Module | None = None) -> None:
         self.graph, self.config, self.device = graph, graph.config, device
+        self.module = module  # the backbone, where it was given in Python
 
     @cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.config.backbone, self.pretrained_path).to(self.device)
+        return load_backbone(self.config.backbone, self.pretrained_path, self.module).to(self.device)
 
     def head(self) -> SPPHead:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
@@ -72,10 +74,16 @@ class TrainingNetworks:
         return head.to(self.device)
 
     def initial_head(self) -> SPPHead:
-        """The head before fine-tuning, with its input scaled as head.input_norm says."""
+        """The head before fine-tuning, with its input scaled as head.input_norm says.
+
+        An fc6 that was trained goes on computing what it did: its weights take back what the scale changes.
+        """
         head = self.started_head()
         if self.config.head.input_norm is not None:
-            head.input_scale.fill_(self.scale(self.features("pool"), self.config.head.input_norm))
+            scale = self.scale(self.features("pool"), self.config.head.input_norm)
+            if starts_trained(self.config):
+                head.fc6.weight.data.mul_(head.input_scale / scale)
+            head.input_scale.fill_(scale)
         return head.to(self.device)
 
     def started_head(self) -> SPPHead:
@@ -86,10 +94,10 @@ class TrainingNetworks:
         elif config.head.init == "checkpoint":
             load_head_checkpoint(head, config.head)
         elif config.head.init == "imagenet":
-            weights = config.backbone.weights
+            weights, name = config.backbone.weights, config.backbone.name
             file = weights.file if weights.source == "file" else None
-            state = load_weight_file(file) if file is not None else torchvision_state(config.backbone.name)
-            load_pretrained_fc(head, state, config.backbone.name, self.backbone.channels, config.pyramid.levels)
+            state = load_weight_file(file) if file is not None else torchvision_state(name) if name else {}
+            load_pretrained_fc(head, state, self.backbone.name, self.backbone.channels, config.pyramid.levels)
         return head
 
     def features(self, layer: Layer) -> Features:
@@ -148,7 +156,7 @@ class TrainingNetworks:
         sizes, wanted = self.config.head, ranks(self.config)
         layers = {"fc7": (sizes.fc6, sizes.fc7)}
         if "fc6" in wanted:
-            channels = build_backbone(self.config.backbone.without_weights()).channels
+            channels = build_backbone(self.config.backbone.without_weights(), module=self.module).channels
             layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
         for name, rank in wanted.items():
             check_rank(name, *layers[name], rank)
@@ -193,18 +201,43 @@ class TrainingNetworks:
         return path
 
 
-def load_backbone(settings: BackboneSettings, pretrained: Path | None) -> Backbone:
-    """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file."""
+def load_backbone(settings: BackboneSettings, pretrained: Path | None, module: nn.Module | None = None) -> Backbone:
+    """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file.
+
+    `module` is the one given in Python, where that was done.
+    """
     if pretrained is None:
-        return build_backbone(settings)
-    backbone, state = build_backbone(settings.without_weights()), read_tensors(pretrained)
+        return build_backbone(settings, module=module)
+    backbone, state = build_backbone(settings.without_weights(), module=module), read_tensors(pretrained)
     own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     backbone.load_state_dict(own)
     return backbone
 
 
+def own_digest(settings: BackboneSettings, module: nn.Module | None) -> str:
+    """Names a network of one's own by its layers and weights; "" for a backbone by name.
+
+    BackboneError for a network that is no grid, and for one that differs from call to call.
+    """
+    if settings.module is None:
+        return ""
+    first, second = (build_backbone(settings.without_weights(), module=module) for _ in range(2))
+    _ = first.geometry  # refused here where there is none
+    if content_digest(first) != content_digest(second):
+        raise BackboneError(
+            f"backbone.module={settings.module}: expected the same network at every call, because each process makes "
+            "its own, got other weights; load them from a file, or draw them with torch alone"
+        )
+    return content_digest(first)
+
+
 def load_runtime(
-    settings: BackboneSettings, pretrained: Path | None, kind: Kind, precision: Precision, device: torch.device
+    settings: BackboneSettings,
+    pretrained: Path | None,
+    kind: Kind,
+    precision: Precision,
+    device: torch.device,
+    module: nn.Module | None = None,
 ) -> Runtime:
     """The same ready to compute maps on `device`, for `extract_images`."""
-    return make_runtime(load_backbone(settings, pretrained).to(device), kind, precision)
+    return make_runtime(load_backbone(settings, pretrained, module).to(device), kind, precision)

@@ -96,6 +96,7 @@ class StageGraph:
     root: Path
     config: Config
     data: RunData
+    module: str = ""  # digest of the backbone that backbone.module names
 
     def folder(self, name: str) -> Path:
         """Where the results of a stage lie."""
@@ -174,6 +175,12 @@ class StageGraph:
             if key in FILES:
                 paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
                 section[last] = [file_digest(path) for path in paths if path.is_file()]
+        if self.config.backbone.module is None:
+            del values["backbone"]["module"]
+        else:
+            values["backbone"]["module"] = self.module
+        if self.config.head.input_norm is not None and starts_trained(self.config):
+            values["head"]["input_norm"] = [self.config.head.input_norm, 2]  # 2: a trained fc6 computes what it did
         return values
 
     @property
@@ -192,6 +199,11 @@ def fc_layers(config: Config) -> tuple[str, ...]:
     """The fully connected layers that the features wanted need."""
     wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
     return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
+
+
+def starts_trained(config: Config) -> bool:
+    """Whether fc6 and fc7 were trained before fine-tuning."""
+    return config.pretrain.enabled or config.head.init != "random"
 
 
 def ranks(config: Config) -> dict[str, int]:

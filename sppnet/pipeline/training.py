@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
@@ -33,7 +34,7 @@ from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
-from sppnet.pipeline.networks import TrainingNetworks, load_runtime
+from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import Split, load_run_data
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
@@ -57,13 +58,16 @@ def train_detector(
     only: Sequence[str] = STAGES,
     force: Sequence[str] = (),
     progress: bool = True,
+    backbone: nn.Module | None = None,
 ) -> SPPDetector | None:
     """Run the stages in `only`, those in `force` from scratch; returns the detector once every stage is complete.
 
-    The settings go to root/config.yaml. Files that are missing or do not fit are an error before anything is written.
-    What depends on a stage run from scratch is deleted too, and so is the detector of an earlier training.
+    `backbone`: a network of your own in place of what config.backbone names. The settings go to root/config.yaml. Files
+    that are missing or do not fit are an error before anything is written. What depends on a stage run from scratch is
+    deleted too, and so is the detector of an earlier training.
     """
-    training = Training(config, root, torch.device(device), progress)
+    training = Training(config, root, torch.device(device), progress, backbone)
+    config = training.asked
     graph = training.graph
     runtime = resolve_runtime(config.maps.runtime, device)
     log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
@@ -86,13 +90,18 @@ def train_detector(
 class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
-    def __init__(self, config: Config, root: Path, device: torch.device, progress: bool = True) -> None:
-        self.asked, self.device, self.progress = config, device, progress
+    def __init__(
+        self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
+    ) -> None:
+        if module is not None:
+            config = config.model_copy(update={"backbone": config.backbone.of_object()})
+        self.asked, self.device, self.progress, self.module = config, device, progress, module
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
-        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)))
+        digest = own_digest(self.config.backbone, module)
+        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest)
         self.classes = self.graph.data.classes
-        self.networks = TrainingNetworks(self.graph, device)
+        self.networks = TrainingNetworks(self.graph, device, module)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What `check_files` would refuse for these stages without reading a weight: a line for each."""
@@ -123,7 +132,7 @@ class Training:
         if not self.config.pretrain.enabled:
             _ = self.networks.backbone
         elif self._needs_start_of("pretrain"):
-            build_backbone(self.config.backbone)
+            build_backbone(self.config.backbone, module=self.module)
         self.networks.check_ranks()
         if self.config.head.init != "random" and self._needs_start_of("finetune"):
             self.networks.started_head()
@@ -176,7 +185,7 @@ class Training:
         folder = self.graph.folder("pretrain")
         if self._exists(folder / "network.safetensors"):
             return "reused"
-        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed).to(self.device)
+        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
@@ -188,7 +197,7 @@ class Training:
     def maps(self) -> str:
         config, data = self.config, self.graph.data
         pretrained, kind = self.networks.pretrained_path, config.maps.runtime
-        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device)
+        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.module)
         workers = 0 if self.device.type == "cpu" else 1
         folder, flipped = self.graph.folder("maps"), self.graph.flipped
         done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)

@@ -61,9 +61,22 @@ def test_channels_are_those_of_the_last_convolution() -> None:
     assert channels_of([nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 7, 1), nn.MaxPool2d(2)]) == 7
 
 
+class Branches(nn.Sequential):
+    """Its layers stand side by side, not one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 1, 2), nn.Conv2d(8, 8, 3, 2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[0](x) + self[1](x)
+
+
 def test_layers_of_unknown_geometry_are_refused() -> None:
-    with pytest.raises(TypeError, match="geometry of a layer of type AvgPool2d is not known; use Conv2d or MaxPool2d"):
-        steps_of([nn.AvgPool2d(2)])
+    for layer in (nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.PixelUnshuffle(2), Branches()):
+        with pytest.raises(TypeError, match=rf"a layer of type {type(layer).__name__} is not known; .*Geometry\.of"):
+            steps_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), layer)))
+    with pytest.raises(TypeError, match="same number for both axes of a layer, got same"):
+        steps_of([nn.Conv2d(1, 1, 3, padding="same")])
     with pytest.raises(TypeError, match="same number for both axes"):
         steps_of([nn.Conv2d(1, 1, (3, 5))])
 

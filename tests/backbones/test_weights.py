@@ -124,6 +124,67 @@ def test_only_the_first_faults_are_listed() -> None:
         load_weights(net, {}, "x")
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module.backbone.", "net._orig_mod.", "my_encoder."]
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.npz", "a.safetensors"])
+def test_the_prefix_of_a_wrapper_is_removed(tmp_path: Path, prefix: str, name: str) -> None:
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in STATE.items()}
+    net, file = Net(), write(tmp_path / name, {**wrapped, "classifier.bias": torch.zeros(2)})
+    load_weights(net, load_weight_file(file), str(file))
+    assert torch.equal(net.conv.weight, STATE["conv.weight"])
+
+
+def test_names_that_fit_as_they_are_keep_their_prefix() -> None:
+    net = Net()
+    load_weights(net, STATE | {f"ema.{key}": torch.zeros_like(tensor) for key, tensor in STATE.items()}, "x")
+    assert torch.equal(net.conv.weight, STATE["conv.weight"])
+
+
+def test_two_prefixes_that_fit_are_refused() -> None:
+    both = {f"{prefix}.{key}": tensor for prefix in ("student", "teacher") for key, tensor in STATE.items()}
+    with pytest.raises(SppnetError, match=r"x: holds these tensors under student\. and teacher\.; save one of them"):
+        load_weights(Net(), both, "x")
+
+
+def test_a_file_that_fits_in_part_says_what_is_missing_and_what_was_not_used() -> None:
+    state = {"module.conv.weight": STATE["conv.weight"], "module.conv.gain": torch.zeros(2)}
+    with pytest.raises(
+        SppnetError, match=r"2 of the 2 .*conv\.weight is missing; conv\.bias is missing; not used: module\.c"
+    ):
+        load_weights(Net(), state, "x")
+    with pytest.raises(SppnetError, match=r"1 of the 2 .*: conv\.weight has shape \(1,\) instead of .*"):
+        load_weights(Net(), {f"module.{k}": t for k, t in (STATE | {"conv.weight": torch.zeros(1)}).items()}, "x")
+    with pytest.raises(SppnetError, match=r"conv\.bias holds uint8 instead of floating-point numbers"):
+        load_weights(Net(), STATE | {"conv.bias": STATE["conv.bias"].to(torch.uint8)}, "x")
+
+
+@pytest.mark.parametrize("holders", [("model",), ("model_state_dict",), ("model_ema",), ("ema", "state_dict")])
+def test_a_checkpoint_may_hold_the_tensors_under_other_keys(tmp_path: Path, holders: tuple[str, ...]) -> None:
+    values: dict[str, Any] = dict(STATE)
+    for holder in holders[::-1]:
+        values = {"epoch": 3, holder: values}
+    torch.save(values, tmp_path / "a.pth")
+    assert load_weight_file(tmp_path / "a.pth").keys() == STATE.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "expected named tensors, got an empty file"),
+        ({"state_dict": {}}, "got an empty file"),
+        ({"epoch": 3, "weights": STATE}, "expected named tensors, got int for 'epoch'; save a model's state_dict"),
+        ({"conv.weight": [1.0, 2.0]}, "got list for 'conv.weight'"),
+        ({3: torch.zeros(1)}, "got Tensor for 3"),
+        (Net(), r"cannot be read .*of a whole model save its state_dict\(\)"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(tmp_path: Path, values: object, message: str) -> None:
+    torch.save(values, tmp_path / "a.pth")
+    with pytest.raises(SppnetError, match=message):
+        load_weight_file(tmp_path / "a.pth")
+
+
 # torchvision's own
 
 

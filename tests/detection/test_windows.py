@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import expected_scale, release_window
 
+from sppnet import Geometry
+from sppnet.backbones.architectures import BACKBONES
+from sppnet.backbones.geometry import geometry_of, limit_stride, map_side, steps_of
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.detection.windows import choose_scales, project_windows
+from sppnet.errors import SppnetError
+from sppnet.images import scaled_size
 from sppnet.ops.pyramid import pool_windows
 
 ZF5 = SimpleNamespace(stride=16, first_centre=20, shrink=6.5)
@@ -109,7 +115,7 @@ def test_the_release_merges_the_same_windows(golden):
 @settings(deadline=None, max_examples=80)
 def test_projection_equals_the_releases_formula_written_as_a_loop(height, width, scale, seed):
     boxes = random_boxes(6, height, width, seed)
-    map_size = (max(1, int(height * scale / min(height, width)) // 16 - 1), 40)
+    map_size = tuple(max(1, int(side * scale / min(height, width)) // 16 - 1) for side in (height, width))
     expected = [release_window(box, (height, width), scale, ZF5, map_size) for box in boxes]
     assert project_windows(boxes, (height, width), scale, ZF5, map_size).tolist() == expected
 
@@ -117,13 +123,15 @@ def test_projection_equals_the_releases_formula_written_as_a_loop(height, width,
 @given(boxes=st.lists(st.tuples(*[st.floats(-1e9, 1e9)] * 4), max_size=5), paper=st.booleans(), side=st.integers(1, 99))
 @settings(deadline=None)
 def test_every_box_becomes_a_window_with_cells_inside_the_map(boxes, paper, side):
-    array = np.array(boxes).reshape(-1, 4)
-    cells = project_windows(array, (side, 60), 688, ZF5, (9, 11), "paper" if paper else "release")
+    array = np.array(boxes).reshape(-1, 2, 2)
+    array = np.sort(array, axis=1).reshape(-1, 4)
+    size = tuple(max(1, round(each * 160 / min(side, 60) / 16)) for each in (side, 60))
+    cells = project_windows(array, (side, 60), 160, ZF5, size, "paper" if paper else "release")
     assert cells.dtype == np.int64
     assert cells.shape == (len(boxes), 4)
     assert (cells[:, :2] >= 0).all()
     assert (cells[:, 2:] > cells[:, :2]).all()
-    assert (cells[:, 2:] <= [11, 9]).all()
+    assert (cells[:, 2:] <= size[::-1]).all()
 
 
 def test_the_papers_projection_keeps_the_cells_whose_centres_lie_strictly_inside():
@@ -158,7 +166,7 @@ def test_a_box_without_area_takes_the_largest_scale():
 def test_no_boxes_give_no_windows():
     none = np.zeros((0, 4))
     assert choose_scales(none, (300, 300), FIVE).shape == (0,)
-    cells = project_windows(none, (300, 300), 688, ZF5, (43, 57))
+    cells = project_windows(none, (300, 300), 688, ZF5, (43, 43))
     assert cells.shape == (0, 4)
     distinct, inverse = ProjectedWindows(np.zeros(0, np.int64), cells).unique()
     assert len(distinct.cells) == len(inverse) == 0
@@ -191,7 +199,7 @@ def test_projections_that_make_no_sense_are_refused():
         project_windows(boxes[:1], (300, 300), 688, ZF5, (43, 57), "centre")
     with pytest.raises(ValueError, match=r"map_size must be \(height, width\), both at least 1, got \(0, 57\)"):
         project_windows(boxes[:1], (300, 300), 688, ZF5, (0, 57))
-    with pytest.raises(ValueError, match="scales is empty; give at least one shorter side"):
+    with pytest.raises(ValueError, match="scales must be shorter sides in pixels, at least one"):
         choose_scales(boxes[:1], (300, 300), ())
     with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \(4,\)"):
         choose_scales(boxes[0], (300, 300), FIVE)
@@ -207,3 +215,161 @@ def test_distinct_windows_may_lie_outside_the_map():
     distinct, rows = ProjectedWindows(np.zeros(3, np.int64), cells).unique()
     assert distinct.cells.tolist() == [[-2, 0, 3, 3], [0, -2, 3, 3]]
     assert rows.tolist() == [0, 1, 0]
+
+
+# arguments that cannot be
+
+BOX, IMAGE, GRID, VGG = np.array([[48, 240, 195, 371.0]]), (500, 353), (61, 43), Geometry(16, 7.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 688 / 353}, r"map_size is 61 × 43; scale is no factor: give the resized shorter side, 688"),
+        ({"scale": 1.0}, "a map of about 1 × 1 cells"),
+        ({"scale": 0}, r"scale must be the resized shorter side in pixels, e\.g\. 688, got 0"),
+        ({"scale": -688}, "got -688"),
+        ({"scale": float("nan")}, "got nan"),
+        ({"scale": float("inf")}, "got inf"),
+        ({"scale": "688"}, "got '688'"),
+        ({"scale": (688, 974)}, r"got \(688, 974\)"),
+        ({"scale": 10**400}, "scale must be"),
+        (
+            {"scale": 353},
+            r"becomes 500 × 353 .* about 31 × 22 cells, but map_size is 61 × 43; give the map of this image",
+        ),
+        ({"scale": 1e300}, "map_size is 61 × 43"),
+        ({"map_size": (43, 61)}, r"map_size is 43 × 61; give sizes as \(height, width\)"),
+        ({"image_size": (353, 500)}, r"give sizes as \(height, width\)"),
+        ({"map_size": (256, 61, 43)}, r"got \(256, 61, 43\); leave out the channels: map_size=image\.shape\[:2\]"),
+        ({"image_size": (500, 353, 3)}, "leave out the channels"),
+        ({"image_size": (500.5, 353)}, r"image_size must be \(height, width\), both at least 1, got \(500\.5, 353\)"),
+        ({"image_size": ("500", "353")}, r"got \('500', '353'\)"),
+        ({"image_size": "500x353"}, "got '500x353'"),
+        ({"image_size": 500}, "got 500"),
+        ({"image_size": ((500,), (353, 3))}, "image_size must be"),
+        ({"image_size": None}, "got None"),
+        ({"map_size": (float("nan"), 43)}, "map_size must be"),
+        ({"geometry": (16, 7.5)}, r"geometry must be a Geometry, .* got \(16, 7\.5\)"),
+        ({"geometry": SimpleNamespace(stride=0, first_centre=0, shrink=0)}, "expected stride in pixels > 0, got 0"),
+        ({"geometry": Geometry(32, 7.5)}, "at stride 32 a map of about 30 × 22 cells"),
+        (
+            {"boxes": BOX[:, [2, 3, 0, 1]]},
+            r"box 0 must be \(x1, y1, x2, y2\) with x1 <= x2 .* put its corners in order",
+        ),
+        ({"boxes": torch.tensor([[0, 0, 9, 9.0], [5, 9, 9, 5]])}, r"box 1 must be .* got \[5\.0, 9\.0, 9\.0, 5\.0\]"),
+        ({"boxes": [[0, 0, 9, float("inf")]]}, "box 0 is not finite"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(change, message):
+    arguments = {"boxes": BOX, "image_size": IMAGE, "scale": 688, "geometry": VGG, "map_size": GRID}
+    assert project_windows(**arguments).shape == (1, 4)
+    with pytest.raises(SppnetError, match=message):
+        project_windows(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": 688}, r"scales must be shorter sides in pixels, at least one, e\.g\. \(688,\), got 688"),
+        ({"scales": (480, -688)}, r"got \(480, -688\)"),
+        ({"scales": (480, float("nan"))}, "scales must be"),
+        ({"scales": ("480",)}, "scales must be"),
+        ({"scales": ((480, 688),)}, "scales must be"),
+        ({"target_side": 0}, r"target_side must be pixels > 0, e\.g\. 208, got 0"),
+        ({"target_side": float("inf")}, "got inf"),
+        ({"target_side": None}, "got None"),
+        ({"image_size": (353, 0)}, "image_size must be"),
+        ({"boxes": [[5, 5, 1, 9]]}, "box 0 must be"),
+    ],
+)
+def test_scales_cannot_be_chosen_from_what_cannot_be(change, message):
+    arguments = {"boxes": BOX, "image_size": IMAGE, "scales": (480, 688), "target_side": 208}
+    assert choose_scales(**arguments).tolist() == [0]
+    with pytest.raises(SppnetError, match=message):
+        choose_scales(**{**arguments, **change})
+
+
+def test_lists_arrays_and_tensors_are_alike():
+    for boxes in (
+        BOX.tolist(),
+        BOX.astype(np.float32),
+        torch.tensor(BOX).bfloat16().double(),
+        torch.tensor(BOX).half(),
+    ):
+        for size in (list(GRID), np.array(GRID), torch.tensor(GRID), torch.Size(GRID)):
+            cells = project_windows(boxes, np.array(IMAGE), np.float32(688), VGG, size)
+            assert np.asarray(cells).tolist() == [[6, 29, 24, 45]]
+    assert choose_scales([], torch.tensor(IMAGE), torch.tensor([480, 688])).shape == (0,)
+    assert project_windows([], IMAGE, 688, VGG, GRID).shape == (0, 4)
+
+
+SIDES = st.one_of(st.integers(1, 40), st.integers(1, 4000))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """The layers of every backbone with its geometry; no weights."""
+    return {name: random_backbone_layers(name) for name in BACKBONES}
+
+
+def random_backbone_layers(name):
+    with torch.device("meta"):
+        plan = BACKBONES[name]()
+    layers = list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1]
+    limit_stride(layers, 16)
+    steps = steps_of(layers)
+    return steps, geometry_of(steps)
+
+
+@given(st.data(), SIDES, SIDES, st.integers(16, 1600), st.one_of(st.none(), st.integers(16, 2000)))
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_map_of_every_backbone_is_accepted_at_every_size(plans, data, height, width, scale, max_side):
+    steps, geometry = plans[data.draw(st.sampled_from(sorted(plans)))]
+    size, side = scaled_size((height, width), scale, max_side)
+    cells = (map_side(steps, size[0]), map_side(steps, size[1]))
+    if min(cells) < 1:
+        return
+    box = np.array([[0, 0, width, height], [width / 2, height / 2, width / 2, height / 2]])
+    windows = project_windows(box, (height, width), side, geometry, cells)
+    assert (windows[:, :2] >= 0).all()
+    assert (windows[:, 2:] > windows[:, :2]).all()
+    assert (windows[:, 2:] <= [cells[1], cells[0]]).all()
+
+
+@given(
+    st.tuples(st.integers(1, 99), st.integers(1, 99)), st.integers(0, 98), st.integers(0, 98), st.integers(0, 30),
+    st.floats(1, 40), st.floats(-40, 40), st.booleans(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_a_larger_box_never_begins_later_or_ends_earlier(size, x, y, more, stride, centre, paper):
+    geometry = Geometry(stride, centre, shrink=0)
+    cells = tuple(max(1, round(each * 200 / min(size) / stride)) for each in size)
+    boxes = np.array([[x, y, x + 40, y + 40], [x - more, y - more, x + 40 + more, y + 40 + more]])
+    inner, outer = project_windows(boxes, size, 200, geometry, cells, "paper" if paper else "release")
+    crossed = 40 * 199 / max(min(size) - 1, 1) < 2 * stride  # less than two cells: the middle decides
+    assert crossed or ((outer[:2] <= inner[:2]).all() and (outer[2:] >= inner[2:]).all())
+
+
+ANYTHING = st.one_of(
+    st.none(), st.text(max_size=3), st.floats(), st.integers(), st.lists(st.floats() | st.integers(), max_size=4)
+)
+
+
+@given(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING)
+@settings(deadline=None, max_examples=200)
+def test_any_other_argument_is_refused_here_and_not_inside_a_library(first, second, third, fourth, fifth):
+    calls = (
+        lambda: project_windows(BOX, first, second, VGG, third),
+        lambda: project_windows(
+            BOX, IMAGE, 688, SimpleNamespace(stride=first, first_centre=second, shrink=third), GRID
+        ),
+        lambda: choose_scales(BOX, first, second, third),
+        lambda: Geometry(fourth, fifth, first),
+    )
+    for call in calls:
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            assert "/sppnet/" in frames[-1].filename, frames[-1]

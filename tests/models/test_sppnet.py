@@ -163,20 +163,32 @@ def test_a_checkpoint_gives_fc6_and_fc7_and_leaves_the_classifier(tmp_path):
     assert torch.equal(head.classifier.weight, old_classifier)
 
 
+@pytest.mark.parametrize("name", ["head.pth", "head.npz"])
+def test_a_checkpoint_may_be_of_any_kind_and_carry_a_prefix(tmp_path, name):
+    source, head = small_head(seed=1), small_head(seed=2)
+    state = {f"module.{key}": tensor for key, tensor in checkpoint_of(source).items()}
+    if name.endswith("pth"):
+        torch.save({"model": state}, tmp_path / name)
+    else:
+        np.savez(tmp_path / name, allow_pickle=False, **{key: tensor.numpy() for key, tensor in state.items()})
+    load_head_checkpoint(head, HeadSettings(checkpoint=tmp_path / name))
+    assert torch.equal(head.fc6.weight, source.fc6.weight)
+
+
 def test_a_checkpoint_that_is_not_named_or_not_there_is_reported(tmp_path):
     with pytest.raises(
         SppnetError, match=r"head\.init is 'checkpoint' but no file is named; set head\.checkpoint=PATH"
     ):
         load_head_checkpoint(small_head(), HeadSettings())
     with pytest.raises(
-        SppnetError, match=r"none: no such classification checkpoint; set head\.checkpoint to an existing"
+        SppnetError, match=r"none: expected a weight file, but there is no such file; check head\.checkpoint"
     ):
         load_head_checkpoint(small_head(), HeadSettings(checkpoint=tmp_path / "none"))
 
 
 def test_a_checkpoint_of_another_format_is_reported(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 something else entirely")
-    with pytest.raises(SppnetError, match=r"x\.pth: not a \.safetensors file; give an SPP classification checkpoint"):
+    with pytest.raises(SppnetError, match=r"x\.pth: expected a complete \.pth file of plain tensors"):
         load_head_checkpoint(small_head(), HeadSettings(checkpoint=tmp_path / "x.pth"))
 
 

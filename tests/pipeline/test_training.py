@@ -481,7 +481,9 @@ def test_weights_that_do_not_fit_are_an_error_before_the_first_stage(small_run, 
         with pytest.raises(SppnetError, match=rf"{name}\.safetensors: .*{message}"):
             train(changed(small_run, backbone__weights=weights, pretrain__enabled=True), tmp_path / "run")
     head = changed(small_run, head__init="checkpoint", head__checkpoint=str(tmp_path / "none.safetensors"))
-    with pytest.raises(SppnetError, match=r"none\.safetensors: no such classification checkpoint"):
+    with pytest.raises(
+        SppnetError, match=r"none\.safetensors: expected a weight file, but there is no such file; check head"
+    ):
         train(head, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

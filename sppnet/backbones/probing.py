@@ -1,0 +1,225 @@
+"""The grid of any network, found by running it: no layer need be known.
+
+Pixels that are NaN make NaN of every cell that sees them: convolutions, pools, activations and normalisations with
+fixed statistics pass it on. Which cells turn NaN when all columns before, or all from, one column on do gives the first
+and the last pixel of a cell, in some 30 runs on a narrow strip. Branches give the union of what they see; the pixels
+of a shortcut lie inside those of the path beside it.
+
+Values without a place - what is pooled over the whole map, as in squeeze-and-excitation, and the statistics of a
+normalisation over the map - are held fixed: they change what a cell holds, not where it looks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sppnet.errors import BackboneError
+
+LENGTHS = tuple((64 + 32 * half) << i for i in range(7) for half in (0, 1))[
+    :-1
+]  # px of a strip: the first in which inner cells see neither end
+WIDTHS = (8, 16, 32, 64, 128, 256)  # px of a strip: the first that gives two cells
+CELLS = 4  # neighbours that must lie one stride apart: maps that were enlarged come in pairs
+_WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid of cells (N, C, h, w)"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cell i sees the pixels around first_centre + i · stride in both axes; `width` px give two cells across."""
+
+    stride: int
+    first_centre: float
+    channels: int
+    width: int
+
+
+def probe(module: nn.Module) -> Grid:
+    """The grid of a network, which stays as it was; BackboneError, with what was found, where it has none."""
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"{_WANTED}, got {type(module).__name__}; give a torch.nn.Module")
+    with _undisturbed(module):
+        width, channels = _narrowest(module)
+        down, right = (_along(module, axis, width, channels) for axis in (2, 3))
+    if down != right:
+        raise BackboneError(
+            f"{_WANTED}, the same in both axes, got stride {down[0]} and first centre {down[1]:g} downwards, "
+            f"{right[0]} and {right[1]:g} to the right; give both axes the same layers"
+        )
+    return Grid(*down, channels, width)
+
+
+def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
+    """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network."""
+    try:
+        with _undisturbed(module):
+            return _run(module, _random_images(module, axis, side, width), marked=False).shape[axis]
+    except BackboneError:
+        return 0
+
+
+def _narrowest(module: nn.Module) -> tuple[int, int]:
+    """The first of WIDTHS that gives two cells, and the channels of the map."""
+    error = None
+    for width in WIDTHS:
+        images = _random_images(module, 2, 256, width)
+        try:
+            found = _run(module, images, marked=False)
+        except BackboneError as reason:  # too narrow, or nothing that fits any image: the widest one tells
+            error = reason
+            continue
+        if bool(found.isnan().any()):
+            raise BackboneError(f"{_WANTED}, but its map of finite images holds NaN; check its weights")
+        if not torch.equal(found, _run(module, images, marked=False)):
+            raise BackboneError(f"{_WANTED}, but two runs on one image differ; leave out what is random in eval mode")
+        if min(found.shape[2:]) >= 2:
+            return width, found.shape[1]
+        error = BackboneError(
+            f"{_WANTED}, got a map of {found.shape[2]} × {found.shape[3]} cells for 256 × {width} pixels; "
+            "leave out what pools over the whole map"
+        )
+    assert error is not None
+    raise error
+
+
+def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
+    """Stride and first centre along an axis (2 or 3)."""
+    lengths = [length for length in LENGTHS if length >= width]  # those large enough for the network
+    for length in lengths:
+        strip, middle = _Strip(module, axis, width, channels, length), length // 2
+        # From cell `low` on nothing before the middle is seen, from cell `high` on something behind it.
+        cells, low, high = strip.cells, strip.reached(middle), strip.left(middle)
+        apart = length // max(cells, 1) + 1  # roughly a stride, and more
+        inside = min(low, high) > 0 and max(low, high) + CELLS <= strip.reached(length)
+        if inside and strip.left(max(length - 2 * apart, 0)) >= high + CELLS:  # between two cells may be a gap
+            break
+    else:
+        few = _Strip(module, axis, width, channels, lengths[0]).cells
+        why = "none of which changes with a pixel" if not low else "each of which sees most of the image"
+        raise BackboneError(
+            f"{_WANTED}, got {few} cells for {lengths[0]} pixels and {cells} for {length}, "
+            f"{why if cells > few else 'whatever the image'}; take the map of an earlier layer"
+        )
+    places = range(length)
+    reach = min(middle + 8 * apart, length)  # more than two strides
+    start, following = (bisect.bisect(places, cell, middle - 1, reach, key=strip.reached) for cell in (low, low + 1))
+    end, stride = bisect.bisect(places, high, middle, reach, key=strip.left), following - start
+    for i in range(CELLS):  # they begin at `start` - 1 and end at `end` - 1, and so on in steps of a stride
+        first, last = start + i * stride, end + i * stride
+        found = strip.reached(first - 1), strip.reached(first), strip.left(last - 1), strip.left(last)
+        if stride < 1 or found != (low + i, low + i + 1, high + i, high + i + 1):
+            raise BackboneError(
+                f"{_WANTED}, one stride apart, but of {CELLS} neighbours the first two begin {stride} pixels apart and "
+                "others do not; take a map that was not enlarged or resized"
+            )
+    longer = _Strip(module, axis, width, channels, length + CELLS * stride).cells
+    if longer != cells + CELLS:
+        raise BackboneError(
+            f"{_WANTED}, got {cells} cells for {length} pixels and {longer} for {length + CELLS * stride}, though they "
+            f"lie {stride} pixels apart; do not resize the map"
+        )
+    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
+
+
+class _Strip:
+    """A narrow image along one axis, and which cells of its map see which of its pixels."""
+
+    def __init__(self, module: nn.Module, axis: int, width: int, channels: int, length: int) -> None:
+        self.module, self.axis, self.channels = module, axis, channels
+        self.images = _random_images(module, axis, length, width)
+        self.seen = functools.cache(self._seen)  # where it bisects, it asks again
+        self.cells = len(self.seen(0, 0))
+
+    def reached(self, stop: int) -> int:
+        """How many cells there are up to the last that sees a pixel before `stop`."""
+        return int(np.flatnonzero(self.seen(0, stop)).max(initial=-1)) + 1
+
+    def left(self, start: int) -> int:
+        """How many cells there are before the first that sees a pixel from `start` on."""
+        return int(np.flatnonzero(self.seen(start, self.images.shape[self.axis])).min(initial=self.cells))
+
+    def _seen(self, start: int, stop: int) -> NDArray[np.bool_]:
+        images = self.images.clone()
+        images.narrow(self.axis, start, stop - start).fill_(torch.nan)
+        found = _run(self.module, images)
+        if found.shape[1] != self.channels:
+            raise BackboneError(
+                f"{_WANTED}, got {self.channels} channels for one size and {found.shape[1]} for "
+                f"{images.shape[2]} × {images.shape[3]}; give every map the same channels"
+            )
+        return found.isnan().transpose(self.axis, 0).flatten(1).any(dim=1).cpu().numpy()
+
+
+def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Tensor:
+    """An image (1, 3, H, W) of the module's kind, `length` pixels along the axis and `width` across."""
+    size = (length, width) if axis == 2 else (width, length)
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _run(module: nn.Module, images: Tensor, marked: bool = True) -> Tensor:
+    """The map of images, which hold NaN where they are `marked`."""
+    try:
+        with _Placeless() if marked else contextlib.nullcontext():
+            found = module(images.clone())
+    except Exception as error:  # whatever somebody's module raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"{_WANTED}, but on {tuple(images.shape)} it fails: {reason}") from error
+    if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[0] != 1 or not found.is_floating_point():
+        kind = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise BackboneError(f"{_WANTED}, got {kind} for {tuple(images.shape)}; return the map before it is pooled")
+    return found
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode of every part, the buffers and torch's random numbers are put back."""
+    modes = {part: part.training for part in module.modules()}
+    buffers = [(part, *named, named[1].clone()) for part in modes for named in part.named_buffers(recurse=False)]
+    model = _random_images(module, 2, 1, 1)
+    gpus = [model.device] if model.is_cuda else []
+    with contextlib.ExitStack() as stack:
+        # cuDNN's convolutions by tiles, and oneDNN's in 16 bits, would spread NaN beyond the pixels that a cell sees.
+        if gpus:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        elif model.element_size() < 4:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # of other flags, left as they are
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.no_grad())
+        try:
+            for part in modes:
+                part.training = False
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+            for part, name, buffer, value in buffers:
+                setattr(part, name, buffer.copy_(value))
+
+
+class _Placeless(TorchFunctionMode):
+    """Keeps NaN out of vectors, which have no place, and out of the statistics of a normalisation over the map."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.batch_norm, F.group_norm, F.instance_norm) and args:
+            return func(torch.nan_to_num(args[0]), *args[1:], **kwargs).masked_fill(args[0].isnan(), torch.nan)
+        found = func(*args, **kwargs)
+        is_vector = isinstance(found, Tensor) and found.ndim > 1 and found.numel() == max(found.shape, default=0)
+        return torch.nan_to_num(found) if is_vector and found.is_floating_point() else found

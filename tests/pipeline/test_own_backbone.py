@@ -1,0 +1,118 @@
+"""A small residual network of one's own, trained, evaluated and loaded again: by import path and as an object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from own_networks import SmallResidual
+from small_run import SmallRun, merged, run_command, small_config, small_settings, write_config
+from torch import nn
+
+from sppnet import SPPDetector, read_image
+from sppnet.errors import BackboneError, SppnetError
+from sppnet.pipeline.evaluation import evaluate_run
+from sppnet.pipeline.training import Training, train_detector
+
+OWN = {"module": "own_networks:residual"}
+
+
+def windows_of(run: SmallRun) -> Path:
+    return run.config.proposals.import_from[0]
+
+
+def stages(root: Path) -> set[str]:
+    return {path.name for path in root.glob("*-*")}
+
+
+def test_a_network_named_in_a_configuration_is_trained_evaluated_and_loaded(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    settings = merged(small_settings(small_run.devkit, windows_of(small_run)), {"backbone": OWN})
+    file, root = write_config(tmp_path / "own.yaml", settings), tmp_path / "run"
+    plan = run_command("train", file, "--run", root, "--dry-run")
+    assert plan.status == 0, plan
+    assert not root.exists()
+    assert run_command("train", file, "--run", root).status == 0
+    assert run_command("eval", root).status == 0
+    again = run_command("train", root / "config.yaml", "--run", root, "--dry-run")
+    assert again.status == 0
+    assert "run " not in again.out.replace("reuse", "")
+    detector = SPPDetector.load(root)
+    assert (detector.backbone.geometry.stride, detector.backbone.channels) == (8, 12)
+    image = read_image(next((small_run.devkit / "SHAPES" / "JPEGImages").glob("test*")))
+    assert detector.detect(image).classes == detector.classes
+
+
+def test_a_network_given_in_python_is_trained_and_must_be_given_again(small_run: SmallRun, tmp_path: Path) -> None:
+    config, module, root = small_config(small_run.devkit, windows_of(small_run)), SmallResidual(), tmp_path / "run"
+    trained = train_detector(config, root, progress=False, backbone=module)
+    assert trained is not None
+    assert trained.config.backbone.module == "object"
+    evaluation = evaluate_run(root, backbone=module).result.evaluation
+    assert evaluation is not None
+    loaded = SPPDetector.load(root, backbone=SmallResidual())  # weights come from the folder
+    image = read_image(next((small_run.devkit / "SHAPES" / "JPEGImages").glob("test*")))
+    windows = trained.proposer(image)
+    assert torch.equal(
+        torch.from_numpy(loaded.score(loaded.embed(image), windows)),
+        torch.from_numpy(trained.score(trained.embed(image), windows)),
+    )
+    with pytest.raises(BackboneError, match=r"SPPDetector\.load\(run, backbone=module\)"):
+        SPPDetector.load(root)
+    with pytest.raises(SppnetError, match=r"state_dict for OwnBackbone: Missing key"):
+        SPPDetector.load(root, backbone=nn.Conv2d(3, 4, 3))
+    assert run_command("eval", root).status == 2
+
+
+def test_maps_belong_to_the_weights_of_the_network(small_run: SmallRun, tmp_path: Path) -> None:
+    config, module = small_config(small_run.devkit, windows_of(small_run)), SmallResidual()
+
+    def folders() -> dict[str, str]:
+        return Training(config, tmp_path, torch.device("cpu"), module=module).graph.digests
+
+    before = folders()
+    assert folders() == before
+    module.stem.weight.data[0, 0, 0, 0] += 1
+    after = folders()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"pretrain", "maps", "finetune", "low_rank", "svm", "boxes"}
+
+
+def test_a_network_that_is_another_one_at_every_call_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
+    settings = merged(small_settings(small_run.devkit, windows_of(small_run)), {"backbone.name": None})
+    settings["backbone"] = {"module": "own_networks:different"}
+    result = run_command("train", write_config(tmp_path / "own.yaml", settings), "--run", tmp_path / "run")
+    assert result.status == 2
+    assert "backbone.module=own_networks:different: expected the same network at every call" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("own_networks:classifier", "got torch.float32 of shape"), ("nowhere:f", "cannot import it")],
+)
+def test_a_dry_run_says_what_is_wrong_with_a_network(
+    small_run: SmallRun, tmp_path: Path, path: str, message: str
+) -> None:
+    settings = merged(small_settings(small_run.devkit, windows_of(small_run)), {"backbone": {"module": path}})
+    result = run_command("train", write_config(tmp_path / "own.yaml", settings), "--dry-run")
+    assert result.status == 2
+    assert f"backbone.module={path}: " in result.err
+    assert message in result.err
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_input_norm_leaves_what_a_trained_fc6_computes(small_run: SmallRun, tmp_path: Path, pretrained: bool) -> None:
+    """fc6 was trained on features as they are; scaling these must not change what it gives."""
+    changes = {"pretrain__enabled": True, "pretrain__steps": 2, "pretrain__batch": 8, "pretrain__sizes": [64]}
+    config = small_config(small_run.devkit, windows_of(small_run), **(changes if pretrained else {}))
+    training = Training(config, tmp_path, torch.device("cpu"), progress=False)
+    for stage in ("proposals", "pretrain", "maps"):
+        training.perform(training.graph.status(stage))
+    started, scaled = training.networks.started_head(), training.networks.initial_head()
+    assert float(scaled.input_scale) != pytest.approx(1, rel=0.1)
+    pooled = torch.rand(5, started.fc6.in_features)
+    same = torch.allclose(started.features(pooled, "fc6"), scaled.features(pooled, "fc6"), rtol=1e-4, atol=1e-6)
+    assert same == pretrained
