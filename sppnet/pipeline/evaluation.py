@@ -68,7 +68,8 @@ def detect_split(
     call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
     """
     description = replace(DetectorDescription.read(run), config=config)
-    check_sizes(records, build_backbone(config.backbone.without_weights()), config.maps)  # before hours of work
+    network = build_backbone(config.backbone.without_weights(), module=backbone)
+    check_sizes(records, network, config.maps)  # before hours of work
     windows = windows_folder(run, config)
     propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"

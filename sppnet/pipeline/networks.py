@@ -176,7 +176,7 @@ class TrainingNetworks:
             )
         if "maps" in used and not self.graph.status("maps").complete:
             try:
-                backbone = build_backbone(self.config.backbone.without_weights())
+                backbone = build_backbone(self.config.backbone.without_weights(), module=self.module)
                 check_sizes(data.images, backbone, self.config.maps)
             except SppnetError as error:
                 found.append(str(error))
