@@ -66,9 +66,9 @@ class Geometry:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite real number, of Python or numpy."""
+    """Whether it is a real number, of Python or numpy, neither NaN nor beyond all measure."""
     try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(float(value)) < 1e100
     except OverflowError:  # an integer beyond all floats
         return False
 

@@ -59,7 +59,7 @@ def check_object(module: nn.Module) -> None:
     try:
         ForkingPickler.dumps(copy.deepcopy(module).to("meta"))  # as processes exchange it, without the weights
         unknown = {type(part) for part in module.modules() if type(part).__module__ == "__main__"}
-        if unknown and not hasattr(sys.modules["__main__"], "__file__"):
+        if unknown and not Path(getattr(sys.modules["__main__"], "__file__", "")).is_file():
             raise ValueError(f"{unknown.pop().__qualname__} is defined in an interactive session")
     except Exception as error:
         raise BackboneError(

@@ -39,7 +39,7 @@ def choose_scales(
         raise SppnetError(f"target_side must be pixels > 0, e.g. 208, got {target_side!r}")
     with np.errstate(over="ignore"):  # boxes of any extent
         area = np.maximum(areas(_checked_boxes(boxes)), 1e-9)  # a box without area goes to the largest scale
-    expected = np.floor(target_side * min(height, width) / np.sqrt(area) + 0.5)
+    expected = np.floor(float(target_side) * min(height, width) / np.sqrt(area) + 0.5)
     distances = np.abs(sides[None, :] - expected[:, None])
     return _like(boxes, distances.argmin(axis=1))
 
@@ -63,13 +63,14 @@ def project_windows(
     SppnetError for what cannot be: a scale that is no number of pixels, sizes that are not (height, width), a map that
     is not of this image at this scale and geometry, corners that are not finite or not in order.
     """
-    if projection not in ("release", "paper"):
+    if not isinstance(projection, str) or projection not in ("release", "paper"):
         raise SppnetError(f"projection must be one of release, paper, got {projection!r}")
     size, cells = _whole_size("image_size", image_size), _whole_size("map_size", map_size)
     corners = _checked_boxes(boxes)
     if not all(hasattr(geometry, name) for name in ("stride", "first_centre", "shrink")):
         raise SppnetError(f"geometry must be a Geometry, e.g. Geometry(stride=16, first_centre=7.5), got {geometry!r}")
-    centre, shrink, stride = geometry.first_centre, geometry.shrink, geometry.stride
+    geometry = Geometry(geometry.stride, geometry.first_centre, geometry.shrink)
+    stride, centre, shrink = float(geometry.stride), float(geometry.first_centre), float(geometry.shrink)
     if not is_number(scale) or scale <= 0:
         raise SppnetError(f"scale must be the resized shorter side in pixels, e.g. 688, got {scale!r}")
     scale = float(scale)
@@ -136,9 +137,9 @@ def _fits(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[
 
 def _whole_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
     array = _as_array(size)
-    if array is None or array.shape != (2,) or not (np.isfinite(array) & (array >= 1) & (array % 1 == 0)).all():
+    if array is None or array.shape != (2,) or not ((array >= 1) & (array < 2**31) & (array == np.floor(array))).all():
         hint = f"; leave out the channels: {name}=image.shape[:2]" if array is not None and array.shape == (3,) else ""
-        raise SppnetError(f"{name} must be (height, width), both at least 1, got {_shown(size)}{hint}")
+        raise SppnetError(f"{name} must be (height, width), both at least 1, got {size!r}{hint}")
     return int(array[0]), int(array[1])
 
 
@@ -149,10 +150,6 @@ def _as_array(values: object) -> NDArray[np.float64] | None:
         return array.astype(np.float64) if array.dtype.kind in "iuf" else None
     except (TypeError, ValueError):  # e.g. rows of different lengths
         return None
-
-
-def _shown(size: object) -> str:
-    return str(tuple(size)) if isinstance(size, list | tuple) else repr(size)
 
 
 def _like(model: Array, values: NDArray[np.int64]) -> Array:

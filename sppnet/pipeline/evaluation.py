@@ -125,9 +125,8 @@ def evaluate_run(
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
     Results on a folder other than data.root have a folder of their own below run/results/.
     """
-    config = SPPDetector.load(
-        run, backbone=backbone
-    ).config  # whole: a damaged one is refused before windows are searched
+    # Loaded whole: a damaged one is refused before windows are searched.
+    config = SPPDetector.load(run, backbone=backbone).config
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
