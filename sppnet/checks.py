@@ -57,7 +57,7 @@ def check_boxes(value: object, name: str = "boxes", dtype: Any = np.float32) -> 
         return np.zeros((0, 4), dtype)
     if array.ndim != 2 or array.shape[1] != 4 or array.dtype.kind == "b":
         hint = f"; pass {name}[None] for one box" if array.shape == (4,) else ""
-        raise SppnetError(f"{name} must have shape (R, 4), got {array.shape} of {array.dtype}{hint}")
+        raise SppnetError(f"{name} must have shape (R, 4), got {array.shape}{hint}")
     with np.errstate(over="ignore"):
         boxes = array.astype(dtype)
     bad = first_bad_box(boxes)
@@ -128,7 +128,7 @@ def check_overlap(value: object, name: str) -> float:
     """An intersection over union in [0, 1]."""
     array = as_array(value, name)
     if array.ndim or array.dtype.kind not in "iuf" or not 0 <= array <= 1:
-        raise SppnetError(f"{name} must be an overlap in [0, 1], got {value!r}; the paper uses 0.3")
+        raise SppnetError(f"{name} must be an overlap in [0, 1], got {value!r}; give one, e.g. 0.3")
     return float(array)
 
 

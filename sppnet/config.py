@@ -21,8 +21,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 
-# Sections of the settings whose results are kept, in the order in which they are made.
-STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes")
+# The stages of training, whose results are kept, in their order; all but the last have settings of their own.
+STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
 
 
 class Settings(BaseModel):

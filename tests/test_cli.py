@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_training_ends_with_a_detector_and_the_next_step(config, tmp_path):
     assert (
         log.index("proposals:") < log.index("maps:") < log.index("finetune:") < log.index("svm:") < log.index("boxes:")
     )
+    assert re.search(r"thresholds: cross -?[\d.]+ \((F1 [\d.]+ of \d+ objects|no [\w ]+)\), disc ", log)
     table = log[log.index("stage  ") :].splitlines()
     assert [line.split()[0] for line in table] == ["stage", *STAGES]
 
@@ -124,11 +126,11 @@ def test_settings_on_the_command_line_count_over_the_file(config, tmp_path):
 
 
 def test_the_stages_are_commands_too(config, small_run, tmp_path):
-    for stage in ("propose", "extract", "finetune", "svm"):
+    for stage in ("propose", "extract", "finetune", "svm", "boxes"):
         result = run_command(stage, config, "--run", tmp_path / "run")
         assert (result.status, result.out) == (0, "")
         assert "no detector yet" in result.err
-    assert run_command("boxes", config, "--run", tmp_path / "run").out.startswith("detector of 5 classes")
+    assert run_command("thresholds", config, "--run", tmp_path / "run").out.startswith("detector of 5 classes")
     digests = [DetectorDescription.read(root).digest("cpu") for root in (tmp_path / "run", small_run.root)]
     assert digests[0] == digests[1]
 
@@ -253,11 +255,11 @@ def test_the_version_is_that_of_the_package(capsys):
 @pytest.mark.parametrize(
     ("options", "again"),
     [
-        (["--from", "finetune"], "finetune svm boxes"),
-        (["--from", "boxes"], "boxes"),
+        (["--from", "finetune"], "finetune svm boxes thresholds"),
+        (["--from", "boxes"], "boxes thresholds"),
         (["--only", "svm", "--force"], "svm"),
         (["--from", "maps", "--only", "svm"], "svm"),
-        (["--force"], "proposals maps finetune svm boxes"),
+        (["--force"], "proposals maps finetune svm boxes thresholds"),
         (["--only", "maps"], ""),
     ],
 )

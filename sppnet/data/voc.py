@@ -40,31 +40,45 @@ def read_annotation(path: Path, size: tuple[int, int] | None = None) -> tuple[An
 
     Documented skips, counted: boxes with xmax <= xmin or ymax <= ymin ("zero-area box": a click or a slip)
     and boxes wholly outside the image are left out; boxes partly outside are clipped to it; a <size> that
-    differs from `size` is only counted, `size` wins. Without `size` the stated one holds, where there is one;
-    else boxes are clipped at the left and top edges alone. A missing <difficult> means 0. No object at all is ordinary.
+    differs from `size` is only counted, `size` wins. Without `size` objects are as the file has them, as the devkit
+    takes them: nothing is clipped, a box one pixel wide counts, and only reversed corners are left out, counted.
+    A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
     corners = as_boxes([corners for _, corners, _ in objects])
-    stated = _stated_size(root)
-    height, width = size or stated or (math.inf, math.inf)
+    if size is None:
+        return _as_written(objects, corners)
+    stated, (height, width) = _stated_size(root), size
     boxes = np.clip(corners - INWARD, 0, [width, height] * 2)
     # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
     zero_area = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
-    outside = ~zero_area & (areas(boxes) <= 0)
+    outside = ~zero_area & (areas(boxes.astype(np.float32)) <= 0)
     keep = ~zero_area & ~outside
     clipped = keep & (boxes != corners - INWARD).any(axis=1)
     skips = {
         "zero-area box": int(zero_area.sum()),
         "box outside the image": int(outside.sum()),
         "box clipped to the image": int(clipped.sum()),
-        "annotation size disagrees with the image": int(None not in (size, stated) and size != stated),
+        "annotation size disagrees with the image": int(stated not in (None, size)),
     }
     names = tuple(name for (name, _, _), kept in zip(objects, keep, strict=True) if kept)
     difficult = np.array([flag for _, _, flag in objects], dtype=bool)[keep]
     annotation = Annotation(boxes[keep].astype(np.float32), names, difficult)
     return annotation, SkipCounts({reason: count for reason, count in skips.items() if count})
+
+
+def _as_written(
+    objects: Sequence[tuple[str, list[float], bool]], corners: NDArray[np.float64]
+) -> tuple[Annotation, SkipCounts]:
+    """All objects of positive area, by VOC's inclusive corners, where no image bounds them."""
+    boxes = (corners - INWARD).astype(np.float32)
+    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)).tolist()
+    names, flags = [objects[row][0] for row in kept], [objects[row][2] for row in kept]
+    reversed_corners = len(objects) - len(kept)
+    skips = {"box with reversed corners": reversed_corners} if reversed_corners else {}
+    return Annotation(boxes[kept], tuple(names), np.array(flags, dtype=bool)), SkipCounts(skips)
 
 
 def write_annotation(
@@ -310,6 +324,8 @@ def read_comp4(path: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.f
             row = []
         if len(row) != 5 or not np.isfinite(row).all():
             raise SppnetError(f"{path}:{number}: expected 'id score xmin ymin xmax ymax', got {line!r}; correct it")
+        if row[3] <= row[1] - 1 or row[4] <= row[2] - 1:
+            raise SppnetError(f"{path}:{number}: xmin must not exceed xmax, nor ymin ymax, got {line!r}; correct it")
         stems.append(stem)
         values.append(row)
     table = np.array(values, dtype=np.float64).reshape(-1, 5)

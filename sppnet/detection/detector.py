@@ -60,7 +60,8 @@ class SPPDetector:
     thresholds: tuple[float, ...] = ()  # the lowest score that `detect` shows, of each class; 0 where not given
 
     def __post_init__(self) -> None:
-        values = check_thresholds(self.thresholds or 0, self.classes)
+        given: Any = self.thresholds
+        values = check_thresholds(0 if isinstance(given, tuple) and not given else given, self.classes)
         object.__setattr__(self, "thresholds", tuple(values.tolist()))
 
     @property

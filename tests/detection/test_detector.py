@@ -67,7 +67,8 @@ def test_a_detector_of_openvino_works_where_it_is_missing(detector, image, windo
 
 
 def test_detections_are_sorted_typed_and_inside_the_image(detector, image, windows):
-    found = detector.detect(image, windows)
+    found, cut = detector.detect_for_evaluation(image, windows)
+    assert cut == ()
     assert len(found) > 0
     assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
     assert (np.diff(found.scores) <= 0).all()
@@ -108,7 +109,7 @@ def test_selection_is_threshold_suppression_regression_clipping_and_suppression(
         torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64),
     )  # fmt: skip
     linear = replace(detector.svms, weight=torch.zeros(2, 3), bias=torch.zeros(2), classes=("a", "b"))
-    own = replace(detector, svms=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
+    own = replace(detector, thresholds=(), svms=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
     found = own.select(windows, WindowScores(scores, maps, where), (100, 120))
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
@@ -140,7 +141,7 @@ def test_the_search_is_that_of_the_settings(detector):
     """A white square on black: selective search finds it by itself."""
     picture = np.zeros((120, 160, 3), np.uint8)
     picture[30:90, 50:110] = 255
-    found = replace(detector, regressors=None).detect(picture)
+    found = replace(detector, regressors=None).detect(picture, threshold=-3)
     assert len(found) > 0
     assert pairwise_iou(found.boxes.astype(np.float64), np.array([[50.0, 30, 110, 90]])).max() > 0.8
 
@@ -152,7 +153,7 @@ def test_bfloat16_finds_nearly_the_same(detector, image, windows):
     assert rounded.dtype == np.float32
     assert not np.array_equal(exact, rounded)
     assert np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
-    assert len(half.detect(image, windows)) > 0
+    assert len(half.detect(image, windows, threshold=-2)) > 0
 
 
 def test_images_and_windows_of_wrong_shapes_are_refused(detector, image):
@@ -162,7 +163,7 @@ def test_images_and_windows_of_wrong_shapes_are_refused(detector, image):
         detector.detect(image.astype(np.float32))
     with pytest.raises(ValueError, match=r"image must be .*uint8.*; read it with"):
         detector.detect(image[..., 0], np.array([[0, 0, 10, 10]]))
-    with pytest.raises(ValueError, match=r"box 0 is not finite"):
+    with pytest.raises(ValueError, match=r"windows\[0\] is \[0.0, 0.0, nan, 10.0\]: expected finite x1 < x2"):
         detector.detect(image, np.array([[0, 0, np.nan, 10]]))
 
 
@@ -184,7 +185,7 @@ def test_a_detector_without_box_regression_is_saved_and_loaded_too(detector, ima
     again = SPPDetector.load(tmp_path)
     assert again.regressors is None
     assert same(again.detect(image, windows), plain.detect(image, windows))
-    assert not same(again.detect(image, windows), detector.detect(image, windows))
+    assert not same(again.detect(image, windows, threshold=-2), detector.detect(image, windows, threshold=-2))
 
 
 def test_the_digest_covers_weights_settings_of_the_test_and_precision(detector, tmp_path):

@@ -267,13 +267,15 @@ def test_arrays_of_different_lengths_are_an_error():
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error(score):
-    with pytest.raises(ValueError, match=r"cat: the score of detection 1 is (nan|inf); every score must be a finite"):
+    with pytest.raises(
+        ValueError, match=r"cat: the score of detection 1, in image a, is (nan|inf); every score must be a finite"
+    ):
         evaluate_class(["a", "a"], [1, score], np.zeros((2, 4)), {"a": annotation()}, "cat")
 
 
 @pytest.mark.parametrize("classes", [[], ["cat", "cat"]])
 def test_no_classes_or_repeated_ones_are_an_error(classes):
-    with pytest.raises(ValueError, match=r"classes must be distinct names, at least one, got \["):
+    with pytest.raises(ValueError, match=r"classes must be distinct names.*, got (none|\[)"):
         evaluate_voc({}, {}, classes)
 
 
