@@ -150,7 +150,7 @@ def _detect(options: argparse.Namespace) -> int:
     used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
     print(f"{count} detections in {len(result.detections)} images, scores from {used}, written to {options.out}")
     if result.detections and not count:
-        print("nothing scores that much; a lower --threshold shows less certain detections")
+        print(f"nothing scores {used} or more; a lower --threshold shows less certain detections")
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if result.skipped else 0

@@ -27,12 +27,12 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
         return read_image(Path(image))
     if isinstance(image, Image.Image):
         try:
-            return upright_pixels(image, "image")
+            pixels = upright_pixels(image, "image")
         except ImageError:
             raise
         except Exception as error:  # of Pillow's decoders, or a file that has been closed
             raise ImageError(f"image: expected a complete PIL image, but it cannot be read ({error})") from None
-    if isinstance(image, Tensor):
+    elif isinstance(image, Tensor):
         pixels = _pixels_of_tensor(image)
     elif isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -48,7 +48,7 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
             f"got {type(image).__name__}"
         )
     if not pixels.size:
-        raise ImageError(f"image must have at least one pixel, got shape {tuple(image.shape)}")
+        raise ImageError(f"image must have at least one pixel, got shape {pixels.shape}")
     return pixels
 
 

@@ -177,7 +177,7 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
     plan = plan_of(run_command("train", config, "--run", run.root, "--dry-run").out)
     assert {action for action, _ in plan.values()} == {"reuse", "skip"}
     changed = plan_of(run_command("train", config, "--run", run.root, "--dry-run", "--set", "svm.C=1").out)
-    assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm"}
+    assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm", "thresholds"}
     assert changed["svm"][1].startswith("settings or inputs are not those of svm-")
     next(run.root.glob("maps-*/SHAPES/train_00001-*-flip.npz")).unlink()
     before.pop(next(name for name in before if "train_00001" in name and "-flip" in name))
@@ -362,16 +362,32 @@ def test_score_prints_a_table_or_json(run):
     assert strict["map"] < values["map"]
 
 
-def test_score_clips_objects_to_the_size_that_their_annotation_states(tmp_path):
+def test_score_takes_objects_as_they_are_written(tmp_path):
     box = "<xmin>11</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax>"
     found = "<object><name>star</name><bndbox>" + box + "</bndbox></object>"
     (tmp_path / "test.txt").write_text("a\n")
     (tmp_path / "comp4_star.txt").write_text("a 0.9 11 11 100 60\n")
     options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star", "--json"]
     options += ["--detections", tmp_path / "comp4_{}.txt", "--iou", "0.9"]
-    for size, expected in (("<size><width>100</width><height>80</height></size>", 1), ("", 0)):
+    for width, height in ((100, 80), (80, 200), (20, 6), (0, 0), ("", "")):
+        size = f"<size><width>{width}</width><height>{height}</height></size>"
         (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
-        assert json.loads(run_command("score", *options).out)["map"] == pytest.approx(expected)
+        result = run_command("score", *options)
+        assert (json.loads(result.out)["map"], result.err) == (0, "")
+        assert json.loads(run_command("score", *options, "--iou", "0.4").out)["map"] == 1
+
+
+def test_score_counts_objects_one_pixel_wide_and_names_the_files_of_those_turned_over(tmp_path):
+    boxes = ((10, 10, 50, 50), (60, 10, 60, 50), (10, 70, 50, 70), (90, 20, 80, 40))
+    corners = (f"<xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>" for a, b, c, d in boxes)
+    objects = "".join(f"<object><name>star</name><bndbox>{each}</bndbox></object>" for each in corners)
+    (tmp_path / "a.xml").write_text(f"<annotation>{objects}</annotation>")
+    (tmp_path / "test.txt").write_text("a\n")
+    (tmp_path / "comp4_star.txt").write_text("a 0.9 10 10 50 50\na 0.8 60 10 60 50\n")
+    options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star"]
+    result = run_command("score", *options, "--detections", tmp_path / "comp4_{}.txt")
+    assert result.out.splitlines()[1].split() == ["star", "0.6364", "3", "2", "0.6667", "1.0000"]
+    assert result.err == f"left out: 1 × box with reversed corners in {tmp_path / 'a.xml'}\n"
 
 
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
@@ -404,21 +420,26 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         entries = json.loads((tmp_path / f"out{count}/detections.json").read_text())
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
-        assert result.out == f"{total} detections in {count} images, written to {tmp_path / f'out{count}'}\n"
+        expected = f"{total} detections in {count} images, scores from -1.50, written to {tmp_path / f'out{count}'}\n"
+        assert result.out == expected
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
 
 
-def test_detect_shows_scores_from_zero_unless_told_otherwise(run, tmp_path):
+def test_detect_shows_scores_from_the_thresholds_of_the_detector_unless_told_otherwise(run, tmp_path):
+    description = DetectorDescription.read(run.root)
+    lowest = dict(zip(description.classes, description.thresholds, strict=True))
     image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
     scores = {}
     for name, options in (("default", []), ("low", ["--threshold", "-1.2"]), ("high", ["--threshold", "1e6"])):
         result = run_command("detect", run.root, image, "--out", tmp_path / name, *options)
         assert result.status == 0
-        assert ("nothing scores above --threshold 1e+06; a lower one" in result.out) == (name == "high")
+        assert ("nothing scores 1000000.00 or more; a lower --threshold" in result.out) == (name == "high")
         entries = json.loads((tmp_path / name / "detections.json").read_text())
         scores[name] = [found["score"] for found in entries[0]["detections"]]
-    assert all(score >= 0 for score in scores["default"])
+        if name == "default":
+            assert f"scores from {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
+            assert all(found["score"] >= lowest[found["class"]] - 1e-6 for found in entries[0]["detections"])
     assert scores["high"] == []
     assert len(scores["low"]) > len(scores["default"])
     assert min(scores["low"]) >= -1.2
@@ -487,7 +508,7 @@ def test_unknown_commands_and_options_are_refused_by_the_parser(config):
 def test_every_command_explains_itself():
     listed = run_command("--help").out
     for command in ("train", *cli.STAGE_COMMANDS, "eval", "test", "detect", "score", "demo"):
-        assert f"\n    {command} " in listed
+        assert re.search(rf"\n    {command}\s", listed)
         assert run_command(command, "--help").status == 0
 
 
