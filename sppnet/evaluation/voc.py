@@ -111,12 +111,12 @@ def evaluate_voc(
     Annotation (which check their numbers), and for a class that no detections know.
     """
     names = _check_rules(classes, metric, iou, use_difficult)
+    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
     if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
         raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
     if not isinstance(detections, Mapping) and len(detections) != len(annotations):
         counts = f"{len(detections)} detections and {len(annotations)} annotations"
         raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
-    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
     _require_annotations(found_in, truth_of, "detections")
     known = {name for found in found_in.values() for name in found.classes}
     unknown = [name for name in names if found_in and name not in known]
@@ -127,7 +127,10 @@ def evaluate_voc(
     boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
     for image_id in (key for key in truth_of if key in found_in):
         found = found_in[image_id]
-        for label in np.unique(found.labels):
+        labels = np.unique(found.labels)
+        if len(labels) and not 0 <= labels[0] <= labels[-1] < len(found.classes):
+            raise SppnetError(f"image {image_id}: labels {labels.tolist()} are no places in {found.classes}")
+        for label in labels:
             name, rows = found.classes[label], np.flatnonzero(found.labels == label)
             if name in ids:
                 ids[name] += [image_id] * len(rows)
