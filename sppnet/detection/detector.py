@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -32,6 +32,7 @@ from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, as_boxes, clip_boxes
 
 T = TypeVar("T")
+Images = list[Any] | tuple[Any, ...]  # of ImageInput
 
 
 @dataclass(frozen=True)
@@ -83,23 +84,11 @@ class SPPDetector:
 
     @overload
     def detect(
-        self,
-        image: ImageInput,
-        windows: ArrayLike | None = ...,
-        *,
-        threshold: ArrayLike | None = ...,
-        nms: float | None = ...,
-        top: int | None = ...,
+        self, image: ImageInput, windows: Any = ..., *, threshold: Any = ..., nms: Any = ..., top: Any = ...
     ) -> Detections: ...
     @overload
     def detect(
-        self,
-        image: list[Any] | tuple[Any, ...],
-        windows: Sequence[ArrayLike] | None = ...,
-        *,
-        threshold: ArrayLike | None = ...,
-        nms: float | None = ...,
-        top: int | None = ...,
+        self, image: Images, windows: Any = ..., *, threshold: Any = ..., nms: Any = ..., top: Any = ...
     ) -> list[Detections]: ...
     def detect(
         self, image: Any, windows: Any = None, *, threshold: Any = None, nms: Any = None, top: Any = None
@@ -138,7 +127,7 @@ class SPPDetector:
     @overload
     def embed(self, image: ImageInput) -> FeatureMaps: ...
     @overload
-    def embed(self, image: list[Any] | tuple[Any, ...]) -> list[FeatureMaps]: ...
+    def embed(self, image: Images) -> list[FeatureMaps]: ...
     def embed(self, image: Any) -> Any:
         """The convolutional maps of an image, as `detect` takes it: compute them once, then score many windows.
 

@@ -256,6 +256,7 @@ def test_evaluation_says_of_which_classes_the_maximum_left_some_out(detector, im
     found, cut = own.detect_for_evaluation(own.embed(image), windows)
     counts = np.bincount(own.detect(image, windows, threshold=-np.inf).labels, minlength=5)
     assert cut == tuple(name for name, count in zip(own.classes, counts, strict=True) if count > 2)
+    assert cut
     assert np.bincount(found.labels, minlength=5).tolist() == np.minimum(counts, 2).tolist()
     assert len(whole) > len(found)
 
@@ -430,6 +431,7 @@ def test_the_digest_covers_weights_settings_of_the_test_and_precision(detector, 
     runtime = detector.config.maps.model_copy(update={"runtime": "auto"})
     same = replace(detector, config=detector.config.model_copy(update={"maps": runtime}))
     assert saved_digest(same, tmp_path / "same") == digests[0]
+    assert saved_digest(replace(detector, thresholds=9), tmp_path / "nine") == digests[0]  # of detect alone
 
 
 def test_moving_a_detector_changes_nothing_it_finds(detector, image, windows):

@@ -17,6 +17,7 @@ from sppnet.data.voc import read_comp4
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
+from sppnet.pipeline.run_data import load_test_data
 
 CLASSES = ("cross", "disc", "square", "star", "triangle")
 
@@ -284,6 +285,22 @@ def test_an_image_too_narrow_for_the_network_is_named(run, detector, monkeypatch
     monkeypatch.setattr(backbones, "map_side", lambda steps, side: 0)
     with pytest.raises(BackboneError, match=r"test_00000\.jpg: an image of \d+ × \d+ pixels is too narrow"):
         evaluate(detector, run.root)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_an_evaluation_says_that_the_maximum_per_class_left_some_out(run, detector, caplog, limit):
+    caplog.set_level(logging.INFO, "sppnet")
+    detect_split(run.root, detector.config, load_test_data(detector.config)[0])
+    assert "max_per_class" not in caplog.text
+    settings = detector.config.detect.model_copy(update={"max_per_class": limit})
+    config = detector.config.model_copy(update={"detect": settings})
+    records = load_test_data(config)[0]
+    for _ in range(2):  # what was kept by the first says so too
+        caplog.clear()
+        found = detect_split(run.root, config, records).detections
+        assert f"detect.max_per_class={limit} left out detections of " in caplog.text
+        assert "images, SHAPES/test_0000" in caplog.text
+    assert max(np.bincount(each.labels).max() for each in found.values() if len(each)) == limit
 
 
 def test_no_images_give_no_detections_and_no_figures(run, detector):
