@@ -24,6 +24,7 @@ STAGE_COMMANDS = {
     "finetune": "finetune",
     "svm": "svm",
     "boxes": "boxes",
+    "thresholds": "thresholds",
 }
 
 
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run")
     detect.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
     detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    detect.add_argument("--threshold", type=float, default=0.0, help="lowest score shown (default: 0)")
+    detect.add_argument("--threshold", type=float, help="lowest score shown (default: chosen in training, by class)")
     _add_device(detect)
 
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")

@@ -144,13 +144,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _detect(options: argparse.Namespace) -> int:
     device = _device(options)
-    DetectorDescription.read(options.run)  # before pictures are looked for
+    description = DetectorDescription.read(options.run)  # before pictures are looked for
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
     result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(len(found) for found in result.detections.values())
-    print(f"{counted(count, 'detection')} in {counted(len(result.detections), 'image')}, written to {options.out}")
+    lowest = description.thresholds if options.threshold is None else (options.threshold,)
+    used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
+    images = counted(len(result.detections), "image")
+    print(f"{counted(count, 'detection')} in {images}, scores from {used}, written to {options.out}")
     if result.detections and not count:
-        print(f"nothing scores above --threshold {options.threshold:g}; a lower one shows less certain detections")
+        print(f"nothing scores {used} or more; a lower --threshold shows less certain detections")
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if result.skipped else 0
@@ -167,7 +170,11 @@ def _score(options: argparse.Namespace) -> int:
         raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
     known = files_by_stem(options.annotations, (".xml",))
     files = find_annotations(options.annotations, read_image_set(options.image_set, known))
-    annotations = {image: read_annotation(path)[0] for image, path in files.items()}
+    read = {image: read_annotation(path) for image, path in files.items()}
+    annotations = {image: annotation for image, (annotation, _) in read.items()}
+    for image, (_, skips) in read.items():
+        for reason, count in skips.counts.items():
+            print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
@@ -184,7 +191,7 @@ def _demo(options: argparse.Namespace) -> int:
     output = evaluate_run(run, device)
     assert output.result.evaluation is not None  # generated images are annotated
     pictures = sorted((devkit / "SHAPES" / "JPEGImages").glob("test*"))[:12]
-    detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures", threshold=0.0)
+    detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures")
     print(output.result.evaluation.table())
     print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} test images")
     print(f"curves and examples: {output.folder}")

@@ -28,8 +28,8 @@ Score = Annotated[float, Field(allow_inf_nan=False)]
 # A class is compared as annotations are read: in Unicode's composed form, without blanks around it.
 ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", " ".join(name.split())))]
 
-# Sections of the settings whose results are kept, in the order in which they are made.
-STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes")
+# The stages of training, whose results are kept, in their order; all but the last have settings of their own.
+STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
 
 
 class Settings(BaseModel):

@@ -32,8 +32,13 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     a missing, damaged, truncated or unreasonably large file: a partly decoded image is never returned.
     """
     with _opened(path) as image:
-        image.load()
-        return np.array(_to_rgb(_upright(image), path), dtype=np.uint8)
+        return upright_pixels(image, path)
+
+
+def upright_pixels(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
+    """The same of an opened image; `name` names it in errors."""
+    image.load()
+    return np.array(_to_rgb(_upright(image), name), dtype=np.uint8)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -89,7 +94,9 @@ def prepare(
     pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
-    shift, deviation = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (mean, std))
+    shift, deviation = (
+        torch.tensor(values, dtype=torch.float32, device=device).reshape(1, 3, 1, 1) for values in (mean, std)
+    )
     grows = pixels[0, 0].numel() < size[0] * size[1]
     # An affine change and a mean with weights that sum to 1 may change places: the smaller image takes less time.
     if grows:

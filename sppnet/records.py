@@ -3,42 +3,114 @@
 Boxes are float (R, 4) arrays of (x1, y1, x2, y2), zero-based, half-open: width is x2 - x1. With these corners the plain
 intersection over union equals the VOC devkit's, whose inclusive corners need "+ 1"; there is none in this package.
 Sizes are (height, width).
+
+Whatever is made here is checked when it is made: arrays, tensors and lists are accepted alike and copied, and what is
+impossible is a SppnetError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sppnet.checks import (
+    as_column,
+    check_boxes,
+    check_classes,
+    check_lengths,
+    check_names,
+    check_scores,
+    check_thresholds,
+    is_whole,
+    rows_of,
+)
+from sppnet.errors import SppnetError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 T = TypeVar("T")
 Boxes = NDArray[np.floating]
+Corners = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
+class AnnotatedObject(NamedTuple):
+    """One object of an `Annotation`."""
+
+    box: Corners
+    name: str
+    difficult: bool
+
+
+class Detection(NamedTuple):
+    """One of `Detections`; `label` is the place of `name` in their classes."""
+
+    box: Corners
+    score: float
+    label: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Annotation:
-    """The objects of one image: boxes float32 (R, 4) xyxy half-open, one class name and flag each."""
+    """The objects of one image: boxes float32 (R, 4) xyxy half-open, one class name and flag each.
+
+    Without `difficult` no object is. ``annotation[1]`` is one object, ``annotation[mask]`` and slices are annotations,
+    iterating gives the objects. SppnetError for boxes that are not finite or not ordered and for unequal lengths.
+    """
 
     boxes: NDArray[np.float32]
     names: tuple[str, ...]
-    difficult: NDArray[np.bool_]
+    difficult: NDArray[np.bool_] = None  # type: ignore[assignment]  # an array once it is made
+
+    def __post_init__(self) -> None:
+        boxes, names = check_boxes(self.boxes), check_names(self.names, "names")
+        flags = np.zeros(len(names), bool) if self.difficult is None else as_column(self.difficult, "difficult", "biu")
+        if not np.isin(flags, (0, 1)).all():
+            raise SppnetError(f"difficult: expected true or false for each object, got {flags.tolist()}")
+        check_lengths(boxes=boxes, names=names, difficult=flags)
+        _set(self, boxes=boxes, names=names, difficult=flags.astype(bool))
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Annotation):
+            return NotImplemented
+        return _equal(self, other, ("boxes", "names", "difficult"))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> AnnotatedObject: ...
+    @overload
+    def __getitem__(self, index: slice | ArrayLike) -> Annotation: ...
+    def __getitem__(self, index: Any) -> AnnotatedObject | Annotation:
+        rows = rows_of(index, len(self))
+        if isinstance(rows, int):
+            return AnnotatedObject(tuple(self.boxes[rows].tolist()), self.names[rows], bool(self.difficult[rows]))
+        return Annotation(self.boxes[rows], tuple(self.names[row] for row in rows), self.difficult[rows])
+
+    def __iter__(self) -> Iterator[AnnotatedObject]:
+        return (self[row] for row in range(len(self)))
 
     def of(self, names: tuple[str, ...] | frozenset[str]) -> Annotation:
         """Only the objects of these classes."""
-        keep = np.array([name in names for name in self.names], dtype=bool)
-        return self._take(keep)
+        return self[np.array([name in names for name in self.names], dtype=bool)]
 
     def easy(self) -> Annotation:
         """Only the objects not marked difficult."""
-        return self._take(~self.difficult)
+        return self[~self.difficult]
 
-    def _take(self, keep: NDArray[np.bool_]) -> Annotation:
-        kept = tuple(name for name, k in zip(self.names, keep, strict=True) if k)
-        return Annotation(self.boxes[keep], kept, self.difficult[keep])
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; ``Annotation(**values)`` is equal to this one."""
+        return {"boxes": self.boxes.tolist(), "names": list(self.names), "difficult": self.difficult.tolist()}
 
 
 @dataclass(frozen=True)
@@ -51,26 +123,133 @@ class ImageRecord:
     digest: str  # content of the image file: 16 hexadecimal digits of its SHA-256
     annotation: Annotation | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id or not isinstance(self.digest, str):
+            raise SppnetError(f"id and digest of an image must be text, got {self.id!r} and {self.digest!r}")
+        sides = tuple(self.size) if isinstance(self.size, Sequence) else ()
+        if len(sides) != 2 or not all(is_whole(side) and side > 0 for side in sides):
+            raise SppnetError(f"{self.id}: size must be (height, width) in whole pixels, got {self.size!r}")
+        if not isinstance(self.annotation, Annotation | None):
+            raise SppnetError(f"{self.id}: expected an Annotation or None, got {type(self.annotation).__name__}")
+        _set(self, path=Path(self.path), size=(int(sides[0]), int(sides[1])))
+
     def path_in(self, folder: Path, flip: bool = False) -> Path:
         """Where what was computed for the image, or for its mirror image, lies; the name carries the content."""
         return folder / f"{self.id}-{self.digest}{'-flip' if flip else ''}.npz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one image, best first: boxes (R, 4) float32, scores (R,), labels (R,) into classes."""
+    """What was found in one image: boxes (R, 4) float32, scores (R,) float32, labels (R,) int64 into classes.
+
+    A detector gives them best first. ``found[0]`` is one detection; ``found[mask]``, slices and arrays of indices give
+    Detections; iterating gives (box, score, label, name). SppnetError for boxes that are not finite or not
+    x1 < x2, y1 < y2, for scores that are not finite, labels that are no place in `classes`, and unequal lengths.
+    """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        boxes, scores, classes = check_boxes(self.boxes), check_scores(self.scores), check_classes(self.classes)
+        labels = as_column(self.labels, "labels", "iu")
+        check_lengths(boxes=boxes, scores=scores, labels=labels)
+        if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            raise SppnetError(
+                f"labels: expected 0 to {len(classes) - 1}, places in the {len(classes)} classes, got "
+                f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
+            )
+        _set(self, boxes=boxes, scores=scores, labels=labels.astype(np.int64), classes=classes)
+
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def above(self, threshold: float) -> Detections:
-        keep = self.scores >= threshold
-        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], self.classes)
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Detections):
+            return NotImplemented
+        return _equal(self, other, ("boxes", "scores", "labels", "classes"))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> Detection: ...
+    @overload
+    def __getitem__(self, index: slice | ArrayLike) -> Detections: ...
+    def __getitem__(self, index: Any) -> Detection | Detections:
+        rows = rows_of(index, len(self))
+        if isinstance(rows, int):
+            label = int(self.labels[rows])
+            box, score = tuple(self.boxes[rows].tolist()), float(self.scores[rows])
+            return Detection(box, score, label, self.classes[label])
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], self.classes)
+
+    def __iter__(self) -> Iterator[Detection]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class of each detection."""
+        return [self.classes[label] for label in self.labels]
+
+    def above(self, threshold: float | ArrayLike) -> Detections:
+        """Those that score at least `threshold`: one number, or one for each of `classes`."""
+        return self[self.scores >= check_thresholds(threshold, self.classes)[self.labels]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; ``Detections(**values)`` is equal to this one."""
+        lists = {name: getattr(self, name).tolist() for name in ("boxes", "scores", "labels")}
+        return {**lists, "classes": list(self.classes)}
+
+    def to_torchvision(self) -> dict[str, Any]:
+        """The tensors boxes, scores and labels, as torchvision's detectors give them.
+
+        Labels stay places in `classes`, from 0; torchvision's own models keep 0 for the background.
+        """
+        import torch
+
+        return {name: torch.tensor(getattr(self, name), device="cpu") for name in ("boxes", "scores", "labels")}
+
+    def to_supervision(self) -> Any:
+        """The same as ``supervision.Detections``, names under ``data["class_name"]``."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise SppnetError(
+                f"to_supervision needs the package supervision ({error}): pip install --no-deps supervision; pip "
+                "install requests (with its other dependencies comes an OpenCV that displaces this package's)"
+            ) from None
+        names = {"class_name": np.array(self.class_names, dtype=str)}
+        boxes, scores, labels = self.boxes.copy(), self.scores.copy(), self.labels.copy()
+        return supervision.Detections(xyxy=boxes, confidence=scores, class_id=labels, data=names)
+
+    def to_coco(
+        self, image_id: int | str, category_ids: Sequence[int] | Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Entries of a COCO result file: image_id, category_id, bbox (x, y, width, height), score.
+
+        `category_ids`: one for each of `classes`, in their order or by name; by default 1, 2, … in their order.
+        """
+        given: Any = range(1, len(self.classes) + 1) if category_ids is None else category_ids
+        ids: list[Any] = [given.get(name) for name in self.classes] if isinstance(given, Mapping) else list(given)
+        if len(ids) != len(self.classes) or not all(is_whole(number) for number in ids):
+            raise SppnetError(f"category_ids: expected a whole number for each of {self.classes}, got {category_ids!r}")
+        if not isinstance(image_id, str) and not is_whole(image_id):
+            raise SppnetError(f"image_id: expected a whole number or text, got {image_id!r}")
+        image = image_id if isinstance(image_id, str) else operator.index(image_id)
+        entries = []
+        for (x1, y1, x2, y2), score, label, _ in self:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entries.append({"image_id": image, "category_id": operator.index(ids[label]), "bbox": box, "score": score})
+        return entries
+
+    def draw(self, image: Any) -> Image.Image:
+        """A picture of the detections on their image, which is all that `SPPDetector.detect` takes."""
+        from sppnet.image_inputs import read_pixels
+        from sppnet.report.drawing import draw_detections  # the one import upwards: drawing is not to be looked for
+
+        return draw_detections(read_pixels(image), self)
 
 
 @dataclass(frozen=True)
@@ -138,3 +317,12 @@ def flip_boxes(boxes: Boxes, width: float) -> Boxes:
     flipped[:, 0] = width - boxes[:, 2]
     flipped[:, 2] = width - boxes[:, 0]
     return flipped
+
+
+def _set(frozen: object, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
+
+
+def _equal(own: object, other: object, fields: Sequence[str]) -> bool:
+    return all(np.array_equal(getattr(own, name), getattr(other, name)) for name in fields)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -79,3 +80,12 @@ class ToyWindows:
         fixed = np.random.default_rng((self.seed, image)).normal(size=(3 * self.classes, self.features))
         points += self.noise * (fixed[rows] + 0.1 * rng.normal(size=points.shape))
         return torch.from_numpy(points.astype(np.float32))
+
+
+def refused_by_us(call: Callable[[], object]) -> str:
+    """The message of the ValueError, TypeError or IndexError that `call` must raise, from a line of this package."""
+    with pytest.raises((ValueError, TypeError, IndexError)) as caught:
+        call()
+    assert "sppnet" in str(caught.traceback[-1].path.parent), caught.getrepr()
+    assert str(caught.value)
+    return str(caught.value)

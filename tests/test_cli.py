@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def test_training_ends_with_a_detector_and_the_next_step(config, tmp_path):
     assert (
         log.index("proposals:") < log.index("maps:") < log.index("finetune:") < log.index("svm:") < log.index("boxes:")
     )
+    assert re.search(r"thresholds: cross -?[\d.]+ \((F1 [\d.]+ of \d+ objects|no [\w ]+)\), disc ", log)
     table = log[log.index("stage  ") :].splitlines()
     assert [line.split()[0] for line in table] == ["stage", *STAGES]
 
@@ -125,11 +127,11 @@ def test_settings_on_the_command_line_count_over_the_file(config, tmp_path):
 
 
 def test_the_stages_are_commands_too(config, small_run, tmp_path):
-    for stage in ("propose", "extract", "finetune", "svm"):
+    for stage in ("propose", "extract", "finetune", "svm", "boxes"):
         result = run_command(stage, config, "--run", tmp_path / "run")
         assert (result.status, result.out) == (0, "")
         assert "no detector yet" in result.err
-    assert run_command("boxes", config, "--run", tmp_path / "run").out.startswith("detector of 5 classes")
+    assert run_command("thresholds", config, "--run", tmp_path / "run").out.startswith("detector of 5 classes")
     digests = [DetectorDescription.read(root).digest("cpu") for root in (tmp_path / "run", small_run.root)]
     assert digests[0] == digests[1]
 
@@ -176,7 +178,7 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
     plan = plan_of(run_command("train", config, "--run", run.root, "--dry-run").out)
     assert {action for action, _ in plan.values()} == {"reuse", "skip"}
     changed = plan_of(run_command("train", config, "--run", run.root, "--dry-run", "--set", "svm.C=1").out)
-    assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm"}
+    assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm", "thresholds"}
     assert changed["svm"][1].startswith("settings or inputs are not those of svm-")
     next(run.root.glob("maps-*/SHAPES/train_00001-*-flip.npz")).unlink()
     before.pop(next(name for name in before if "train_00001" in name and "-flip" in name))
@@ -254,11 +256,11 @@ def test_the_version_is_that_of_the_package(capsys):
 @pytest.mark.parametrize(
     ("options", "again"),
     [
-        (["--from", "finetune"], "finetune svm boxes"),
-        (["--from", "boxes"], "boxes"),
+        (["--from", "finetune"], "finetune svm boxes thresholds"),
+        (["--from", "boxes"], "boxes thresholds"),
         (["--only", "svm", "--force"], "svm"),
         (["--from", "maps", "--only", "svm"], "svm"),
-        (["--force"], "proposals maps finetune svm boxes"),
+        (["--force"], "proposals maps finetune svm boxes thresholds"),
         (["--only", "maps"], ""),
     ],
 )
@@ -368,7 +370,8 @@ def test_score_takes_objects_as_the_devkit_does_whatever_size_is_stated(tmp_path
     (tmp_path / "test.txt").write_text("a\n")
     options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star", "--json"]
     options += ["--detections", tmp_path / "comp4_{}.txt", "--iou", "0.9"]
-    for size in ("<size><width>100</width><height>80</height></size>", ""):
+    stated = "<size><width>{}</width><height>{}</height></size>"
+    for size in ("", *(stated.format(*each) for each in ((100, 80), (80, 200), (20, 6), (0, 0), ("", "")))):
         for detected, expected in ((200, 1), (100, 0)):
             (tmp_path / "comp4_star.txt").write_text(f"a 0.9 11 11 {detected} 60\n")
             (tmp_path / "a.xml").write_text(f"<annotation>{size}{found}</annotation>")
@@ -384,6 +387,19 @@ def test_score_finds_the_images_that_there_are(tmp_path, name):
     options = ["--annotations", tmp_path / "Annotations", "--image-set", tmp_path / "test.txt", "--classes", "star"]
     result = run_command("score", *options, "--detections", tmp_path / "comp4_{}.txt", "--json")
     assert json.loads(result.out)["map"] == 1, result.err
+
+
+def test_score_counts_objects_one_pixel_wide_and_names_the_files_of_those_turned_over(tmp_path):
+    boxes = ((10, 10, 50, 50), (60, 10, 60, 50), (10, 70, 50, 70), (90, 20, 80, 40))
+    corners = (f"<xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>" for a, b, c, d in boxes)
+    objects = "".join(f"<object><name>star</name><bndbox>{each}</bndbox></object>" for each in corners)
+    (tmp_path / "a.xml").write_text(f"<annotation>{objects}</annotation>")
+    (tmp_path / "test.txt").write_text("a\n")
+    (tmp_path / "comp4_star.txt").write_text("a 0.9 10 10 50 50\na 0.8 60 10 60 50\n")
+    options = ["--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--classes", "star"]
+    result = run_command("score", *options, "--detections", tmp_path / "comp4_{}.txt")
+    assert result.out.splitlines()[1].split() == ["star", "0.6364", "3", "2", "0.6667", "1.0000"]
+    assert result.err == f"left out: 1 × box with reversed corners in {tmp_path / 'a.xml'}\n"
 
 
 def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
@@ -417,21 +433,26 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
         images = "1 image" if count == 1 else f"{count} images"
-        assert result.out == f"{total} detections in {images}, written to {tmp_path / f'out{count}'}\n"
+        expected = f"{total} detections in {images}, scores from -1.50, written to {tmp_path / f'out{count}'}\n"
+        assert result.out == expected
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
 
 
-def test_detect_shows_scores_from_zero_unless_told_otherwise(run, tmp_path):
+def test_detect_shows_scores_from_the_thresholds_of_the_detector_unless_told_otherwise(run, tmp_path):
+    description = DetectorDescription.read(run.root)
+    lowest = dict(zip(description.classes, description.thresholds, strict=True))
     image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
     scores = {}
     for name, options in (("default", []), ("low", ["--threshold", "-1.2"]), ("high", ["--threshold", "1e6"])):
         result = run_command("detect", run.root, image, "--out", tmp_path / name, *options)
         assert result.status == 0
-        assert ("nothing scores above --threshold 1e+06; a lower one" in result.out) == (name == "high")
+        assert ("nothing scores 1000000.00 or more; a lower --threshold" in result.out) == (name == "high")
         entries = json.loads((tmp_path / name / "detections.json").read_text())
         scores[name] = [found["score"] for found in entries[0]["detections"]]
-    assert all(score >= 0 for score in scores["default"])
+        if name == "default":
+            assert f"scores from {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
+            assert all(found["score"] >= lowest[found["class"]] - 1e-6 for found in entries[0]["detections"])
     assert scores["high"] == []
     assert len(scores["low"]) > len(scores["default"])
     assert min(scores["low"]) >= -1.2
@@ -500,7 +521,7 @@ def test_unknown_commands_and_options_are_refused_by_the_parser(config):
 def test_every_command_explains_itself():
     listed = run_command("--help").out
     for command in ("train", *cli.STAGE_COMMANDS, "eval", "test", "detect", "score", "demo"):
-        assert f"\n    {command} " in listed
+        assert re.search(rf"\n    {command}\s", listed)
         assert run_command(command, "--help").status == 0
 
 

@@ -156,7 +156,8 @@ class _OpenVINORuntime:
 
     def _compare(self, backbone: nn.Module, tolerance: float) -> None:
         """Raises SppnetError where the map of another size is not that of torch: a trace can hold its example."""
-        images = torch.rand(1, 3, *CHECKED_SIZE, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(1, 3, *CHECKED_SIZE, generator=generator, dtype=torch.float32)
         try:
             received, expected = self(images), _torch_runtime(backbone, "float32")(images)
         except RuntimeError as error:
@@ -213,7 +214,7 @@ def _converted(backbone: nn.Module) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    example = torch.zeros(1, 3, *TRACED_SIZE)
+    example = torch.zeros(1, 3, *TRACED_SIZE, dtype=torch.float32)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # sizes are compared: all are accepted
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit is, but the sole way to any size

@@ -53,6 +53,8 @@ def read_comp4(path: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.f
             row = []
         if len(row) != 5 or not np.isfinite(row).all():
             raise SppnetError(f"{path}:{number}: expected 'id score xmin ymin xmax ymax', got {line!r}; correct it")
+        if row[3] <= row[1] - 1 or row[4] <= row[2] - 1:
+            raise SppnetError(f"{path}:{number}: xmin must not exceed xmax, nor ymin ymax, got {line!r}; correct it")
         stems.append(normalise(stem))
         values.append(row)
     table = np.array(values, dtype=np.float64).reshape(-1, 5)

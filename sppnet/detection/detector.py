@@ -2,83 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest, write_json, write_tensors
+from sppnet.artifacts import tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.runtime import Precision, Runtime, device_of, make_runtime, resolve_precision
+from sppnet.backbones.runtime import Kind, Precision, Runtime, device_of, make_runtime, resolve_precision
+from sppnet.checks import check_boxes, check_overlap, check_thresholds, is_whole
 from sppnet.config import Config
-from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
+from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import nms_per_class
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
+from sppnet.image_inputs import ImageInput, read_pixels
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, as_boxes, clip_boxes
 
-FORMAT = 2  # of the detector folder
-_PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
-_FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
-_TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
-_OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
-
-
-@dataclass(frozen=True)
-class DetectorDescription:
-    """What detector.json says of a saved detector; reads no weights."""
-
-    folder: Path
-    config: Config
-    classes: tuple[str, ...]
-    parts: dict[str, str]  # file stem -> digest of its tensors
-    ranks: dict[str, int]  # of the low-rank layers of the head; empty for a whole head
-
-    @classmethod
-    def read(cls, run: Path | str) -> DetectorDescription:
-        """Of a run folder, or of the ``detector`` folder in it; ArtifactError where there is none of this version."""
-        folder = Path(run)
-        folder = folder / "detector" if (folder / "detector").is_dir() else folder
-        path = folder / "detector.json"
-        if not path.is_file():
-            raise ArtifactError(_missing(Path(run), folder))
-        values = read_json(path)
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        if found == 1:
-            raise ArtifactError(
-                f"{path}: saved by an earlier version of sppnet, whose settings had other names (trunk is now "
-                f"backbone, compress is now low_rank, precision is one setting): {_TRAIN_AGAIN}"
-            )
-        if found != FORMAT:
-            raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {_OTHER_VERSION}")
-        missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
-        if missing or not {*_PARTS} <= set(values["parts"]):
-            missing = [*missing, "parts"]
-            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {_OTHER_VERSION}")
-        ranks = values["ranks"]
-        if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
-            raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {_OTHER_VERSION}")
-        try:
-            config = parse_config(values["config"], "settings")
-        except SppnetError as error:
-            raise ArtifactError(f"{path}: {_OTHER_VERSION} ({error})") from None
-        return cls(folder, config, tuple(values["classes"]), values["parts"], ranks)
-
-    def digest(self, device: str | torch.device) -> str:
-        """Content key of what decides the detections, given windows: weights, test settings and precision."""
-        sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
-        values = [section.model_dump(mode="json", exclude={"runtime"}) for section in sections]
-        return digest_of(self.parts, values, resolve_precision(self.config.precision, device))
+T = TypeVar("T")
+Images = list[Any] | tuple[Any, ...]  # of ImageInput
 
 
 @dataclass(frozen=True)
@@ -92,7 +46,11 @@ class WindowScores:
 
 @dataclass(frozen=True)
 class SPPDetector:
-    """Finds the objects of its classes in an image. Make one by training, or ``SPPDetector.load(run)``."""
+    """Finds the objects of its classes in an image. Make one by training, or ``SPPDetector.load(run)``.
+
+    What the networks are is read anew at every call, so changed weights are used. Neither autocast, gradient and
+    inference modes, nor the default device or dtype of the caller change a result. Threads may share a detector.
+    """
 
     backbone: Backbone
     head: SPPHead
@@ -100,12 +58,18 @@ class SPPDetector:
     regressors: BoxRegressors | None
     proposer: Proposer
     config: Config
+    thresholds: tuple[float, ...] = ()  # the lowest score that `detect` shows, of each class; 0 where not given
+
+    def __post_init__(self) -> None:
+        given: Any = self.thresholds
+        values = check_thresholds(0 if isinstance(given, tuple) and not given else given, self.classes)
+        object.__setattr__(self, "thresholds", tuple(values.tolist()))
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.svms.classes
 
-    @cached_property
+    @property
     def precision(self) -> Precision:
         """What is computed with: "float32" or "bfloat16"; config.precision may leave it to the hardware."""
         return resolve_precision(self.config.precision, self.device)
@@ -118,44 +82,128 @@ class SPPDetector:
         """Without what was made when first used: a compiled runtime cannot be copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def detect(self, image: NDArray[np.uint8], windows: NDArray[np.floating] | None = None) -> Detections:
-        """Image (H, W, 3) uint8 RGB -> what is in it, best first, at every score above detect.score_threshold.
+    @overload
+    def detect(
+        self, image: ImageInput, windows: Any = ..., *, threshold: Any = ..., nms: Any = ..., top: Any = ...
+    ) -> Detections: ...
+    @overload
+    def detect(
+        self, image: Images, windows: Any = ..., *, threshold: Any = ..., nms: Any = ..., top: Any = ...
+    ) -> list[Detections]: ...
+    def detect(
+        self, image: Any, windows: Any = None, *, threshold: Any = None, nms: Any = None, top: Any = None
+    ) -> Any:
+        """What is in an image, best first; of a list of images a list.
 
-        `windows` (R, 4) replace the proposals; boxes come in pixels of the image, xyxy half-open.
+        An image is a path, a PIL image, an array (H, W, 3) uint8 RGB, or a tensor (3, H, W), uint8 or in [0, 1].
+        `windows` (R, 4) replace the proposals; boxes are in pixels of the upright image, xyxy half-open.
+
+        threshold: lowest score, a number or one for each class; default `thresholds`.
+        nms: overlap above which the worse of two boxes of a class goes; default detect.nms_overlap.
+        top: at most so many of the best detections an image; default all. SppnetError for what cannot be taken.
         """
-        windows = as_boxes(self.proposer(image) if windows is None else windows, "windows")
-        if len(windows) == 0:
-            return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), self.classes)
-        return self.select(windows, self._score(self.embed(image), windows), image.shape[:2])
+        if isinstance(image, list | tuple):
+            each = [None] * len(image) if windows is None else windows
+            if not isinstance(each, list | tuple) or len(each) != len(image):
+                raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
+            options = {"threshold": threshold, "nms": nms, "top": top}
+            return _for_each(lambda place: self.detect(image[place], each[place], **options), len(image))
+        lowest = check_thresholds(self.thresholds if threshold is None else threshold, self.classes)
+        overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
+        if top is not None and not (is_whole(top) and top > 0):
+            raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
+        pixels = read_pixels(image)
+        found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
+        if len(found) == 0:
+            return self._nothing()
+        try:
+            maps = self.embed(pixels)
+        except BackboneError as error:
+            raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
+        with _undisturbed(self.device):
+            scored = self._score(maps, found)
+            return self._select(found, scored, maps.image_size, scored.scores >= lowest, overlap)[0][:top]
 
-    def embed(self, image: NDArray[np.uint8]) -> FeatureMaps:
-        """The convolutional maps of an image: compute them once, then score as many windows as you like."""
-        return compute_maps(self._runtime, image, self.config.maps)
+    @overload
+    def embed(self, image: ImageInput) -> FeatureMaps: ...
+    @overload
+    def embed(self, image: Images) -> list[FeatureMaps]: ...
+    def embed(self, image: Any) -> Any:
+        """The convolutional maps of an image, as `detect` takes it: compute them once, then score many windows.
 
-    def score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> NDArray[np.float32]:
+        They are ordinary tensors without gradients; of a list of images a list.
+        """
+        if isinstance(image, list | tuple):
+            return _for_each(lambda place: self.embed(image[place]), len(image))
+        with _undisturbed(self.device):
+            found = compute_maps(self._runtime(), read_pixels(image), self.config.maps)
+            return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
+
+    def score(self, maps: FeatureMaps, windows: ArrayLike) -> NDArray[np.float32]:
         """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
-        return self._score(maps, as_boxes(windows, "windows")).scores
+        boxes = check_boxes(windows, "windows", np.float64)
+        with _undisturbed(self.device):
+            return self._score(maps, boxes).scores
+
+    def detect_for_evaluation(
+        self, image: FeatureMaps | ImageInput, windows: NDArray[np.floating]
+    ) -> tuple[Detections, tuple[str, ...]]:
+        """As the release evaluates: all above detect.score_threshold, detect.max_per_class of a class at most.
+
+        Takes an image, or its maps. Also returns the classes of which the maximum left some out.
+        """
+        boxes = as_boxes(windows, "windows")
+        if len(boxes) == 0:
+            return self._nothing(), ()
+        maps = image if isinstance(image, FeatureMaps) else self.embed(image)
+        with _undisturbed(self.device):
+            return self._by_settings(boxes, self._score(maps, boxes), maps.image_size)
 
     def select(self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]) -> Detections:
         """Scored windows -> detections: threshold, NMS, box regression on the survivors, clip, NMS again (release)."""
-        settings = self.config.detect
-        index, label = nms_per_class(
-            windows, scored.scores, settings.nms_overlap, settings.score_threshold, settings.max_per_class
-        )
-        boxes, scores = windows[index], scored.scores[index, label]
-        if self._fast_regressors is not None and len(index):
+        with _undisturbed(self.device):
+            return self._by_settings(windows, scored, image_size)[0]
+
+    def _nothing(self) -> Detections:
+        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
+
+    def _by_settings(
+        self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]
+    ) -> tuple[Detections, tuple[str, ...]]:
+        own = self.config.detect
+        passes = scored.scores > own.score_threshold
+        return self._select(windows, scored, image_size, passes, own.nms_overlap, own.max_per_class)
+
+    def _select(
+        self,
+        windows: NDArray[np.floating],
+        scored: WindowScores,
+        image_size: tuple[int, int],
+        passes: NDArray[np.bool_],
+        overlap: float,
+        limit: int | None = None,
+    ) -> tuple[Detections, tuple[str, ...]]:
+        """The steps of `select` on scores that pass (R, K), and the classes of which `limit` left some out."""
+        scores = np.where(passes, scored.scores, -np.inf)
+        index, label = nms_per_class(windows, scores, overlap, max_per_class=None if limit is None else limit + 1)
+        surplus = [np.flatnonzero(label == place)[limit:] for place in range(len(self.classes) if limit else 0)]
+        cut = tuple(name for name, rows in zip(self.classes, surplus, strict=False) if len(rows))
+        keep = np.delete(np.arange(len(index)), np.concatenate([np.zeros(0, np.int64), *surplus]))
+        index, label = index[keep], label[keep]
+        boxes, own = windows[index], scored.scores[index, label]
+        regressors = self._fast_regressors()
+        if regressors is not None and len(index):
             distinct, rows = scored.projected.rows(index).unique()  # few survive, so pooling them again is cheap
-            features = self._frozen_head.features(scored.maps, distinct, self.config.boxes.layer)
-            boxes = self._fast_regressors.refine(features, boxes, label, rows)
+            features = self._frozen_head().features(scored.maps, distinct, self.config.boxes.layer)
+            boxes = regressors.refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, image_size)
-        solid = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-        boxes, scores, label = boxes[solid], scores[solid], label[solid]
+        single = boxes.astype(np.float32)
+        solid = np.flatnonzero((single[:, 2:] > single[:, :2]).all(axis=1))
+        boxes, own, label = boxes[solid], own[solid], label[solid]
         table = np.full((len(boxes), len(self.classes)), -np.inf)
-        table[np.arange(len(boxes)), label] = scores
-        keep = nms_per_class(boxes, table, settings.nms_overlap)[0]
-        return Detections(
-            boxes[keep].astype(np.float32), scores[keep].astype(np.float32), label[keep].astype(np.int64), self.classes
-        )
+        table[np.arange(len(boxes)), label] = own
+        last = nms_per_class(boxes, table, overlap)[0]
+        return Detections(boxes[last], own[last], label[last], self.classes), cut
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
@@ -170,6 +218,7 @@ class SPPDetector:
             "config": self.config.model_dump(mode="json"),
             "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
             "ranks": self.head.ranks,
+            "thresholds": list(self.thresholds),
         }
         write_json(folder / "detector.json", description)
 
@@ -187,14 +236,15 @@ class SPPDetector:
         """
         description = DetectorDescription.read(run)
         folder = description.folder
-        tensors = {name: _read_part(folder, name, digest) for name, digest in description.parts.items()}
+        tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
         try:
-            detector = cls._from_parts(description, tensors, proposer, backbone)
+            with _undisturbed(torch.device("cpu")):
+                detector = cls._from_parts(description, tensors, proposer, backbone)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and description.config.backbone.module is not None:
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"{folder / 'detector.json'}: {_OTHER_VERSION} ({reason})") from None
+            raise ArtifactError(f"{folder / 'detector.json'}: {OTHER_VERSION} ({reason})") from None
         return detector.to(device)
 
     def to(self, device: str | torch.device) -> SPPDetector:
@@ -211,55 +261,92 @@ class SPPDetector:
         module: nn.Module | None,
     ) -> SPPDetector:
         config = description.config
-        backbone = build_backbone(config.backbone.without_weights(), module=module)
+        backbone = build_backbone(config.backbone.without_weights(), module=module).float()  # whatever torch's default
         backbone.load_state_dict(tensors["backbone"])
         outputs = len(description.classes) + 1
-        head = build_head(backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks)
+        head = build_head(
+            backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks
+        ).float()
         head.load_state_dict(tensors["head"])
         svms = LinearSVMs.from_tensors(tensors["svm"])
         boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
         search = make_proposer(config.proposals) if proposer is None else proposer
-        return cls(backbone, head, svms, boxes, search, config)
+        return cls(backbone, head, svms, boxes, search, config, description.thresholds)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
         config = self.config
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
-        features = self._frozen_head.features(maps, distinct, config.svm.layer)
-        return WindowScores(self.svms.score(features).cpu().numpy()[rows], maps, projected)
+        features = self._frozen_head().features(maps, distinct, config.svm.layer)
+        scores = self.svms.score(features).cpu().numpy()[rows]
+        if not np.isfinite(scores).all():
+            raise SppnetError(
+                "the scores are not finite: some weight of the detector is NaN or infinite; load it again"
+            )
+        return WindowScores(scores, maps, projected)
 
-    @cached_property
     def _frozen_head(self) -> FrozenHead:
-        return FrozenHead(self.head, self.config.pyramid.levels, self.precision)
+        levels, precision = self.config.pyramid.levels, self.precision
+        return self._kept("head", _tensors(self.head), lambda: FrozenHead(self.head, levels, precision))
 
-    @cached_property
     def _runtime(self) -> Runtime:
         kind = self.config.maps.runtime  # "openvino" was asked for where it was trained: elsewhere it may be missing
-        return make_runtime(self.backbone, "torch" if kind == "torch" else "auto", self.precision)
+        wanted: Kind = "torch" if kind == "torch" else "auto"
+        precision = self.precision
+        return self._kept("runtime", _tensors(self.backbone), lambda: make_runtime(self.backbone, wanted, precision))
 
-    @cached_property
     def _fast_regressors(self) -> BoxRegressors | None:
-        return None if self.regressors is None else self.regressors.single()
+        regressors = self.regressors
+        if regressors is None:
+            return None
+        tensors = [
+            tensor for own in regressors.per_class for tensor in vars(own).values() if isinstance(tensor, Tensor)
+        ]
+        return self._kept("regressors", tensors, regressors.single)
+
+    def _kept(self, name: str, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
+        """What `make` gives, made again when one of the tensors it is made of has changed."""
+        state = [self.precision, *map(_fingerprint, tensors)]
+        kept = self.__dict__.setdefault("_made", {})
+        found = kept.get(name)
+        if found is None or found[0] != state:
+            found = kept[name] = (state, make())
+        return found[1]
 
 
-def _missing(run: Path, folder: Path) -> str:
-    """Why there is no detector in a run folder, and what to do."""
-    if not run.exists():
-        return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
-    if all((folder / f"{part}.safetensors").is_file() for part in _PARTS):
-        return (
-            f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
-            "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"
-        )
-    return f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Without the gradients, inference mode, autocast and default device that the caller may have set."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
-def _read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
-    path = folder / f"{name}.safetensors"
-    try:
-        tensors = read_tensors(path)
-    except ArtifactError:
-        raise ArtifactError(f"{path}: missing or damaged; {_TRAIN_AGAIN}") from None
-    if tensors_digest(tensors) != digest:
-        raise ArtifactError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
-    return tensors
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs after any change of a tensor: its version, and the sum of its bits, which ``.data`` changes too."""
+    flat = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().reshape(-1)  # channels last: no copy
+    whole = flat.element_size() == 4 and len(flat) % 2 == 0 and flat.storage_offset() % 2 == 0  # 20 times as fast
+    kind = (
+        torch.int64 if whole else {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64)
+    )
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, int(flat.view(kind).sum())
+
+
+def _for_each(do: Callable[[int], T], count: int) -> list[T]:
+    """The results of the images of a list; an error says which image it was."""
+    results = []
+    for place in range(count):
+        try:
+            results.append(do(place))
+        except SppnetError as error:
+            raise type(error)(f"image {place} of the list: {error}") from None
+    return results

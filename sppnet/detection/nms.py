@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
+from sppnet.checks import as_array, as_column, check_overlap, is_whole
+from sppnet.errors import SppnetError
 from sppnet.records import as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
@@ -24,13 +26,20 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
     """Indices of the boxes that survive, best first, ties by the lower index; at most `limit` of them.
 
     boxes (R, 4) half-open, scores (R,). A box is suppressed where its IoU with a kept one is above `threshold`
-    (strictly). Arrays give an int64 array, tensors an int64 tensor on the device of `boxes`.
-    Raises ValueError for other shapes, for scores that are NaN and for a threshold outside [0, 1].
+    (strictly). Arrays and lists give an int64 array, tensors an int64 tensor on the device of `boxes`.
+    Raises ValueError for other shapes, for boxes that are not finite or whose corners are reversed (one without area
+    overlaps nothing), for scores that are NaN, a threshold outside [0, 1] and a negative limit.
     """
-    if isinstance(boxes, Tensor):
-        kept = _nms(boxes.detach().cpu().numpy(), torch.as_tensor(scores).detach().cpu().numpy(), threshold, limit)
-        return torch.from_numpy(kept).to(boxes.device)
-    return cast(Array, _nms(boxes, np.asarray(scores), threshold, limit))
+    corners, values = as_array(boxes, "boxes"), as_column(scores, "scores")
+    if corners.dtype.kind == "b" or not np.isfinite(corners).all():
+        raise SppnetError("boxes must be finite numbers; leave out or correct those that are not")
+    if corners.shape[1:] == (4,) and (corners[:, 2:] < corners[:, :2]).any():
+        bad = int((corners[:, 2:] < corners[:, :2]).any(axis=1).argmax())
+        raise SppnetError(f"boxes[{bad}] is {corners[bad].tolist()}: its corners are reversed; give x1, y1, x2, y2")
+    if limit is not None and not (is_whole(limit) and limit >= 0):
+        raise SppnetError(f"limit must be a count of boxes or None, got {limit!r}")
+    kept = _nms(corners, values, check_overlap(threshold, "threshold"), limit)
+    return torch.from_numpy(kept).to(boxes.device) if isinstance(boxes, Tensor) else cast(Array, kept)
 
 
 def nms_per_class(
@@ -76,8 +85,6 @@ def _nms(
             f"scores must be numbers, got NaN at index {np.flatnonzero(np.isnan(scores64))[0]}; "
             "check the features and weights that made them"
         )
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be an overlap in [0, 1], got {threshold}; the paper uses 0.3")
     order = np.argsort(-scores64, kind="stable")
     limit = len(order) if limit is None else limit
     # What survives of the best boxes does not depend on the rest, so the first few often suffice.

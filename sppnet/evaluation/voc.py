@@ -12,14 +12,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sppnet.checks import as_array, as_column, check_classes, check_overlap, first_bad_box
 from sppnet.errors import SppnetError
 from sppnet.records import Annotation, Detections, as_boxes, pairwise_iou
 
+T = TypeVar("T")
 Metric = Literal["11point", "area"]
 Floats = NDArray[np.float64]
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
@@ -104,27 +106,38 @@ def evaluate_voc(
     """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Detections of other classes are left out. SppnetError for an image with detections but
-    without annotation.
+    order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
+    which names the image, for an image with detections but without annotation, for values that are no Detections and
+    Annotation (which check their numbers), and for a class that no detections know.
     """
-    if not isinstance(detections, Mapping):
-        detections = {str(index): found for index, found in enumerate(detections)}
-    if not isinstance(annotations, Mapping):
-        annotations = {str(index): truth for index, truth in enumerate(annotations)}
-    _require_annotations(detections, annotations, "detections")
-    ids: dict[str, list[str]] = {name: [] for name in classes}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
-    for image_id in (key for key in annotations if key in detections):
-        found = detections[image_id]
-        for label in np.unique(found.labels):
+    names = _check_rules(classes, metric, iou, use_difficult)
+    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
+    if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
+        raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
+    if not isinstance(detections, Mapping) and len(detections) != len(annotations):
+        counts = f"{len(detections)} detections and {len(annotations)} annotations"
+        raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
+    _require_annotations(found_in, truth_of, "detections")
+    known = {name for found in found_in.values() for name in found.classes}
+    unknown = [name for name in names if found_in and name not in known]
+    if unknown:
+        raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
+    ids: dict[str, list[str]] = {name: [] for name in names}
+    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in names}
+    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
+    for image_id in (key for key in truth_of if key in found_in):
+        found = found_in[image_id]
+        labels = np.unique(found.labels)
+        if len(labels) and not 0 <= labels[0] <= labels[-1] < len(found.classes):
+            raise SppnetError(f"image {image_id}: labels {labels.tolist()} are no places in {found.classes}")
+        for label in labels:
             name, rows = found.classes[label], np.flatnonzero(found.labels == label)
             if name in ids:
                 ids[name] += [image_id] * len(rows)
                 scores[name].append(found.scores[rows])
                 boxes[name].append(found.boxes[rows])
-    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
-    return evaluate_flat(flat, annotations, classes, metric, iou, use_difficult)
+    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in names}
+    return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
 
 
 def evaluate_flat(
@@ -136,14 +149,13 @@ def evaluate_flat(
     use_difficult: bool = False,
 ) -> VOCEvaluation:
     """AP per class from class -> (image ids, scores, boxes), the content of one comp4 file per class."""
-    if not classes or len(set(classes)) != len(classes):
-        raise SppnetError(f"classes must be distinct names, at least one, got {list(classes)}")
-    missing = [name for name in classes if name not in detections]
+    names, truth_of = _check_rules(classes, metric, iou, use_difficult), _by_image(annotations, Annotation)
+    if not isinstance(detections, Mapping):
+        raise SppnetError(f"expected class -> (image ids, scores, boxes), got {type(detections).__name__}")
+    missing = [name for name in names if name not in detections]
     if missing:
         raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
-    results = {
-        name: evaluate_class(*detections[name], annotations, name, metric, iou, use_difficult) for name in classes
-    }
+    results = {name: evaluate_class(*detections[name], truth_of, name, metric, iou, use_difficult) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
 
 
@@ -158,16 +170,24 @@ def evaluate_class(
     use_difficult: bool = False,
 ) -> ClassResult:
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    values, rows = np.asarray(scores, dtype=np.float64), as_boxes(boxes)
+    _check_rules([name], metric, iou, use_difficult)
+    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(as_array(boxes, f"{name}: boxes"))
     if not len(image_ids) == len(values) == len(rows):
         raise SppnetError(
             f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
             "give one of each per detection"
         )
+    _require_annotations(image_ids, annotations, f"{name}: detections")
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise SppnetError(f"{name}: the score of detection {row} is {values[row]}; every score must be a finite number")
-    _require_annotations(image_ids, annotations, f"{name}: detections")
+        where = f"{name}: the score of detection {row}, in image {image_ids[row]},"
+        raise SppnetError(f"{where} is {values[row]}; every score must be a finite number")
+    bad = first_bad_box(rows)
+    if bad is not None:
+        raise SppnetError(
+            f"{name}: the box of detection {bad}, in image {image_ids[bad]}, is {rows[bad].tolist()}; expected finite "
+            "x1 < x2 and y1 < y2"
+        )
     order = np.argsort(-values, kind="stable")
     ranked_ids = [image_ids[row] for row in order]
     overlaps, objects, difficult = _best_objects(ranked_ids, rows[order], annotations, name)
@@ -186,6 +206,21 @@ def evaluate_class(
     return ClassResult(ap if total else None, curve, total, len(values))
 
 
+def best_threshold(curve: PRCurve) -> tuple[float, float]:
+    """The lowest score to accept so that F1 is best, and that F1: (score, F1); (nan, 0) where nothing is found.
+
+    The threshold lies halfway between the last score accepted and the next lower one of the curve, and is that score
+    where it is the lowest of all. Of thresholds with equal F1 the highest is taken.
+    """
+    recall, precision, scores = curve.recall, curve.precision, curve.scores
+    f1 = 2 * recall * precision / np.maximum(recall + precision, np.finfo(np.float64).tiny)
+    f1[:-1][scores[1:] == scores[:-1]] = 0  # no threshold divides equal scores
+    if not f1.any():
+        return math.nan, 0.0
+    last = int(f1.argmax())
+    return float(scores[last : last + 2].mean()), float(f1[last])
+
+
 def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = "11point") -> float:
     """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on); 0 for an empty curve.
 
@@ -195,8 +230,7 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
     if reached.shape != exact.shape or reached.ndim != 1:
         raise SppnetError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
-    if metric not in ("11point", "area"):
-        raise SppnetError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
+    _check_metric(metric)
     envelope = np.maximum.accumulate(exact[::-1])[::-1]
     if metric == "area":
         return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
@@ -204,8 +238,40 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     return float(np.append(envelope, 0.0)[first].sum() / 11)
 
 
+def _check_metric(metric: object) -> None:
+    if metric not in ("11point", "area"):
+        raise SppnetError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
+
+
+def _check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
+    """The classes to evaluate; SppnetError for what no evaluation can be made by."""
+    names = check_classes(classes)
+    if not names:
+        raise SppnetError("classes must be distinct names, at least one, got none")
+    if not isinstance(use_difficult, bool | np.bool_):
+        raise SppnetError(f"use_difficult must be true or false, got {use_difficult!r}")
+    _check_metric(metric)
+    if not check_overlap(iou, "iou") > 0:
+        raise SppnetError(f"iou must lie above 0, got {iou!r}; VOC takes 0.5")
+    return names
+
+
+def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str, T]:
+    """Image id -> value, each of this kind."""
+    if isinstance(values, str) or not isinstance(values, Mapping | Sequence):
+        raise SppnetError(f"expected {kind.__name__} by image id or a sequence, got {type(values).__name__}")
+    pairs = values.items() if isinstance(values, Mapping) else ((str(place), one) for place, one in enumerate(values))
+    found = dict(pairs)
+    for image_id, value in found.items():
+        if not isinstance(image_id, str):
+            raise SppnetError(f"image {image_id!r}: ids must be texts, got {type(image_id).__name__}; use str(id)")
+        if not isinstance(value, kind):
+            raise SppnetError(f"image {image_id}: expected sppnet.{kind.__name__}, got {type(value).__name__}")
+    return found
+
+
 def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Annotation], what: str) -> None:
-    unknown = sorted(set(image_ids) - annotations.keys())
+    unknown = sorted(set(image_ids) - annotations.keys(), key=str)
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise SppnetError(

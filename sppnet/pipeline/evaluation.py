@@ -79,7 +79,12 @@ def detect_split(
     done = map_in_workers(make, own, "detect", "image", workers)
     seconds = sum(each for _, each in done) / len(done) if done else None
     distributed.barrier()
-    detections = {r.id: _read(r.path_in(folder), description.classes) for r in records}
+    read = {r.id: _read(r.path_in(folder), description.classes) for r in records}
+    detections = {image: found for image, (found, _) in read.items()}
+    cut = [image for image, (_, classes) in read.items() if classes]
+    if cut:
+        limit = f"detect.max_per_class={config.detect.max_per_class}"
+        log.info("%s left out detections of %d images, %s the first; a larger one keeps them", limit, len(cut), cut[0])
     evaluation, quality = _evaluate(description, records, detections, windows, evaluate)
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
@@ -93,10 +98,12 @@ def _searcher(
     def search(record: ImageRecord) -> float:
         start = time.monotonic()
         try:
-            found = detector.detect(read_image(record.path), read_windows(windows, record))
+            found, cut = detector.detect_for_evaluation(read_image(record.path), read_windows(windows, record))
         except BackboneError as error:  # an image too narrow for the network: say which
             raise BackboneError(f"{record.path}: {error}") from None
-        write_arrays(record.path_in(folder), boxes=found.boxes, scores=found.scores, labels=found.labels)
+        write_arrays(
+            record.path_in(folder), boxes=found.boxes, scores=found.scores, labels=found.labels, cut=np.array(len(cut))
+        )
         return time.monotonic() - start
 
     return search
@@ -255,6 +262,8 @@ def _evaluate(
     return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
 
 
-def _read(path: Path, classes: tuple[str, ...]) -> Detections:
+def _read(path: Path, classes: tuple[str, ...]) -> tuple[Detections, int]:
+    """What was found in an image, and of how many classes detect.max_per_class left some out."""
     arrays = read_arrays(path)
-    return Detections(arrays["boxes"], arrays["scores"], arrays["labels"].astype(np.int64), classes)
+    found = Detections(arrays["boxes"], arrays["scores"], arrays["labels"].astype(np.int64), classes)
+    return found, int(arrays.get("cut", 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import read_json, write_json, write_text
+from sppnet.checks import check_thresholds
 from sppnet.data.folder import find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import ArtifactError, BackboneError, ImageError, SppnetError
@@ -33,18 +34,21 @@ def detect_files(
     load: Callable[[], SPPDetector],
     paths: Sequence[str | Path],
     out: Path,
-    threshold: float,
+    threshold: float | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> FolderResult:
     """Detect in every image that `paths` name and write the results to `out`.
 
-    `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. A file that
-    cannot be read, or is too narrow for the network, is skipped and counted. Pictures keep the names of their images; a
-    name that occurs twice gets a number. What an earlier call left in `out` is not searched. The lists are written
-    after an interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite one
-    of the images.
+    `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. What scores
+    at least `threshold` is shown, by default what the detector's own thresholds let pass. A file that cannot be read,
+    or is too narrow for the network, is skipped and counted. Pictures keep the names of their images; a name that
+    occurs twice gets a number. What an earlier call left in `out` is not searched. The lists are written after an
+    interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite one of the
+    images.
     """
+    if threshold is not None:
+        check_thresholds(threshold, ())
     found: dict[Path, Detections] = {}
     skipped: dict[Path, str] = {}
     names = _picture_names(_find_inputs(paths, out))
@@ -64,7 +68,9 @@ def detect_files(
     return FolderResult(found, {path: skipped[path] for path in names if path in skipped})
 
 
-def _painter(load: Callable[[], SPPDetector], threshold: float) -> Callable[[tuple[Path, Path]], Detections | str]:
+def _painter(
+    load: Callable[[], SPPDetector], threshold: float | None
+) -> Callable[[tuple[Path, Path]], Detections | str]:
     """Detects in one image file after the other and draws what it finds in another; or says why there is none."""
     detector = load()
 
@@ -72,12 +78,12 @@ def _painter(load: Callable[[], SPPDetector], threshold: float) -> Callable[[tup
         path, picture = job
         try:
             image = read_image(path)
-            detections = detector.detect(image).above(threshold)
+            detections = detector.detect(image, threshold=threshold)
         except ImageError as error:
             return str(error)
         except BackboneError as error:
             return f"{path}: {error}"
-        save_image(draw_detections(image, detections, threshold), picture)
+        save_image(draw_detections(image, detections), picture)
         return detections
 
     return paint

@@ -66,7 +66,7 @@ class StageStatus:
     def describe(self, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
         """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
         action, why = self._decide(only, invalidated)
-        return f"{self.name:<9} {action:<8} {why}"
+        return f"{self.name:<10} {action:<8} {why}"
 
     def _decide(self, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
         folder, parts = self.folder.name, f"{self.done} of {self.total}"
@@ -306,6 +306,13 @@ GRAPH: dict[str, Stage] = {
             outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],
             data=["train"],
             skipped=lambda config: "" if config.boxes.enabled else "boxes.enabled is false",
+        ),
+        Stage(
+            "thresholds",
+            settings=lambda _: ["detect"],
+            reads=lambda config: [*_features(config.svm.layer), "svm", "boxes"],
+            outputs=lambda _: [Path("thresholds.json")],
+            data=["validation"],
         ),
     )
 }

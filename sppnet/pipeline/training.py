@@ -1,6 +1,6 @@
 """Train a detector: every stage of section 4.1 in order, on one screen; every stage resumes.
 
-proposals -> (pretrain) -> maps -> finetune -> (low_rank) -> svm -> boxes -> detector/
+proposals -> (pretrain) -> maps -> finetune -> (low_rank) -> svm -> boxes -> thresholds -> detector/
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import Split, load_run_data
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
+from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
 log = logging.getLogger("sppnet")
@@ -149,6 +150,16 @@ class Training:
 
     def assemble(self) -> SPPDetector:
         """The detector from the artifacts, saved under detector/."""
+        chosen = read_json(self.graph.folder("thresholds") / "thresholds.json")
+        detector = replace(self._detector(), thresholds=tuple(chosen[name]["threshold"] for name in self.classes))
+        if distributed.is_main():
+            self.graph.data.split.write(self.graph.detector)
+            detector.save(self.graph.detector)
+        distributed.barrier()
+        return detector
+
+    def _detector(self) -> SPPDetector:
+        """The detector from the artifacts of all stages but the last."""
         svms = LinearSVMs.from_tensors(read_tensors(self.graph.folder("svm") / "svm.safetensors"))
         regressors = None
         if self.config.boxes.enabled:
@@ -157,12 +168,7 @@ class Training:
                 {n: BoxRegressors.from_tensors(t).per_class[0] for n, t in zip(self.classes, own, strict=True)}
             )
         networks, proposer = self.networks, make_proposer(self.config.proposals)
-        detector = SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
-        if distributed.is_main():
-            self.graph.data.split.write(self.graph.detector)
-            detector.save(self.graph.detector)
-        distributed.barrier()
-        return detector
+        return SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
 
     # 1. windows of every image
     def proposals(self) -> str:
@@ -299,6 +305,16 @@ class Training:
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
+    # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
+    def thresholds(self) -> str:
+        path = self.graph.folder("thresholds") / "thresholds.json"
+        if not self._exists(path) and distributed.is_main():
+            windows, maps = self.graph.folder("proposals"), self.graph.folder("maps")
+            records = self.graph.data.validation
+            write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
+        distributed.barrier()
+        return describe_thresholds(read_json(path))
+
     def _regressor(self, label: int) -> Path:
         return self.graph.folder("boxes") / regressor_path(label)
 
@@ -329,13 +345,14 @@ RUN: dict[str, Callable[[Training], str]] = {
     "low_rank": Training.low_rank,
     "svm": Training.svm,
     "boxes": Training.boxes,
+    "thresholds": Training.thresholds,
 }
 
 
 def _table(reports: Sequence[StageReport]) -> str:
     """Stage, time, what was done."""
-    lines = [f"{'stage':<9} {'time':>9}  done"]
-    return "\n".join([*lines, *(f"{r.name:<9} {_duration(r.seconds):>9}  {r.summary}" for r in reports)])
+    lines = [f"{'stage':<10} {'time':>9}  done"]
+    return "\n".join([*lines, *(f"{r.name:<10} {_duration(r.seconds):>9}  {r.summary}" for r in reports)])
 
 
 def _duration(seconds: float) -> str:

@@ -157,7 +157,9 @@ def contact_sheet(
         small = Image.fromarray(picture.image)
         small.thumbnail(cell[::-1], Image.Resampling.LANCZOS, reducing_gap=None)
         factors = np.array([small.width / picture.image.shape[1], small.height / picture.image.shape[0]] * 2, "f4")
-        found = replace(picture.detections, boxes=picture.detections.boxes * factors)
+        boxes = picture.detections.boxes * factors
+        solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        found = replace(picture.detections[solid], boxes=boxes[solid])
         drawn = draw_detections(np.asarray(small), found, threshold)
         sheet.paste(drawn, (left + (cell[1] - drawn.width) // 2, top + (cell[0] - drawn.height) // 2))
         _write_line(draw, (left, top + cell[0] + 3), picture.caption, cell[1])

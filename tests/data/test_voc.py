@@ -66,11 +66,14 @@ def test_boxes_beyond_the_edge_are_clipped_or_skipped_and_counted(tmp_path):
     assert skips.counts == {"box clipped to the image": 2, "box outside the image": 2}
 
 
-@pytest.mark.parametrize("size", ["", stated(100, 200)])
-def test_without_the_size_of_the_image_boxes_stay_as_they_are(tmp_path, size):
-    found, skips = annotated(tmp_path, xml_of(thing("cat", 0, 5, 5000, 6000), size=size), size=None)
-    np.testing.assert_array_equal(found.boxes, [[-1, 4, 5000, 6000]])
-    assert skips.counts == {}
+@pytest.mark.parametrize("size", ["", stated(100, 200), stated(200, 100), stated(1, 1), stated(0, 0)])
+def test_without_a_size_objects_are_as_they_are_written_whatever_size_is_stated(tmp_path, size):
+    boxes = ((0, 5, 5000, 6000), (7, 5, 7, 60), (-3, 5, 9, 5), (9, 9, 8, 20), (9, 9, 20, 7), (150, 150, 160, 160))
+    found, skips = annotated(tmp_path, xml_of(*(thing("cat", *box) for box in boxes), size=size), size=None)
+    np.testing.assert_array_equal(
+        found.boxes, [[-1, 4, 5000, 6000], [6, 4, 7, 60], [-4, 4, 9, 5], [149, 149, 160, 160]]
+    )
+    assert skips.counts == {"box with reversed corners": 2}
 
 
 @pytest.mark.parametrize(

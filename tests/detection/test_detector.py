@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.util
 import json
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from doubles import refused_by_us
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import random_windows
 
 import sppnet
+from sppnet.backbones import backbone as backbones
 from sppnet.backbones import runtime
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
 from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores
 from sppnet.detection.window_features import ProjectedWindows
-from sppnet.errors import ArtifactError
+from sppnet.errors import ArtifactError, BackboneError, ImageError
 from sppnet.records import pairwise_iou
 
 
@@ -67,7 +75,8 @@ def test_a_detector_of_openvino_works_where_it_is_missing(detector, image, windo
 
 
 def test_detections_are_sorted_typed_and_inside_the_image(detector, image, windows):
-    found = detector.detect(image, windows)
+    found, cut = detector.detect_for_evaluation(image, windows)
+    assert cut == ()
     assert len(found) > 0
     assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
     assert (np.diff(found.scores) <= 0).all()
@@ -108,7 +117,7 @@ def test_selection_is_threshold_suppression_regression_clipping_and_suppression(
         torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64),
     )  # fmt: skip
     linear = replace(detector.svms, weight=torch.zeros(2, 3), bias=torch.zeros(2), classes=("a", "b"))
-    own = replace(detector, svms=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
+    own = replace(detector, thresholds=(), svms=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
     found = own.select(windows, WindowScores(scores, maps, where), (100, 120))
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
@@ -140,7 +149,7 @@ def test_the_search_is_that_of_the_settings(detector):
     """A white square on black: selective search finds it by itself."""
     picture = np.zeros((120, 160, 3), np.uint8)
     picture[30:90, 50:110] = 255
-    found = replace(detector, regressors=None).detect(picture)
+    found = replace(detector, regressors=None).detect(picture, threshold=-3)
     assert len(found) > 0
     assert pairwise_iou(found.boxes.astype(np.float64), np.array([[50.0, 30, 110, 90]])).max() > 0.8
 
@@ -152,18 +161,240 @@ def test_bfloat16_finds_nearly_the_same(detector, image, windows):
     assert rounded.dtype == np.float32
     assert not np.array_equal(exact, rounded)
     assert np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
-    assert len(half.detect(image, windows)) > 0
+    assert len(half.detect(image, windows, threshold=-2)) > 0
 
 
 def test_images_and_windows_of_wrong_shapes_are_refused(detector, image):
     with pytest.raises(ValueError, match=r"windows must have shape \(R, 4\), got \(4,\); pass windows\[None\]"):
         detector.detect(image, np.array([0, 0, 10, 10]))
-    with pytest.raises(ValueError, match=r"image must be .*uint8.*; read it with"):
+    with pytest.raises(ValueError, match=r"image must be .*uint8.*, or read it with"):
         detector.detect(image.astype(np.float32))
-    with pytest.raises(ValueError, match=r"image must be .*uint8.*; read it with"):
+    with pytest.raises(ValueError, match=r"image must be .*uint8.*grey: stack it.*, or read it with"):
         detector.detect(image[..., 0], np.array([[0, 0, 10, 10]]))
-    with pytest.raises(ValueError, match=r"box 0 is not finite"):
+    with pytest.raises(ValueError, match=r"windows\[0\] is \[0.0, 0.0, nan, 10.0\]: expected finite x1 < x2"):
         detector.detect(image, np.array([[0, 0, np.nan, 10]]))
+
+
+# ---- images and options --------------------------------------------------------------------------------------------
+
+
+def test_an_image_may_be_a_path_a_pil_image_a_tensor_or_a_list_of_them(detector, image, windows, tmp_path):
+    Image.fromarray(image).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    expected = detector.detect(image, windows, threshold=-2)
+    inputs = [str(tmp_path / "a.png"), tmp_path / "a.png", Image.fromarray(image), tensor, tensor / 255]
+    assert all(detector.detect(each, windows, threshold=-2) == expected for each in inputs)
+    several = detector.detect([*inputs, image], [windows] * 6, threshold=-2)
+    assert several == [expected] * 6
+    assert detector.detect((image,), (windows[:3],), threshold=-2)[0] == detector.detect(
+        image, windows[:3], threshold=-2
+    )
+    assert detector.detect([]) == detector.embed([]) == []
+    maps = detector.embed([tmp_path / "a.png", tensor])
+    assert all(torch.equal(own.maps[0], detector.embed(image).maps[0]) for own in maps)
+
+
+def test_an_image_of_a_list_that_cannot_be_used_is_named(detector, image, windows, tmp_path, monkeypatch):
+    with pytest.raises(ImageError, match=r"image 1 of the list: .*gone\.jpg: expected an image, but there is no such"):
+        detector.detect([image, tmp_path / "gone.jpg"])
+    with pytest.raises(ImageError, match=r"image 2 of the list: a tensor must be an RGB image"):
+        detector.embed([image, image, torch.zeros(4, 5)])
+    Image.fromarray(image).save(tmp_path / "thin.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(backbones, "map_side", lambda steps, side: 0)
+        with pytest.raises(BackboneError, match=r"thin\.png: an image of .* pixels is too narrow"):
+            detector.detect(tmp_path / "thin.png", windows)
+    for wrong in (windows, [windows], windows[0], "windows"):
+        assert "windows" in refused_by_us(lambda wrong=wrong: detector.detect([image, image], wrong))
+
+
+def test_options_of_a_call_count_over_the_settings(detector, image, windows):
+    everything = detector.detect(image, windows, threshold=-np.inf)
+    for threshold in (-1.0, everything.scores[7], [-1.2, -0.9, 0, -2, -1.0], torch.full((5,), -1.1)):
+        assert detector.detect(image, windows, threshold=threshold) == everything.above(threshold)
+    assert detector.detect(image, windows) == everything.above(detector.thresholds)
+    low = replace(detector, thresholds=(-1.5, 0, -1, 5, -np.inf))
+    assert low.detect(image, windows) == everything.above([-1.5, 0, -1, 5, -np.inf])
+    assert detector.detect(image, windows, threshold=-2, top=4) == detector.detect(image, windows, threshold=-2)[:4]
+    plain = replace(detector, regressors=None)
+    kept = plain.detect(image, windows, threshold=-np.inf, nms=1)
+    assert len(kept) == len(windows) * len(detector.classes)
+    assert len(plain.detect(image, windows, threshold=-np.inf, nms=0)) < len(everything)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": np.nan}, {"threshold": "low"}, {"threshold": True}, {"threshold": [0, 0]},
+        {"threshold": [0, 0, 0, 0, np.nan]}, {"nms": np.nan}, {"nms": 1.2}, {"nms": -0.1}, {"nms": "a"}, {"nms": True},
+        {"nms": [0.3]}, {"top": 0}, {"top": -1}, {"top": 2.5}, {"top": True}, {"top": "3"}, {"top": np.nan},
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused_whatever_the_image(detector, image, options):
+    for own in (np.zeros((0, 4)), [[0, 0, 50, 50]]):
+        assert next(iter(options)) in refused_by_us(lambda own=own: detector.detect(image, own, **options))
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [[0, 0, np.inf, 9]], [[9, 0, 0, 9]], [[0, 0, 0, 9]], [[0, 0, 9]], "all", [[True] * 4], [["0", "0", "9", "9"]],
+        {"a": [0, 0, 9, 9]}, [[0, 0, 9, 9], [0, 0]],
+    ],
+)  # fmt: skip
+def test_impossible_windows_are_refused(detector, image, windows):
+    maps = detector.embed(image)
+    assert "windows" in refused_by_us(lambda: detector.detect(image, windows))
+    assert "windows" in refused_by_us(lambda: detector.score(maps, windows))
+
+
+def test_evaluation_says_of_which_classes_the_maximum_left_some_out(detector, image, windows):
+    whole, cut = detector.detect_for_evaluation(image, windows)
+    assert cut == ()
+    settings = detector.config.detect.model_copy(update={"max_per_class": 2, "score_threshold": -np.inf})
+    own = replace(detector, config=detector.config.model_copy(update={"detect": settings}), regressors=None)
+    found, cut = own.detect_for_evaluation(own.embed(image), windows)
+    counts = np.bincount(own.detect(image, windows, threshold=-np.inf).labels, minlength=5)
+    assert cut == tuple(name for name, count in zip(own.classes, counts, strict=True) if count > 2)
+    assert cut
+    assert np.bincount(found.labels, minlength=5).tolist() == np.minimum(counts, 2).tolist()
+    assert len(whole) > len(found)
+
+
+# ---- whatever the caller has set -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_dtype(kind):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "another device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_caller_change_nothing(small_run, detector, image, windows, mode):
+    expected, scores = detector.detect(image, windows, threshold=-2), detector.score(detector.embed(image), windows)
+    with MODES[mode]():
+        loaded = SPPDetector.load(small_run.root)
+        for own in (detector, loaded, replace(detector)):
+            assert own.detect(image, windows, threshold=-2) == expected
+            maps = own.embed(image)
+            assert np.array_equal(own.score(maps, windows), scores)
+        assert not maps.maps[0].is_inference()
+    assert loaded.detect(image, windows, threshold=-2) == expected
+    factor = torch.ones(1, requires_grad=True)
+    (maps.maps[0] * factor).pow(2).sum().backward()  # needs ordinary tensors
+    assert factor.grad.item() > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+@pytest.mark.parametrize("mode", ["another device", "bfloat16", "inference"])
+def test_modes_of_the_caller_change_nothing_with_openvino(detector, image, windows, mode):
+    asked = detector.config.maps.model_copy(update={"runtime": "openvino"})
+    detector = replace(detector, config=detector.config.model_copy(update={"maps": asked}))
+    expected = detector.detect(image, windows, threshold=-2)
+    with MODES[mode]():
+        assert replace(detector).detect(image, windows, threshold=-2) == expected
+
+
+def test_threads_may_share_a_detector(small_run, detector, image, windows):
+    images = [image, np.ascontiguousarray(image[::-1]), np.ascontiguousarray(image[:, ::-1])] * 4
+    expected = [detector.detect(each, windows, threshold=-2) for each in images]
+    fresh = SPPDetector.load(small_run.root)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda each: fresh.detect(each, windows, threshold=-2), images)) == expected
+
+
+def test_a_copied_and_a_pickled_detector_find_the_same(detector, image, windows):
+    expected = detector.detect(image, windows, threshold=-2)
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector)), copy.copy(detector)):
+        assert other.detect(image, windows, threshold=-2) == expected
+        assert other.thresholds == detector.thresholds
+
+
+@torch.no_grad()
+def scale_in_place(tensor):
+    tensor.mul_(1.5)
+
+
+CHANGES = {
+    "head, in place": lambda own: scale_in_place(own.head.fc6.weight),
+    "head, by .data": lambda own: own.head.fc7.weight.data.mul_(1.5),
+    "one bias, by .data": lambda own: own.head.fc7.bias.data[3:4].add_(1),
+    "a buffer": lambda own: own.head.input_scale.mul_(1.1),
+    "load_state_dict": lambda own: own.head.load_state_dict({k: v * 1.2 for k, v in own.head.state_dict().items()}),
+    "another layer": lambda own: setattr(own.head, "fc7", copy.deepcopy(own.head.fc7).requires_grad_(False)),
+    "another head": lambda own: object.__setattr__(own, "head", shifted(own.head)),
+    "backbone, in place": lambda own: scale_in_place(next(own.backbone.parameters())),
+    "backbone, by .data": lambda own: next(own.backbone.parameters()).data.mul_(1.5),
+    "SVMs": lambda own: scale_in_place(own.svms.weight),
+    "regressors": lambda own: [scale_in_place(each.bias.add_(0.1)) for each in own.regressors.per_class],
+}
+
+
+def shifted(head):
+    changed = copy.deepcopy(head)
+    scale_in_place(changed.fc6.weight)
+    return changed
+
+
+@pytest.mark.parametrize("runtime", ["torch", "auto"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_were_changed_are_used(small_run, image, windows, tmp_path, change, runtime):
+    own = SPPDetector.load(small_run.root)
+    maps = own.config.maps.model_copy(update={"runtime": runtime})
+    own = replace(own, config=own.config.model_copy(update={"maps": maps}))
+    before = own.detect(image, windows, threshold=-np.inf)
+    CHANGES[change](own)
+    if change == "another layer":
+        own.head.fc7.weight.data.neg_()
+    after = own.detect(image, windows, threshold=-np.inf)
+    assert after != before
+    own.save(tmp_path)
+    assert SPPDetector.load(tmp_path).detect(image, windows, threshold=-np.inf) == after
+
+
+def test_weights_that_are_no_numbers_are_an_error_and_no_silence(small_run, image, windows):
+    own = SPPDetector.load(small_run.root)
+    own.head.fc7.weight.data[:] = torch.nan
+    with pytest.raises(ValueError, match="the scores are not finite"):
+        own.detect(image, windows)
+    with pytest.raises(ValueError, match="the scores are not finite"):
+        own.detect_for_evaluation(image, windows)
+
+
+# ---- thresholds ----------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_that_says_no_thresholds_has_the_boundary_of_its_svms(folder, detector, image, windows):
+    path = folder / "detector.json"
+    description = json.loads(path.read_text())
+    assert SPPDetector.load(folder).thresholds == tuple(description["thresholds"]) == detector.thresholds
+    path.write_text(json.dumps({key: value for key, value in description.items() if key != "thresholds"}))
+    old = SPPDetector.load(folder)
+    assert old.thresholds == DetectorDescription.read(folder).thresholds == (0,) * 5
+    assert old.detect(image, windows) == detector.detect(image, windows, threshold=0)
+    for wrong in ([0, 0], "low", None, [0, 0, 0, 0, float("nan")], {"a": 1}):
+        path.write_text(json.dumps({**description, "thresholds": wrong}))
+        with pytest.raises(
+            ArtifactError, match=r"detector\.json: damaged, or from another version of sppnet.*threshold"
+        ):
+            SPPDetector.load(folder)
+    with pytest.raises(ValueError, match="one for each of the 5 classes"):
+        replace(detector, thresholds=[1, 2])
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -184,7 +415,7 @@ def test_a_detector_without_box_regression_is_saved_and_loaded_too(detector, ima
     again = SPPDetector.load(tmp_path)
     assert again.regressors is None
     assert same(again.detect(image, windows), plain.detect(image, windows))
-    assert not same(again.detect(image, windows), detector.detect(image, windows))
+    assert not same(again.detect(image, windows, threshold=-2), detector.detect(image, windows, threshold=-2))
 
 
 def test_the_digest_covers_weights_settings_of_the_test_and_precision(detector, tmp_path):
@@ -200,6 +431,7 @@ def test_the_digest_covers_weights_settings_of_the_test_and_precision(detector, 
     runtime = detector.config.maps.model_copy(update={"runtime": "auto"})
     same = replace(detector, config=detector.config.model_copy(update={"maps": runtime}))
     assert saved_digest(same, tmp_path / "same") == digests[0]
+    assert saved_digest(replace(detector, thresholds=9), tmp_path / "nine") == digests[0]  # of detect alone
 
 
 def test_moving_a_detector_changes_nothing_it_finds(detector, image, windows):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from doubles import refused_by_us
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,38 @@ def test_errors_say_what_was_expected():
         nms(boxes, np.zeros(2), 30)
     with pytest.raises(ValueError, match=r"expected scores \(R, K\) with boxes"):
         nms_per_class(boxes, np.zeros(2), 0.3)
+
+
+BOXES = [[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]]
+
+
+@pytest.mark.parametrize(
+    "kind", [np.array, torch.tensor, list, lambda values: torch.tensor(values, dtype=torch.bfloat16)]
+)
+def test_arrays_tensors_and_lists_are_suppressed_alike(kind):
+    boxes, scores = kind(BOXES), kind([0.25, 0.5, 0.75])
+    kept = nms(boxes, scores, 0.3, np.int64(5))
+    assert isinstance(kept, torch.Tensor if isinstance(boxes, torch.Tensor) else np.ndarray)
+    assert kept.tolist() == [2, 1] == nms(BOXES, [1, 2, 3], torch.tensor(0.3)).tolist()
+    assert nms(kind(BOXES), scores, 0.3, 0).tolist() == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"boxes": np.array(BOXES) * np.nan}, {"boxes": [*BOXES[1:], [0, 0, np.inf, 1]]}, {"boxes": BOXES[:2]},
+        {"boxes": [*BOXES[1:], [5, 5, 2, 9]]}, {"boxes": [*BOXES[1:], [5, 5, 9, 2]]}, {"boxes": "boxes"},
+        {"boxes": None}, {"boxes": np.ones((3, 4), bool)}, {"boxes": [[0, 0, 1]] * 3}, {"boxes": []},
+        {"scores": [1, np.nan, 2]}, {"scores": [1, 2]}, {"scores": []}, {"scores": None}, {"scores": ["1", "2", "3"]},
+        {"scores": [[1], [2], [3]]}, {"scores": [True, False, True]}, {"threshold": np.nan}, {"threshold": 30},
+        {"threshold": -0.1}, {"threshold": "0.3"}, {"threshold": None}, {"threshold": True}, {"threshold": [0.3]},
+        {"limit": -1}, {"limit": 2.5}, {"limit": True}, {"limit": "3"},
+    ],
+)  # fmt: skip
+def test_impossible_arguments_are_refused(wrong):
+    arguments = {"boxes": BOXES, "scores": [1, 2, 3], "threshold": 0.3, **wrong}
+    message = refused_by_us(lambda: nms(**arguments))
+    assert next(iter(wrong)) in message or "one for each box" in message
 
 
 def test_boxes_that_are_all_looked_at_are_suppressed_once(monkeypatch):

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from doubles import refused_by_us
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from sppnet.data.comp4 import read_comp4
 from sppnet.data.splits import read_image_set
 from sppnet.data.voc import read_annotation
 from sppnet.evaluation.proposals import proposal_recall
-from sppnet.evaluation.voc import average_precision, evaluate_class, evaluate_flat, evaluate_voc
+from sppnet.evaluation.voc import average_precision, best_threshold, evaluate_class, evaluate_flat, evaluate_voc
 from sppnet.records import Annotation, Detections
 
 NO_DETECTIONS = ([], np.zeros(0), np.zeros((0, 4)))
@@ -269,13 +271,13 @@ def test_arrays_of_different_lengths_are_an_error():
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error(score):
-    with pytest.raises(ValueError, match=r"cat: the score of detection 1 is (nan|inf); every score must be a finite"):
+    with pytest.raises(ValueError, match=r"score of detection 1, in image a, is (nan|inf); every score must be a"):
         evaluate_class(["a", "a"], [1, score], np.zeros((2, 4)), {"a": annotation()}, "cat")
 
 
 @pytest.mark.parametrize("classes", [[], ["cat", "cat"]])
 def test_no_classes_or_repeated_ones_are_an_error(classes):
-    with pytest.raises(ValueError, match=r"classes must be distinct names, at least one, got \["):
+    with pytest.raises(ValueError, match=r"classes must be distinct names.*, got (none|\[)"):
         evaluate_voc({}, {}, classes)
 
 
@@ -292,6 +294,145 @@ def test_an_unknown_metric_is_an_error():
 def test_recall_and_precision_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match=r"must both have shape \(R,\), got \(1,\) and \(2,\)"):
         average_precision([1.0], [1.0, 0.5])
+
+
+TRUTH = annotation(("cat", 0, 0, 10, 10))
+FOUND = detections(("cat", 1, 0, 0, 10, 10))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"detections": {"a": None}}, r"image a: expected sppnet\.Detections, got NoneType"),
+        ({"detections": {"a": {"boxes": [], "scores": [], "labels": []}}}, "image a: expected .* got dict"),
+        ({"detections": {"a": ([[0, 0, 1, 1]], [1], [0])}}, "image a: expected .* got tuple"),
+        ({"detections": {1: FOUND}, "annotations": {1: TRUTH}}, "image 1: ids must be texts, got int"),
+        ({"detections": [FOUND, FOUND], "annotations": [TRUTH]}, "2 detections and 1 annotations"),
+        ({"detections": [FOUND]}, "both be mappings by image id, or both be sequences"),
+        ({"detections": "a"}, "got str"), ({"detections": None}, "got NoneType"),
+        ({"detections": "a", "annotations": "a"}, "got str"),
+        ({"detections": FOUND}, "got Detections"), ({"detections": 3, "annotations": [TRUTH]}, "got int"),
+        ({"detections": {"a": detections(classes=("dog", "owl"))}}, "class 'cat' is none of .* classes: dog, owl"),
+        ({"annotations": {"a": None}}, r"image a: expected sppnet\.Annotation, got NoneType"),
+        ({"annotations": {"a": TRUTH, "b": FOUND}}, "image b: expected .*Annotation, got Detections"),
+        ({"annotations": {}}, "image a, which has no annotation"),
+        ({"classes": "cat"}, "classes: expected a sequence of names"), ({"classes": ["cat", 3]}, "got 3 among them"),
+        ({"classes": []}, "at least one"), ({"classes": ["cat", "cat"]}, "distinct"), ({"classes": None}, "got None"),
+        ({"metric": "11points"}, "metric must be"), ({"metric": None}, "metric must be"), ({"metric": []}, "metric"),
+        ({"iou": 0}, "iou must lie above 0"), ({"iou": 1.5}, "iou must be an overlap"), ({"iou": -1}, "iou"),
+        ({"iou": math.nan}, "iou"), ({"iou": "0.5"}, "iou"), ({"iou": True}, "iou"), ({"iou": None}, "iou"),
+        ({"use_difficult": "no"}, "use_difficult must be true or false"), ({"use_difficult": None}, "use_difficult"),
+    ],
+)  # fmt: skip
+def test_impossible_arguments_are_refused(wrong, message):
+    arguments = {"detections": {"a": FOUND}, "annotations": {"a": TRUTH}, "classes": ["cat"], **wrong}
+    assert re.search(message, refused_by_us(lambda: evaluate_voc(**arguments)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boxes": np.float32([[0, 0, np.nan, 10]])}, {"boxes": np.float32([[9, 0, 3, 10]])},
+        {"scores": np.float32([np.nan])}, {"labels": np.array([-1])}, {"labels": np.array([2])},
+    ],
+)  # fmt: skip
+def test_numbers_that_became_impossible_after_they_were_checked_are_refused_with_the_image(change):
+    found = detections(("cat", 1, 0, 0, 10, 10))
+    for name, array in change.items():
+        getattr(found, name)[:] = array
+    assert "image a" in refused_by_us(lambda: evaluate_voc({"a": found}, {"a": TRUTH}, ["cat"]))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (["a"], [1], [[0, 0, 0, 9]]), (["a"], [1], [[0, 0, np.inf, 9]]), (["a"], ["1"], [[0, 0, 9, 9]]), None, "abc",
+        (["a"], [1]), ([3], [1], [[0, 0, 9, 9]]), (["a"], [[1]], [[0, 0, 9, 9]]), (["a"], [True], [[0, 0, 9, 9]]),
+        (["a", "a"], [1], [[0, 0, 9, 9]]), (["b"], [1], [[0, 0, 9, 9]]), (["a"], [1], [["0", "0", "9", "9"]]),
+    ],
+)  # fmt: skip
+def test_impossible_flat_detections_are_refused(entry):
+    refused_by_us(lambda: evaluate_flat({"cat": entry}, {"a": TRUTH}, ["cat"]))
+    refused_by_us(lambda: evaluate_flat([entry], {"a": TRUTH}, ["cat"]))
+
+
+@given(a_truth, a_search)
+def test_classes_go_by_name_whatever_their_order_in_the_detections(objects, found):
+    """Detections that count their classes otherwise, or know more of them, have the AP of the flat lists."""
+    truth = {
+        key: annotation(*((o[1], o[2], o[3], o[2] + o[4], o[3] + o[5], o[6]) for o in objects if o[0] == key))
+        for key in "abc"
+    }
+    rows = [("cat" if s % 2 else "dog", s, x, y, x + w, y + h, key) for key, s, x, y, w, h in found]
+    orders = (("cat", "dog"), ("dog", "cat"), ("owl", "dog", "cow", "cat"))
+    results = [
+        evaluate_voc({k: detections(*(r[:6] for r in rows if r[6] == k), classes=order) for k in "abc"}, truth, ["cat"])
+        for order in orders
+    ]
+    own = [row for key in "abc" for row in rows if row[6] == key and row[0] == "cat"]
+    flat = ([r[6] for r in own], [r[1] for r in own], [r[2:6] for r in own])
+    expected = evaluate_flat({"cat": flat}, truth, ["cat"])
+    assert [result.ap for result in results] == [expected.ap] * 3
+    in_order = evaluate_voc(
+        [detections(*(r[:6] for r in rows if r[6] == k)) for k in "abc"], list(truth.values()), ["cat"]
+    )
+    assert in_order.ap == expected.ap
+
+
+# ---- thresholds -----------------------------------------------------------------------------------------------------
+
+
+def f1_of(ids, scores, boxes, truth, threshold) -> float:
+    """F1 of the detections of cats that score at least `threshold`, counted one by one."""
+    kept = [row for row in range(len(ids)) if scores[row] >= threshold]
+    own = [[ids[row] for row in kept], [scores[row] for row in kept], [boxes[row] for row in kept]]
+    curve, total = naive_curve(*own, truth, "cat")
+    found = round(curve[-1][0] * total) if curve else 0
+    return 2 * found / (len(curve) + total) if total else 0.0
+
+
+@given(a_truth, a_search)
+def test_the_best_threshold_is_that_of_the_best_f1_of_all(objects, found):
+    truth = {
+        key: annotation(*((o[1], o[2], o[3], o[2] + o[4], o[3] + o[5], o[6]) for o in objects if o[0] == key))
+        for key in "abc"
+    }
+    ids, scores = [f[0] for f in found], np.array([f[1] / 2 for f in found])
+    boxes = np.array([[x, y, x + w, y + h] for _, _, x, y, w, h in found], dtype=np.float64).reshape(-1, 4)
+    threshold, f1 = best_threshold(evaluate_class(ids, scores, boxes, truth, "cat").curve)
+    possible = {score: f1_of(ids, scores, boxes, truth, score) for score in (0, 0.5, 1, 1.5, 2)}
+    best = max(possible.values())
+    assert f1 == pytest.approx(best)
+    if best:
+        assert f1_of(ids, scores, boxes, truth, threshold) == pytest.approx(best)
+        assert threshold >= max(score for score, value in possible.items() if value == best) - 0.5
+    else:
+        assert math.isnan(threshold)
+
+
+@pytest.mark.parametrize(
+    ("hits", "scores", "threshold", "f1"),
+    [
+        ("+", [0.5], 0.5, 1),  # the lowest of all
+        ("+-", [0.5, 0.1], 0.3, 1),  # halfway to the next
+        ("++--", [0.9, 0.8, 0.8, 0.2], 0.5, 4 / 5),  # equal scores cannot be told apart
+        ("+-+", [0.9, 0.5, 0.1], 0.1, 4 / 5),
+        ("-", [0.9], math.nan, 0),
+    ],
+)
+def test_a_threshold_lies_halfway_between_neighbours(hits, scores, threshold, f1):
+    boxes = [[20 * i, 0, 20 * i + 10, 10] if hit == "+" else [0, 50, 10, 60] for i, hit in enumerate(hits)]
+    truth = {"a": annotation(*(("cat", *box) for box, hit in zip(boxes, hits, strict=True) if hit == "+"))}
+    truth["a"] = truth["a"] if len(truth["a"]) else TRUTH
+    curve = evaluate_class(["a"] * len(hits), scores, boxes, truth, "cat").curve
+    assert best_threshold(curve) == (pytest.approx(threshold, nan_ok=True), pytest.approx(f1))
+
+
+def test_of_thresholds_of_equal_f1_the_highest_is_taken():
+    truth = {"a": annotation(*(("cat", 20 * i, 0, 20 * i + 10, 10) for i in range(4)))}
+    boxes = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 50, 9, 60], [0, 60, 9, 70], [40, 0, 50, 10]]  # hit hit miss miss hit
+    curve = evaluate_class(["a"] * 5, [5, 4, 3, 2, 1], boxes, truth, "cat").curve
+    assert best_threshold(curve) == (3.5, pytest.approx(2 / 3))  # as is that of all five
 
 
 # ---- candidate windows ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sppnet.data.comp4 import read_comp4
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
-from sppnet.pipeline.run_data import load_run_data
+from sppnet.pipeline.run_data import load_run_data, load_test_data
 
 CLASSES = ("cross", "disc", "square", "star", "triangle")
 
@@ -300,6 +300,22 @@ def test_an_image_too_narrow_for_the_network_is_named(run, detector, tmp_path, m
     with pytest.raises(BackboneError, match=message):
         evaluate(unimported(detector, tmp_path / "gone.npz"), run.root)
     assert len(list(run.root.glob("proposals-*"))) == 1  # those of training: nothing was searched
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_an_evaluation_says_that_the_maximum_per_class_left_some_out(run, detector, caplog, limit):
+    caplog.set_level(logging.INFO, "sppnet")
+    detect_split(run.root, detector.config, load_test_data(detector.config).records)
+    assert "max_per_class" not in caplog.text
+    settings = detector.config.detect.model_copy(update={"max_per_class": limit})
+    config = detector.config.model_copy(update={"detect": settings})
+    records = load_test_data(config).records
+    for _ in range(2):  # what was kept by the first says so too
+        caplog.clear()
+        found = detect_split(run.root, config, records).detections
+        assert f"detect.max_per_class={limit} left out detections of " in caplog.text
+        assert "images, SHAPES/test_0000" in caplog.text
+    assert max(np.bincount(each.labels).max() for each in found.values() if len(each)) == limit
 
 
 def test_no_images_give_no_detections_and_no_figures(run, detector):

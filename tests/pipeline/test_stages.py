@@ -54,33 +54,33 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("name", "other", ""),
         ("proposals__workers", 2, ""),
         ("evaluate__metric", "area", ""),
-        ("detect__score_threshold", -1.0, ""),
-        ("boxes__enabled", False, ""),
-        ("boxes__ridge", 10.0, "boxes"),
-        ("boxes__layer", "fc7", "boxes"),
-        ("svm__C", 0.01, "svm"),
-        ("svm__layer", "fc6", "svm"),
-        ("svm__norm_images", 3, "svm"),
+        ("detect__score_threshold", -1.0, "thresholds"),
+        ("boxes__enabled", False, "thresholds"),
+        ("boxes__ridge", 10.0, "boxes thresholds"),
+        ("boxes__layer", "fc7", "boxes thresholds"),
+        ("svm__C", 0.01, "svm thresholds"),
+        ("svm__layer", "fc6", "svm thresholds"),
+        ("svm__norm_images", 3, "svm thresholds"),
         ("maps__runtime", "auto", ""),
-        ("precision", "bfloat16", "maps finetune svm boxes"),
-        ("finetune__seed", 1, "finetune svm"),
-        ("finetune__flip", False, "finetune svm"),
-        ("finetune__validate_images", 2, "finetune svm"),
-        ("head__fc7", 8, "finetune svm"),
-        ("head__input_norm", None, "finetune svm"),
-        ("pyramid__levels", [1], "finetune svm boxes"),
-        ("pyramid__projection", "paper", "finetune svm boxes"),
-        ("data__train_on_difficult", False, "finetune svm boxes"),
-        ("data__classes", ["star", "cross"], "finetune svm boxes"),
-        ("proposals__min_side", 30, "proposals finetune svm boxes"),
-        ("proposals__import_from", [], "proposals finetune svm boxes"),
-        ("maps__scales", [96], "maps finetune svm boxes"),
-        ("maps__storage", "float32", "maps finetune svm boxes"),
-        ("backbone__weights__mean", [1, 2, 3], "maps finetune svm boxes"),
-        ("backbone__name", "zf5", "maps finetune svm boxes"),
-        ("pretrain__enabled", True, "pretrain maps finetune svm boxes"),
-        ("low_rank__fc6", 5, "low_rank svm"),
-        ("low_rank__fc7", 5, "low_rank svm"),
+        ("precision", "bfloat16", "maps finetune svm boxes thresholds"),
+        ("finetune__seed", 1, "finetune svm thresholds"),
+        ("finetune__flip", False, "finetune svm thresholds"),
+        ("finetune__validate_images", 2, "finetune svm thresholds"),
+        ("head__fc7", 8, "finetune svm thresholds"),
+        ("head__input_norm", None, "finetune svm thresholds"),
+        ("pyramid__levels", [1], "finetune svm boxes thresholds"),
+        ("pyramid__projection", "paper", "finetune svm boxes thresholds"),
+        ("data__train_on_difficult", False, "finetune svm boxes thresholds"),
+        ("data__classes", ["star", "cross"], "finetune svm boxes thresholds"),
+        ("proposals__min_side", 30, "proposals finetune svm boxes thresholds"),
+        ("proposals__import_from", [], "proposals finetune svm boxes thresholds"),
+        ("maps__scales", [96], "maps finetune svm boxes thresholds"),
+        ("maps__storage", "float32", "maps finetune svm boxes thresholds"),
+        ("backbone__weights__mean", [1, 2, 3], "maps finetune svm boxes thresholds"),
+        ("backbone__name", "zf5", "maps finetune svm boxes thresholds"),
+        ("pretrain__enabled", True, "pretrain maps finetune svm boxes thresholds"),
+        ("low_rank__fc6", 5, "low_rank svm thresholds"),
+        ("low_rank__fc7", 5, "low_rank svm thresholds"),
         ("low_rank__steps", [1, 1], ""),  # without ranks there is no such stageed
     ],
 )
@@ -124,7 +124,7 @@ def test_the_head_is_trained_only_where_its_features_are_wanted(small_run):
 
 def test_a_newer_algorithm_invalidates_its_results_and_what_depends_on_them(small_run, monkeypatch):
     monkeypatch.setitem(GRAPH, "finetune", replace(GRAPH["finetune"], version=GRAPH["finetune"].version + 1))
-    assert invalidated(small_run, small_run.config) == ("finetune", "svm")
+    assert invalidated(small_run, small_run.config) == ("finetune", "svm", "thresholds")
 
 
 def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_train(small_run, monkeypatch):
@@ -142,7 +142,7 @@ def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_trai
 def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
     assert tuple(GRAPH) == STAGES
     for place, name in enumerate(STAGES):
-        assert hasattr(small_run.config, name)
+        assert hasattr(small_run.config, name) or name == "thresholds"
         assert set(GRAPH[name].reads(small_run.config)) <= set(STAGES[:place])
 
 
@@ -162,13 +162,13 @@ def test_a_changed_annotation_redoes_what_is_trained_on_objects(small_run, tmp_p
     config = changed(small_run, data__root=str(devkit))
     assert invalidated(small_run, config) == ()
     write_annotation(devkit / "SHAPES/Annotations/train_00003.xml", (50, 60), [[5, 5, 40, 40]], ["star"], [False])
-    assert invalidated(small_run, config) == ("finetune", "svm", "boxes")
+    assert invalidated(small_run, config) == ("finetune", "svm", "boxes", "thresholds")
 
 
-def test_a_changed_validation_annotation_redoes_fine_tuning_alone(small_run, tmp_path):
+def test_a_changed_validation_annotation_redoes_fine_tuning_and_thresholds(small_run, tmp_path):
     devkit = own_devkit(small_run, tmp_path / "VOCdevkit")
     write_annotation(devkit / "SHAPES/Annotations/val_00001.xml", (50, 60), [[5, 5, 40, 40]], ["star"], [False])
-    assert invalidated(small_run, changed(small_run, data__root=str(devkit))) == ("finetune", "svm")
+    assert invalidated(small_run, changed(small_run, data__root=str(devkit))) == ("finetune", "svm", "thresholds")
 
 
 def test_a_changed_image_redoes_its_own_windows_and_maps(small_run, tmp_path):
@@ -249,7 +249,7 @@ def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path):
         load_test_data(small_run.config, tmp_path / "none")
 
 
-def test_the_stages_in_use_are_five_without_pretraining(small_run):
+def test_the_stages_in_use_are_six_without_pretraining(small_run):
     status = Training(small_run.config, small_run.root, torch.device("cpu")).graph.statuses()
     assert tuple(stage.name for stage in status) == STAGES
     assert tuple(stage.name for stage in status if not stage.skipped) == USED
@@ -259,18 +259,18 @@ def test_the_stages_in_use_are_five_without_pretraining(small_run):
 @pytest.mark.parametrize(
     ("setting", "value", "stage", "stages"),
     [
-        ("svm__C", 1.0, "proposals", "finetune svm boxes"),
-        ("pretrain__enabled", True, "pretrain", "maps finetune svm boxes"),
+        ("svm__C", 1.0, "proposals", "finetune svm boxes thresholds"),
+        ("pretrain__enabled", True, "pretrain", "maps finetune svm boxes thresholds"),
         ("svm__C", 1.0, "pretrain", ""),
-        ("svm__C", 1.0, "maps", "finetune svm boxes"),
-        ("svm__C", 1.0, "finetune", "svm"),
-        ("boxes__layer", "fc6", "finetune", "svm boxes"),
+        ("svm__C", 1.0, "maps", "finetune svm boxes thresholds"),
+        ("svm__C", 1.0, "finetune", "svm thresholds"),
+        ("boxes__layer", "fc6", "finetune", "svm boxes thresholds"),
         ("svm__layer", "pool", "finetune", ""),
         ("svm__finetuned", False, "finetune", ""),
-        ("svm__C", 1.0, "svm", ""),
-        ("low_rank__fc6", 5, "maps", "finetune low_rank svm boxes"),
-        ("low_rank__fc6", 5, "finetune", "low_rank svm"),
-        ("low_rank__fc6", 5, "low_rank", "svm"),
+        ("svm__C", 1.0, "svm", "thresholds"),
+        ("low_rank__fc6", 5, "maps", "finetune low_rank svm boxes thresholds"),
+        ("low_rank__fc6", 5, "finetune", "low_rank svm thresholds"),
+        ("low_rank__fc6", 5, "low_rank", "svm thresholds"),
         ("svm__C", 1.0, "low_rank", ""),
     ],
 )

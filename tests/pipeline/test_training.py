@@ -129,9 +129,9 @@ def test_a_deleted_stage_is_computed_again_alone(small_run, digest, tmp_path, st
 def test_a_forced_stage_is_computed_again_alone_and_ends_the_same(small_run, digest, tmp_path):
     run = copied(small_run, tmp_path / "run")
     before = stage_files(run.root)
-    assert trained_digest(run.config, run.root, "svm", force=("svm",)) == digest
+    assert trained_digest(run.config, run.root, "svm", "thresholds", force=("svm",)) == digest
     after = stage_files(run.root)
-    assert {name.split("-")[0] for name in after if after[name] != before.get(name)} == {"svm"}
+    assert {name.split("-")[0] for name in after if after[name] != before.get(name)} == {"svm", "thresholds"}
 
 
 def test_what_rests_on_a_forced_stage_is_gone_before_anything_runs(small_run, digest, tmp_path, monkeypatch):
@@ -160,10 +160,11 @@ def test_stages_run_alone_one_after_the_other_give_the_same_detector(small_run, 
     caplog.set_level(logging.INFO, "sppnet")
     for stage in ("proposals", "maps", "finetune", "svm"):
         assert train(small_run.config, tmp_path, stage) is None
-    assert "no detector yet: boxes still to do" in caplog.text
+    assert "no detector yet: boxes, thresholds still to do" in caplog.text
     with pytest.raises(ArtifactError, match="holds no trained detector"):
         SPPDetector.load(tmp_path)
-    assert trained_digest(small_run.config, tmp_path, "boxes") == digest
+    assert train(small_run.config, tmp_path, "boxes") is None
+    assert trained_digest(small_run.config, tmp_path, "thresholds") == digest
 
 
 def test_a_stage_whose_inputs_are_missing_says_which_stage_comes_first(small_run, tmp_path):
@@ -549,18 +550,18 @@ def test_a_status_says_what_would_be_done_and_why(tmp_path):
     def line(done: int = 0, total: int = 1, skipped: str = "", checkpoint: Path | None = None, **options) -> str:
         return StageStatus("svm", folder, done, total, skipped, checkpoint).describe(**options)
 
-    assert line() == "svm       run      nothing there yet; 1 to do in svm-1234"
-    assert line(1) == "svm       reuse    all 1 in svm-1234"
-    assert line(3, 8) == "svm       resume   3 of 8 in svm-1234"
-    assert line(skipped="it is disabled", invalidated=STAGES) == "svm       skip     it is disabled"
-    assert line(only=("boxes",), invalidated=("svm",)) == "svm       leave    not selected; 0 of 1 in svm-1234"
+    assert line() == "svm        run      nothing there yet; 1 to do in svm-1234"
+    assert line(1) == "svm        reuse    all 1 in svm-1234"
+    assert line(3, 8) == "svm        resume   3 of 8 in svm-1234"
+    assert line(skipped="it is disabled", invalidated=STAGES) == "svm        skip     it is disabled"
+    assert line(only=("boxes",), invalidated=("svm",)) == "svm        leave    not selected; 0 of 1 in svm-1234"
     assert line(1, invalidated=("svm",)).split(maxsplit=2)[1:] == [
         "run", "from scratch, as asked; 1 of 1 in svm-1234 are there and would be deleted"]  # fmt: skip
     assert (
-        line(checkpoint=folder / "checkpoint.safetensors") == "svm       resume   from svm-1234/checkpoint.safetensors"
+        line(checkpoint=folder / "checkpoint.safetensors") == "svm        resume   from svm-1234/checkpoint.safetensors"
     )
     assert line(1, only=("finetune",), invalidated=("finetune", "svm")) == (
-        "svm       leave    not selected; 1 of 1 in svm-1234; depends on re-run stages and would be deleted"
+        "svm        leave    not selected; 1 of 1 in svm-1234; depends on re-run stages and would be deleted"
     )
     (tmp_path / "svm-0000").mkdir()
     assert "settings or inputs are not those of svm-0000" in line()

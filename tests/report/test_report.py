@@ -96,7 +96,7 @@ def test_in_a_crowd_only_the_best_tags_that_can_be_read_are_drawn():
 
 
 def test_detections_below_the_threshold_and_outside_the_image_are_not_drawn():
-    found = detections((0, 0.9, 500, 500, 600, 600), (1, 0.1, 20, 20, 60, 60), (1, 0.8, 30, 30, 30, 60))
+    found = detections((0, 0.9, 500, 500, 600, 600), (1, 0.1, 20, 20, 60, 60), (1, 0.8, -30, 30, 0, 60))
     assert (np.asarray(draw_detections(grey(100, 100), found, threshold=0.5)) == 128).all()
 
 

@@ -1,0 +1,97 @@
+"""What a saved detector says of itself: detector.json, and the files of tensors that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest
+from sppnet.backbones.runtime import resolve_precision
+from sppnet.checks import check_thresholds
+from sppnet.config import Config
+from sppnet.config_files import parse_config
+from sppnet.errors import ArtifactError, SppnetError
+
+FORMAT = 2  # of the detector folder
+_PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
+_FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
+_TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
+OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
+
+
+@dataclass(frozen=True)
+class DetectorDescription:
+    """What detector.json says of a saved detector; reads no weights."""
+
+    folder: Path
+    config: Config
+    classes: tuple[str, ...]
+    parts: dict[str, str]  # file stem -> digest of its tensors
+    ranks: dict[str, int]  # of the low-rank layers of the head; empty for a whole head
+    thresholds: tuple[float, ...]  # by class; 0 for all in a detector of a version that chose none
+
+    @classmethod
+    def read(cls, run: Path | str) -> DetectorDescription:
+        """Of a run folder, or of the ``detector`` folder in it; ArtifactError where there is none of this version."""
+        folder = Path(run)
+        folder = folder / "detector" if (folder / "detector").is_dir() else folder
+        path = folder / "detector.json"
+        if not path.is_file():
+            raise ArtifactError(_missing(Path(run), folder))
+        values = read_json(path)
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        if found == 1:
+            raise ArtifactError(
+                f"{path}: saved by an earlier version of sppnet, whose settings had other names (trunk is now "
+                f"backbone, compress is now low_rank, precision is one setting): {_TRAIN_AGAIN}"
+            )
+        if found != FORMAT:
+            raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {OTHER_VERSION}")
+        missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
+        if missing or not {*_PARTS} <= set(values["parts"]):
+            missing = [*missing, "parts"]
+            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {OTHER_VERSION}")
+        ranks = values["ranks"]
+        if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+            raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
+        try:
+            config = parse_config(values["config"], "settings")
+        except SppnetError as error:
+            raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
+        try:
+            thresholds = check_thresholds(values.get("thresholds", 0), values["classes"])
+        except SppnetError as error:
+            raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
+        return cls(folder, config, tuple(values["classes"]), values["parts"], ranks, tuple(thresholds.tolist()))
+
+    def digest(self, device: str | torch.device) -> str:
+        """Content key of what decides the detections, given windows: weights, test settings and precision."""
+        sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
+        values = [section.model_dump(mode="json", exclude={"runtime"}) for section in sections]
+        return digest_of(self.parts, values, resolve_precision(self.config.precision, device))
+
+
+def _missing(run: Path, folder: Path) -> str:
+    """Why there is no detector in a run folder, and what to do."""
+    if not run.exists():
+        return f"{run}: no such folder; name the run folder of a training, as `sppnet train --run` does"
+    if all((folder / f"{part}.safetensors").is_file() for part in _PARTS):
+        return (
+            f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
+            "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"
+        )
+    return f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
+
+
+def read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    try:
+        tensors = read_tensors(path)
+    except ArtifactError:
+        raise ArtifactError(f"{path}: missing or damaged; {_TRAIN_AGAIN}") from None
+    if tensors_digest(tensors) != digest:
+        raise ArtifactError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
+    return tensors

@@ -1,0 +1,46 @@
+"""The score from which on a detection is worth showing, chosen by class on the validation images (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.feature_maps import read_maps
+from sppnet.evaluation.voc import best_threshold, evaluate_voc
+from sppnet.jobs import progress_bar
+from sppnet.proposals.search import read_windows
+from sppnet.records import ImageRecord
+
+
+def choose_thresholds(
+    detector: SPPDetector, records: Sequence[ImageRecord], windows: Path, maps: Path, progress: bool = True
+) -> dict[str, dict[str, float]]:
+    """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
+
+    `windows` and `maps` are the folders that hold those of the records. A class of which no object is there, or none is
+    found, keeps 0, the SVM's boundary.
+    """
+    found = {}
+    for record in progress_bar(records, "thresholds", "image", shown=progress):
+        stored = read_maps(maps, record).to(detector.device)
+        found[record.id] = detector.detect_for_evaluation(stored, read_windows(windows, record))[0]
+    truth = {record.id: record.annotation for record in records if record.annotation is not None}
+    known = {image: found[image] for image in truth}
+    chosen = {}
+    for name, result in evaluate_voc(known, truth, detector.classes).results.items():
+        threshold, f1 = best_threshold(result.curve) if result.objects else (0.0, 0.0)
+        chosen[name] = {"threshold": threshold if f1 else 0.0, "f1": f1, "objects": result.objects}
+    return chosen
+
+
+def describe_thresholds(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line: each class, its threshold, and what it rests on."""
+    return ", ".join(f"{name} {values['threshold']:.2f} ({_reason(values)})" for name, values in chosen.items())
+
+
+def _reason(values: Mapping[str, Any]) -> str:
+    if not values["objects"]:
+        return "no validation object"
+    return f"F1 {values['f1']:.2f} of {values['objects']} objects" if values["f1"] else "no object was found"
