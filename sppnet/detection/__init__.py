@@ -9,7 +9,7 @@
     hard_negatives    mining: one pass over the images, in bounded memory
     box_regression    class-wise corrections of boxes
     nms               suppression, per class
-    detector          all of it at test time, on one screen
+    detector          all of it at test time; detector_description: what a saved one says of itself
 
 Boxes and windows are numpy arrays, features are torch tensors.
 """

@@ -1,4 +1,4 @@
-"""The trained detector: an image to its detections, on one screen (sec. 4.1)."""
+"""The trained detector: an image to its detections (sec. 4.1)."""
 
 from __future__ import annotations
 
