@@ -101,7 +101,7 @@ def test_every_form_of_windows_can_be_compiled(windows: object) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own forward mode uses it
 def test_a_compiled_derivative_is_the_derivative() -> None:
     torch._dynamo.reset()
-    maps, tangent = maps_of()[0], maps_of()[1]
+    maps, tangent = maps_of()[0].clone(), maps_of()[1].clone()
 
     def derivatives(one: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         forward = torch.func.jvp(lambda given: WindowPool(LEVELS)(given, WINDOWS), (one,), (tangent,))[1]
