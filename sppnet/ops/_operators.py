@@ -61,7 +61,7 @@ def argmax_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Te
 
 def _pool_autograd(keys: Any, maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
     backward = maps.requires_grad and torch.is_grad_enabled()
-    if not backward and forward_ad.unpack_dual(maps).tangent is None:
+    if not backward and forward_ad.unpack_dual(maps, level=0).tangent is None:
         return pool.redispatch(keys & torch._C._after_autograd_keyset, maps, windows, levels)
     places = argmax(maps.detach(), windows, levels)
     return maps.reshape(-1).gather(0, places.reshape(-1)).reshape(places.shape)
@@ -69,9 +69,10 @@ def _pool_autograd(keys: Any, maps: Tensor, windows: Tensor, levels: Sequence[in
 
 def _vmap(operator: Callable[..., Tensor], info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     """The maps of all batches become one batch."""
-    (maps, windows, levels), batches = arguments, torch.arange(info.batch_size)[:, None, None]
+    maps, windows, levels = arguments
+    batches = torch.arange(info.batch_size, device=windows.device)[:, None, None]
     rows = windows.expand(len(batches), -1, -1) if in_dims[1] is None else windows.movedim(in_dims[1], 0)
-    rows, shift = rows if rows.is_floating_point() else rows.long(), 0
+    rows, shift = rows if rows.is_floating_point() else rows.long(), 0 * batches
     rows = pad(rows, (1, 0)) if rows.shape[2] == 4 else rows
     if in_dims[0] is not None:
         maps, image = maps.movedim(in_dims[0], 0), rows[..., :1]
@@ -80,7 +81,7 @@ def _vmap(operator: Callable[..., Tensor], info: Any, in_dims: Any, *arguments: 
         maps, rows = maps.flatten(0, 1), torch.cat([image, rows[..., 1:]], dim=-1)
     result = operator(maps, rows.flatten(0, 1), levels)
     result = result.reshape(*rows.shape[:2], result.shape[-1])
-    return (result if result.is_floating_point() else result - shift), 0
+    return (result if result.is_floating_point() else result - shift.to(result.device)), 0
 
 
 def _define(name: str, dtype: torch.dtype | None, **kernels: Any) -> Any:

@@ -527,6 +527,16 @@ def test_maps_without_memory_give_vectors_without_memory():
         pool_windows(torch.zeros(4, 7, 8), torch.zeros(1, 4, dtype=torch.int64, device="meta"), (1, 2))
 
 
+def test_a_default_device_of_torch_does_not_move_windows():
+    maps = torch.stack([random_map(4, 7, 8, seed) for seed in range(2)])
+    expected = pool_windows(maps, [[[0, 0, 2, 2]], [[0, 1, 2, 2]]], (1, 2))
+    with torch.device("meta"):
+        assert torch.equal(pool_windows(maps, [[[0, 0, 2, 2]], [[0, 1, 2, 2]]], (1, 2)), expected)
+        assert pool_windows(maps[0], [], (1, 2)).device.type == "cpu"
+        found = torch.vmap(lambda one: pool_windows(one, [[0, 0, 2, 2]], (1, 2)))(maps)
+    assert torch.equal(found[0], expected[:1])
+
+
 # --- the operator -----------------------------------------------------------------------------------
 
 

@@ -98,6 +98,20 @@ def test_every_form_of_windows_can_be_compiled(windows: object) -> None:
     assert torch.equal(compiled(maps, windows), layer(2 * maps, windows))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own forward mode uses it
+def test_a_compiled_derivative_is_the_derivative() -> None:
+    torch._dynamo.reset()
+    maps, tangent = maps_of()[0].clone(), maps_of()[1].clone()
+
+    def derivatives(one: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        forward = torch.func.jvp(lambda given: WindowPool(LEVELS)(given, WINDOWS), (one,), (tangent,))[1]
+        return forward, torch.func.grad(lambda given: WindowPool(LEVELS)(given, WINDOWS).sum())(one)
+
+    found = torch.compile(derivatives, fullgraph=True, backend="aot_eager")(maps)
+    assert [torch.equal(*pair) for pair in zip(found, derivatives(maps), strict=True)] == [True, True]
+    assert torch.equal(found[0], torch.func.jvp(lambda one: expected(WindowPool(LEVELS), one), (maps,), (tangent,))[1])
+
+
 def test_windows_in_half_precision_are_pooled_with_the_gradient_of_each_crop() -> None:
     maps = maps_of(torch.bfloat16)[0].requires_grad_()
     WindowPool(LEVELS)(maps, WINDOWS[:1]).sum().backward()
