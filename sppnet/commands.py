@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from sppnet.data.voc import read_annotation, read_comp4, read_image_set
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
+from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.training import Training, train_detector
@@ -48,24 +50,29 @@ DEMO = {
 
 def run(options: argparse.Namespace) -> int:
     """Do what parsed options say; returns the exit status as `sppnet.cli.main` describes it."""
-    distributed.start()
     _start_logging(options.verbose)
-    announce_compiling()
     try:
+        distributed.start()
+        _start_logging(options.verbose)  # which the first process alone says much in
+        announce_compiling()
         return ACTIONS.get(options.command, _train_stage)(options)
+    except BrokenPipeError:
+        raise
     except (SppnetError, OSError) as error:  # OSError: a disk that is full, a folder that may not be read
         if options.verbose:
             traceback.print_exc()
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is complete is kept, and the same command goes on from there", file=sys.stderr)
+        resumes = options.command not in ("detect", "score")
+        after = "and the same command goes on from there" if resumes else "the same command starts again"
+        print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 130
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        hint = "set smaller maps.scales or finetune.batch, or take another --device"
-        print(f"sppnet {options.command}: error: not enough memory ({error}); {hint}", file=sys.stderr)
-        return 2
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            hint = "set smaller maps.scales or finetune.batch, or take another --device"
+            print(f"sppnet {options.command}: error: not enough memory ({error}); {hint}", file=sys.stderr)
+            return 2
         print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
         raise
     finally:
@@ -147,7 +154,9 @@ def _detect(options: argparse.Namespace) -> int:
     result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(len(found) for found in result.detections.values())
     print(f"{count} detections in {len(result.detections)} images, written to {options.out}")
-    if result.detections and not count:
+    if result.note:
+        print(result.note)
+    if result.detections and not count and options.threshold != -math.inf:
         print(f"nothing scores above --threshold {options.threshold:g}; a lower one shows less certain detections")
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
@@ -160,15 +169,15 @@ def _score(options: argparse.Namespace) -> int:
             f"--detections {options.detections}: expected a pattern with {{}} for the class, "
             'e.g. "comp4_det_test_{}.txt"'
         )
-    classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
-    if not classes:
-        raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
+    classes = options.classes
     files = {image: options.annotations / f"{image}.xml" for image in read_image_set(options.image_set)}
     annotations = {image: read_annotation(path)[0] for image, path in files.items()}
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
-    print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
+    print(
+        json.dumps({"ap": values["ap"], "map": values["map"]}, allow_nan=False) if options.json else evaluation.table()
+    )
     return 0
 
 
@@ -198,7 +207,7 @@ def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
 def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
         raise SppnetError(f"--device {options.device}: expected cpu, cuda or cuda:N")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -10,6 +10,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
-from sppnet.distributed import is_main
+from sppnet.distributed import environment_number, is_main
 from sppnet.errors import SppnetError
 
 T = TypeVar("T")
@@ -114,7 +115,13 @@ def iterate_in_workers(
 def available_cores() -> int:
     """The cores this process may use, shared with its siblings under torchrun."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available // max(1, environment_number("LOCAL_WORLD_SIZE")))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that there was no memory left; torch, OpenVINO and OpenCV have words of their own for it."""
+    words = r"out of memory|insufficient memory|bad_alloc|alloc_failed|can't allocate"
+    return isinstance(error, MemoryError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _room() -> int:

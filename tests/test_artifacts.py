@@ -93,7 +93,7 @@ def test_a_full_disk_is_reported_with_the_next_step(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        ArtifactError, match=r"x\.bin: cannot write \(No space left on device\); free some space or choose"
+        ArtifactError, match=r"x\.bin: cannot write \(No space left on device\); free some space, or write"
     ):
         write_atomically(tmp_path / "x.bin", write)
     assert list(tmp_path.iterdir()) == []

@@ -118,15 +118,19 @@ class SPPDetector:
         """Without what was made when first used: a compiled runtime cannot be copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def detect(self, image: NDArray[np.uint8], windows: NDArray[np.floating] | None = None) -> Detections:
+    def detect(
+        self, image: NDArray[np.uint8], windows: NDArray[np.floating] | None = None, *, threshold: float | None = None
+    ) -> Detections:
         """Image (H, W, 3) uint8 RGB -> what is in it, best first, at every score above detect.score_threshold.
+
+        threshold: the lowest score instead.
 
         `windows` (R, 4) replace the proposals; boxes come in pixels of the image, xyxy half-open.
         """
         windows = as_boxes(self.proposer(image) if windows is None else windows, "windows")
         if len(windows) == 0:
             return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), self.classes)
-        return self.select(windows, self._score(self.embed(image), windows), image.shape[:2])
+        return self.select(windows, self._score(self.embed(image), windows), image.shape[:2], threshold)
 
     def embed(self, image: NDArray[np.uint8]) -> FeatureMaps:
         """The convolutional maps of an image: compute them once, then score as many windows as you like."""
@@ -136,12 +140,19 @@ class SPPDetector:
         """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
         return self._score(maps, as_boxes(windows, "windows")).scores
 
-    def select(self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]) -> Detections:
+    def select(
+        self,
+        windows: NDArray[np.floating],
+        scored: WindowScores,
+        image_size: tuple[int, int],
+        threshold: float | None = None,
+    ) -> Detections:
         """Scored windows -> detections: threshold, NMS, box regression on the survivors, clip, NMS again (release)."""
         settings = self.config.detect
-        index, label = nms_per_class(
-            windows, scored.scores, settings.nms_overlap, settings.score_threshold, settings.max_per_class
-        )
+        lowest = settings.score_threshold
+        if threshold is not None:
+            lowest = float(np.nextafter(np.float32(threshold), np.float32(-np.inf)))
+        index, label = nms_per_class(windows, scored.scores, settings.nms_overlap, lowest, settings.max_per_class)
         boxes, scores = windows[index], scored.scores[index, label]
         if self._fast_regressors is not None and len(index):
             distinct, rows = scored.projected.rows(index).unique()  # few survive, so pooling them again is cheap

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sppnet.data.folder import find_images
+from sppnet.data.folder import FoundImages, find_images
 from sppnet.errors import SppnetError
 
 
@@ -15,8 +15,8 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def names(paths: list[Path], root: Path) -> list[str]:
-    return [str(path.relative_to(root)) for path in paths]
+def names(found: FoundImages, root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in found.images]
 
 
 def test_a_folder_gives_every_visible_image_below_it_sorted(photos):

@@ -1,0 +1,76 @@
+"""A font that has the letters of a text, for names in any alphabet."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+BASIC = frozenset(range(32, 127)) | {ord("–"), ord("…")}  # what stands beside names
+
+log = logging.getLogger("sppnet")
+
+
+@cache
+def legible(text: str) -> str:
+    """The text in one line that some font here can draw: what none can, as an escape such as \\u732b."""
+    if text.isascii() and text.isprintable():
+        return text
+    path = font_file(text)
+    known = _letters(path)
+    escaped = "".join(c if c.isprintable() and ord(c) in known else _escape(c) for c in text)
+    if escaped != text:
+        log.warning("pictures show %r as %s: no font of this system has all its letters", text, escaped)
+    return escaped
+
+
+def font_for(text: str, points: int) -> Font:
+    """Pillow's own font where the text is plain, else one that has its letters."""
+    return ImageFont.load_default(points) if text.isascii() else ImageFont.truetype(font_file(text), points)
+
+
+@cache
+def font_file(text: str) -> Path:
+    """DejaVu Sans, which comes with matplotlib, or a font of the system that has more of the letters."""
+    from matplotlib import get_data_path  # here, since plain names do without
+
+    best = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Cyrillic, Greek, Arabic, Hebrew and more
+    wanted = {ord(letter) for letter in text if letter.isprintable()}
+    if wanted <= _letters(best):
+        return best
+    from matplotlib.font_manager import fontManager  # which looks for all fonts when it is first imported
+
+    for path in sorted({Path(font.fname) for font in fontManager.ttflist}):
+        letters = (
+            frozenset() if "LastResort" in path.name else _letters(path)
+        )  # has boxes for all the letters there are
+        if letters >= BASIC and len(wanted & letters) > len(wanted & _letters(best)) and _draws(path):
+            best = path
+    return best
+
+
+@cache
+def _letters(path: Path) -> frozenset[int]:
+    from matplotlib import ft2font
+
+    try:
+        return frozenset(ft2font.FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):  # a font that has gone, or of a kind that this library does not read
+        return frozenset()
+
+
+def _draws(path: Path) -> bool:
+    """Whether Pillow draws with it at any size: fonts of coloured pictures it does not."""
+    try:
+        ImageFont.truetype(path, 13)
+    except OSError:
+        return False
+    return True
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape", errors="backslashreplace").decode()
