@@ -1,6 +1,6 @@
 """Configuration files: YAML and ``key=value`` overrides to settings, and back. The only importer of yaml.
 
-A file holds only what differs from the defaults in ``config``. ``load_config`` reads it with yaml's safe loader, applies
+A file holds only what differs from the defaults in ``config``. ``load_config`` reads it with a safe loader, applies
 overrides, fills in ``~`` and ``$NAME`` in paths and returns one frozen Config; an unknown key is an error that names
 the nearest known one.
 """

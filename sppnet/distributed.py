@@ -20,6 +20,7 @@ from sppnet.errors import SppnetError
 T = TypeVar("T")
 
 LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside WORLD_SIZE
+ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last one's; nodes of a cluster take their time
 PATIENCE = timedelta(days=7)  # the others wait while the first process mines; torchrun ends them where it fails
 
 log = logging.getLogger("sppnet")
@@ -36,22 +37,26 @@ def start() -> None:
     missing = [name for name in LAUNCHED if not os.environ.get(name)]
     if missing:
         raise SppnetError(
-            f"WORLD_SIZE={world} in the environment, but {', '.join(missing)} is missing: start all processes with "
+            f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: start all processes with "
             "torchrun, or unset WORLD_SIZE to work in this process alone"
         )
     if environment_number("RANK", 0) >= world:
         raise SppnetError(
             f"RANK={os.environ['RANK']} in the environment must be below WORLD_SIZE={world}; use torchrun"
         )
-    if environment_number("RANK", 0) == 0:
-        log.info("waiting for %d processes at %s:%s", world, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    log.debug("waiting for %d processes at %s:%s", world, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise SppnetError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
+        raise SppnetError(
+            f"WORLD_SIZE={world} in the environment, but so many processes did not meet at MASTER_ADDR="
+            f"{os.environ['MASTER_ADDR']} ({reason}); start all of them with torchrun, or unset WORLD_SIZE"
+        ) from None
 
 
 def environment_number(name: str, default: int = 1) -> int:

@@ -74,7 +74,7 @@ def scaled_size(
     if height * width > MAX_SCALED_PIXELS:
         raise BackboneError(
             f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}, more than "
-            f"{MAX_SCALED_PIXELS:,} pixels; set maps.max_side, or a smaller maps.scales"
+            f"{MAX_SCALED_PIXELS:,} pixels; cut it into parts, or train with maps.max_side or a smaller maps.scales"
         )
     return (height, width), shorter * scale
 

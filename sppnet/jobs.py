@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
@@ -87,11 +88,13 @@ def iterate_in_workers(
     """(item, make()(item)) of every item, as soon as it is done.
 
     `make` is called once in every process and must be picklable; so must items and results. `workers`: 0 = one a core.
-    Few items are done in this process. An error ends the iteration: items not begun are dropped, begun ones finish; so
-    does Ctrl-C.
+    Few items are done in this process, and all in that of a script from standard input. An error ends the iteration:
+    items not begun are dropped, begun ones finish; so does Ctrl-C.
     """
     count = min(workers or min(available_cores(), MOST, _room()), len(items))
-    if count <= 1 or len(items) < FEW:
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    from_stdin = script is not None and not Path(script).exists()  # which a new process could not read again
+    if count <= 1 or len(items) < FEW or from_stdin:
         if items:
             work = make()
             for item in items:

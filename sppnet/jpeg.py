@@ -25,7 +25,7 @@ def open_jpeg(data: bytes) -> Image.Image:
     """The decoded image in the bytes of a JPEG file; OSError where a scan is missing or ends before the picture does.
 
     One scan: what follows it is taken away, and the decoder, which waits for it if it needs it, reports that the
-    file is cut. At most the last block of 8 or 16 pixels can be wrong unseen. Several scans, as in a progressive JPEG:
+    file is cut. At most the last two blocks of 8 or 16 pixels can be wrong unseen. Several scans, as in a progressive JPEG:
     the picture must not change where noise follows the last one. Bytes behind the end, as phones add, do not matter.
     """
     scans, end = _scans(data)
@@ -38,11 +38,12 @@ def open_jpeg(data: bytes) -> Image.Image:
     present = {(components.index(component), band) for scan in scans for component, bands in scan for band in bands}
     if not wanted <= present:
         raise OSError(CUT)
+    start = data[:end].rstrip(b"\xff")  # without fill bytes
     if len(scans) == 1:
-        image = Image.open(io.BytesIO(data[:end] + PADDING), formats=("JPEG",))
+        image = Image.open(io.BytesIO(start + PADDING), formats=("JPEG",))
         image.load()
         return image
-    other = Image.open(io.BytesIO(data[:end] + NOISE + data[end:]), formats=("JPEG",))
+    other = Image.open(io.BytesIO(start + NOISE + data[end:]), formats=("JPEG",))
     if image.tobytes() != other.tobytes():
         raise OSError(CUT)
     return image

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
 from sppnet.errors import SppnetError
 
+LONGEST_NAME = 255  # bytes of a file name; Linux, macOS and Windows hold no more
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
@@ -28,6 +30,14 @@ def expand_path(text: str | os.PathLike[str]) -> Path:
                 f"{path}: the variable {name} is not set, and nothing has this very name; set or spell it out"
             )
     return Path(os.path.expandvars(path)).expanduser()
+
+
+def fitting_name(stem: str, ending: str) -> str:
+    """The name of a file, its stem cut where both are too long together, with a digest to tell it from others."""
+    if len(os.fsencode(stem + ending)) <= LONGEST_NAME:
+        return stem + ending
+    ending = f"-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]}{ending}"
+    return os.fsencode(stem)[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
 
 
 def as_text(name: str | os.PathLike[str]) -> str:

@@ -15,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sppnet.paths import fitting_name
+
 T = TypeVar("T")
 Boxes = NDArray[np.floating]
 
@@ -53,7 +55,8 @@ class ImageRecord:
 
     def path_in(self, folder: Path, flip: bool = False) -> Path:
         """Where what was computed for the image, or for its mirror image, lies; the name carries the content."""
-        return folder / f"{self.id}-{self.digest}{'-flip' if flip else ''}.npz"
+        name = Path(self.id)
+        return folder / name.parent / fitting_name(name.name, f"-{self.digest}{'-flip' if flip else ''}.npz")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class FoundImages:
         parts = []
         if kinds:
             endings = ", ".join(f"{ending} {count}" for ending, count in kinds.most_common(10))
-            parts.append(f"{kinds.total()} of other kinds ({endings}{', …' if len(kinds) > 10 else ''})")
+            parts.append(f"{kinds.total()} files of other kinds ({endings}{', …' if len(kinds) > 10 else ''})")
         if self.passed_over["hidden"]:
             parts.append(f"{self.passed_over['hidden']} hidden")
         return f"passed over: {', '.join(parts)}" if parts else ""

@@ -1,7 +1,7 @@
 """PASCAL VOC data sets on disk: the one place that knows 1-based inclusive corners.
 
     <root>/<year folder>/ImageSets/Main/<set>.txt     one image id per line
-    <root>/<year folder>/JPEGImages/<id>.jpg          or .jpeg, .png, .bmp, .webp, in upper or lower case
+    <root>/<year folder>/JPEGImages/<id>.jpg          or .png … (`sppnet.images.IMAGE_SUFFIXES`), in any case
     <root>/<year folder>/Annotations/<id>.xml
 
 (xmin, ymin, xmax, ymax) in a file is (xmin - 1, ymin - 1, xmax, ymax) here, and back in the writers. A
@@ -27,10 +27,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import digest_of, file_digest, write_text
 from sppnet.errors import ImageError, SppnetError
-from sppnet.images import image_size
+from sppnet.images import IMAGE_SUFFIXES, image_size
 from sppnet.records import Annotation, Detections, ImageRecord, SkipCounts, areas, as_boxes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in this order where an id has several files
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 INWARD = np.array([1, 1, 0, 0], dtype=np.float64)  # 1-based inclusive corners minus half-open ones
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppnet.artifacts import check_writable, digest_of, read_json, write_json, write_text
+from sppnet.artifacts import check_writable, read_json, write_json, write_text
 from sppnet.data.folder import find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import ArtifactError, BackboneError, ImageError, SppnetError
 from sppnet.images import read_image
 from sppnet.jobs import iterate_in_workers, progress_bar, ran_out_of_memory
-from sppnet.paths import as_text
+from sppnet.paths import as_text, fitting_name
 from sppnet.records import Detections
 from sppnet.report.drawing import draw_detections, is_drawn, save_image
 
-LONGEST_NAME = 255  # bytes of a file name; Linux, macOS and Windows hold no more
 COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
 
 
@@ -99,7 +97,7 @@ def _painter(
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            return f"{path}: not enough memory for this image; set maps.max_side, or a smaller maps.scales"
+            return f"{path}: not enough memory for it; cut it up, or train with maps.max_side or a smaller maps.scales"
         save_image(drawn, picture)
         return detections
 
@@ -138,18 +136,10 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
     names = {}
     for path in paths:
         numbers = (f"-{n}.jpg" for n in itertools.count(2))
-        candidates = (_fitting(path.stem, ending) for ending in itertools.chain([".jpg"], numbers))
+        candidates = (fitting_name(path.stem, ending) for ending in itertools.chain([".jpg"], numbers))
         names[path] = next(name for name in candidates if name.lower() not in taken)
         taken.add(names[path].lower())
     return names
-
-
-def _fitting(stem: str, ending: str) -> str:
-    """A file name of both, the stem cut where it would be too long, with a digest to tell it from others."""
-    if len(os.fsencode(stem + ending)) <= LONGEST_NAME:
-        return stem + ending
-    ending = f"-{digest_of(stem)}{ending}"
-    return os.fsencode(stem)[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
 
 
 def _entry(path: Path, picture: str, found: Detections) -> dict[str, Any]:
