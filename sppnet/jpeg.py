@@ -14,6 +14,7 @@ from PIL import Image
 
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # neither stuffing nor a restart, which belong to a scan
 SEGMENT_FREE = (0x01, 0xD8)  # markers without a length
+OTHER_CODING = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))  # arithmetic, lossless: not checked
 START_OF_SCAN, END = 0xDA, 0xD9
 # The decoder reads up to eight bytes ahead. Ones are no Huffman code: they stand for fewer values than any other bytes.
 PADDING = b"\xff\x00" * 8
@@ -24,8 +25,8 @@ CUT = "the picture in it is cut off"
 def open_jpeg(data: bytes) -> Image.Image:
     """The decoded image in the bytes of a JPEG file; OSError where a scan is missing or ends before the picture does.
 
-    One scan: what follows it is taken away, and the decoder, which waits for it if it needs it, reports that the
-    file is cut. At most the last two blocks of 8 or 16 pixels can be wrong unseen. Several scans, as in a progressive JPEG:
+    One scan: what follows it is taken away, and the decoder, which waits for it if it needs it, reports that the file
+    is cut. At most the last two blocks of 8 or 16 pixels can be wrong unseen. Several scans, as in a progressive JPEG:
     the picture must not change where noise follows the last one. Bytes behind the end, as phones add, do not matter.
     """
     scans, end = _scans(data)
@@ -59,6 +60,8 @@ def _scans(data: bytes) -> tuple[list[list[tuple[int, range]]], int | None]:
             return scans, marker.start()
         if kind in SEGMENT_FREE:
             continue
+        if kind in OTHER_CODING:
+            return [], None
         segment = data[at : at + int.from_bytes(data[at : at + 2])]
         if kind == START_OF_SCAN and len(segment) >= 6:
             first, last, precision = segment[-3:]

@@ -1,4 +1,4 @@
-"""JPEGs that are cut off and end with an end marker all the same: refused; whole ones of every kind: read as they are."""
+"""JPEGs that are cut off but end with an end marker are refused; whole ones of every kind are read."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class FoundImages:
         kinds = self.passed_over - Counter({"hidden": self.passed_over["hidden"]})
         parts = []
         if kinds:
-            endings = ", ".join(f"{ending} {count}" for ending, count in kinds.most_common(10))
+            most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:10]
+            endings = ", ".join(f"{ending} {count}" for ending, count in most)
             parts.append(f"{kinds.total()} files of other kinds ({endings}{', …' if len(kinds) > 10 else ''})")
         if self.passed_over["hidden"]:
             parts.append(f"{self.passed_over['hidden']} hidden")
