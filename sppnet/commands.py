@@ -70,8 +70,12 @@ def run(options: argparse.Namespace) -> int:
         return 130
     except Exception as error:
         if ran_out_of_memory(error):
-            hint = "set smaller maps.scales or finetune.batch, or take another --device"
-            print(f"sppnet {options.command}: error: not enough memory ({error}); {hint}", file=sys.stderr)
+            trains = options.command not in ("eval", "test", "detect", "score")
+            hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
+            print(
+                f"sppnet {options.command}: error: not enough memory ({error}); {hint}, or take another --device",
+                file=sys.stderr,
+            )
             return 2
         print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
         raise

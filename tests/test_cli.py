@@ -627,7 +627,10 @@ def test_detect_says_what_it_passed_over(run, tmp_path):
     photos.mkdir()
     shutil.copy(run.devkit / "SHAPES/JPEGImages/test_00000.jpg", photos / "a.jpg")
     (photos / "clip.mov").touch()
-    for out, note in (("b", "passed over: 1 files of other kinds (.mov 1)"), ("c", "not searched: 1 pictures with")):
+    for out, note in (
+        ("b", "passed over: 1 file of another kind (.mov 1)"),
+        ("c", "not searched: a picture that detections are drawn on"),
+    ):
         result = run_command("detect", run.root, photos, "--out", photos / out, "--threshold", "-inf")
         assert result.status == 0
         assert note in result.out

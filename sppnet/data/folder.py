@@ -28,7 +28,8 @@ class FoundImages:
         if kinds:
             most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:10]
             endings = ", ".join(f"{ending} {count}" for ending, count in most)
-            parts.append(f"{kinds.total()} files of other kinds ({endings}{', …' if len(kinds) > 10 else ''})")
+            files = "file of another kind" if kinds.total() == 1 else "files of other kinds"
+            parts.append(f"{kinds.total()} {files} ({endings}{', …' if len(kinds) > 10 else ''})")
         if self.passed_over["hidden"]:
             parts.append(f"{self.passed_over['hidden']} hidden")
         return f"passed over: {', '.join(parts)}" if parts else ""

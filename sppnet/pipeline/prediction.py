@@ -73,8 +73,8 @@ def detect_files(
         if found or skipped:
             write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
             write_text(out / "detections.csv", _table(found))
-    drawn = f"{own} pictures with detections drawn on them" if own else ""
-    note = "; ".join(filter(None, (named.note(), f"not searched: {drawn}" if drawn else "")))
+    drawn = "a picture that detections are drawn on" if own == 1 else f"{own} pictures that detections are drawn on"
+    note = "; ".join(filter(None, (named.note(), f"not searched: {drawn}" if own else "")))
     return FolderResult(found, {path: skipped[path] for path in sorted(skipped)}, note)
 
 

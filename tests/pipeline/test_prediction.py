@@ -168,7 +168,7 @@ def test_drawn_pictures_are_not_searched_wherever_they_lie(detector, photos):
     for out in ("found", "found/strict", "deeper/other", "found"):
         result = detect_files(lambda: detector, [photos], photos / out, EVERYTHING)
         assert list(result.detections) == own
-    assert "not searched: 9 pictures with detections drawn on them" in result.note
+    assert "not searched: 9 pictures that detections are drawn on" in result.note
     (photos / "found").rename(photos / "elsewhere")
     shutil.copy(photos / "elsewhere/a.jpg", photos / "copy of a.jpg")
     (photos / "elsewhere/detections.json").unlink()
