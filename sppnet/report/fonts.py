@@ -20,12 +20,16 @@ def legible(text: str) -> str:
     """The text in one line that some font here can draw: what none can, as an escape such as \\u732b."""
     if text.isascii() and text.isprintable():
         return text
-    path = font_file(text)
-    known = _letters(path)
-    escaped = "".join(c if c.isprintable() and ord(c) in known else _escape(c) for c in text)
-    if escaped != text:
-        log.warning("pictures show %r as %s: no font of this system has all its letters", text, escaped)
-    return escaped
+    known = _letters(font_file(text))
+    if any(letter.isprintable() and ord(letter) not in known for letter in text):
+        _warn()
+    return "".join(c if c.isprintable() and ord(c) in known else _escape(c) for c in text)
+
+
+@cache
+def _warn() -> None:
+    """Once in a process."""
+    log.warning("no font of this system has all letters of the names: pictures show those it lacks as codes")
 
 
 def font_for(text: str, points: int) -> Font:

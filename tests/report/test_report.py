@@ -246,12 +246,20 @@ def test_different_names_are_drawn_differently_in_every_alphabet(alphabet):
     assert not np.array_equal(one, other)
 
 
-def test_letters_that_no_font_has_are_escapes_and_the_log_says_so_once(caplog):
+def test_letters_that_no_font_has_are_escapes_and_the_log_says_so_once(caplog, monkeypatch):
+    fonts._warn.cache_clear()
+    monkeypatch.setattr(fonts, "_letters", lambda path: fonts.BASIC | {ord(letter) for letter in "кот"})
     fonts.legible.cache_clear()
     with caplog.at_level("WARNING", "sppnet"):
-        assert {fonts.legible("\U000f0000 cat") for _ in range(3)} == {r"\U000f0000 cat"}
-    assert len(caplog.messages) == 1
-    assert fonts.legible("кот и cat") == "кот и cat"
+        assert [fonts.legible(text) for text in ("кот", "кит", "сам\n")] == [
+            "кот",
+            r"к\u0438т",
+            r"\u0441\u0430\u043c\n",
+        ]
+    fonts.legible.cache_clear()
+    assert caplog.messages == [
+        "no font of this system has all letters of the names: pictures show those it lacks as codes"
+    ]
 
 
 @pytest.mark.parametrize("name", [*SPECIAL, *(one for one, _ in ALPHABETS.values())])
