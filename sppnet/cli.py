@@ -11,15 +11,18 @@ import difflib
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from sppnet import __version__
 from sppnet.config import STAGES
 from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
+
+T = TypeVar("T")
 
 # Commands that run one stage alone.
 STAGE_COMMANDS = {
@@ -62,6 +65,7 @@ class Command(argparse.ArgumentParser):
     """
 
     given: Sequence[str] = ()
+    _negative_number_matcher = re.compile(r"-(\d|\.\d|inf)")  # argparse's own takes -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.given = sys.argv[1:] if args is None else list(args)
@@ -79,7 +83,7 @@ class Command(argparse.ArgumentParser):
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The parsed options; one that is not known ends the program with the command's usage and the nearest one."""
-    options, unknown = _parser().parse_known_args(_joined(sys.argv[1:] if arguments is None else list(arguments)))
+    options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         command: Command = options.parser
         early = [word for word in unknown if word in command._option_string_actions]  # before the command's name
@@ -88,58 +92,37 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _joined(words: list[str]) -> list[str]:
-    """Negative numbers joined to their option: argparse takes some of them, such as -1e-3, for options."""
-    joined: list[str] = []
-    for word in words:
-        if (
-            word.startswith("-")
-            and _is_number(word)
-            and joined
-            and joined[-1].startswith("--")
-            and "=" not in joined[-1]
-        ):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+def _checked(
+    convert: Callable[[str], T], expected: str, holds: Callable[[T], bool] = lambda value: True
+) -> Callable[[str], T]:
+    """A type of an option whose errors say what is expected; of SppnetError the message does."""
 
+    def checked(text: str) -> T:
+        try:
+            value = convert(text)
+        except SppnetError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _path(text: str) -> Path:
-    try:
-        return expand_path(text)
-    except SppnetError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not _is_number(text) or not holds(float(text)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-        return float(text)
-
-    return number
+    return checked
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if "" in names or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(
-            f"expected class names separated by commas, all different, e.g. cat,dog, got {text!r}"
-        )
-    return names
+    return tuple(name.strip() for name in text.split(","))
 
 
-THRESHOLD = _number("a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
-OVERLAP = _number("an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
+PATH = _checked(expand_path, "a path", bool)
+THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
+OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
+CLASSES = _checked(
+    _names,
+    "class names separated by commas, all different, e.g. cat,dog",
+    lambda names: "" not in names and len(set(names)) == len(names),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,44 +148,42 @@ def _parser() -> argparse.ArgumentParser:
                 "--import",
                 dest="imports",
                 nargs="+",
-                type=_path,
+                type=PATH,
                 metavar="FILE",
                 help="take windows from .npz or .mat files (proposals.import_from)",
             )
-            command.add_argument(
-                "--export", type=_path, metavar="FILE", help="write the windows to a .npz or .mat file"
-            )
+            command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
     for name, text in (
         ("eval", "evaluate on a split: mAP, comp4 files, curves"),
         ("test", "detect over a split: comp4 files"),
     ):
         test = _command(commands, name, text)
-        test.add_argument("run", type=_path, metavar="RUN", help="the folder of a trained run")
-        test.add_argument("--data", type=_path, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
+        test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
+        test.add_argument("--data", type=PATH, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
         test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
         if name == "eval":
             test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
         _add_device(test)
 
     detect = _command(commands, "detect", "detect in images: pictures, detections.json, detections.csv")
-    detect.add_argument("run", type=_path, metavar="RUN", help="the folder of a trained run")
-    detect.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="files, folders or patterns")
-    detect.add_argument("--out", type=_path, required=True, metavar="DIR", help="where the results go")
+    detect.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
+    detect.add_argument("images", nargs="+", type=PATH, metavar="IMAGE", help="files, folders or patterns")
+    detect.add_argument("--out", type=PATH, required=True, metavar="DIR", help="where the results go")
     detect.add_argument("--threshold", type=THRESHOLD, default=0.0, help="lowest score shown (default: 0)")
     _add_device(detect)
 
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")
-    score.add_argument("--annotations", type=_path, required=True, metavar="DIR", help="folder of VOC .xml files")
-    score.add_argument("--image-set", type=_path, required=True, metavar="FILE", help="image ids, one a line")
+    score.add_argument("--annotations", type=PATH, required=True, metavar="DIR", help="folder of VOC .xml files")
+    score.add_argument("--image-set", type=PATH, required=True, metavar="FILE", help="image ids, one a line")
     score.add_argument("--detections", required=True, metavar="PATTERN", help='comp4 files, "{}" for the class')
-    score.add_argument("--classes", type=_names, required=True, metavar="A,B,C")
+    score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=("11point", "area"), default="11point")
     score.add_argument("--iou", type=OVERLAP, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     demo = _command(commands, "demo", "train, evaluate and detect on generated pictures, in minutes")
-    demo.add_argument("--run", type=_path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--run", type=PATH, default=Path("runs/demo"), metavar="DIR")
     _add_device(demo)
     return parser
 
@@ -215,7 +196,7 @@ def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-unty
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=_path, metavar="CONFIG", help="a YAML file, see configs/")
+    command.add_argument("config", type=PATH, metavar="CONFIG", help="a YAML file, see configs/")
     command.add_argument(
         "--set",
         dest="overrides",
@@ -225,7 +206,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="e.g. maps.scales=[480,688]",
     )
-    command.add_argument("--run", type=_path, metavar="DIR", help="where artifacts go (default: runs/NAME)")
+    command.add_argument("--run", type=PATH, metavar="DIR", help="where artifacts go (default: runs/NAME)")
     _add_device(command)
 
 

@@ -50,10 +50,9 @@ DEMO = {
 
 def run(options: argparse.Namespace) -> int:
     """Do what parsed options say; returns the exit status as `sppnet.cli.main` describes it."""
-    _start_logging(options.verbose)
     try:
         distributed.start()
-        _start_logging(options.verbose)  # which the first process alone says much in
+        _start_logging(options.verbose)
         announce_compiling()
         return ACTIONS.get(options.command, _train_stage)(options)
     except BrokenPipeError:
@@ -179,9 +178,7 @@ def _score(options: argparse.Namespace) -> int:
     found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
-    print(
-        json.dumps({"ap": values["ap"], "map": values["map"]}, allow_nan=False) if options.json else evaluation.table()
-    )
+    print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
     return 0
 
 

@@ -59,19 +59,17 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, "references (*name) are not read; write the value out", mark)
+            reason = "references (*name) are not read; write the value out"
+            raise yaml.MarkedYAMLError(None, None, reason, self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        first: dict[Any, int] = {}
+        keys: dict[str, yaml.Node] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in first and isinstance(key, yaml.ScalarNode):
-                reason = f"{key.value} stands twice, in lines {first[key.value]} and {line}; leave one out"
-                raise yaml.MarkedYAMLError(None, None, reason, key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                first[key.value] = line
+            other = keys.setdefault(str(key.value), key)
+            if other is not key:
+                lines = f"lines {other.start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} stands twice, in {lines}; leave one out")
         return super().construct_mapping(node, deep)
 
 
@@ -81,11 +79,7 @@ def _read_yaml(text: str | bytes) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("brackets or sections are nested too deeply") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # ValueError: a date that is none; TypeError: a list as a key
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date that is none, a list as a key
         raise ValueError(" ".join(str(error).split())) from None
 
 

@@ -6,7 +6,6 @@ the images, and gradients are averaged. Nothing here launches processes.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,8 +22,6 @@ LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside W
 ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last one's; nodes of a cluster take their time
 PATIENCE = timedelta(days=7)  # the others wait while the first process mines; torchrun ends them where it fails
 
-log = logging.getLogger("sppnet")
-
 
 def start() -> None:
     """Join the process group that torchrun describes in the environment; do nothing without one.
@@ -40,11 +37,6 @@ def start() -> None:
             f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: start all processes with "
             "torchrun, or unset WORLD_SIZE to work in this process alone"
         )
-    if environment_number("RANK", 0) >= world:
-        raise SppnetError(
-            f"RANK={os.environ['RANK']} in the environment must be below WORLD_SIZE={world}; use torchrun"
-        )
-    log.debug("waiting for %d processes at %s:%s", world, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(environment_number("LOCAL_RANK", 0))

@@ -22,17 +22,9 @@ class FoundImages:
     passed_over: Counter[str] = field(default_factory=Counter)  # hidden things and other files, by ending
 
     def note(self) -> str:
-        """What was passed over, in words: "passed over: 3 files of other kinds (.txt 2, .mov 1), 1 hidden"."""
-        kinds = self.passed_over - Counter({"hidden": self.passed_over["hidden"]})
-        parts = []
-        if kinds:
-            most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:10]
-            endings = ", ".join(f"{ending} {count}" for ending, count in most)
-            files = "file of another kind" if kinds.total() == 1 else "files of other kinds"
-            parts.append(f"{kinds.total()} {files} ({endings}{', …' if len(kinds) > 10 else ''})")
-        if self.passed_over["hidden"]:
-            parts.append(f"{self.passed_over['hidden']} hidden")
-        return f"passed over: {', '.join(parts)}" if parts else ""
+        """What was passed over, in words: "passed over: 2 .txt, 1 .mov, 1 hidden"."""
+        most = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        return f"passed over: {', '.join(f'{count} {kind}' for kind, count in most)}" if most else ""
 
 
 def find_images(paths: Sequence[str | Path]) -> FoundImages:
@@ -83,7 +75,7 @@ def _search(top: Path, found: FoundImages) -> None:
                 continue
             seen.add(place)
             hidden = [name for name in (*names, *files) if name.startswith(".")]
-            found.passed_over["hidden"] += len(hidden)
+            found.passed_over.update(["hidden"] * len(hidden))
             names[:] = sorted(name for name in names if not name.startswith("."))
             waiting += [Path(folder, name) for name in names if Path(folder, name).is_symlink()]
             for name in sorted(set(files) - set(hidden)):

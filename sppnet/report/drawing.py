@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,13 +85,11 @@ def save_image(image: Image.Image, path: Path) -> None:
             f"{path}: a picture is written as {', '.join(FORMATS)}, got {path.suffix!r}; choose one of them"
         )
     if name == "JPEG" and max(image.size) > LONGEST_JPEG:
-        scale = LONGEST_JPEG / max(image.size)
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    options: dict[str, Any] = {"quality": 90, "comment": MARK}
-    if name == "PNG":
-        options = {"pnginfo": PngInfo()}
-        options["pnginfo"].add_text("Comment", MARK)
-    write_atomically(path, lambda file: image.save(file, name, **options))
+        image = image.copy()
+        image.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
+    comment = PngInfo()
+    comment.add_text("Comment", MARK)
+    write_atomically(path, lambda file: image.save(file, name, quality=90, comment=MARK, pnginfo=comment))
 
 
 def is_drawn(path: Path) -> bool:

@@ -23,7 +23,10 @@ def legible(text: str) -> str:
     known = _letters(font_file(text))
     if any(letter.isprintable() and ord(letter) not in known for letter in text):
         _warn()
-    return "".join(c if c.isprintable() and ord(c) in known else _escape(c) for c in text)
+    return "".join(
+        c if c.isprintable() and ord(c) in known else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
 
 
 @cache
@@ -49,10 +52,7 @@ def font_file(text: str) -> Path:
     from matplotlib.font_manager import fontManager  # which looks for all fonts when it is first imported
 
     for path in sorted({Path(font.fname) for font in fontManager.ttflist}):
-        letters = (
-            frozenset() if "LastResort" in path.name else _letters(path)
-        )  # has boxes for all the letters there are
-        if letters >= BASIC and len(wanted & letters) > len(wanted & _letters(best)) and _draws(path):
+        if _letters(path) >= BASIC and len(wanted & _letters(path)) > len(wanted & _letters(best)):
             best = path
     return best
 
@@ -61,20 +61,10 @@ def font_file(text: str) -> Path:
 def _letters(path: Path) -> frozenset[int]:
     from matplotlib import ft2font
 
-    try:
-        return frozenset(ft2font.FT2Font(str(path)).get_charmap())
-    except (OSError, RuntimeError):  # a font that has gone, or of a kind that this library does not read
+    if "LastResort" in path.name:  # has a box for every letter that there is
         return frozenset()
-
-
-def _draws(path: Path) -> bool:
-    """Whether Pillow draws with it at any size: fonts of coloured pictures it does not."""
     try:
-        ImageFont.truetype(path, 13)
-    except OSError:
-        return False
-    return True
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("unicode_escape", errors="backslashreplace").decode()
+        ImageFont.truetype(path, 13)  # fonts of coloured pictures have one size
+        return frozenset(ft2font.FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):  # or one that has gone, or of a kind that the libraries do not read
+        return frozenset()

@@ -75,7 +75,7 @@ def test_what_is_passed_over_is_counted(photos):
     for name in ("clip.mov", "more.txt", "README"):
         (photos / name).touch()
     note = find_images([photos]).note()
-    assert note == "passed over: 4 files of other kinds (.txt 2, .mov 1, without ending 1), 2 hidden"
+    assert note == "passed over: 2 .txt, 2 hidden, 1 .mov, 1 without ending"
     assert find_images([photos / "b.jpg"]).note() == ""
 
 
