@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sppnet import __version__
 from sppnet.config import STAGES
@@ -65,7 +65,10 @@ class Command(argparse.ArgumentParser):
     """
 
     given: Sequence[str] = ()
-    _negative_number_matcher = re.compile(r"-(\d|\.\d|inf)")  # argparse's own takes -1e-3 for an option
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf).*")  # argparse's own takes -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.given = sys.argv[1:] if args is None else list(args)
