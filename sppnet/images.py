@@ -44,8 +44,13 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     with _opened(path) as image:
         if image.format in ("JPEG", "MPO"):
             image = open_jpeg(Path(path).read_bytes())
-        image.load()
-        return np.array(_to_rgb(_upright(_eight_bits(image, path))), dtype=np.uint8)
+        return upright_pixels(image, path)
+
+
+def upright_pixels(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
+    """The same of an opened image; `name` names it in errors."""
+    image.load()
+    return np.array(_to_rgb(_upright(_eight_bits(image, name))), dtype=np.uint8)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -180,12 +185,13 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
+def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
     """Grey of 9 to 16 bits shrunk to 8; any other image as it is. ImageError for numbers without a known range."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which can say what Pillow's mode does not
-    if image.mode == "F" or (image.mode == "I" and tags) or max(tags.get(SAMPLE_FORMAT, (1,))) > 1:
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # these have 16 bits at most
+    if image.mode == "F" or wide or max(tags.get(SAMPLE_FORMAT, (1,))) > 1:
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
-        raise ImageError(f"{path}: expected 8 or 16 bits per channel, got {kind} pixels; convert it to 8 bits")
+        raise ImageError(f"{name}: expected 8 or 16 bits per channel, got {kind} pixels; convert it to 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     most = 2 ** max(tags.get(ExifTags.Base.BitsPerSample, (16,))) - 1

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from sppnet.errors import BackboneError, ImageError
-from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size
+from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size, upright_pixels
 
 COLOURS = np.array(  # 3 × 2 pixels, all different
     [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 255, 255], [255, 255, 255]]], dtype=np.uint8
@@ -290,6 +290,12 @@ def test_numbers_without_a_known_range_are_refused(
     path = tiff(tmp_path / "a.tif", values, bits, sample_format=sample_format)
     with pytest.raises(ImageError, match=rf"a\.tif: expected 8 or 16 bits per channel, got {kind} pixels"):
         read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_in_memory_without_a_known_range_are_refused(mode: str) -> None:
+    with pytest.raises(ImageError, match=r"mine: expected 8 or 16 bits per channel"):
+        upright_pixels(Image.new(mode, (4, 4), 200), "mine")
 
 
 def test_colours_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
