@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 from checkouts import HERE, Checkout, existing
-from examples import shared, subset
 from machine import busy, cores, describe, ratio
 
+from examples import shared, subset
 from sppnet.data.shapes import generate_shapes
 
 CONFIG = "configs/voc9_mobilenet_v2.yaml"

@@ -23,9 +23,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from examples import SIZE, pictures, random_detector, shared
 from machine import PAUSE, cores, describe, ratio, seconds
 
+from examples import SIZE, pictures, random_detector, shared
 from sppnet.detection.detector import SPPDetector, WindowScores
 from sppnet.detection.window_features import project_to_maps
 from sppnet.images import read_image

@@ -18,10 +18,10 @@ from functools import partial
 import numpy as np
 import torch
 import torchvision
-from examples import SIZE, windows
 from machine import alternate, cores, describe, milliseconds, ratio, seconds
 from torch import Tensor
 
+from examples import SIZE, windows
 from sppnet.backbones.geometry import Geometry
 from sppnet.detection.windows import project_windows
 from sppnet.ops._pool_cpu import pool_cells

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from examples import pictures, shared, spread
 from machine import alternate, cpu_seconds, describe, milliseconds, ratio
 from matplotlib.figure import Figure
 
+from examples import pictures, shared, spread
 from sppnet.config import ProposalSettings
 from sppnet.data.selection import restrict
 from sppnet.data.splits import load_splits

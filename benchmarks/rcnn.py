@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from examples import pictures, random_detector, windows
 from machine import PAUSE, cores, describe, ratio
 from numpy.typing import NDArray
 from rcnn_peer import RCNN, Split
 
+from examples import pictures, random_detector, windows
 from sppnet.backbones.runtime import resolve_runtime
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.window_features import BATCH, pool_projected, project_to_maps

@@ -63,7 +63,7 @@ def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".sppnet-", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -77,7 +77,7 @@ def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
                     _sync(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"{path}: cannot write ({reason}); free some space or choose another --run") from error
+        raise ArtifactError(f"{path}: cannot write ({reason}); free some space, or write to another place") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -92,6 +92,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder, and a file in it that goes again; ArtifactError if that fails, before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot write here ({error.strerror}); expected a folder with space in it, name another one"
+        ) from None
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
     """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`; ArtifactError if that fails."""
     with _replacing(path, durable) as temporary, temporary.open("wb") as file:
@@ -99,11 +110,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: 
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """UTF-8; what cannot be written so, such as half a character, becomes an escape."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Of plain values; ValueError for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sppnet import __version__
 from sppnet.config import STAGES
+from sppnet.errors import SppnetError
+from sppnet.paths import expand_path
+
+T = TypeVar("T")
 
 # Commands that run one stage alone.
 STAGE_COMMANDS = {
@@ -33,10 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, 1 where only part could be done (or would be: --dry-run), 2 for an error, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names in any alphabet, on terminals of any encoding
+            stream.reconfigure(errors="backslashreplace")
     options = _options(arguments)
     from sppnet.commands import run
 
-    return run(options)
+    try:
+        status = run(options)
+        print(end="", flush=True)
+    except OSError as error:  # of standard output: its reader, such as `head`, has seen enough, or a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left goes nowhere
+        if isinstance(error, BrokenPipeError):
+            return 141  # as a program that ends by the signal
+        print(f"sppnet {options.command}: error: cannot write the output ({error.strerror})", file=sys.stderr)
+        return 2
+    return status
 
 
 class Command(argparse.ArgumentParser):
@@ -46,6 +66,10 @@ class Command(argparse.ArgumentParser):
     """
 
     given: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf).*")  # argparse's own takes -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.given = sys.argv[1:] if args is None else list(args)
@@ -72,6 +96,39 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _checked(
+    convert: Callable[[str], T], expected: str, holds: Callable[[T], bool] = lambda value: True
+) -> Callable[[str], T]:
+    """A type of an option whose errors say what is expected; of SppnetError the message does."""
+
+    def checked(text: str) -> T:
+        try:
+            value = convert(text)
+        except SppnetError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return checked
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+PATH = _checked(expand_path, "a path", bool)
+THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
+OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
+CLASSES = _checked(
+    _names,
+    "class names separated by commas, all different, e.g. cat,dog",
+    lambda names: "" not in names and len(set(names)) == len(names),
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Command(prog="sppnet", description="SPP-net object detection: train, evaluate, detect.")
     parser.set_defaults(verbose=False)
@@ -95,42 +152,42 @@ def _parser() -> argparse.ArgumentParser:
                 "--import",
                 dest="imports",
                 nargs="+",
-                type=Path,
+                type=PATH,
                 metavar="FILE",
                 help="take windows from .npz or .mat files (proposals.import_from)",
             )
-            command.add_argument("--export", type=Path, metavar="FILE", help="write the windows to a .npz or .mat file")
+            command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
     for name, text in (
         ("eval", "evaluate on a split: mAP, comp4 files, curves"),
         ("test", "detect over a split: comp4 files"),
     ):
         test = _command(commands, name, text)
-        test.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run")
-        test.add_argument("--data", type=Path, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
+        test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
+        test.add_argument("--data", type=PATH, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
         test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
         if name == "eval":
             test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
         _add_device(test)
 
     detect = _command(commands, "detect", "detect in images: pictures, detections.json, detections.csv")
-    detect.add_argument("run", type=Path, metavar="RUN", help="the folder of a trained run")
-    detect.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    detect.add_argument("--threshold", type=float, help="lowest score shown (default: chosen in training, by class)")
+    detect.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
+    detect.add_argument("images", nargs="+", type=PATH, metavar="IMAGE", help="files, folders or patterns")
+    detect.add_argument("--out", type=PATH, required=True, metavar="DIR", help="where the results go")
+    detect.add_argument("--threshold", type=THRESHOLD, help="lowest score shown (default: by class, from training)")
     _add_device(detect)
 
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")
-    score.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of VOC .xml files")
-    score.add_argument("--image-set", type=Path, required=True, metavar="FILE", help="image ids, one a line")
+    score.add_argument("--annotations", type=PATH, required=True, metavar="DIR", help="folder of VOC .xml files")
+    score.add_argument("--image-set", type=PATH, required=True, metavar="FILE", help="image ids, one a line")
     score.add_argument("--detections", required=True, metavar="PATTERN", help='comp4 files, "{}" for the class')
-    score.add_argument("--classes", required=True, metavar="A,B,C")
+    score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=("11point", "area"), default="11point")
-    score.add_argument("--iou", type=float, default=0.5)
+    score.add_argument("--iou", type=OVERLAP, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     demo = _command(commands, "demo", "train, evaluate and detect on generated pictures, in minutes")
-    demo.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--run", type=PATH, default=Path("runs/demo"), metavar="DIR")
     _add_device(demo)
     return parser
 
@@ -143,7 +200,7 @@ def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-unty
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, see configs/")
+    command.add_argument("config", type=PATH, metavar="CONFIG", help="a YAML file, see configs/")
     command.add_argument(
         "--set",
         dest="overrides",
@@ -153,7 +210,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="e.g. maps.scales=[480,688]",
     )
-    command.add_argument("--run", type=Path, metavar="DIR", help="where artifacts go (default: runs/NAME)")
+    command.add_argument("--run", type=PATH, metavar="DIR", help="where artifacts go (default: runs/NAME)")
     _add_device(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -22,10 +23,11 @@ from sppnet.config_files import load_config, parse_config
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.shapes import generate_shapes
 from sppnet.data.splits import files_by_stem, find_annotations, read_image_set
-from sppnet.data.voc import read_annotation
+from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
+from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.training import Training, train_detector
@@ -50,24 +52,32 @@ DEMO = {
 
 def run(options: argparse.Namespace) -> int:
     """Do what parsed options say; returns the exit status as `sppnet.cli.main` describes it."""
-    distributed.start()
-    _start_logging(options.verbose)
-    announce_compiling()
     try:
+        distributed.start()
+        _start_logging(options.verbose)
+        announce_compiling()
         return ACTIONS.get(options.command, _train_stage)(options)
+    except BrokenPipeError:
+        raise
     except (SppnetError, OSError) as error:  # OSError: a disk that is full, a folder that may not be read
         if options.verbose:
             traceback.print_exc()
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is complete is kept, and the same command goes on from there", file=sys.stderr)
+        resumes = options.command not in ("detect", "score")
+        after = "and the same command goes on from there" if resumes else "the same command starts again"
+        print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 130
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        hint = "set smaller maps.scales or finetune.batch, or take another --device"
-        print(f"sppnet {options.command}: error: not enough memory ({error}); {hint}", file=sys.stderr)
-        return 2
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            trains = options.command not in ("eval", "test", "detect", "score")
+            hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
+            print(
+                f"sppnet {options.command}: error: not enough memory ({error}); {hint}, or take another --device",
+                file=sys.stderr,
+            )
+            return 2
         print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
         raise
     finally:
@@ -152,7 +162,9 @@ def _detect(options: argparse.Namespace) -> int:
     used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
     images = counted(len(result.detections), "image")
     print(f"{counted(count, 'detection')} in {images}, scores from {used}, written to {options.out}")
-    if result.detections and not count:
+    if result.note:
+        print(result.note)
+    if result.detections and not count and min(lowest) > -math.inf:
         print(f"nothing scores {used} or more; a lower --threshold shows less certain detections")
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
@@ -165,9 +177,7 @@ def _score(options: argparse.Namespace) -> int:
             f"--detections {options.detections}: expected a pattern with {{}} for the class, "
             'e.g. "comp4_det_test_{}.txt"'
         )
-    classes = tuple(name.strip() for name in options.classes.split(",") if name.strip())
-    if not classes:
-        raise SppnetError("--classes: expected class names separated by commas, e.g. cat,dog")
+    classes = tuple(normalise(name) for name in options.classes)
     known = files_by_stem(options.annotations, (".xml",))
     files = find_annotations(options.annotations, read_image_set(options.image_set, known))
     read = {image: read_annotation(path) for image, path in files.items()}
@@ -208,7 +218,7 @@ def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
 def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
         raise SppnetError(f"--device {options.device}: expected cpu, cuda or cuda:N")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -21,7 +21,7 @@ from sppnet.errors import SppnetError
 Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a network
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
@@ -33,9 +33,9 @@ STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and closed to unknown keys."""
+    """Base of all settings: frozen, and closed to unknown keys and to numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)

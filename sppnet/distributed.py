@@ -14,17 +14,49 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from sppnet.errors import SppnetError
+
 T = TypeVar("T")
 
+LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside WORLD_SIZE
+ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last one's; nodes of a cluster take their time
 PATIENCE = timedelta(days=7)  # the others wait while the first process mines; torchrun ends them where it fails
 
 
 def start() -> None:
-    """Join the process group that torchrun describes in the environment; do nothing without one."""
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    """Join the process group that torchrun describes in the environment; do nothing without one.
+
+    SppnetError where the environment describes half of one, as that of a cluster's job without torchrun does.
+    """
+    world = environment_number("WORLD_SIZE")
+    if world <= 1 or dist.is_initialized():
+        return
+    missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    if missing:
+        raise SppnetError(
+            f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: start all processes with "
+            "torchrun, or unset WORLD_SIZE to work in this process alone"
+        )
+    try:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
+        store, rank, _ = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SppnetError(
+            f"WORLD_SIZE={world} in the environment, but so many processes did not meet at MASTER_ADDR="
+            f"{os.environ['MASTER_ADDR']} ({reason}); start all of them with torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
+def environment_number(name: str, default: int = 1) -> int:
+    """A whole number that torchrun leaves in the environment; `default` where there is none."""
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdigit()):
+        raise SppnetError(f"{name}={text} in the environment: expected a whole number, as torchrun sets it; unset it")
+    return int(text or default)
 
 
 def stop() -> None:

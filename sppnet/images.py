@@ -6,6 +6,7 @@ boxes mean the same pixels everywhere. What the network sees is a float32 tensor
 
 from __future__ import annotations
 
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,27 +19,37 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from sppnet.errors import ImageError
+from sppnet.errors import BackboneError, ImageError
+from sppnet.jpeg import open_jpeg
 
 MAX_PIXELS = 178_000_000  # ours: about 0.5 GB as RGB; a larger header is taken for damage or an attack
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+SAMPLE_FORMAT = 339  # TIFF tag; 1 = unsigned
+MAX_SCALED_PIXELS = 32_000_000  # ours: some 16 GB in the first layers of VGG16, 4 GB in those of MobileNetV2
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # raster formats only: no program is started
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif")  # photos too, which a folder must not lose without a word
+# What a picture in a folder is known by, in this order where there are several of a name.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
 
 
 def read_image(path: Path | str) -> NDArray[np.uint8]:
     """The upright image as uint8 (H, W, 3) RGB; first frame where there are several.
 
-    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white. Raises ImageError for
+    Grey, palette, CMYK, 12- and 16-bit images are converted; transparency is laid on white. Raises ImageError for
     a missing, damaged, truncated or unreasonably large file: a partly decoded image is never returned.
     """
     with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            image = open_jpeg(Path(path).read_bytes())
         return upright_pixels(image, path)
 
 
 def upright_pixels(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
     """The same of an opened image; `name` names it in errors."""
     image.load()
-    return np.array(_to_rgb(_upright(image), name), dtype=np.uint8)
+    return np.array(_to_rgb(_upright(_eight_bits(image, name))), dtype=np.uint8)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -59,7 +70,8 @@ def scaled_size(
     """Size (h', w') with the aspect ratio kept and the shorter side scaled to `shorter_side` (sec. 4.1).
 
     Where the longer side would exceed `max_side` the scale shrinks. Returns the size, in whole pixels, and the
-    shorter side it stands for, not rounded: the s of the projection onto the map.
+    shorter side it stands for, not rounded: the s of the projection onto the map. BackboneError where the scaled image
+    would have more than MAX_SCALED_PIXELS, as one much longer than wide has.
     """
     shorter, longer = min(image_size), max(image_size)
     if shorter < 1:
@@ -68,6 +80,11 @@ def scaled_size(
     if max_side is not None:
         scale = min(scale, max_side / longer)
     height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
+    if height * width > MAX_SCALED_PIXELS:
+        raise BackboneError(
+            f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}, more than "
+            f"{MAX_SCALED_PIXELS:,} pixels; cut it into parts, or train with maps.max_side or a smaller maps.scales"
+        )
     return (height, width), shorter * scale
 
 
@@ -115,25 +132,33 @@ def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image behind `path`, header read and size checked; whatever goes wrong inside becomes ImageError."""
+    """The image behind `path`, header read and size checked; what goes wrong inside becomes ImageError.
+
+    MemoryError alone stays what it is: the file is not to blame.
+    """
     try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a named pipe would be waited for
+            raise ImageError(f"{path}: expected an image, got a folder, pipe or device; name a file")
+        if status.st_size == 0:
+            raise ImageError(f"{path}: expected an image, got an empty file; fetch it again or remove it")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # what matters below is raised
-            with Image.open(path, formats=FORMATS) as image:
+            # A file and not its name: Pillow maps the pixels of a named TIFF into memory, turned ones in a wrong order.
+            with Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise _too_large(path)
                 yield image
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: expected an image, but there is no such file; check the path") from None
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(
-            f"{path}: expected an image ({kinds}), got a file of another kind; convert or remove it"
-        ) from None
+        kinds, modern = ", ".join(FORMATS), Path(path).suffix.lower() in UNREAD_SUFFIXES
+        hint = "save it as JPEG, or let the camera do so" if modern else "convert or remove it"
+        raise ImageError(f"{path}: expected an image ({kinds}), got a file of another kind; {hint}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         raise ImageError(
@@ -166,12 +191,25 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 257 · 255
-    if image.mode == "F":
-        raise ImageError(f"{path}: expected 8 or 16 bits per channel, got floating-point pixels; convert it to 8 bits")
+def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
+    """Grey of 9 to 16 bits shrunk to 8; any other image as it is. ImageError for numbers without a known range."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which can say what Pillow's mode does not
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # these have 16 bits at most
+    if image.mode == "F" or wide or max(tags.get(SAMPLE_FORMAT, (1,))) > 1:
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ImageError(f"{name}: expected 8 or 16 bits per channel, got {kind} pixels; convert it to 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    most = 2 ** max(tags.get(ExifTags.Base.BitsPerSample, (16,))) - 1
+    values = np.clip(np.asarray(image).astype(np.int64), 0, most)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero; Pillow turns 8 bits alone
+        values = most - values
+    grey = Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
+    grey.info, grey.getexif()[ExifTags.Base.Orientation] = image.info, _orientation(image)
+    return grey
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

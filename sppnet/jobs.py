@@ -10,6 +10,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,11 +19,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from operator import length_hint
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
-from sppnet.distributed import is_main
+from sppnet.distributed import environment_number, is_main
 from sppnet.errors import SppnetError, counted
 
 T = TypeVar("T")
@@ -90,11 +92,13 @@ def iterate_in_workers(
     """(item, make()(item)) of every item, as soon as it is done.
 
     `make` is called once in every process and must be picklable; so must items and results. `workers`: 0 = one a core.
-    Few items are done in this process. An error ends the iteration: items not begun are dropped, begun ones finish; so
-    does Ctrl-C.
+    Few items are done in this process, and all in that of a script from standard input. An error ends the iteration:
+    items not begun are dropped, begun ones finish; so does Ctrl-C.
     """
     count = min(workers or min(available_cores(), MOST, _room()), len(items))
-    if count <= 1 or len(items) < FEW:
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    from_stdin = script is not None and not Path(script).exists()  # which a new process could not read again
+    if count <= 1 or len(items) < FEW or from_stdin:
         if items:
             work = make()
             for item in items:
@@ -118,7 +122,13 @@ def iterate_in_workers(
 def available_cores() -> int:
     """The cores this process may use, shared with its siblings under torchrun."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available // max(1, environment_number("LOCAL_WORLD_SIZE")))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that there was no memory left; torch, OpenVINO and OpenCV have words of their own for it."""
+    words = r"out of memory|insufficient memory|bad_alloc|alloc_failed|can't allocate"
+    return isinstance(error, MemoryError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _room() -> int:

@@ -31,6 +31,7 @@ from sppnet.checks import (
     rows_of,
 )
 from sppnet.errors import SppnetError
+from sppnet.paths import fitting_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +136,8 @@ class ImageRecord:
 
     def path_in(self, folder: Path, flip: bool = False) -> Path:
         """Where what was computed for the image, or for its mirror image, lies; the name carries the content."""
-        return folder / f"{self.id}-{self.digest}{'-flip' if flip else ''}.npz"
+        name = Path(self.id)
+        return folder / name.parent / fitting_name(name.name, f"-{self.digest}{'-flip' if flip else ''}.npz")
 
 
 @dataclass(frozen=True, eq=False)

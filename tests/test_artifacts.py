@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sppnet.artifacts import (
+    check_writable,
     digest_of,
     file_digest,
     has_arrays,
@@ -93,7 +94,7 @@ def test_a_full_disk_is_reported_with_the_next_step(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        ArtifactError, match=r"x\.bin: cannot write \(No space left on device\); free some space or choose"
+        ArtifactError, match=r"x\.bin: cannot write \(No space left on device\); free some space, or write"
     ):
         write_atomically(tmp_path / "x.bin", write)
     assert list(tmp_path.iterdir()) == []
@@ -258,3 +259,30 @@ def test_the_digest_of_tensors_covers_names_types_shapes_and_values():
     assert first == tensors_digest({"a": torch.arange(6.0).repeat_interleave(2)[::2], "b": torch.tensor(1)})
     others = [{"a": value + 1}, {"c": value}, {"a": value.double()}, {"a": value.reshape(2, 3)}]
     assert len({first, *(tensors_digest({"b": torch.tensor(1), **other}) for other in others)}) == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), [1, {"a": float("inf")}]])
+def test_json_holds_no_numbers_that_json_does_not_have(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_characters_are_written_as_escapes(tmp_path):
+    write_text(tmp_path / "x", "caf\udce9 кот")
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "caf\\udce9 кот"
+
+
+def test_the_longest_name_of_a_file_can_be_written(tmp_path):
+    for name in ("x" * 255, "写" * 85):
+        write_text(tmp_path / name, "whole")
+        assert (tmp_path / name).read_text() == "whole"
+
+
+def test_whether_a_folder_can_be_written_to_is_known_before(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ArtifactError, match="cannot write here"):
+            check_writable(folder)

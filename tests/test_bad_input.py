@@ -92,7 +92,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("finetune.learning_rates=[0,1]", "finetune.learning_rates.0: Input should be greater than 0, got 0"),
         ("finetune.momentum=2", "finetune.momentum: Input should be less than 1, got 2"),
         ("finetune.seed=-1", "finetune.seed: Input should be greater than or equal to 0, got -1"),
-        ("svm.C=.inf", "svm.C: Input should be a finite number, got inf"),
+        ("svm.C=.inf", "svm.C: expected a finite number, got inf"),
         ("svm.norm_images=0", "svm.norm_images: Input should be greater than or equal to 1, got 0"),
         ("svm.layer=fc8", "svm.layer: Input should be 'pool', 'fc6' or 'fc7', got 'fc8'"),
         ("boxes.overlap=1.5", "boxes.overlap: Input should be less than or equal to 1, got 1.5"),

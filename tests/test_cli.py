@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from small_run import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
@@ -579,3 +582,102 @@ def test_an_option_of_a_command_that_stands_before_it_is_sent_behind_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(("--versoin",))
     assert capsys.readouterr().err.endswith("; --versoin is an unknown option, did you mean --version?\n")
+
+
+# ---- options, names and streams of any kind ------------------------------------------------------------------------
+
+
+def last_line(*words: object) -> str:
+    """Of what a refused command says."""
+    result = run_command(*words)
+    assert result.status == 2
+    return result.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", ["-1e-3", "-.5", "-1_0", "-inf", "-2", "+1", "1E2", "-0.25e+1"])
+def test_every_number_that_python_reads_is_understood(number):
+    for words in (["--threshold", number], [f"--threshold={number}"]):
+        assert "no-run: no such folder" in last_line("detect", "no-run", "no.png", "--out", "no-out", *words)
+
+
+SCORE = ("score", "--annotations", "a", "--image-set", "b", "--detections", "c_{}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("detect", "r", "i", "--out", "o", "--threshold", "nan"), "argument --threshold: expected a score, e.g. -0.5"),
+        (("detect", "r", "i", "--out", "o", "--threshold", "inf"), "argument --threshold: expected a score"),
+        (("detect", "r", "i", "--out", "o", "--threshold", "high"), "argument --threshold: expected a score"),
+        ((*SCORE, "--classes", "a", "--iou", "50"), "argument --iou: expected an overlap above 0 and at most 1"),
+        ((*SCORE, "--classes", "a", "--iou", "nan"), "argument --iou: expected an overlap"),
+        ((*SCORE, "--classes", "a", "--iou", "-1e-3"), "argument --iou: expected an overlap"),
+        ((*SCORE, "--classes", "a", "--iou", "0"), "argument --iou: expected an overlap"),
+        ((*SCORE, "--classes", "a,,b"), "argument --classes: expected class names separated by commas, all different"),
+        ((*SCORE, "--classes", "a, a"), "argument --classes: expected class names separated by commas, all different"),
+        ((*SCORE, "--classes", "a", "--metric", "mean"), "argument --metric: invalid choice: 'mean'"),
+        (("detect", "r", "i", "--out", "$NO_SUCH_VARIABLE/o"), "argument --out: $NO_SUCH_VARIABLE/o: the variable"),
+        (("eval", "~/$NO_SUCH_VARIABLE"), "argument RUN: ~/$NO_SUCH_VARIABLE: the variable"),
+        (("train", "$NO_SUCH_VARIABLE.yaml"), "argument CONFIG: $NO_SUCH_VARIABLE.yaml: the variable"),
+        (("detect", "r", "i", "--out", "o", "--device", "cuda:" + "9" * 30), "expected cpu, cuda or cuda:N"),
+    ],
+)  # fmt: skip
+def test_options_are_checked_as_their_settings_are(words, message):
+    assert message in last_line(*words)
+
+
+WORDS = ["--threshold", "--iou", "--classes", "--out", "--device", "-1", "nan", "", "é\udce9", "a=b"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=5))
+def test_any_words_end_with_status_2_and_a_message(words):
+    result = run_command("detect", "no such run", "no such image", "--out", "no such folder/out", *words)
+    assert result.status == 2
+    assert "error: " in result.err
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(run):
+    command = [sys.executable, "-m", "sppnet", "train", run.root / "config.yaml", "--run", run.root, "--dry-run"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_a_table_is_printed_where_the_terminal_lacks_the_letters(tmp_path):
+    write_annotation(tmp_path / "a.xml", (100, 100), [[10, 10, 50, 50]], ["кот"], [False])
+    (tmp_path / "set.txt").write_text("a\n")
+    (tmp_path / "det_кот.txt").write_text("a 0.9 11 11 50 50\n")
+    words = ["--annotations", ".", "--image-set", "set.txt", "--detections", "det_{}.txt", "--classes", "кот"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "sppnet", "score", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().splitlines()[1].split()[:2] == [r"\u043a\u043e\u0442", "1.0000"]
+
+
+def test_detect_says_what_it_passed_over(run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(run.devkit / "SHAPES/JPEGImages/test_00000.jpg", photos / "a.jpg")
+    (photos / "clip.mov").touch()
+    for out, note in (
+        ("b", "passed over: 1 .mov"),
+        ("c", "not searched: a picture that detections are drawn on"),
+    ):
+        result = run_command("detect", run.root, photos, "--out", photos / out, "--threshold", "-inf")
+        assert result.status == 0
+        assert note in result.out
+
+
+def test_the_advice_about_the_threshold_helps_below_the_setting_too(run, tmp_path):
+    image = run.devkit / "SHAPES/JPEGImages/test_00000.jpg"
+    path = run.root / "detector" / "detector.json"
+    values = json.loads(path.read_text())
+    values["config"]["detect"]["score_threshold"] = 1e6
+    path.write_text(json.dumps(values))
+    result = run_command("detect", run.root, image, "--out", tmp_path / "out", "--threshold", "-1.5")
+    assert "nothing scores above" not in result.out
+    assert json.loads((tmp_path / "out/detections.json").read_text())[0]["detections"]

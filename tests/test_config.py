@@ -238,3 +238,55 @@ def test_a_setting_of_an_earlier_version_is_answered_with_what_to_write_now(tmp_
         path.write_text("")
         with pytest.raises(SppnetError, match=message):
             load_config(path, [f"{key}.{inner}={given}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", r"name stands twice, in lines 1 and 2; leave one out"),
+        ("svm:\n  C: 1\n  seed: 3\n  C: 2\n", r"C stands twice, in lines 2 and 4"),
+        ("svm: {C: 1}\nmaps: {max_side: 64}\nsvm: {seed: 1}\n", r"svm stands twice, in lines 1 and 3"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"references \(\*name\) are not read"),
+        ("svm:\n\tC: 1\n", r"not valid YAML: .*'\\t'"),
+        ("[" * 3000, r"not valid YAML: "),
+        ("? [a]\n: b\n", r"not valid YAML: "),
+        ("- a\n- b\n", r"expected a mapping of settings, got list"),
+        ("name: on\n", r"name: expected text, got True; write it in quotes"),
+        ("data: {classes: [1, 2]}\n", r"data\.classes\.0: expected text, got 1; write it in quotes"),
+    ],
+)
+def test_yaml_that_hides_a_slip_is_refused(file, text, message):
+    with pytest.raises(SppnetError, match=message):
+        load_config(file(text))
+
+
+def test_an_override_is_read_as_strictly(file):
+    with pytest.raises(SppnetError, match=r"--set svm=\{C: 1, C: 2\}: the value is not valid YAML: C stands twice"):
+        load_config(file(""), ["svm={C: 1, C: 2}"])
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf", "nan", "inf", "1e999"])
+@pytest.mark.parametrize("key", ["svm.mine_above", "detect.score_threshold", "data.holdout", "backbone.weights.mean"])
+def test_numbers_that_are_not_finite_are_refused(file, key, number):
+    value = f"[{number}, 1, 1]" if key.endswith("mean") else number
+    with pytest.raises(SppnetError, match=rf"{key}.*: (expected a|Input should be)"):
+        load_config(file(""), [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E+2", 100), ("0.5e0", 0.5)])
+def test_numbers_as_yaml_does_not_read_them_are_numbers(file, text, value):
+    assert value == load_config(file(f"svm: {{C: {text}}}")).svm.C
+    assert value == load_config(file(""), [f"svm.C={text}"]).svm.C
+
+
+def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WINDOWS", "w")
+    config = load_config(
+        file("data: {root: ~/data}\nhead: {checkpoint: $WINDOWS/x}\n"), ["proposals.import_from=[$WINDOWS.npz]"]
+    )
+    assert config.data.root == tmp_path / "data"
+    assert config.head.checkpoint == Path("w/x")
+    assert config.proposals.import_from == (Path("w.npz"),)
+    with pytest.raises(SppnetError, match="the variable NO_SUCH_PLACE is not set"):
+        load_config(file("backbone: {weights: {file: $NO_SUCH_PLACE/x.pth}}"))

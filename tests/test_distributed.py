@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from sppnet import distributed
+from sppnet.errors import SppnetError
 
 TESTS = Path(__file__).parent
 
@@ -92,3 +94,39 @@ def test_two_processes_fine_tune_one_head(tmp_path):
     first, second = run_processes(tmp_path, "finetune")
     assert first == second  # the same digest of the head, the same best step
     assert (tmp_path / "finetune" / "log.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, without RANK, MASTER_ADDR, MASTER_PORT: start all"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"},
+            "without MASTER_ADDR: start all processes",
+        ),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many in the environment: expected a whole number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 in the environment: expected a whole number"),
+    ],
+)
+def test_half_a_launch_is_refused_at_once(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SppnetError, match=message):
+        distributed.start()
+
+
+@pytest.mark.parametrize("value", ["", "0", "1", " "])
+def test_a_world_of_one_or_none_is_this_process(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    distributed.start()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, rank):
+    monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
+    values = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SppnetError, match=r"so many processes did not meet at MASTER_ADDR=127\.0"):
+        distributed.start()

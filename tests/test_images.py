@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
 import warnings
 import zlib
@@ -11,10 +13,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
-from sppnet.errors import ImageError
-from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size
+from sppnet.errors import BackboneError, ImageError
+from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size, upright_pixels
 
 COLOURS = np.array(  # 3 × 2 pixels, all different
     [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 255, 255], [255, 255, 255]]], dtype=np.uint8
@@ -158,12 +162,67 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     for read in (read_image, image_size):
-        with pytest.raises(ImageError, match=r"a\.jpg: expected an image \(JPEG, .* another kind; convert or remove"):
+        message = r"\(JPEG, .* another kind; convert or remove" if content else "got an empty file"
+        with pytest.raises(ImageError, match=rf"a\.jpg: expected an image.* {message}"):
             read(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("ending", [".heic", ".AVIF"])
+def test_a_photo_in_a_format_that_is_not_read_gets_a_hint(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a{ending}").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+    with pytest.raises(ImageError, match="another kind; save it as JPEG"):
+        read_image(tmp_path / f"a{ending}")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="expected an image, got a folder, pipe or device"):
+            read(tmp_path / "a.jpg")
+
+
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"P6 "]),
+)
+def test_any_bytes_are_an_image_or_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, rest: bytes, head: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jpg"
+    path.write_bytes(head + rest)
+    with contextlib.suppress(ImageError):
+        assert read_image(path).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}, {"compression": "jpeg"}]
+)
+def test_a_tiff_cut_anywhere_is_refused(tmp_path: Path, options: dict[str, str]) -> None:
+    cut_anywhere_is_refused(save(tmp_path / "a.tif", photo(), **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("a.png", "RGB"), ("a.png", "P"), ("a.gif", "P"), ("a.webp", "RGB"), ("a.bmp", "RGB"), ("a.ppm", "RGB")],
+)
+def test_files_cut_anywhere_are_refused(tmp_path: Path, name: str, mode: str) -> None:
+    cut_anywhere_is_refused(save(tmp_path / name, photo(), mode))
+
+
+def cut_anywhere_is_refused(path: Path) -> None:
+    """Or nothing of the picture is missing: some formats end in bytes that are not needed."""
+    data, whole = path.read_bytes(), read_image(path)
+    for cut in (*range(0, len(data), max(1, len(data) // 25)), len(data) - 9, len(data) - 1):
+        path.write_bytes(data[:cut])
+        try:
+            np.testing.assert_array_equal(read_image(path), whole)
+            assert cut > len(data) - 25
+        except ImageError:
+            pass
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ImageError, match="expected an image, got a folder, pipe or device"):
         read_image(tmp_path)
 
 
@@ -190,10 +249,99 @@ def test_a_large_but_allowed_header_gives_no_warning(tmp_path: Path) -> None:
         assert image_size(tmp_path / "a.png") == (10_000, 10_000)
 
 
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match=r"a\.tif: expected 8 or 16 bits per channel, got floating-point"):
-        read_image(tmp_path / "a.tif")
+def tiff(path: Path, values: np.ndarray, bits: int, photometric: int = 1, sample_format: int = 1) -> Path:
+    """One row of grey values as an uncompressed TIFF; the values as they lie in the file."""
+    data, pixels = values.tobytes(), values.nbytes * 8 // bits
+    tags = [(256, pixels), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
+    tags += [(279, len(data)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    )
+    return path
+
+
+DEEP = np.array([0, 257, 32896, 65535], dtype="<u2")
+
+
+def test_a_tiff_of_12_bits_keeps_its_brightness(tmp_path: Path) -> None:
+    packed = np.frombuffer(bytes.fromhex("000fff 800555"), np.uint8)  # 0, 4095, 2048, 1365
+    assert read_image(tiff(tmp_path / "a.tif", packed, 12))[0, :, 0].tolist() == [0, 255, 128, 85]
+
+
+@pytest.mark.parametrize(("values", "bits"), [(DEEP, 16), (np.array([0, 1, 128, 255], np.uint8), 8)])
+def test_a_tiff_in_which_white_is_zero_is_turned(tmp_path: Path, values: np.ndarray, bits: int) -> None:
+    assert read_image(tiff(tmp_path / "a.tif", values, bits, photometric=0))[0, :, 0].tolist() == [255, 254, 127, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "sample_format", "kind"),
+    [
+        (np.array([0, 1], "<f4"), 32, 3, "floating-point"),
+        (np.array([0, 2**31], "<u4"), 32, 1, "32-bit or signed"),
+        (np.array([-1, 2**30], "<i4"), 32, 2, "32-bit or signed"),
+        (np.array([-1, 9], "<i2"), 16, 2, "32-bit or signed"),
+        (np.array([-1, 9], np.int8), 8, 2, "32-bit or signed"),
+    ],
+)
+def test_numbers_without_a_known_range_are_refused(
+    tmp_path: Path, values: np.ndarray, bits: int, sample_format: int, kind: str
+) -> None:
+    path = tiff(tmp_path / "a.tif", values, bits, sample_format=sample_format)
+    with pytest.raises(ImageError, match=rf"a\.tif: expected 8 or 16 bits per channel, got {kind} pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_in_memory_without_a_known_range_are_refused(mode: str) -> None:
+    with pytest.raises(ImageError, match=r"mine: expected 8 or 16 bits per channel"):
+        upright_pixels(Image.new(mode, (4, 4), 200), "mine")
+
+
+def test_colours_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.array([[[65535, 32896, 0], [0, 0, 51400]]], np.uint16))  # BGR
+    assert read_image(tmp_path / "a.png").tolist() == [[[0, 128, 255], [200, 0, 0]]]
+
+
+@pytest.mark.parametrize(("most", "data"), [(1023, struct.pack(">3H", 0, 512, 1023)), (100, bytes([0, 50, 100]))])
+def test_the_largest_number_of_a_pgm_is_white(tmp_path: Path, most: int, data: bytes) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 %d " % most + data)
+    assert read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_a_rotated_grey_image_is_turned(tmp_path: Path, name: str, dtype: type) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / name, np.array([[0, 1, 0], [0, 0, 0]], dtype) * np.iinfo(dtype).max, exif=exif)
+    assert read_image(path)[..., 0].tolist() == [[0, 0], [0, 255], [0, 0]]
+    assert image_size(path) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.jpg", "YCbCr"), ("a.tif", "YCbCr"), ("a.tif", "CMYK"), ("a.jpg", "CMYK"), ("a.tif", "LAB")]
+)
+def test_other_colour_spaces_become_rgb(tmp_path: Path, name: str, mode: str) -> None:
+    colour = (200, 100, 50)
+    image = Image.new("RGB", (16, 16), colour)
+    if mode == "LAB":
+        image = ImageCms.profileToProfile(
+            image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / name, quality=95) if name == "a.jpg" else image.save(tmp_path / name)
+    np.testing.assert_allclose(read_image(tmp_path / name)[8, 8], colour, atol=6)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.png", "a.webp"])
+def test_the_first_of_several_frames_counts(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 100, 50), (1, 2, 3))]
+    frames[0].save(
+        tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "webp" in name else {})
+    )
+    assert read_image(tmp_path / name)[4, 4].tolist() == [200, 100, 50]
 
 
 # sizes
@@ -268,3 +416,10 @@ def test_an_image_of_another_shape_or_type_is_refused() -> None:
 def test_an_unknown_channel_order_is_refused() -> None:
     with pytest.raises(ValueError, match="channel_order must be 'rgb' or 'bgr', got 'gbr'"):
         prepare(photo(), (4, 5), "gbr", (0, 0, 0), (1, 1, 1))
+
+
+def test_an_image_much_longer_than_wide_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(BackboneError, match=r"30000 × 22 pixels would be scaled to 545455 × 400, .* maps\.max_side"):
+        scaled_size((22, 30_000), 400)
+    assert scaled_size((22, 30_000), 400, max_side=2000)[0] == (1, 2000)
+    assert scaled_size((4000, 6000), 4000)[0] == (4000, 6000)

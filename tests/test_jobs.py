@@ -191,3 +191,22 @@ class Interrupted:
 def test_workers_finish_their_item_when_ctrl_c_reaches_them_too() -> None:
     done = iterate_in_workers(Interrupted, range(FEW), 2)
     assert sorted(done) == [(i, i) for i in range(FEW)]
+
+
+@pytest.mark.parametrize("value", ["x", "2.5", "-1"])
+def test_a_number_of_siblings_that_is_none_is_an_error(monkeypatch, value):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(SppnetError, match=f"LOCAL_WORLD_SIZE={value} in the environment: expected a whole number"):
+        available_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert available_cores() >= 1
+
+
+def test_a_script_from_standard_input_does_all_in_its_own_process():
+    script = (
+        "import operator, os; from functools import partial; from sppnet.jobs import iterate_in_workers\n"
+        "def make(): return lambda item: os.getpid()\n"
+        "print({pid for _, pid in iterate_in_workers(make, range(40), 2)} == {os.getpid()})"
+    )
+    done = subprocess.run([sys.executable], input=script, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,3 +396,12 @@ def test_flipped_boxes_cover_the_flipped_pixels(boxes):
 @given(corners)
 def test_flipping_twice_changes_nothing(boxes):
     np.testing.assert_array_equal(flip_boxes(flip_boxes(boxes, 12), 12), boxes)
+
+
+def test_an_image_with_the_longest_name_has_files_of_its_own():
+    stems = ["写" * 83, "写" * 82 + "真", "x" * 251, "short"]
+    records = [ImageRecord(f"MINE/{stem}", Path("x"), (9, 9), "0" * 16) for stem in stems]
+    paths = [record.path_in(Path("run"), flip) for record in records for flip in (False, True)]
+    assert len(set(paths)) == 8
+    assert all(path.parent == Path("run/MINE") and len(path.name.encode()) <= 255 for path in paths)
+    assert paths[-1] == Path("run/MINE/short-0000000000000000-flip.npz")

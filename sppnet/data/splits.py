@@ -16,10 +16,9 @@ from pathlib import Path
 from sppnet.artifacts import file_digest
 from sppnet.data.voc import normalise, read_annotation, read_lines
 from sppnet.errors import ImageError, SppnetError
-from sppnet.images import image_header
+from sppnet.images import IMAGE_SUFFIXES, image_header
 from sppnet.records import ImageRecord, SkipCounts
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FLAGS = ("-1", "0", "1")  # second column of the per-class sets
 
 

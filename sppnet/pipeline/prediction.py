@@ -11,23 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppnet.artifacts import read_json, write_json, write_text
+from sppnet.artifacts import check_writable, read_json, write_json, write_text
 from sppnet.checks import check_thresholds
 from sppnet.data.folder import find_images
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import ArtifactError, BackboneError, ImageError, SppnetError
 from sppnet.images import read_image
-from sppnet.jobs import iterate_in_workers, progress_bar
+from sppnet.jobs import iterate_in_workers, progress_bar, ran_out_of_memory
+from sppnet.paths import as_text, fitting_name
 from sppnet.records import Detections
-from sppnet.report.drawing import draw_detections, save_image
+from sppnet.report.drawing import draw_detections, is_drawn, save_image
+
+COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
 
 
 @dataclass(frozen=True)
 class FolderResult:
-    """Detections at or above the threshold, by file; files that could not be read, with the reason."""
+    """Detections at or above the threshold, by file; files that could not be searched, with the reason."""
 
     detections: dict[Path, Detections]
     skipped: dict[Path, str]
+    note: str = ""  # what was left out on purpose, in words
 
 
 def detect_files(
@@ -40,18 +44,25 @@ def detect_files(
 ) -> FolderResult:
     """Detect in every image that `paths` name and write the results to `out`.
 
-    `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. What scores
-    at least `threshold` is shown, by default what the detector's own thresholds let pass. A file that cannot be read,
-    or is too narrow for the network, is skipped and counted. Pictures keep the names of their images; a name that
-    occurs twice gets a number. What an earlier call left in `out` is not searched. The lists are written after an
-    interruption too. Raises SppnetError where a path names no image, and where a picture would overwrite one of the
-    images.
+    What scores at least `threshold` is shown, by default what the detector's own thresholds let pass.
+    `load` gives the detector, anew in each of `workers` processes (0 = one a core), and must be picklable. A file that
+    cannot be read, is too narrow for the network or too large for the memory is skipped and counted. Pictures keep the
+    names of their images; a name that occurs twice gets a number, one that is too long ends in a digest. Pictures that
+    an earlier call drew carry a mark and are not searched, wherever they lie. The lists are written after an
+    interruption too. Raises SppnetError, before anything is computed, where a path names no image, `out` cannot be
+    written to, and where a file in it that is not of an earlier call would be overwritten.
     """
     if threshold is not None:
         check_thresholds(threshold, ())
+    named = find_images(paths)
+    images = [path for path in named.images if not is_drawn(path)]
+    own = len(named.images) - len(images)
+    if own and not images:
+        raise SppnetError(f"{named.images[0]}: a picture that detections are drawn on already; name the images")
+    names = _picture_names(images)
+    _check_out(out, names)
     found: dict[Path, Detections] = {}
-    skipped: dict[Path, str] = {}
-    names = _picture_names(_find_inputs(paths, out))
+    skipped: dict[Path, str] = dict(named.unusable)
     jobs = [(path, out / name) for path, name in names.items()]
     try:
         done = iterate_in_workers(partial(_painter, load, threshold), jobs, workers)
@@ -65,7 +76,9 @@ def detect_files(
         if found or skipped:
             write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
             write_text(out / "detections.csv", _table(found))
-    return FolderResult(found, {path: skipped[path] for path in names if path in skipped})
+    drawn = "a picture that detections are drawn on" if own == 1 else f"{own} pictures that detections are drawn on"
+    note = "; ".join(filter(None, (named.note(), f"not searched: {drawn}" if own else "")))
+    return FolderResult(found, {path: skipped[path] for path in sorted(skipped)}, note)
 
 
 def _painter(
@@ -79,33 +92,45 @@ def _painter(
         try:
             image = read_image(path)
             detections = detector.detect(image, threshold=threshold)
+            drawn = draw_detections(image, detections)
         except ImageError as error:
             return str(error)
         except BackboneError as error:
             return f"{path}: {error}"
-        save_image(draw_detections(image, detections), picture)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            return f"{path}: not enough memory for it; cut it up, or train with maps.max_side or a smaller maps.scales"
+        save_image(drawn, picture)
         return detections
 
     return paint
 
 
-def _find_inputs(paths: Sequence[str | Path], out: Path) -> list[Path]:
-    """The images that `paths` name, without the pictures that an earlier call left in `out`."""
-    found, earlier = find_images(paths), _earlier_pictures(out)
-    images = [path for path in found if path.resolve() not in earlier]
-    inside = [path for path in images if path.resolve().parent == out.resolve()]
-    if inside or not images:
-        image = (inside or found)[0]
-        raise SppnetError(f"{image}: lies in {out}, where a picture could overwrite it; choose another --out")
-    return images
+def _check_out(out: Path, names: dict[Path, str]) -> None:
+    """Refuse an `out` in which something of the user's would be overwritten, or nothing can be written."""
+    for path in names:
+        if path.resolve().parent == out.resolve():
+            raise SppnetError(f"{path}: lies in {out}, where a picture could overwrite it; choose another --out")
+    strange = [out / name for name in names.values() if (out / name).exists() and not is_drawn(out / name)]
+    for path, of_ours in ((out / "detections.json", _is_list), (out / "detections.csv", _is_table)):
+        if path.exists() and not of_ours(path):
+            strange.append(path)
+    if strange:
+        raise SppnetError(f"{strange[0]}: would be overwritten and is not of an earlier call; choose another --out")
+    check_writable(out)
 
 
-def _earlier_pictures(out: Path) -> set[Path]:
-    """What the detections.json in `out`, if there is one, says that it belongs to."""
+def _is_list(path: Path) -> bool:
     try:
-        return {out.resolve() / entry["picture"] for entry in read_json(out / "detections.json")}
-    except (ArtifactError, TypeError, KeyError):  # none, or not ours
-        return set()
+        entries = read_json(path)
+        return isinstance(entries, list) and all({"image", "detections"} <= entry.keys() for entry in entries)
+    except (ArtifactError, AttributeError):
+        return False
+
+
+def _is_table(path: Path) -> bool:
+    return path.read_bytes()[:99].decode(errors="replace").partition("\r\n")[0] == ",".join(COLUMNS)
 
 
 def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -113,7 +138,8 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
     taken: set[str] = set()
     names = {}
     for path in paths:
-        candidates = itertools.chain([f"{path.stem}.jpg"], (f"{path.stem}-{n}.jpg" for n in itertools.count(2)))
+        numbers = (f"-{n}.jpg" for n in itertools.count(2))
+        candidates = (fitting_name(path.stem, ending) for ending in itertools.chain([".jpg"], numbers))
         names[path] = next(name for name in candidates if name.lower() not in taken)
         taken.add(names[path].lower())
     return names
@@ -124,14 +150,14 @@ def _entry(path: Path, picture: str, found: Detections) -> dict[str, Any]:
         {"class": found.classes[label], "score": round(float(score), 6), "box": [round(float(x), 2) for x in box]}
         for label, score, box in zip(found.labels, found.scores, found.boxes, strict=True)
     ]
-    return {"image": str(path), "picture": picture, "detections": objects}
+    return {"image": as_text(path), "picture": as_text(picture), "detections": objects}
 
 
 def _table(found: dict[Path, Detections]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["image", "class", "score", "x1", "y1", "x2", "y2"])
+    writer.writerow(COLUMNS)
     for path, detections in found.items():
         for entry in _entry(path, "", detections)["detections"]:
-            writer.writerow([path, entry["class"], entry["score"], *entry["box"]])
+            writer.writerow([as_text(path), entry["class"], entry["score"], *entry["box"]])
     return text.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from sppnet.artifacts import write_atomically
 from sppnet.records import Detections, clip_boxes
+from sppnet.report.fonts import font_for, legible
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # pixels, half-open
@@ -32,6 +35,8 @@ MARGIN = 8
 CAPTION_HEIGHT = 20
 PAPER, INK, GREY = (255, 255, 255), (40, 40, 40), (238, 238, 238)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+LONGEST_JPEG = 65_500  # pixels; libjpeg writes no more
+MARK = "drawn by sppnet"
 
 
 def class_colour(index: int) -> Colour:
@@ -61,7 +66,7 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, threshold:
     for row in np.argsort(-found.scores, kind="stable"):
         x1, y1, x2, y2 = boxes[row].tolist()
         if x2 > x1 and y2 > y1:
-            text = f"{found.classes[found.labels[row]]} {found.scores[row]:.2f}"
+            text = f"{legible(found.classes[found.labels[row]])} {found.scores[row]:.2f}"
             shown.append(((x1, y1, x2, y2), text, class_colour(int(found.labels[row]))))
     for (x1, y1, x2, y2), _, colour in reversed(shown):
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=min(line, x2 - x1, y2 - y1))
@@ -70,13 +75,30 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, threshold:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a .png or .jpg, complete or not at all."""
+    """Write a .png or .jpg, complete or not at all, with a mark that `is_drawn` finds.
+
+    A .jpg holds 65,500 pixels a side: a longer picture is shrunk to that.
+    """
     name = FORMATS.get(path.suffix.lower())
     if name is None:
         raise ValueError(
             f"{path}: a picture is written as {', '.join(FORMATS)}, got {path.suffix!r}; choose one of them"
         )
-    write_atomically(path, lambda file: image.save(file, name, quality=90))
+    if name == "JPEG" and max(image.size) > LONGEST_JPEG:
+        image = image.copy()
+        image.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
+    comment = PngInfo()
+    comment.add_text("Comment", MARK)
+    write_atomically(path, lambda file: image.save(file, name, quality=90, comment=MARK, pnginfo=comment))
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether `save_image` wrote this file: it is no photo. Reads its first bytes alone."""
+    try:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            return MARK.encode() in file.read(256)
+    except OSError:
+        return False
 
 
 def _draw_tags(draw: ImageDraw.ImageDraw, shown: list[tuple[Rectangle, str, Colour]], size: tuple[int, int]) -> None:
@@ -98,7 +120,7 @@ def _draw_tags(draw: ImageDraw.ImageDraw, shown: list[tuple[Rectangle, str, Colo
 def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, wanted: int, width: int) -> Font:
     """The largest font up to `wanted` in which the tag is no wider than the image."""
     for points in range(wanted, 4, -1):
-        font = ImageFont.load_default(points)
+        font = font_for(text, points)
         if _tag_size(draw, text, font)[0] <= width:
             break
     return font
@@ -170,7 +192,8 @@ def contact_sheet(
 
 def _write_line(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
     """One line of text, cut with an ellipsis where it is wider than `width`."""
-    font = ImageFont.load_default(13)
+    text = legible(text)
+    font = font_for(text, 13)
     if draw.textlength(text, font=font) > width:
         while text and draw.textlength(text + "…", font=font) > width:
             text = text[:-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,10 +17,11 @@ from PIL import Image
 from sppnet import jobs
 from sppnet.backbones import backbone as backbones
 from sppnet.detection.detector import SPPDetector
-from sppnet.errors import SppnetError
+from sppnet.errors import ArtifactError, SppnetError
 from sppnet.images import read_image
 from sppnet.pipeline import prediction as folder_detection
 from sppnet.pipeline.prediction import detect_files
+from sppnet.report.drawing import save_image
 
 WINDOWS = np.array([[10, 10, 90, 90], [50, 40, 150, 160], [100, 20, 180, 120], [0, 0, 60, 200]], np.float32)
 EVERYTHING = -1.5
@@ -160,15 +163,167 @@ def test_no_two_pictures_share_a_name(detector, photos, tmp_path):
     assert {path.name.lower() for path in (tmp_path / "out").glob("*.jpg")} == names
 
 
-def test_pictures_of_an_earlier_call_are_not_searched(detector, photos):
-    for out in (photos / "found", photos.parent):
-        first = detect_files(lambda: detector, [photos.parent], out, EVERYTHING)
-        again = detect_files(lambda: detector, [photos.parent], out, EVERYTHING)
-        assert list(again.detections) == list(first.detections)
-        shutil.rmtree(photos / "found", ignore_errors=True)
-    (photos.parent / "detections.json").write_text("{}")  # whose pictures they are is no longer known
-    with pytest.raises(SppnetError, match="choose another --out"):
-        detect_files(lambda: detector, [photos.parent], photos.parent, EVERYTHING)
+def test_drawn_pictures_are_not_searched_wherever_they_lie(detector, photos):
+    own = sorted(photos.rglob("*.*g"))
+    for out in ("found", "found/strict", "deeper/other", "found"):
+        result = detect_files(lambda: detector, [photos], photos / out, EVERYTHING)
+        assert list(result.detections) == own
+    assert "not searched: 9 pictures that detections are drawn on" in result.note
+    (photos / "found").rename(photos / "elsewhere")
+    shutil.copy(photos / "elsewhere/a.jpg", photos / "copy of a.jpg")
+    (photos / "elsewhere/detections.json").unlink()
+    assert list(detect_files(lambda: detector, [photos], photos / "last", EVERYTHING).detections) == own
+    with pytest.raises(SppnetError, match=r"copy of a\.jpg: a picture that detections are drawn on already"):
+        detect_files(lambda: detector, [photos / "copy of a.jpg"], photos / "none", EVERYTHING)
+
+
+def test_a_call_into_the_same_folder_goes_on_after_an_interruption_and_with_fewer_photos(detector, photos, monkeypatch):
+    out, stop = photos / "found", [photos / "b.png"]
+
+    def interrupt(path):
+        if path in stop:
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    monkeypatch.setattr(folder_detection, "read_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detect_files(lambda: detector, [photos], out, EVERYTHING)
+    stop.clear()
+    assert len(detect_files(lambda: detector, [photos], out, EVERYTHING).detections) == 3
+    (photos / "b.png").unlink()
+    for _ in range(2):
+        assert len(detect_files(lambda: detector, [photos], out, EVERYTHING).detections) == 2
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a-2.jpg", "detections.json", "detections.csv"])
+def test_files_of_the_user_in_the_folder_of_results_are_never_overwritten(detector, photos, tmp_path, name):
+    def load():
+        raise AssertionError("nothing may be computed")
+
+    own = tmp_path / "out" / name
+    own.parent.mkdir()
+    shutil.copy(photos / "a.jpg", own) if name.endswith(".jpg") else own.write_text("{}")
+    before = own.read_bytes()
+    with pytest.raises(SppnetError, match=rf"{name}: would be overwritten and is not of an earlier call; choose"):
+        detect_files(load, [photos], own.parent, EVERYTHING)
+    assert own.read_bytes() == before
+    assert list(own.parent.iterdir()) == [own]
+
+
+def test_other_files_of_the_user_there_stay(detector, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    shutil.copy(photos / "a.jpg", tmp_path / "out/mine.jpg")
+    for _ in range(2):
+        detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    assert (tmp_path / "out/mine.jpg").read_bytes() == (photos / "a.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/"])
+def test_a_folder_of_results_that_cannot_be_is_refused_first(photos, tmp_path, inside):
+    def load():
+        raise AssertionError("nothing may be computed")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(SppnetError, match=r"cannot write here \((File exists|Not a directory)\); expected a folder"):
+        detect_files(load, [photos], tmp_path / "file" / inside, EVERYTHING)
+
+
+ODD = {  # what to make of a path, and what is said of it
+    "empty.jpg": (lambda path: path.touch(), "an empty file"),
+    "pipe.jpg": (os.mkfifo, "a folder, pipe or device"),
+    "gone.png": (lambda path: path.symlink_to("nowhere"), "no such file"),
+    "photo.heic": (lambda path: path.write_bytes(b"ftypheic"), "save it as JPEG"),
+    "long.png": (lambda path: Image.new("RGB", (60_000, 4)).save(path), r"train with maps\.max_side"),
+    "dot.png": (lambda path: Image.new("RGB", (1, 1)).save(path), None),
+    "thin.png": (lambda path: Image.new("RGB", (3, 500)).save(path), None),
+}
+
+
+def test_odd_files_do_not_end_the_folder(detector, photos, tmp_path):
+    for name, (make, _) in ODD.items():
+        make(photos / name)
+    (photos / "folder.jpg").mkdir()
+    shutil.copy(photos / "a.jpg", photos / "folder.jpg/inside.jpg")
+    result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    for name, (_, reason) in ODD.items():
+        skipped = result.skipped.get(photos / name)
+        assert (reason is None) == (skipped is None), name
+        assert reason is None or (re.search(reason, skipped) and name in skipped)
+    expected = {photos / "folder.jpg/inside.jpg", photos / "a.jpg", photos / "b.png", photos / "deeper/a.jpg"}
+    assert expected <= set(result.detections)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert len(entries) == len(result.detections) == len(list((tmp_path / "out").glob("*.jpg")))
+
+
+REFUSED = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp: std::bad_alloc"),
+    RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=str)
+def test_an_image_that_the_memory_does_not_hold_is_skipped(detector, photos, tmp_path, error):
+    class Full:
+        def detect(self, image, threshold):
+            if image.shape == read_image(photos / "b.png").shape:
+                raise error
+            return detector.detect(image, threshold=threshold)
+
+    Image.new("RGB", (99, 77)).save(photos / "b.png")
+    result = detect_files(Full, [photos], tmp_path / "out", EVERYTHING)
+    assert list(result.skipped) == [photos / "b.png"]
+    assert "b.png: not enough memory" in result.skipped[photos / "b.png"]
+    assert len(result.detections) == 2
+
+
+def test_any_other_failure_is_no_matter_of_an_image(photos, tmp_path):
+    class Broken:
+        def detect(self, image, threshold):
+            raise RuntimeError("a shape is wrong")
+
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        detect_files(Broken, [photos], tmp_path / "out", EVERYTHING)
+
+
+def test_a_full_disk_ends_it_and_keeps_what_is_done(detector, photos, tmp_path, monkeypatch):
+    def full(picture, path):
+        if path.name == "b.jpg":
+            raise ArtifactError(f"{path}: cannot write (No space left on device)")
+        save_image(picture, path)
+
+    monkeypatch.setattr(folder_detection, "save_image", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    assert [entry["picture"] for entry in json.loads((tmp_path / "out/detections.json").read_text())] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("length", [246, 251, 255])
+def test_the_longest_names_are_kept_or_cut(detector, photos, tmp_path, length):
+    for start in ("写", "x"):  # several bytes a letter, and one
+        name = (start * length).encode()[: length - 4].decode(errors="ignore")
+        shutil.copy(photos / "b.png", photos / f"{name}.png")
+    result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert len(result.detections) == len(entries) == 5
+    assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {entry["picture"] for entry in entries}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"\xff\xfe.jpg", b"line\nbreak.jpg", b'a "b", {}$_%.jpg'])
+def test_names_of_any_bytes_are_listed(detector, photos, tmp_path, name):
+    path = photos / os.fsdecode(name)
+    shutil.copy(photos / "a.jpg", path)
+    result = detect_files(lambda: detector, [photos], tmp_path / "out", EVERYTHING)
+    assert path in result.detections
+    assert (tmp_path / "out" / path.name).is_file()
+    entries = json.loads((tmp_path / "out/detections.json").read_bytes().decode())
+    listed = name.decode(errors="backslashreplace")
+    assert f"{photos}/{listed}" in [entry["image"].encode().decode() for entry in entries]
+    with (tmp_path / "out/detections.csv").open(encoding="utf-8", newline="") as file:
+        assert f"{photos}/{listed}" in [row["image"] for row in csv.DictReader(file)]
 
 
 def test_an_image_that_was_asked_for_is_never_overwritten(detector, photos):

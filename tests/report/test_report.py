@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from sppnet.evaluation.voc import ClassResult, PRCurve, VOCEvaluation
 from sppnet.records import Detections
-from sppnet.report.drawing import Picture, class_colour, contact_sheet, draw_detections, save_image
+from sppnet.report import fonts
+from sppnet.report.drawing import Picture, class_colour, contact_sheet, draw_detections, is_drawn, save_image
 from sppnet.report.plots import draw_precision_recall
 
 CLASSES = ("cat", "dog")
@@ -190,3 +192,110 @@ def test_precision_recall_has_a_panel_per_class(count):
 def test_curves_are_drawn_without_the_global_state_of_pyplot():
     code = "import sys, sppnet.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("count", [49, 1000])
+def test_of_many_classes_the_worst_are_drawn_in_seconds(count, monkeypatch):
+    curve = PRCurve(np.linspace(0.1, 0.8, 8), np.linspace(1, 0.4, 8), np.linspace(2, -1, 8))
+    results = {f"class{i}": ClassResult(i / count if i % 2 else None, curve, 3, 8) for i in range(count)}
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **options: titles.append(text))
+    picture = draw_precision_recall(VOCEvaluation(results, "area", 0.5, False))
+    assert len(titles) == 48
+    assert picture.size[0] * picture.size[1] < 5_000_000
+    lowest = [f"class{i}" for i in range(1, count, 2)][:48]
+    assert {title.split()[0] for title in titles} >= set(lowest)
+
+
+# ---- names in any alphabet ------------------------------------------------------------------------------------------
+
+ALPHABETS = {
+    "Cyrillic": ("кот", "пёс"),
+    "Greek": ("αβγ", "δεζ"),
+    "Chinese": ("猫", "犬"),
+    "Korean": ("고양이", "개"),
+    "Thai": ("แมว", "หมา"),
+    "Arabic": ("قط", "كل"),
+    "Hebrew": ("חתול", "כלב"),
+    "accents": ("žluť", "žlut"),
+    "pictures": ("😀", "😁"),
+    "controls": ("a\nb", "a\tb"),
+    "halves": ("\udce9", "\udcea"),
+}
+SPECIAL = [
+    "$5_$10 note",
+    "$$",
+    r"\frac{a}",
+    "a_b^{2}",
+    "50 %",
+    "{}",
+    "x" * 300,
+    *(pair[0] for pair in ALPHABETS.values()),
+]
+
+
+def named(name: str) -> Detections:
+    return Detections(np.array([[20, 40, 160, 100]], np.float32), np.array([0.5], np.float32), np.array([0]), (name,))
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_different_names_are_drawn_differently_in_every_alphabet(alphabet):
+    one, other = (np.asarray(draw_detections(grey(120, 400), named(name))) for name in ALPHABETS[alphabet])
+    assert not np.array_equal(one, other)
+    one, other = (np.asarray(contact_sheet([Picture(grey(9, 9), detections(), name)])) for name in ALPHABETS[alphabet])
+    assert not np.array_equal(one, other)
+
+
+def test_letters_that_no_font_has_are_escapes_and_the_log_says_so_once(caplog, monkeypatch):
+    fonts._warn.cache_clear()
+    monkeypatch.setattr(fonts, "_letters", lambda path: fonts.BASIC | {ord(letter) for letter in "кот"})
+    fonts.legible.cache_clear()
+    with caplog.at_level("WARNING", "sppnet"):
+        assert [fonts.legible(text) for text in ("кот", "кит", "сам\n")] == [
+            "кот",
+            r"к\u0438т",
+            r"\u0441\u0430\u043c\n",
+        ]
+    fonts.legible.cache_clear()
+    assert caplog.messages == [
+        "no font of this system has all letters of the names: pictures show those it lacks as codes"
+    ]
+
+
+@pytest.mark.parametrize("name", [*SPECIAL, *(one for one, _ in ALPHABETS.values())])
+def test_a_name_of_any_letters_is_the_title_of_its_curve(name):
+    curve = PRCurve(*(np.linspace(0, 1, 3) for _ in range(3)))
+    results = {name: ClassResult(0.5, curve, 3, 3), name + " ": ClassResult(None, curve, 0, 0)}
+    titles = []
+    set_title = Axes.set_title
+
+    def spy(axes, text, **options):
+        titles.append((text, options["parse_math"]))
+        return set_title(axes, text, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "set_title", spy)
+        draw_precision_recall(VOCEvaluation(results, "area", 0.5, False))  # warnings of missing letters are errors
+    assert titles[0][0].startswith(fonts.legible(name)[:17])
+    assert not any(mathematics for _, mathematics in titles)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_drawn_pictures_are_known_by_their_mark(tmp_path, name):
+    Image.fromarray(grey(20, 30)).save(tmp_path / name)
+    assert not is_drawn(tmp_path / name)
+    save_image(Image.fromarray(grey(20, 30)), tmp_path / name)
+    assert is_drawn(tmp_path / name)
+    assert not is_drawn(tmp_path)
+    assert not is_drawn(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("size", [(65_501, 3), (4, 70_000), (65_500, 2)])
+def test_a_picture_longer_than_a_jpeg_may_be_is_shrunk(tmp_path, size):
+    save_image(Image.new("RGB", size), tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert max(picture.size) == 65_500
+        assert min(picture.size) in (min(size), min(size) - 1)
