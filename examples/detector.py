@@ -15,7 +15,7 @@ for path in sorted(Path(folder).glob("*.jpg")):
     found = detector.detect(path, top=5)
     print(f"{path.name}: {len(found)} found")
     for box, score, _, name in found:
-        print(f"  {name} {score:.2f} at {box.round().tolist()}")
+        print(f"  {name} {score:.2f} at {[round(x) for x in box]}")
 
     image = read_image(path)
     maps = detector.embed(image)  # once …

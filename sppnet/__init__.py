@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from sppnet.config_files import load_config
     from sppnet.detection.box_regression import fit_box_regressor
     from sppnet.detection.detector import SPPDetector
+    from sppnet.detection.hard_negatives import mine_detectors
     from sppnet.detection.linear_svm import fit_linear_svm
     from sppnet.detection.nms import nms
     from sppnet.detection.windows import choose_scales, project_windows
+    from sppnet.errors import SppnetError
     from sppnet.evaluation.voc import evaluate_voc
     from sppnet.images import read_image
-    from sppnet.ops.pyramid import SpatialPyramidPool, pool_windows, spatial_pyramid_pool
+    from sppnet.ops.pyramid import SpatialPyramidPool, WindowPool, pool_windows, spatial_pyramid_pool
+    from sppnet.pipeline.training import train_detector
+    from sppnet.proposals.selective_search import selective_search
     from sppnet.records import Annotation, Detections, ImageRecord
 
 __version__ = "0.1.0"
@@ -37,16 +41,21 @@ _MODULES = {
     "SPPDetector": "detection.detector",
     "SVMSettings": "config",
     "SpatialPyramidPool": "ops.pyramid",
+    "SppnetError": "errors",
+    "WindowPool": "ops.pyramid",
     "choose_scales": "detection.windows",
     "evaluate_voc": "evaluation.voc",
     "fit_box_regressor": "detection.box_regression",
     "fit_linear_svm": "detection.linear_svm",
     "load_config": "config_files",
+    "mine_detectors": "detection.hard_negatives",
     "nms": "detection.nms",
     "pool_windows": "ops.pyramid",
     "project_windows": "detection.windows",
     "read_image": "images",
+    "selective_search": "proposals.selective_search",
     "spatial_pyramid_pool": "ops.pyramid",
+    "train_detector": "pipeline.training",
 }
 
 __all__ = sorted(_MODULES)
@@ -61,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

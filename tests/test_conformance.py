@@ -29,16 +29,21 @@ PUBLIC = [
     "SPPDetector",
     "SVMSettings",
     "SpatialPyramidPool",
+    "SppnetError",
+    "WindowPool",
     "choose_scales",
     "evaluate_voc",
     "fit_box_regressor",
     "fit_linear_svm",
     "load_config",
+    "mine_detectors",
     "nms",
     "pool_windows",
     "project_windows",
     "read_image",
+    "selective_search",
     "spatial_pyramid_pool",
+    "train_detector",
 ]
 
 

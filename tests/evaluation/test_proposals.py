@@ -24,8 +24,11 @@ boxes = st.lists(st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(0, 20)] * 2)
 )
 
 
+objects = boxes.map(lambda rows: [(x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in rows])
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(boxes, boxes), max_size=4), st.floats(0.01, 1), st.none() | st.integers(1, 4))
+@given(st.lists(st.tuples(boxes, objects), max_size=4), st.floats(0.01, 1), st.none() | st.integers(1, 4))
 def test_the_cover_is_that_of_torchvision_image_by_image(images: list, iou: float, most: int | None) -> None:
     windows = {str(i): found for i, (found, _) in enumerate(images)}
     truth = {str(i): annotated(*(("cat", box) for box in objects)) for i, (_, objects) in enumerate(images)}
@@ -34,7 +37,7 @@ def test_the_cover_is_that_of_torchvision_image_by_image(images: list, iou: floa
     for found, objects in images:
         given = torch.tensor(found[:most], dtype=torch.float64).reshape(-1, 4)
         for box in objects:
-            overlaps = box_iou(torch.tensor([box], dtype=torch.float64), given).nan_to_num()  # 0 / 0 without extent
+            overlaps = box_iou(torch.tensor([box], dtype=torch.float64), given)
             best.append(float(overlaps.max()) if len(given) else 0.0)
     np.testing.assert_allclose(quality.best_overlaps, best)
     assert quality.objects == len(best)
@@ -83,8 +86,6 @@ def test_windows_that_are_none_are_refused_with_their_image(windows: Any, messag
         {"annotations": [TRUTH]},
         {"annotations": None},
         {"annotations": {"a": WINDOWS}},
-        {"annotations": {"a": annotated(("cat", (5, 5, 2, 9)))}},
-        {"annotations": {"a": annotated(("cat", (0, 0, np.nan, 9)))}},
         {"annotations": {"a": TRUTH, "b": TRUTH}},
         *({"iou": iou} for iou in (0, -0.5, 1.01, np.nan, "0.5", None)),
         *({"max_windows": most} for most in (0, -1, 1.5, np.nan, "9")),

@@ -7,7 +7,8 @@ line counts 5 classes less one and even calls the images that show it "without o
 
 from product import ROOT, add_image, sppnet, tiny_settings, verdict, write_config, write_set
 
-from sppnet.data.voc import hold_out, load_split
+from sppnet.data.selection import hold_out
+from sppnet.data.splits import load_split
 
 devkit = ROOT / "devkit"
 stems = [f"p{i:02d}" for i in range(12)]

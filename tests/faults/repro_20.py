@@ -12,7 +12,7 @@ from product import ROOT, add_image, tiny_settings, verdict, write_set
 from sppnet import Geometry
 from sppnet.artifacts import write_arrays
 from sppnet.config_files import parse_config
-from sppnet.data.voc import load_split
+from sppnet.data.splits import load_split
 from sppnet.detection.training_windows import TrainingWindows
 from sppnet.records import pairwise_iou
 

@@ -18,16 +18,17 @@ def found(boxes=box, scores=(0.8,), labels=(0,)):
 
 
 cases = {
-    "label -1": (found(labels=(-1,)), truth),
-    "two scores, one box": (found(scores=(0.8, 0.7)), truth),
-    "NaN box": (found(box * np.nan), truth),
-    "NaN ground truth": (found(), Annotation(box * np.nan, ("x",), np.array([False]))),
-    "label 3": (found(labels=(3,)), truth),
-    "two boxes, one name": (found(), Annotation(np.repeat(box, 2, 0), ("x",), np.array([False]))),
+    "label -1": lambda: (found(labels=(-1,)), truth),
+    "two scores, one box": lambda: (found(scores=(0.8, 0.7)), truth),
+    "NaN box": lambda: (found(box * np.nan), truth),
+    "NaN ground truth": lambda: (found(), Annotation(box * np.nan, ("x",), np.array([False]))),
+    "label 3": lambda: (found(labels=(3,)), truth),
+    "two boxes, one name": lambda: (found(), Annotation(np.repeat(box, 2, 0), ("x",), np.array([False]))),
 }
 faults = []
-for what, (detections, annotation) in cases.items():
+for what, case in cases.items():
     try:
+        detections, annotation = case()
         value = evaluate_voc({"a": detections}, {"a": annotation}, ["x"]).map
         faults.append(f"{what}: mAP {value:g}")
     except ValueError:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sppnet.data.voc import SppnetError, load_split, write_annotation
+from sppnet.data.splits import load_split
+from sppnet.data.voc import write_annotation
+from sppnet.errors import SppnetError
 from sppnet.images import read_image
 
 root = Path(tempfile.mkdtemp())
