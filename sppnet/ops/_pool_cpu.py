@@ -272,7 +272,7 @@ def _pool(table: Any, groups: Any, plan: Any, pooled: Any, start: int, stop: int
     # The tiles of levels of few bins read a little behind the bins found, and write a little behind those turned.
     found = np.zeros((bins + TILE, lanes), table.dtype)
     turned = np.empty(lanes * plan[0, 0] ** 2 + TILE, table.dtype)
-    found_at, turned_at, pooled_at = found.ctypes.data, turned.ctypes.data, pooled.ctypes.data
+    found_at, pooled_at = found.ctypes.data, pooled.ctypes.data
     for u in range(start, stop):
         x, y, w, h = windows[u, 0], windows[u, 1], windows[u, 2] - windows[u, 0], windows[u, 3] - windows[u, 1]
         for block in range(blocks):
@@ -293,8 +293,11 @@ def _pool(table: Any, groups: Any, plan: Any, pooled: Any, start: int, stop: int
                 for c in range(0, own, TILE):
                     for b in range(0, n * n, TILE):
                         b = max(0, min(b, n * n - TILE))
-                        start_at, end_at = found_at + ((row + b) * lanes + c) * size, turned_at + (c * n * n + b) * size
+                        start_at = found_at + ((row + b) * lanes + c) * size
+                        end_at = turned.ctypes.data + (c * n * n + b) * size  # asked here: so numba keeps it that long
                         _transpose_tile(found[0, 0], start_at, lanes * size, end_at, n * n * size)  # type: ignore[call-arg]
                 column = plan[level, 4] * channels + block * lanes * n * n
                 for k in range(begins[u], begins[u + 1]):
-                    _copy_bytes(pooled_at + (rows[k] * pooled.shape[1] + column) * size, turned_at, own * n * n * size)
+                    _copy_bytes(
+                        pooled_at + (rows[k] * pooled.shape[1] + column) * size, turned.ctypes.data, own * n * n * size
+                    )

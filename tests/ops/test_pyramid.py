@@ -778,3 +778,32 @@ def test_few_windows_of_a_map_that_lies_channels_last_equal_the_crops_too(channe
     assert torch.equal(pooled, expected)
     feature_map.zero_()
     assert torch.equal(pooled, expected)
+
+
+SHARED_HEAP = """
+import torch
+from sppnet import pool_windows
+corners = torch.rand(600, 2, 2, generator=torch.Generator().manual_seed(0)).sort(1)[0]
+first, last = (corners * torch.tensor([48, 38])).long().unbind(1)
+windows, feature_map = torch.cat([first, last + 1], 1), torch.rand(256, 40, 50)
+torch.set_num_threads(1)
+expected = pool_windows(feature_map, windows, (1, 2, 3, 6))
+torch.set_num_threads(4)
+for _ in range(5):
+    assert torch.equal(pool_windows(feature_map, windows, (1, 2, 3, 6)), expected)
+whole = torch.tensor([[0, 0, 50, 40]])
+for level in (14, 33):
+    assert torch.equal(pool_windows(feature_map, whole, (level,)).view(256, level, level),
+                       torch.nn.functional.adaptive_max_pool2d(feature_map, level))
+"""
+
+
+def test_threads_that_share_one_heap_do_not_write_into_the_memory_of_others() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SHARED_HEAP],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-500:]
