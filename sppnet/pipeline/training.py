@@ -29,7 +29,7 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
-from sppnet.errors import SppnetError, counted
+from sppnet.errors import counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
@@ -68,12 +68,11 @@ def train_detector(
     deleted too, and so is the detector of an earlier training.
     """
     training = Training(config, root, torch.device(device), progress, backbone)
-    config = training.asked
-    graph = training.graph
+    config, graph = training.asked, training.graph
     runtime = resolve_runtime(config.maps.runtime, device)
     log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
     log.info("%s", graph.data)
-    training.check_files(only)
+    training.networks.check_inputs(only)
     if distributed.is_main():
         graph.delete(graph.invalidated(only, force))
         write_text(root / "config.yaml", dump_config(config))
@@ -105,38 +104,8 @@ class Training:
         self.networks = TrainingNetworks(self.graph, device, module)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
-        """What `check_files` would refuse for these stages without reading a weight: a line for each."""
-        weights, head = self.config.backbone.weights, self.config.head
-        named = [("proposals.import_from", path) for path in self.config.proposals.import_from]
-        found = self.networks.unusable_images(stages)
-        if set(stages) - {"proposals"}:
-            if weights.file is not None and weights.source == "file" and self._needs_start_of("pretrain"):
-                named.append(("backbone.weights.file", weights.file))
-            if head.checkpoint is not None and head.init == "checkpoint" and self._needs_start_of("finetune"):
-                named.append(("head.checkpoint", head.checkpoint))
-            try:
-                self.networks.check_ranks()
-                resolve_runtime(self.config.maps.runtime, self.device)
-            except SppnetError as error:
-                found.append(str(error))
-        return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
-
-    def check_files(self, stages: Sequence[str]) -> None:
-        """Raise now what would end one of these stages hours later: files or images that are missing or do not fit."""
-        for reason in self.networks.unusable_images(stages):
-            raise SppnetError(reason)
-        for path in self.config.proposals.import_from:
-            if not path.is_file():
-                raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
-        if not set(stages) - {"proposals"}:
-            return
-        if not self.config.pretrain.enabled:
-            _ = self.networks.backbone
-        elif self._needs_start_of("pretrain"):
-            build_backbone(self.config.backbone, module=self.module)
-        self.networks.check_ranks()
-        if self.config.head.init != "random" and self._needs_start_of("finetune"):
-            self.networks.started_head()
+        """What would end one of these stages, found without reading a weight: a line for each."""
+        return self.networks.missing_inputs(stages)
 
     def perform(self, status: StageStatus) -> StageReport:
         """Run one stage unless it is skipped."""
@@ -317,11 +286,6 @@ class Training:
 
     def _regressor(self, label: int) -> Path:
         return self.graph.folder("boxes") / regressor_path(label)
-
-    def _needs_start_of(self, stage: str) -> bool:
-        """Whether what a stage starts from is used: the stage is skipped or not complete."""
-        status = self.graph.status(stage)
-        return bool(status.skipped) or not status.complete
 
     def _exists(self, path: Path) -> bool:
         """Whether a result is there, for all processes before any of them makes it."""
