@@ -28,10 +28,8 @@ Kind = Literal["auto", "torch", "openvino"]
 Precision = Literal["float32", "bfloat16"]
 Run = Callable[[Tensor], Tensor]
 
-# Shapes stay dynamic: a model reshaped to each size is no faster, and it is compiled for 0.03 to 0.4 s per size. What
-# OpenVINO keeps per layer and size is limited. Measured over 300 random sizes from 200 to 800 pixels (MobileNetV2,
-# SqueezeNet 1.1, ResNet-18): its default, 5000 layers, takes 440 to 570 MB and goes on growing; 256 layers take 80 to
-# 110 MB, nearly all in the first 100 sizes. Either way a new size costs 5 to 10 ms once.
+# Shapes stay dynamic: a model reshaped to each size is no faster and is compiled for 0.03 to 0.4 s per size. What
+# OpenVINO keeps per layer and size is limited: over 300 sizes its default, 5000, takes 500 MB and grows, 256 take 100.
 KEPT_LAYERS = 256
 
 TRACED_SIZE = (96, 128)  # any size that every backbone accepts: the converted model takes all sizes

@@ -6,7 +6,7 @@ import hashlib
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     faults = [fault for key, tensor in needed.items() if (fault := _fault(key, tensor, state.get(key)))]
     if faults:
         others = [key for key in state if key not in own]
+        listed = "; ".join(faults[:3]) + "; …" * (len(faults) > 3)
+        unused = f"not used: {', '.join(others[:3])}{', …' * (len(others) > 3)}; " if others else ""
         raise SppnetError(
-            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {_few(faults, '; ')}; "
-            f"{f'not used: {_few(others)}; ' if others else ''}expected torchvision's parameter names: "
-            "choose the backbone.name that the file was saved from, or another file"
+            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {listed}; {unused}expected "
+            "torchvision's parameter names: choose the backbone.name that the file was saved from, or another file"
         )
     module.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -100,10 +101,6 @@ def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: s
         raise SppnetError(f"{origin}: holds these tensors under {' and '.join(fitting)}; save one of them alone")
     prefix = fitting[0] if fitting else ""
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
-def _few(things: Sequence[str], separator: str = ", ") -> str:
-    return separator.join([*things[:3], *(["…"] if len(things) > 3 else [])])
 
 
 def _read(path: Path) -> Any:

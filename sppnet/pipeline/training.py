@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,15 +43,6 @@ from sppnet.proposals.search import make_proposer, propose_images, read_windows
 log = logging.getLogger("sppnet")
 
 
-@dataclass(frozen=True)
-class StageReport:
-    """What a stage did, in words, and how long it took."""
-
-    name: str
-    seconds: float
-    summary: str
-
-
 def train_detector(
     config: Config,
     root: Path,
@@ -78,8 +69,8 @@ def train_detector(
         write_text(root / "config.yaml", dump_config(config))
         graph.data.split.write(root)
     distributed.barrier()
-    reports = [training.perform(status) for status in graph.statuses() if status.name in only]
-    log.info("Summary\n%s", _table(reports))
+    lines = [training.perform(status) for status in graph.statuses() if status.name in only]
+    log.info("Summary\n%s", "\n".join([f"{'stage':<10} {'time':>9}  done", *lines]))
     missing = [status.name for status in graph.statuses() if not status.complete]
     if missing:
         log.info("no detector yet: %s still to do", ", ".join(missing))
@@ -107,15 +98,15 @@ class Training:
         """What would end one of these stages, found without reading a weight: a line for each."""
         return self.networks.missing_inputs(stages)
 
-    def perform(self, status: StageStatus) -> StageReport:
-        """Run one stage unless it is skipped."""
+    def perform(self, status: StageStatus) -> str:
+        """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
         start = time.monotonic()
-        if status.skipped:
-            return StageReport(status.name, 0.0, f"skipped: {status.skipped}")
-        summary = RUN[status.name](self)
+        summary = f"skipped: {status.skipped}" if status.skipped else RUN[status.name](self)
         seconds = time.monotonic() - start
-        log.info("%s: %s (%s)", status.name, summary, _duration(seconds))
-        return StageReport(status.name, seconds, summary)
+        duration = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        if not status.skipped:
+            log.info("%s: %s (%s)", status.name, summary, duration)
+        return f"{status.name:<10} {duration:>9}  {summary}"
 
     def assemble(self) -> SPPDetector:
         """The detector from the artifacts, saved under detector/."""
@@ -132,10 +123,9 @@ class Training:
         svms = LinearSVMs.from_tensors(read_tensors(self.graph.folder("svm") / "svm.safetensors"))
         regressors = None
         if self.config.boxes.enabled:
-            own = [read_tensors(self._regressor(label)) for label in range(len(self.classes))]
-            regressors = BoxRegressors.stack(
-                {n: BoxRegressors.from_tensors(t).per_class[0] for n, t in zip(self.classes, own, strict=True)}
-            )
+            own = [read_tensors(self.graph.folder("boxes") / regressor_path(i)) for i in range(len(self.classes))]
+            each = [BoxRegressors.from_tensors(tensors).per_class[0] for tensors in own]
+            regressors = BoxRegressors.stack(dict(zip(self.classes, each, strict=True)))
         networks, proposer = self.networks, make_proposer(self.config.proposals)
         return SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
 
@@ -254,8 +244,9 @@ class Training:
 
     # 5. class-wise box regression
     def boxes(self) -> str:
-        missing = [label for label in range(len(self.classes)) if not self._regressor(label).exists()]
-        done = next((self._regressor(label) for label in range(len(self.classes)) if label not in missing), None)
+        paths = [self.graph.folder("boxes") / regressor_path(label) for label in range(len(self.classes))]
+        missing = [label for label, path in enumerate(paths) if not path.exists()]
+        done = next((path for path in paths if path.exists()), None)
         counts = []
         if distributed.is_main() and missing:
             settings, networks = self.config.boxes, self.networks
@@ -267,8 +258,7 @@ class Training:
                 own = examples[label]
                 rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
-                tensors = BoxRegressors.stack({self.classes[label]: regressor}).to_tensors()
-                write_tensors(self._regressor(label), tensors)
+                write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
                 counts.append(len(rows))
         distributed.barrier()
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
@@ -283,9 +273,6 @@ class Training:
             write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
         distributed.barrier()
         return describe_thresholds(read_json(path))
-
-    def _regressor(self, label: int) -> Path:
-        return self.graph.folder("boxes") / regressor_path(label)
 
     def _exists(self, path: Path) -> bool:
         """Whether a result is there, for all processes before any of them makes it."""
@@ -311,13 +298,3 @@ RUN: dict[str, Callable[[Training], str]] = {
     "boxes": Training.boxes,
     "thresholds": Training.thresholds,
 }
-
-
-def _table(reports: Sequence[StageReport]) -> str:
-    """Stage, time, what was done."""
-    lines = [f"{'stage':<10} {'time':>9}  done"]
-    return "\n".join([*lines, *(f"{r.name:<10} {_duration(r.seconds):>9}  {r.summary}" for r in reports)])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
