@@ -30,7 +30,7 @@ from sppnet.jobs import map_in_workers
 from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
-from sppnet.records import Annotation, Detections, ImageRecord, spread
+from sppnet.records import Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
 from sppnet.report.plots import draw_precision_recall
 
@@ -89,7 +89,16 @@ def detect_split(
     if cut:
         limit = f"detect.max_per_class={config.detect.max_per_class}"
         log.info("%s left out detections of %d images, %s the first; a larger one keeps them", limit, len(cut), cut[0])
-    evaluation, quality = _evaluate(description, records, detections, windows, evaluate)
+    known = restrict([r for r in records if r.annotation is not None], description.classes)
+    annotations = {r.id: r.annotation for r in known if r.annotation is not None}
+    evaluation = quality = None
+    if annotations:
+        rules = (config.evaluate.metric, config.evaluate.iou, config.evaluate.use_difficult)
+        found = {image: detections[image] for image in annotations}
+        evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
+        quality = proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
+    else:
+        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 
@@ -132,9 +141,8 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Detect on a run's own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
 
-    `backbone`: the network that it was trained with, where that was given in Python.
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
-    Results on a folder other than data.root have a folder of their own below run/results/.
+    `backbone`: the network that it was trained with, where that was given in Python.
     """
     # Loaded whole: a damaged one is refused before windows are searched.
     config = SPPDetector.load(run, backbone=backbone).config
@@ -172,11 +180,9 @@ def evaluate_run(
 
 def _describe(folder: Path, result: SplitResult, splits: tuple[str, ...]) -> bool:
     """Whether the figures in the folder are those of these very detections, with nothing missing among them."""
-    if not all((folder / name).is_file() for name in FIGURES):
-        return False
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json") if all((folder / name).is_file() for name in FIGURES) else None
     expected = {"detections": result.origin, "images": len(result.detections), "splits": list(splits)}
-    return isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in expected.items())
+    return isinstance(metrics, dict) and expected.items() <= metrics.items()
 
 
 def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Path:
@@ -242,22 +248,3 @@ def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[Imag
     shown = spread(records, SHOWN_IMAGES)
     pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
     save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
-
-
-def _evaluate(
-    description: DetectorDescription,
-    records: Sequence[ImageRecord],
-    detections: Mapping[str, Detections],
-    windows: Path,
-    evaluate: bool,
-) -> tuple[VOCEvaluation | None, ProposalQuality | None]:
-    known = restrict([r for r in records if r.annotation is not None], description.classes)
-    annotations: dict[str, Annotation] = {r.id: r.annotation for r in known if r.annotation is not None}
-    if not annotations:
-        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
-        return None, None
-    settings = description.config.evaluate
-    rules = (settings.metric, settings.iou, settings.use_difficult)
-    found = {image: detections[image] for image in annotations}
-    evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
-    return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
