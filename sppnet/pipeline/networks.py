@@ -221,10 +221,7 @@ class TrainingNetworks:
 
 
 def load_backbone(settings: BackboneSettings, pretrained: Path | None, module: nn.Module | None = None) -> Backbone:
-    """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file.
-
-    `module` is the one given in Python, where that was done.
-    """
+    """The backbone of `settings`, or `module`, with the weights that the stage pretrain left where there is a file."""
     if pretrained is None:
         return build_backbone(settings, module=module)
     backbone, state = build_backbone(settings.without_weights(), module=module), read_tensors(pretrained)

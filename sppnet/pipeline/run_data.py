@@ -184,9 +184,8 @@ def _classes_amiss(
     train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
 ) -> list[str]:
     """Notes about classes that cannot be trained, or not be measured."""
-    trained, measured = (
-        Counter(n for r in records for n in shown_classes(r, difficult)) for records in (train, held_out)
-    )
+    sides = (train, held_out)
+    trained, measured = (Counter(n for r in side for n in shown_classes(r, difficult)) for side in sides)
     notes = [
         f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
         for name in classes
@@ -238,8 +237,8 @@ def load_test_data(
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
     if not names and kept is None and not other:
         raise SppnetError(
-            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
-            "was put together elsewhere); name images with --split, or train again"
+            "which images were held out is not known: the detector keeps no split.json; name images with --split, or "
+            "train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:
@@ -256,17 +255,14 @@ def load_test_data(
             )
         else:
             records = [r for r in records if r.id in held_out]
-            skips = SkipCounts(
-                {why: own for why, ids in skips.images.items() if (own := [i for i in ids if i in held_out])}
-            )
+            own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
+            skips = SkipCounts({why: images for why, images in own.items() if images})
     train = kept.train if kept is not None else {}
     contents = set(train.values())
     trained = [r.id for r in records if r.digest in contents or (not other and r.id in train)]
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
         if not splits:
-            raise SppnetError(
-                f"{what}; take them out of the set, or name it with --split to evaluate on them nonetheless"
-            )
+            raise SppnetError(f"{what}; take them out of the set, or name it with --split to evaluate on them")
         log.warning("%s: the figures look too good", what)
     return EvaluationData(records, skips, names, trained)

@@ -108,31 +108,23 @@ class StageGraph:
         """The stages whose results `name` reads, without those that are skipped."""
         return tuple(other for other in GRAPH[name].reads(self.config) if not GRAPH[other].skipped(self.config))
 
-    def dependents(self, name: str) -> tuple[str, ...]:
-        """The stages that depend on `name`, directly or not, in order."""
-        found = {name}
-        for other in STAGES:
-            if not GRAPH[other].skipped(self.config) and found & set(self.reads(other)):
-                found.add(other)
-        return tuple(other for other in STAGES if other in found and other != name)
-
     def status(self, name: str) -> StageStatus:
         """What is there of a stage. Reads no weights and writes nothing."""
         stage, folder = GRAPH[name], self.folder(name)
-        outputs = [folder / path for path in stage.outputs(self)]
+        done = [(folder / path).exists() for path in stage.outputs(self)]
         saved = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
-        return StageStatus(
-            name, folder, sum(path.exists() for path in outputs), len(outputs), stage.skipped(self.config), saved
-        )
+        return StageStatus(name, folder, sum(done), len(done), stage.skipped(self.config), saved)
 
     def statuses(self) -> list[StageStatus]:
         return [self.status(name) for name in STAGES]
 
     def invalidated(self, only: Sequence[str], force: Sequence[str]) -> tuple[str, ...]:
         """The stages to delete before `only` run: those in `force` among them, and all that depend on these."""
-        used = [name for name in STAGES if not GRAPH[name].skipped(self.config)]
-        forced = [name for name in used if name in only and name in force]
-        return tuple(name for name in used if any(name in (own, *self.dependents(own)) for own in forced))
+        found: list[str] = []
+        for name in (name for name in STAGES if not GRAPH[name].skipped(self.config)):
+            if (name in only and name in force) or set(found) & set(self.reads(name)):
+                found.append(name)
+        return tuple(found)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete these stages, last first: an interruption never leaves a stage whose inputs are gone.
@@ -154,9 +146,8 @@ class StageGraph:
         digests: dict[str, str] = {}
         for name in STAGES:
             stage = GRAPH[name]
-            settings = {
-                key: reduce(getitem, key.split("."), self._values) for key in sorted(stage.settings(self.config))
-            }
+            keys = sorted(stage.settings(self.config))
+            settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data]
             version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
             digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])

@@ -186,7 +186,13 @@ class Training:
         if start.exists():
             log.info("low_rank: %s is reused", start)
         elif distributed.is_main():
-            self._reduce_rank(start)
+            wanted, whole = ranks(self.config), self.networks.whole_head()
+            activations = self.networks.activations(whole, self.progress)
+            reduced = low_rank_head(whole, wanted, activations)
+            kept = variance_kept(whole, reduced, activations)
+            lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
+            write_json(start.with_name("summary.json"), ", ".join(lines))
+            write_tensors(start, reduced.state_dict())
         distributed.barrier()
         summary = str(read_json(start.with_name("summary.json")))
         head = self.networks.saved_head(start, ranks(self.config))
@@ -199,15 +205,6 @@ class Training:
         distributed.barrier()
         self._delete(start)
         return summary
-
-    def _reduce_rank(self, path: Path) -> None:
-        wanted, whole = ranks(self.config), self.networks.whole_head()
-        activations = self.networks.activations(whole, self.progress)
-        head = low_rank_head(whole, wanted, activations)
-        kept = variance_kept(whole, head, activations)
-        lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
-        write_json(path.with_name("summary.json"), ", ".join(lines))
-        write_tensors(path, head.state_dict())
 
     def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings) -> str:
         """Fine-tune a head; it becomes the result of `stage`."""
