@@ -42,6 +42,8 @@ from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
 log = logging.getLogger("sppnet")
 
+START = "start.safetensors"  # a head of low rank before it is fine-tuned
+
 
 def train_detector(
     config: Config,
@@ -69,7 +71,9 @@ def train_detector(
         write_text(root / "config.yaml", dump_config(config))
         graph.data.split.write(root)
     distributed.barrier()
-    lines = [training.perform(status) for status in graph.statuses() if status.name in only]
+    chosen = [status for status in graph.statuses() if status.name in only]
+    distributed.barrier()  # all processes see what is there before any of them makes more
+    lines = [training.perform(status) for status in chosen]
     log.info("Summary\n%s", "\n".join([f"{'stage':<10} {'time':>9}  done", *lines]))
     missing = [status.name for status in graph.statuses() if not status.complete]
     if missing:
@@ -100,12 +104,18 @@ class Training:
 
     def perform(self, status: StageStatus) -> str:
         """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
+        if status.skipped:
+            return f"{status.name:<10} {'0.0 s':>9}  skipped: {status.skipped}"
         start = time.monotonic()
-        summary = f"skipped: {status.skipped}" if status.skipped else RUN[status.name](self)
+        reused = status.complete and status.name in ("pretrain", "finetune", "low_rank", "svm")
+        summary = "reused" if reused else RUN[status.name](self)
+        if distributed.is_main():  # only the making of a result needed them
+            for left in (CHECKPOINT, START):
+                (status.folder / left).unlink(missing_ok=True)
+        distributed.barrier()
         seconds = time.monotonic() - start
         duration = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-        if not status.skipped:
-            log.info("%s: %s (%s)", status.name, summary, duration)
+        log.info("%s: %s (%s)", status.name, summary, duration)
         return f"{status.name:<10} {duration:>9}  {summary}"
 
     def assemble(self) -> SPPDetector:
@@ -148,14 +158,11 @@ class Training:
     # A backbone without pretrained weights learns from crops of the objects
     def pretrain(self) -> str:
         folder = self.graph.folder("pretrain")
-        if self._exists(folder / "network.safetensors"):
-            return "reused"
         backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
             write_tensors(folder / "network.safetensors", network.state_dict())
-        self._delete(checkpoint)
         return summary
 
     # 2. the map of every image, and of its mirror image for fine-tuning
@@ -170,19 +177,11 @@ class Training:
 
     # 3. fc6 and fc7
     def finetune(self) -> str:
-        path = self.graph.folder("finetune") / "head.safetensors"
-        if self._exists(path):
-            self._delete(path.parent / CHECKPOINT)
-            return "reused"
         return self._train_head("finetune", self.networks.initial_head(), self.config.finetune)
 
     # 3½. fc6 and fc7 of low rank, where that is wanted
     def low_rank(self) -> str:
-        path = self.graph.folder("low_rank") / "head.safetensors"
-        start = path.with_name("start.safetensors")  # before it is fine-tuned
-        if self._exists(path):
-            self._delete(path.parent / CHECKPOINT, start)
-            return "reused"
+        start = self.graph.folder("low_rank") / START
         if start.exists():
             log.info("low_rank: %s is reused", start)
         elif distributed.is_main():
@@ -201,9 +200,7 @@ class Training:
             schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
             summary += "; " + self._train_head("low_rank", head, self.config.finetune.model_copy(update=schedule))
         elif distributed.is_main():
-            write_tensors(path, head.state_dict())
-        distributed.barrier()
-        self._delete(start)
+            write_tensors(start.with_name("head.safetensors"), head.state_dict())
         return summary
 
     def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings) -> str:
@@ -215,7 +212,6 @@ class Training:
         )
         if distributed.is_main():
             write_tensors(folder / "head.safetensors", head.state_dict())
-        self._delete(folder / CHECKPOINT)
         return (
             f"{counted(done.steps, 'step')}, {done.reused_steps} of them from before; best validation error "
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
@@ -224,8 +220,6 @@ class Training:
     # 4. one linear SVM per class, with hard-negative mining
     def svm(self) -> str:
         target = self.graph.folder("svm") / "svm.safetensors"
-        if self._exists(target):
-            return "reused"
         if distributed.is_main():
             settings, networks = self.config.svm, self.networks
             source, features = networks.windows(train=True), networks.features(settings.layer)
@@ -257,32 +251,18 @@ class Training:
                 regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
                 write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
                 counts.append(len(rows))
-        distributed.barrier()
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
-        if not self._exists(path) and distributed.is_main():
+        if distributed.is_main() and not path.exists():
             windows, maps = self.graph.folder("proposals"), self.graph.folder("maps")
             records = self.graph.data.validation
             write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
         distributed.barrier()
         return describe_thresholds(read_json(path))
-
-    def _exists(self, path: Path) -> bool:
-        """Whether a result is there, for all processes before any of them makes it."""
-        found = path.exists()
-        distributed.barrier()
-        return found
-
-    def _delete(self, *files: Path) -> None:
-        """What only the making of a result needed, once that is complete; an interruption may have left it."""
-        if distributed.is_main():
-            for file in files:
-                file.unlink(missing_ok=True)
-        distributed.barrier()
 
 
 RUN: dict[str, Callable[[Training], str]] = {
