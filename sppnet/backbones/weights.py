@@ -46,7 +46,16 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
             f"{path}: expected a complete {path.suffix} file of plain tensors, but it cannot be read ({first_line}); "
             "fetch or save it again; of a whole model save its state_dict()"
         ) from None
-    return _checked(values, path)
+    if not isinstance(values, dict) or not values:
+        found = "an empty file" if values == {} else type(values).__name__
+        raise SppnetError(f"{path}: expected named tensors, got {found}; save a model's state_dict")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise SppnetError(f"{path}: expected named tensors, got {kind} for {name!r}; save a model's state_dict")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
+    return dict(values)
 
 
 def torchvision_state(name: str) -> dict[str, Tensor]:
@@ -113,19 +122,6 @@ def _read(path: Path) -> Any:
     while isinstance(values, dict) and (inner := [key for key in _HOLDERS if isinstance(values.get(key), dict)]):
         values = values[inner[0]]
     return values
-
-
-def _checked(values: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(values, dict) or not values:
-        found = "an empty file" if values == {} else type(values).__name__
-        raise SppnetError(f"{path}: expected named tensors, got {found}; save a model's state_dict")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise SppnetError(f"{path}: expected named tensors, got {kind} for {name!r}; save a model's state_dict")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
-    return dict(values)
 
 
 def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:
