@@ -237,8 +237,8 @@ def load_test_data(
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
     if not names and kept is None and not other:
         raise SppnetError(
-            "which images were held out is not known: the detector keeps no split.json; name images with --split, or "
-            "train again"
+            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
+            "was put together elsewhere); name images with --split, or train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:
