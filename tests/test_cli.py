@@ -200,7 +200,7 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
         ("head.safetensors", "head.checkpoint"),
     ]
     assert result.err.splitlines() == [
-        f"missing: {path} ({setting}); training would end there" for path, setting in expected
+        f"missing: {path}: no such file; check {setting}; training would end there" for path, setting in expected
     ]
     whole = run_command("train", config, "--run", tmp_path / "new", "--dry-run")
     assert (whole.status, whole.err) == (0, "")

@@ -35,15 +35,30 @@ class Backbone(nn.Module):
         self, name: str, layers: Mapping[str, nn.Module], outputs: tuple[str, ...], weights: WeightsSettings
     ) -> None:
         super().__init__()
-        _add_modules(self, layers)
+        for path, layer in layers.items():  # under its dotted name
+            *groups, child = path.split(".")
+            owner: nn.Module = self
+            for group in groups:
+                if not hasattr(owner, group):
+                    owner.add_module(group, nn.Module())
+                owner = getattr(owner, group)
+            owner.add_module(child, layer)
         self.name = name
         self.layer = "+".join(outputs)
         self.weights = weights
         self._order = tuple(layers)
         self._outputs = outputs
         self._steps = steps_of(layers.values())
-        self.channels: int = sum(channels_of([*_up_to(layers, output).values()]) for output in outputs)
-        self._check_joined(layers)
+        joined = {output: [*_up_to(layers, output).values()] for output in outputs}
+        self.channels: int = sum(channels_of(own) for own in joined.values())
+        for output, own in joined.items():
+            steps = steps_of(own)
+            # every remainder of the strides in question
+            if any(map_side(steps, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
+                raise BackboneError(
+                    f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
+                    f"{outputs[-1]} differ; join layers of the same stride"
+                )
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -76,17 +91,6 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    def _check_joined(self, layers: Mapping[str, nn.Module]) -> None:
-        sides = range(256, 256 + 64)  # every remainder of the strides in question
-        last = [map_side(self._steps, side) for side in sides]
-        for output in self._outputs:
-            steps = steps_of(_up_to(layers, output).values())
-            if [map_side(steps, side) for side in sides] != last:
-                raise BackboneError(
-                    f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
-                    f"{self._outputs[-1]} differ; join layers of the same stride"
-                )
-
 
 class OwnBackbone(Backbone):
     """Any network that maps images (N, 3, H, W) to a grid of cells (N, C, h, w); what it is, is found by running it."""
@@ -118,9 +122,9 @@ class OwnBackbone(Backbone):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:  # what layers raise for an image too small
-            raise self._too_small((images.shape[2], images.shape[3]), str(error).partition("\n")[0]) from error
+            raise self._too_small(images, str(error).partition("\n")[0]) from error
         if not isinstance(found, Tensor) or found.ndim != 4 or not found.numel():
-            raise self._too_small((images.shape[2], images.shape[3]), "it gives no map (N, C, h, w)")
+            raise self._too_small(images, "it gives no map (N, C, h, w)")
         return found
 
     def _map_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -129,10 +133,10 @@ class OwnBackbone(Backbone):
                 self._sides[place] = probed_side(self.module, *place, self._grid.width)
         return self._sides[2, size[0]], self._sides[3, size[1]]
 
-    def _too_small(self, size: tuple[int, int], reason: str) -> BackboneError:
+    def _too_small(self, images: Tensor, reason: str) -> BackboneError:
         return BackboneError(
-            f"backbone.module={self.name} fails on an image of {size[0]} × {size[1]} pixels ({reason}); use a larger "
-            "scale, or a network that takes images of any size"
+            f"backbone.module={self.name} fails on an image of {images.shape[2]} × {images.shape[3]} pixels "
+            f"({reason}); use a larger scale, or a network that takes images of any size"
         )
 
 
@@ -143,41 +147,36 @@ def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module 
     backbone.module names; it is copied. Raises BackboneError for unknown names and networks that do not fit, and
     SppnetError for weights that cannot be had.
     """
-    if module is not None or settings.module is not None:
-        return _own_backbone(settings, seed, module)
-    assert settings.name is not None  # BackboneSettings has checked it
-    if settings.name not in BACKBONES:
-        near = difflib.get_close_matches(settings.name, BACKBONES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BackboneError(f"unknown backbone.name={settings.name}; {hint}known: {', '.join(BACKBONES)}")
-    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
-        plan = BACKBONES[settings.name]()
-    outputs = _outputs(settings, plan)
-    layers = _up_to(plan.layers, outputs[-1])
-    limit_stride(layers.values(), MAX_STRIDE)
-    backbone = Backbone(settings.name, layers, outputs, settings.weights).to_empty(device="cpu")
-    _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
-    weights = settings.weights
-    if weights.source == "torchvision":
+    weights, own = settings.weights, settings.module
+    if module is not None:
+        check_object(module)
+        module, own = copy.deepcopy(module), own or "object"
+    elif own is not None:
+        module = import_module(own, seed)
+    backbone = _named_backbone(settings, seed) if module is None else OwnBackbone(module.float(), str(own), weights)
+    if weights.source == "torchvision" and module is None:
         load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
     elif weights.source == "file":
         assert weights.file is not None  # WeightsSettings has checked it
-        load_weights(backbone, load_weight_file(weights.file), str(weights.file))
+        load_weights(backbone if module is None else module, load_weight_file(weights.file), str(weights.file))
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
-def _own_backbone(settings: BackboneSettings, seed: int, module: nn.Module | None) -> Backbone:
-    name, weights = settings.module or "object", settings.weights
-    if module is None:
-        module = import_module(name, seed)
-    else:
-        check_object(module)
-        module = copy.deepcopy(module)
-    if weights.source == "file":
-        assert weights.file is not None  # WeightsSettings has checked it
-        load_weights(module, load_weight_file(weights.file), str(weights.file))
-    backbone = OwnBackbone(module.float(), name, weights)
-    return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+def _named_backbone(settings: BackboneSettings, seed: int) -> Backbone:
+    """That of backbone.name with random weights."""
+    name = settings.name or ""  # BackboneSettings has checked it
+    if name not in BACKBONES:
+        near = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}")
+    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
+        plan = BACKBONES[name]()
+    outputs = _outputs(settings, plan)
+    layers = _up_to(plan.layers, outputs[-1])
+    limit_stride(layers.values(), MAX_STRIDE)
+    backbone = Backbone(name, layers, outputs, settings.weights).to_empty(device="cpu")
+    _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
+    return backbone
 
 
 def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:
@@ -192,18 +191,6 @@ def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:
 
 def _up_to(layers: Mapping[str, nn.Module], last: str) -> dict[str, nn.Module]:
     return dict(list(layers.items())[: list(layers).index(last) + 1])
-
-
-def _add_modules(parent: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Register every layer under its dotted name."""
-    for name, layer in layers.items():
-        *groups, child = name.split(".")
-        owner = parent
-        for group in groups:
-            if group not in dict(owner.named_children()):
-                owner.add_module(group, nn.Module())
-            owner = owner.get_submodule(group)
-        owner.add_module(child, layer)
 
 
 def _initialise(backbone: Backbone, deviation: float | None, generator: torch.Generator) -> None:

@@ -96,8 +96,13 @@ class Step:
 
 
 def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
-    """The convolutions, pools and normalisations that an input passes through, blocks by their main path."""
-    return [_step(layer) for module in modules for layer in _main_path(module)]
+    """The convolutions and pools that an input passes through, blocks by their main path."""
+    steps = []
+    for layer in (layer for module in modules for layer in _main_path(module)):
+        kernel, stride, padding = (_int(value) for value in (layer.kernel_size, layer.stride, layer.padding))
+        ceil = isinstance(layer, nn.MaxPool2d) and layer.ceil_mode
+        steps.append(Step(kernel, stride, padding, _int(layer.dilation), ceil))
+    return steps
 
 
 def geometry_of(steps: Sequence[Step]) -> Geometry:
@@ -125,16 +130,12 @@ def limit_stride(modules: Iterable[nn.Module], limit: int) -> None:
     stride, dilation = 1, 1
     for module in modules:
         for layer in _main_path(module):
-            if isinstance(layer, LocalResponseNorm):
-                if dilation > 1 and layer.size > 1:
-                    raise TypeError("a normalisation over neighbours cannot be dilated; raise the limit on the stride")
-                continue
             if dilation > 1 and _int(layer.kernel_size) > 1:
-                _set(layer, "padding", _int(layer.padding) * dilation)
-                _set(layer, "dilation", _int(layer.dilation) * dilation)
+                layer.padding = (_int(layer.padding) * dilation,) * 2
+                layer.dilation = (_int(layer.dilation) * dilation,) * 2
             if stride * _int(layer.stride) > limit:
                 dilation *= _int(layer.stride)
-                _set(layer, "stride", 1)
+                layer.stride = (1, 1)
             stride *= _int(layer.stride)
         _restride_shortcuts(module)
 
@@ -148,39 +149,27 @@ def channels_of(modules: Sequence[nn.Module]) -> int:
     return last.out_channels
 
 
-def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d | LocalResponseNorm]:
-    if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocalResponseNorm):
+def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d):
         yield module
         return
-    names, children = _MAIN_PATH.get(type(module)), list(module.children())
-    in_order = type(module).forward is nn.Sequential.forward
-    in_place = not children and (type(module).__module__ in _IN_PLACE or type(module) is nn.Identity)
+    kind, children = type(module), list(module.children())
+    names, in_order = _MAIN_PATH.get(kind), kind.forward is nn.Sequential.forward
+    in_place = not children and (kind.__module__ in _IN_PLACE or kind in (nn.Identity, LocalResponseNorm))
     if names is None and not in_order and not in_place:
         raise TypeError(
-            f"the geometry of a layer of type {type(module).__name__} is not known; use Conv2d or MaxPool2d, "
+            f"the geometry of a layer of type {kind.__name__} is not known; use Conv2d or MaxPool2d, "
             "one behind the other, or Geometry.of(module), which runs the network"
         )
     for child in children if names is None else [getattr(module, name) for name in names]:
         yield from _main_path(child)
 
 
-def _step(layer: nn.Conv2d | nn.MaxPool2d | LocalResponseNorm) -> Step:
-    if isinstance(layer, LocalResponseNorm):
-        return Step(kernel=layer.size, stride=1, padding=layer.size // 2, dilation=1, ceil=False)
-    return Step(
-        kernel=_int(layer.kernel_size),
-        stride=_int(layer.stride),
-        padding=_int(layer.padding),
-        dilation=_int(layer.dilation),
-        ceil=isinstance(layer, nn.MaxPool2d) and layer.ceil_mode,
-    )
-
-
 def _restride_shortcuts(module: nn.Module) -> None:
     """The 1×1 convolution beside a residual block takes the stride that is left on the block's main path."""
     for block in module.modules():
         if isinstance(block, BasicBlock | Bottleneck) and block.downsample is not None:
-            _set(block.downsample[0], "stride", math.prod(_int(layer.stride) for layer in _main_path(block)))
+            block.downsample[0].stride = (math.prod(_int(layer.stride) for layer in _main_path(block)),) * 2
 
 
 def _int(value: Any) -> int:
@@ -189,7 +178,3 @@ def _int(value: Any) -> int:
     if both[0] != both[1] or not isinstance(both[0], int):
         raise TypeError(f"expected the same number for both axes of a layer, got {value}")
     return int(both[0])
-
-
-def _set(layer: nn.Module, name: str, value: int) -> None:
-    setattr(layer, name, (value, value) if isinstance(getattr(layer, name), tuple) else value)

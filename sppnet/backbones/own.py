@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import re
 import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +32,7 @@ def import_module(path: str, seed: int) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        make = importlib.import_module(name)
-        for part in function.split("."):
-            make = getattr(make, part)
+        make: Any = functools.reduce(getattr, function.split("."), importlib.import_module(name))
     except Exception as error:  # whatever somebody's module raises
         raise BackboneError(
             f"backbone.module={path}: cannot import it ({type(error).__name__}: {error}); give package.module:function "
@@ -41,7 +41,7 @@ def import_module(path: str, seed: int) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            module = make()  # type: ignore[operator]
+            module = make()
     except Exception as error:
         raise BackboneError(
             f"backbone.module={path}: calling it without arguments fails ({type(error).__name__}: {error}); "

@@ -28,9 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from sppnet.errors import BackboneError
 
-LENGTHS = tuple((64 + 32 * half) << i for i in range(7) for half in (0, 1))[
-    :-1
-]  # px of a strip: the first in which inner cells see neither end
+# px of a strip: the first in which inner cells see neither end
+LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 WIDTHS = (8, 16, 32, 64, 128, 256)  # px of a strip: the first that gives two cells
 CELLS = 4  # neighbours that must lie one stride apart: maps that were enlarged come in pairs
 _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid of cells (N, C, h, w)"
@@ -116,19 +115,15 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
     reach = min(middle + 8 * apart, length)  # more than two strides
     start, following = (bisect.bisect(places, cell, middle - 1, reach, key=strip.reached) for cell in (low, low + 1))
     end, stride = bisect.bisect(places, high, middle, reach, key=strip.left), following - start
+    regular = stride > 0 and _Strip(module, axis, width, channels, length + CELLS * stride).cells == cells + CELLS
     for i in range(CELLS):  # they begin at `start` - 1 and end at `end` - 1, and so on in steps of a stride
         first, last = start + i * stride, end + i * stride
         found = strip.reached(first - 1), strip.reached(first), strip.left(last - 1), strip.left(last)
-        if stride < 1 or found != (low + i, low + i + 1, high + i, high + i + 1):
-            raise BackboneError(
-                f"{_WANTED}, one stride apart, but of {CELLS} neighbours the first two begin {stride} pixels apart and "
-                "others do not; take a map that was not enlarged or resized"
-            )
-    longer = _Strip(module, axis, width, channels, length + CELLS * stride).cells
-    if longer != cells + CELLS:
+        regular = regular and found == (low + i, low + i + 1, high + i, high + i + 1)
+    if not regular:
         raise BackboneError(
-            f"{_WANTED}, got {cells} cells for {length} pixels and {longer} for {length + CELLS * stride}, though they "
-            f"lie {stride} pixels apart; do not resize the map"
+            f"{_WANTED}, one stride apart, but two neighbours begin {stride} pixels apart and others do not; "
+            "take a map that was not enlarged or resized"
         )
     return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
 

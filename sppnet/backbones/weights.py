@@ -6,7 +6,7 @@ import hashlib
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,16 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
             f"{path}: expected a complete {path.suffix} file of plain tensors, but it cannot be read ({first_line}); "
             "fetch or save it again; of a whole model save its state_dict()"
         ) from None
-    return _checked(values, path)
+    if not isinstance(values, dict) or not values:
+        found = "an empty file" if values == {} else type(values).__name__
+        raise SppnetError(f"{path}: expected named tensors, got {found}; save a model's state_dict")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise SppnetError(f"{path}: expected named tensors, got {kind} for {name!r}; save a model's state_dict")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
+    return dict(values)
 
 
 def torchvision_state(name: str) -> dict[str, Tensor]:
@@ -78,10 +87,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     faults = [fault for key, tensor in needed.items() if (fault := _fault(key, tensor, state.get(key)))]
     if faults:
         others = [key for key in state if key not in own]
+        listed = "; ".join(faults[:3]) + "; …" * (len(faults) > 3)
+        unused = f"not used: {', '.join(others[:3])}{', …' * (len(others) > 3)}; " if others else ""
         raise SppnetError(
-            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {_few(faults, '; ')}; "
-            f"{f'not used: {_few(others)}; ' if others else ''}expected torchvision's parameter names: "
-            "choose the backbone.name that the file was saved from, or another file"
+            f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {listed}; {unused}expected "
+            "torchvision's parameter names: choose the backbone.name that the file was saved from, or another file"
         )
     module.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -102,10 +112,6 @@ def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: s
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _few(things: Sequence[str], separator: str = ", ") -> str:
-    return separator.join([*things[:3], *(["…"] if len(things) > 3 else [])])
-
-
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -116,19 +122,6 @@ def _read(path: Path) -> Any:
     while isinstance(values, dict) and (inner := [key for key in _HOLDERS if isinstance(values.get(key), dict)]):
         values = values[inner[0]]
     return values
-
-
-def _checked(values: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(values, dict) or not values:
-        found = "an empty file" if values == {} else type(values).__name__
-        raise SppnetError(f"{path}: expected named tensors, got {found}; save a model's state_dict")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise SppnetError(f"{path}: expected named tensors, got {kind} for {name!r}; save a model's state_dict")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
-    return dict(values)
 
 
 def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:

@@ -153,18 +153,17 @@ def load_pretrained_fc(
         raise SppnetError(
             f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
         )
-    keys = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    state = without_prefix(state, keys, f"the weights of {backbone}")
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise SppnetError(
-            f"the weights of {backbone} hold no {missing[0]}; use a file with the classifier, or head.init=random"
-        )
+    keys, origin = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")], f"the weights of {backbone}"
+    state = without_prefix(state, keys, origin)
+    for key in keys:
+        if key not in state:
+            raise SppnetError(f"{origin} hold no {key}; use a file with the classifier, or head.init=random")
     weight6, bias6, weight7, bias7 = (state[key] for key in keys)
-    if (head.fc6.out_features, head.fc7.out_features) != (len(weight6), len(weight7)):
+    fc6, fc7 = head.fc6.out_features, head.fc7.out_features
+    if (fc6, fc7) != (len(weight6), len(weight7)):
         raise SppnetError(
-            f"head.init=imagenet needs head.fc6={len(weight6)} and head.fc7={len(weight7)}, got "
-            f"{head.fc6.out_features} and {head.fc7.out_features}; set them or use head.init=random"
+            f"head.init=imagenet needs head.fc6={len(weight6)} and head.fc7={len(weight7)}, got {fc6} and {fc7}; "
+            "set them or use head.init=random"
         )
     own = channels * n * n
     if weight6.shape[1] != own:

@@ -33,7 +33,7 @@ def _pool_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor
     from . import _pool_cpu  # brings numba, which takes a second to import
 
     exact = _exact(maps).numpy()
-    if any(_pool_cpu.has_nan(one) for one in exact):
+    if np.isnan(exact.max(initial=-np.inf)):
         pooled = exact.reshape(-1)[_argmax_on_cpu(maps, windows, levels).numpy()]
     else:
         pooled = _pool_cpu.pool_cells(exact, _checked_rows(windows, maps.shape), levels, torch.get_num_threads())
@@ -48,15 +48,13 @@ def _argmax_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tens
 
 
 def pool_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    rows, exact = _checked_rows(windows, maps.shape), _exact(maps)
-    return torch.cat([_pool_level(exact, rows, n)[0].flatten(1) for n in levels], dim=1).to(maps.dtype)
+    rows = _checked_rows(windows, maps.shape)
+    return torch.cat([_pool_level(_exact(maps), rows, n)[0] for n in levels], dim=1).to(maps.dtype)
 
 
 def argmax_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    rows, exact, (_, channels, height, width) = _checked_rows(windows, maps.shape), _exact(maps), maps.shape
-    planes = (rows[:, :1] * channels + np.arange(channels)) * (height * width)
-    first = torch.from_numpy(planes).to(maps.device)[..., None]
-    return torch.cat([(_pool_level(exact, rows, n)[1] + first).flatten(1) for n in levels], dim=1)
+    rows = _checked_rows(windows, maps.shape)
+    return torch.cat([_pool_level(_exact(maps), rows, n)[1] for n in levels], dim=1)
 
 
 def _pool_autograd(keys: Any, maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
@@ -111,7 +109,7 @@ argmax = _define(
 
 
 def _pool_level(maps: Tensor, rows: NDArray[np.int64], n: int) -> tuple[Tensor, Tensor]:
-    """Values (K, C, n²) of one level and their places in the plane, by torchvision: on any device that it serves."""
+    """Values (K, C · n²) of one level and their places in all maps, by torchvision: on any device that it serves."""
     import torchvision  # noqa: F401, takes a second to import, too
 
     # right and bottom edges are inclusive there
@@ -123,7 +121,8 @@ def _pool_level(maps: Tensor, rows: NDArray[np.int64], n: int) -> tuple[Tensor, 
         largest, at = adaptive_max_pool2d(maps[image, :, y1:y2, x1:x2], n, return_indices=True)
         values[k] = largest.flatten(1)
         places[k] = ((y1 + at // (x2 - x1)) * maps.shape[3] + x1 + at % (x2 - x1)).flatten(1)
-    return values, places
+    planes = torch.from_numpy(rows[:, :1] * maps.shape[1] + np.arange(maps.shape[1])).to(maps.device)
+    return values.flatten(1), (places + planes[..., None] * (maps.shape[2] * maps.shape[3])).flatten(1)
 
 
 def _roi_pool_rounds(rows: NDArray[np.int64], n: int, dtype: torch.dtype) -> NDArray[np.bool_]:

@@ -69,11 +69,6 @@ def _pool_map(feature_map: NDArray[Any], windows: Ints, own: Ints, plan: Ints, p
     in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
 
 
-def has_nan(values: NDArray[Any]) -> bool:
-    """Whether any value of an array is NaN, read once in memory order."""
-    return bool(_count_nan(values.ravel(order="K")))
-
-
 def _plan(levels: Sequence[int]) -> Ints:
     """How to compute the levels, finest first: rows (n, m, row, source, first bin).
 
@@ -190,14 +185,6 @@ def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, ta
             builder.store(rows[row], place(arguments[3], arguments[4], row), align=align)
 
     return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
-
-
-@compiled
-def _count_nan(values: Any) -> int:
-    count = 0
-    for k in range(values.shape[0]):
-        count += values[k] != values[k]
-    return count
 
 
 @compiled

@@ -30,7 +30,7 @@ from sppnet.jobs import map_in_workers
 from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
-from sppnet.records import Annotation, Detections, ImageRecord, spread
+from sppnet.records import Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
 from sppnet.report.plots import draw_precision_recall
 
@@ -79,13 +79,26 @@ def detect_split(
     done = map_in_workers(make, own, "detect", "image", workers)
     seconds = sum(each for _, each in done) / len(done) if done else None
     distributed.barrier()
-    read = {r.id: _read(r.path_in(folder), description.classes) for r in records}
-    detections = {image: found for image, (found, _) in read.items()}
-    cut = [image for image, (_, classes) in read.items() if classes]
+    detections, cut = dict[str, Detections](), list[str]()
+    for record in records:
+        arrays = read_arrays(record.path_in(folder))
+        rows = arrays["boxes"], arrays["scores"], arrays["labels"].astype(np.int64)
+        detections[record.id] = Detections(*rows, description.classes)
+        if arrays.get("cut", 0):  # of how many classes detect.max_per_class left some out
+            cut.append(record.id)
     if cut:
         limit = f"detect.max_per_class={config.detect.max_per_class}"
         log.info("%s left out detections of %d images, %s the first; a larger one keeps them", limit, len(cut), cut[0])
-    evaluation, quality = _evaluate(description, records, detections, windows, evaluate)
+    known = restrict([r for r in records if r.annotation is not None], description.classes)
+    annotations = {r.id: r.annotation for r in known if r.annotation is not None}
+    evaluation = quality = None
+    if annotations:
+        rules = (config.evaluate.metric, config.evaluate.iou, config.evaluate.use_difficult)
+        found = {image: detections[image] for image in annotations}
+        evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
+        quality = proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
+    else:
+        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 
@@ -128,9 +141,8 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Detect on a run's own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
 
-    `backbone`: the network that it was trained with, where that was given in Python.
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
-    Results on a folder other than data.root have a folder of their own below run/results/.
+    `backbone`: the network that it was trained with, where that was given in Python.
     """
     # Loaded whole: a damaged one is refused before windows are searched.
     config = SPPDetector.load(run, backbone=backbone).config
@@ -139,7 +151,7 @@ def evaluate_run(
     other = data is not None and data.resolve() != config.data.root.resolve()
     config = _drop_imports(config, other)
     found = load_test_data(config, data, splits, Split.read(DetectorDescription.read(run).folder))
-    records, names = found.records, found.splits
+    records, names = found.records, found.splits or (HELD_OUT,)
     for line in found.skips.lines():
         log.info("%s", line)
     for reason, images in found.skips.images.items():
@@ -149,7 +161,7 @@ def evaluate_run(
             f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
             "alone"
         )
-    if not names:
+    if not found.splits:
         log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
     result = detect_split(run, config, records, device, evaluate, backbone)
     folder = _results_folder(run, data if other else None, names)
@@ -159,8 +171,7 @@ def evaluate_run(
                 (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, result.classes)
         if result.evaluation is not None:
-            tested: dict[str, Any] = {"data": str(data or config.data.root), "splits": list(names) or [HELD_OUT]}
-            tested["training_images"] = len(found.trained)
+            tested = {"data": str(data or config.data.root), "splits": names, "training_images": len(found.trained)}
             write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()
@@ -169,11 +180,9 @@ def evaluate_run(
 
 def _describe(folder: Path, result: SplitResult, splits: tuple[str, ...]) -> bool:
     """Whether the figures in the folder are those of these very detections, with nothing missing among them."""
-    if not all((folder / name).is_file() for name in FIGURES):
-        return False
-    metrics = read_json(folder / "metrics.json")
-    expected = {"detections": result.origin, "images": len(result.detections), "splits": list(splits) or [HELD_OUT]}
-    return isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in expected.items())
+    metrics = read_json(folder / "metrics.json") if all((folder / name).is_file() for name in FIGURES) else None
+    expected = {"detections": result.origin, "images": len(result.detections), "splits": list(splits)}
+    return isinstance(metrics, dict) and expected.items() <= metrics.items()
 
 
 def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Path:
@@ -182,7 +191,7 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     if data is not None:
         place = data.resolve()
         results /= f"{place.name}-{digest_of(str(place))[:8]}"
-    return results / ("+".join(name.replace("/", "-") for name in splits) or HELD_OUT)
+    return results / "+".join(name.replace("/", "-") for name in splits)
 
 
 def _drop_imports(config: Config, other: bool) -> Config:
@@ -203,31 +212,29 @@ def _write_comp4(
     folder: Path, splits: tuple[str, ...], detections: Mapping[str, Detections], classes: tuple[str, ...]
 ) -> None:
     """The devkit's files, one folder per year where images of several years share a name."""
-    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits)) or HELD_OUT
-    by_year: dict[str, dict[str, Detections]] = {}
+    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits))
+    shared = len({image.rpartition("/")[2] for image in detections}) < len(detections)
+    by_folder: dict[Path, dict[str, Detections]] = {}
     for image, found in detections.items():
-        by_year.setdefault(image.rpartition("/")[0], {})[image] = found
-    if len({image.rpartition("/")[2] for image in detections}) == len(detections):
-        write_comp4(folder, image_set, detections, classes)
-        return
-    for year, own in by_year.items():
-        write_comp4(folder / year, image_set, own, classes)
+        by_folder.setdefault(folder / image.rpartition("/")[0] if shared else folder, {})[image] = found
+    for place, own in by_folder.items():
+        write_comp4(place, image_set, own, classes)
 
 
 def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
-    values = {
+    quality = result.proposals
+    assert quality is not None  # it is measured with the evaluation
+    return {
         **evaluation.to_dict(),
         "images": len(result.detections),
         "seconds_per_image": result.seconds_per_image,
         "detections": result.origin,
+        "proposals": {
+            "recall": quality.recall,
+            "mean_best_overlap": quality.mean_best_overlap,
+            "windows": quality.mean_windows,
+        },
     }
-    if result.proposals is not None:
-        values["proposals"] = {
-            "recall": result.proposals.recall,
-            "mean_best_overlap": result.proposals.mean_best_overlap,
-            "windows": result.proposals.mean_windows,
-        }
-    return values
 
 
 def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
@@ -241,29 +248,3 @@ def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[Imag
     shown = spread(records, SHOWN_IMAGES)
     pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
     save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
-
-
-def _evaluate(
-    description: DetectorDescription,
-    records: Sequence[ImageRecord],
-    detections: Mapping[str, Detections],
-    windows: Path,
-    evaluate: bool,
-) -> tuple[VOCEvaluation | None, ProposalQuality | None]:
-    known = restrict([r for r in records if r.annotation is not None], description.classes)
-    annotations: dict[str, Annotation] = {r.id: r.annotation for r in known if r.annotation is not None}
-    if not annotations:
-        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
-        return None, None
-    settings = description.config.evaluate
-    rules = (settings.metric, settings.iou, settings.use_difficult)
-    found = {image: detections[image] for image in annotations}
-    evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
-    return evaluation, proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
-
-
-def _read(path: Path, classes: tuple[str, ...]) -> tuple[Detections, int]:
-    """What was found in an image, and of how many classes detect.max_per_class left some out."""
-    arrays = read_arrays(path)
-    found = Detections(arrays["boxes"], arrays["scores"], arrays["labels"].astype(np.int64), classes)
-    return found, int(arrays.get("cut", 0))

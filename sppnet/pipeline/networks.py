@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.own import content_digest
-from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime
+from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
@@ -151,36 +151,55 @@ class TrainingNetworks:
             found.append(fc6_activations(head, source.pool(maps, projected)).cpu())
         return torch.cat(found)
 
-    def check_ranks(self) -> None:
-        """SppnetError for ranks that the stage low_rank would refuse, before anything is trained."""
-        sizes, wanted = self.config.head, ranks(self.config)
-        layers = {"fc7": (sizes.fc6, sizes.fc7)}
-        if "fc6" in wanted:
-            channels = build_backbone(self.config.backbone.without_weights(), module=self.module).channels
-            layers["fc6"] = (pooled_size(channels, self.config.pyramid.levels), sizes.fc6)
-        for name, rank in wanted.items():
-            check_rank(name, *layers[name], rank)
-
-    def unusable_images(self, stages: Sequence[str]) -> list[str]:
-        """Why the images would end one of these stages: none has an object that it needs, or one is too narrow."""
-        data, difficult = self.graph.data, self.config.data.train_on_difficult
-        found, used = list[str](), {name for name in stages if not GRAPH[name].skipped(self.config)}
+    def missing_inputs(self, stages: Sequence[str]) -> list[str]:
+        """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""
+        config, data, difficult = self.config, self.graph.data, self.config.data.train_on_difficult
+        used, more = {name for name in stages if not GRAPH[name].skipped(config)}, set(stages) - {"proposals"}
+        files = [("proposals.import_from", path) for path in config.proposals.import_from]
+        if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
+            files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
+        if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
+            files += [("head.checkpoint", path) for path in [config.head.checkpoint] if path]
+        found = [f"missing: {path}: no such file; check {name}" for name, path in files if not path.is_file()]
         hint = "" if difficult else ", or all are difficult and data.train_on_difficult=false"
         if used - {"proposals", "maps"} and not any(shown_classes(record, difficult) for record in data.train):
             found.append(f"no training image has an object of the classes{hint}; check the annotations")
-        if ("finetune" in used or ("low_rank" in used and tunes_low_rank(self.config))) and not data.validation:
-            other = "leave it empty to hold out images of data.train" if self.config.data.val else "add images"
+        if ("finetune" in used or ("low_rank" in used and tunes_low_rank(config))) and not data.validation:
+            other = "leave it empty to hold out images of data.train" if config.data.val else "add images"
             found.append(
                 f"no validation image has an object of the classes{hint}, but these choose the fine-tuned network; "
                 f"name images with objects in data.val, or {other}"
             )
-        if "maps" in used and not self.graph.status("maps").complete:
-            try:
-                backbone = build_backbone(self.config.backbone.without_weights(), module=self.module)
-                check_sizes(data.images, backbone, self.config.maps)
-            except SppnetError as error:
-                found.append(str(error))
+        try:
+            if more:
+                resolve_runtime(config.maps.runtime, self.device)
+                layers = build_backbone(config.backbone.without_weights(), module=self.module)
+                for name, rank in ranks(config).items():
+                    fc6 = name == "fc6"
+                    inputs = pooled_size(layers.channels, config.pyramid.levels) if fc6 else config.head.fc6
+                    check_rank(name, inputs, config.head.fc6 if fc6 else config.head.fc7, rank)
+                if "maps" in used and not self.graph.status("maps").complete:
+                    check_sizes(data.images, layers, config.maps)
+        except SppnetError as error:
+            found.append(str(error))
         return found
+
+    def check_inputs(self, stages: Sequence[str]) -> None:
+        """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
+        for reason in self.missing_inputs(stages):
+            raise SppnetError(reason)
+        if set(stages) - {"proposals"}:
+            if not self.config.pretrain.enabled:
+                _ = self.backbone
+            elif self._needs_start_of("pretrain"):
+                build_backbone(self.config.backbone, module=self.module)
+            if self.config.head.init != "random" and self._needs_start_of("finetune"):
+                self.started_head()
+
+    def _needs_start_of(self, stage: str) -> bool:
+        """Whether what a stage starts from is used: the stage is skipped or not complete."""
+        status = self.graph.status(stage)
+        return bool(status.skipped) or not status.complete
 
     @property
     def pretrained_path(self) -> Path | None:
@@ -202,10 +221,7 @@ class TrainingNetworks:
 
 
 def load_backbone(settings: BackboneSettings, pretrained: Path | None, module: nn.Module | None = None) -> Backbone:
-    """The backbone of `settings`, with the weights that the stage pretrain left where there is such a file.
-
-    `module` is the one given in Python, where that was done.
-    """
+    """The backbone of `settings`, or `module`, with the weights that the stage pretrain left where there is a file."""
     if pretrained is None:
         return build_backbone(settings, module=module)
     backbone, state = build_backbone(settings.without_weights(), module=module), read_tensors(pretrained)

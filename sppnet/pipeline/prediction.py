@@ -61,24 +61,21 @@ def detect_files(
         raise SppnetError(f"{named.images[0]}: a picture that detections are drawn on already; name the images")
     names = _picture_names(images)
     _check_out(out, names)
-    found: dict[Path, Detections] = {}
-    skipped: dict[Path, str] = dict(named.unusable)
+    results: dict[Path, Detections | str] = dict(named.unusable)
     jobs = [(path, out / name) for path, name in names.items()]
     try:
         done = iterate_in_workers(partial(_painter, load, threshold), jobs, workers)
         for (path, _), result in progress_bar(done, "detect", "image", len(names), shown=progress):
-            if isinstance(result, str):
-                skipped[path] = result
-            else:
-                found[path] = result
+            results[path] = result
     finally:
-        found = {path: found[path] for path in names if path in found}  # in order of their names
-        if found or skipped:
+        found = {path: one for path in names if isinstance(one := results.get(path), Detections)}  # ordered by name
+        skipped = {path: why for path, why in sorted(results.items()) if isinstance(why, str)}
+        if results:
             write_json(out / "detections.json", [_entry(path, names[path], found[path]) for path in found])
             write_text(out / "detections.csv", _table(found))
     drawn = "a picture that detections are drawn on" if own == 1 else f"{own} pictures that detections are drawn on"
     note = "; ".join(filter(None, (named.note(), f"not searched: {drawn}" if own else "")))
-    return FolderResult(found, {path: skipped[path] for path in sorted(skipped)}, note)
+    return FolderResult(found, skipped, note)
 
 
 def _painter(
@@ -112,12 +109,10 @@ def _check_out(out: Path, names: dict[Path, str]) -> None:
     for path in names:
         if path.resolve().parent == out.resolve():
             raise SppnetError(f"{path}: lies in {out}, where a picture could overwrite it; choose another --out")
-    strange = [out / name for name in names.values() if (out / name).exists() and not is_drawn(out / name)]
-    for path, of_ours in ((out / "detections.json", _is_list), (out / "detections.csv", _is_table)):
-        if path.exists() and not of_ours(path):
-            strange.append(path)
-    if strange:
-        raise SppnetError(f"{strange[0]}: would be overwritten and is not of an earlier call; choose another --out")
+    written = dict.fromkeys(names.values(), is_drawn) | {"detections.json": _is_list, "detections.csv": _is_table}
+    for name, of_ours in written.items():
+        if (out / name).exists() and not of_ours(out / name):
+            raise SppnetError(f"{out / name}: would be overwritten and is not of an earlier call; choose another --out")
     check_writable(out)
 
 
@@ -155,9 +150,7 @@ def _entry(path: Path, picture: str, found: Detections) -> dict[str, Any]:
 
 def _table(found: dict[Path, Detections]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    for path, detections in found.items():
-        for entry in _entry(path, "", detections)["detections"]:
-            writer.writerow([as_text(path), entry["class"], entry["score"], *entry["box"]])
+    objects = [(as_text(path), entry) for path in found for entry in _entry(path, "", found[path])["detections"]]
+    rows = [[path, entry["class"], entry["score"], *entry["box"]] for path, entry in objects]
+    csv.writer(text).writerows([COLUMNS, *rows])
     return text.getvalue()

@@ -122,14 +122,19 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     else:
         drawn |= {"holdout": settings.holdout, "seed": settings.seed, "train_on_difficult": difficult}
         train, held_out, notes = _hold_out(train, drawn, kept)
-    _check_test(config, {r.id: r.digest for r in train})
+    for split in settings.test:
+        try:
+            digests = split_digests(settings.root, split)
+        except (SppnetError, OSError):  # they may be elsewhere, or come later
+            continue
+        _check_apart({r.id: r.digest for r in train}, digests, "data.test")
     found = {"training": train, "validation": held_out}
     for kind, images in found.items():
         bare = [r.id for r in images if not (r.annotation and len(r.annotation.boxes))]
-        skips = skips.plus(SkipCounts({BARE[kind]: bare} if bare else {}))
         first: dict[str, str] = {}
         copies = [f"{r.id} of {first[r.digest]}" for r in images if first.setdefault(r.digest, r.id) != r.id]
-        skips = skips.plus(SkipCounts({f"{kind} image that is a copy of another": copies} if copies else {}))
+        remarkable = {BARE[kind]: bare, f"{kind} image that is a copy of another": copies}
+        skips = skips.plus(SkipCounts({reason: names for reason, names in remarkable.items() if names}))
     for reason, names in skips.images.items():
         log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
     notes = [*others, *notes, *_classes_amiss(train, held_out, classes, difficult)]
@@ -141,19 +146,16 @@ def _hold_out(
     records: list[ImageRecord], drawn: Mapping[str, Any], kept: Split | None
 ) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
     """(train, held out, notes): as it was kept, or drawn anew."""
-    difficult = drawn["train_on_difficult"]
-    notes = list[str]()
+    difficult, notes = drawn["train_on_difficult"], list[str]()
     if kept is not None and kept.settings == drawn:
         train, held_out = kept.divide(records)
-        shown = frozenset[str]().union(*(shown_classes(r, difficult) for r in held_out))
-        lost = shown - frozenset[str]().union(*(shown_classes(r, difficult) for r in train))
-        copies = {r.digest for r in train} & {r.digest for r in held_out}
+        trained, shown = ({n for r in side for n in shown_classes(r, difficult)} for side in (train, held_out))
+        lost, copies = shown - trained, {r.digest for r in train} & {r.digest for r in held_out}
         if train and held_out and not lost and not copies:
             fresh = [r.id for r in train if r.id not in kept.train]
             if fresh:
-                notes.append(
-                    f"{counted(len(fresh), 'image')} new since the split was drawn, trained on, e.g. {fresh[0]}"
-                )
+                new = counted(len(fresh), "image")
+                notes.append(f"{new} new since the split was drawn, trained on, e.g. {fresh[0]}")
             ids = {r.id for r in records}
             gone = [name for name in (*kept.train, *kept.held_out) if name not in ids]
             if gone:
@@ -167,28 +169,23 @@ def _hold_out(
 
 def _count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind: str) -> list[str]:
     """A note about the objects of other classes, if there are any."""
-    images: dict[str, str] = {}
-    counts = Counter[str]()
-    for record in records:
-        names = [name for name in (record.annotation.names if record.annotation else ()) if name not in classes]
-        counts.update(names)
-        images |= {name: record.id for name in names if name not in images}
+    objects = [(name, r.id) for r in records if r.annotation for name in r.annotation.names if name not in classes]
+    counts = Counter(name for name, _ in objects)
     if not counts:
         return []
     listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
     more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
-    name = counts.most_common(1)[0][0]
-    total = counted(counts.total(), f"{kind} object")
-    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {name} in {images[name]}"]
+    name, total = counts.most_common(1)[0][0], counted(counts.total(), f"{kind} object")
+    example = next(f"{name} in {image}" for other, image in objects if other == name)
+    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {example}"]
 
 
 def _classes_amiss(
     train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
 ) -> list[str]:
     """Notes about classes that cannot be trained, or not be measured."""
-    trained, measured = (
-        Counter(n for r in records for n in shown_classes(r, difficult)) for records in (train, held_out)
-    )
+    sides = (train, held_out)
+    trained, measured = (Counter(n for r in side for n in shown_classes(r, difficult)) for side in sides)
     notes = [
         f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
         for name in classes
@@ -213,21 +210,6 @@ def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: s
         )
 
 
-def _check_test(config: Config, train: Mapping[str, str]) -> None:
-    """`_check_apart` for the test images; they may be elsewhere, or come later."""
-    for split in config.data.test:
-        try:
-            digests = split_digests(config.data.root, split)
-        except (SppnetError, OSError):
-            continue
-        _check_apart(train, digests, "data.test")
-
-
-def splits_to_test(config: Config, splits: Sequence[str] = ()) -> tuple[str, ...]:
-    """The splits to evaluate on: those given, data.test or data.val; empty = the images held out of training."""
-    return tuple(splits) or config.data.test or config.data.val
-
-
 @dataclass(frozen=True)
 class EvaluationData:
     """Images to evaluate on, what was skipped in them, the splits they are (none: held out), those trained on."""
@@ -241,15 +223,15 @@ class EvaluationData:
 def load_test_data(
     config: Config, root: Path | None = None, splits: Sequence[str] = (), kept: Split | None = None
 ) -> EvaluationData:
-    """The images to evaluate on (see `splits_to_test`), below `root` or data.root.
+    """The images to evaluate on, below `root` or data.root: those of `splits`, of data.test or of data.val.
 
-    Where neither splits nor data.test nor data.val name any, they are the images held out of data.train, as `kept` with
-    the detector: the same that chose the fine-tuning snapshot, so that their figures are a little too good. Of another
+    Where none of them names any, they are the images held out of data.train, as `kept` with the detector: the same
+    that chose the fine-tuning snapshot, so that their figures are a little too good. Of another
     data set they are all images of data.train. Raises SppnetError, also for held-out images that are gone or changed,
     and for training images among them which `splits` does not name.
     """
-    settings, names = config.data, splits_to_test(config, splits)
-    folder = root or settings.root
+    settings = config.data
+    names, folder = tuple(splits) or settings.test or settings.val, root or settings.root
     other = folder.resolve() != settings.root.resolve()
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
@@ -273,17 +255,14 @@ def load_test_data(
             )
         else:
             records = [r for r in records if r.id in held_out]
-            skips = SkipCounts(
-                {why: own for why, ids in skips.images.items() if (own := [i for i in ids if i in held_out])}
-            )
+            own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
+            skips = SkipCounts({why: images for why, images in own.items() if images})
     train = kept.train if kept is not None else {}
     contents = set(train.values())
     trained = [r.id for r in records if r.digest in contents or (not other and r.id in train)]
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
         if not splits:
-            raise SppnetError(
-                f"{what}; take them out of the set, or name it with --split to evaluate on them nonetheless"
-            )
+            raise SppnetError(f"{what}; take them out of the set, or name it with --split to evaluate on them")
         log.warning("%s: the figures look too good", what)
     return EvaluationData(records, skips, names, trained)

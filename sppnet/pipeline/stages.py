@@ -41,8 +41,8 @@ class Stage:
 
     name: str
     settings: Callable[[Config], Sequence[str]]
-    reads: Callable[[Config], Sequence[str]]
     outputs: Callable[[StageGraph], Sequence[Path]]
+    reads: Callable[[Config], Sequence[str]] = lambda _: ()
     data: Sequence[str] = ()
     version: int = 1
     skipped: Callable[[Config], str] = lambda _: ""  # why it is not run at all
@@ -65,28 +65,26 @@ class StageStatus:
 
     def describe(self, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
         """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
-        action, why = self._decide(only, invalidated)
-        return f"{self.name:<10} {action:<8} {why}"
-
-    def _decide(self, only: Sequence[str], invalidated: Sequence[str]) -> tuple[str, str]:
-        folder, parts = self.folder.name, f"{self.done} of {self.total}"
-        if self.skipped:
-            return "skip", self.skipped
-        if self.name not in only:
-            stale = "; depends on re-run stages and would be deleted" if self.name in invalidated and self.done else ""
-            return "leave", f"not selected; {parts} in {folder}{stale}"
-        if self.name in invalidated:
-            return "run", f"from scratch, as asked; {parts} in {folder} are there and would be deleted"
-        if self.done == self.total:
-            return "reuse", f"all {self.total} in {folder}"
-        if self.done:
-            return "resume", f"{parts} in {folder}"
-        if self.checkpoint is not None:
-            return "resume", f"from {folder}/{self.checkpoint.name}"
+        folder, stale = self.folder.name, self.name in invalidated
         others = sorted(path.name for path in self.folder.parent.glob(f"{self.name}-*") if path != self.folder)
-        if others:
-            return "run", f"settings or inputs are not those of {', '.join(others)}; {self.total} to do in {folder}"
-        return "run", f"nothing there yet; {self.total} to do in {folder}"
+        there = f"{self.done} of {self.total} in {folder}"
+        if self.skipped:
+            action, why = "skip", self.skipped
+        elif self.name not in only:
+            gone = "; depends on re-run stages and would be deleted" if stale and self.done else ""
+            action, why = "leave", f"not selected; {there}{gone}"
+        elif stale:
+            action, why = "run", f"from scratch, as asked; {there} are there and would be deleted"
+        elif self.complete:
+            action, why = "reuse", f"all {self.total} in {folder}"
+        elif self.done:
+            action, why = "resume", there
+        elif self.checkpoint is not None:
+            action, why = "resume", f"from {folder}/{self.checkpoint.name}"
+        else:
+            why = f"settings or inputs are not those of {', '.join(others)}" if others else "nothing there yet"
+            action, why = "run", f"{why}; {self.total} to do in {folder}"
+        return f"{self.name:<10} {action:<8} {why}"
 
 
 @dataclass(frozen=True)
@@ -110,31 +108,23 @@ class StageGraph:
         """The stages whose results `name` reads, without those that are skipped."""
         return tuple(other for other in GRAPH[name].reads(self.config) if not GRAPH[other].skipped(self.config))
 
-    def dependents(self, name: str) -> tuple[str, ...]:
-        """The stages that depend on `name`, directly or not, in order."""
-        found = {name}
-        for other in STAGES:
-            if not GRAPH[other].skipped(self.config) and found & set(self.reads(other)):
-                found.add(other)
-        return tuple(other for other in STAGES if other in found and other != name)
-
     def status(self, name: str) -> StageStatus:
         """What is there of a stage. Reads no weights and writes nothing."""
         stage, folder = GRAPH[name], self.folder(name)
-        outputs = [folder / path for path in stage.outputs(self)]
+        done = [(folder / path).exists() for path in stage.outputs(self)]
         saved = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
-        return StageStatus(
-            name, folder, sum(path.exists() for path in outputs), len(outputs), stage.skipped(self.config), saved
-        )
+        return StageStatus(name, folder, sum(done), len(done), stage.skipped(self.config), saved)
 
     def statuses(self) -> list[StageStatus]:
         return [self.status(name) for name in STAGES]
 
     def invalidated(self, only: Sequence[str], force: Sequence[str]) -> tuple[str, ...]:
         """The stages to delete before `only` run: those in `force` among them, and all that depend on these."""
-        used = [name for name in STAGES if not GRAPH[name].skipped(self.config)]
-        forced = [name for name in used if name in only and name in force]
-        return tuple(name for name in used if any(name in (own, *self.dependents(own)) for own in forced))
+        found: list[str] = []
+        for name in (name for name in STAGES if not GRAPH[name].skipped(self.config)):
+            if (name in only and name in force) or set(found) & set(self.reads(name)):
+                found.append(name)
+        return tuple(found)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete these stages, last first: an interruption never leaves a stage whose inputs are gone.
@@ -156,9 +146,8 @@ class StageGraph:
         digests: dict[str, str] = {}
         for name in STAGES:
             stage = GRAPH[name]
-            settings = {
-                key: reduce(getitem, key.split("."), self._values) for key in sorted(stage.settings(self.config))
-            }
+            keys = sorted(stage.settings(self.config))
+            settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data]
             version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
             digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])
@@ -253,13 +242,11 @@ GRAPH: dict[str, Stage] = {
         Stage(
             "proposals",
             settings=lambda _: ["proposals"],
-            reads=lambda _: [],
             outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
             "pretrain",
             settings=lambda _: ["pretrain", "backbone", "head", "pyramid.levels", "data.train_on_difficult"],
-            reads=lambda _: [],
             outputs=lambda _: [Path("network.safetensors")],
             data=["train"],
             skipped=lambda config: "" if config.pretrain.enabled else "pretrain.enabled is false",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
-from sppnet.errors import SppnetError, counted
+from sppnet.errors import counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
@@ -42,14 +42,7 @@ from sppnet.proposals.search import make_proposer, propose_images, read_windows
 
 log = logging.getLogger("sppnet")
 
-
-@dataclass(frozen=True)
-class StageReport:
-    """What a stage did, in words, and how long it took."""
-
-    name: str
-    seconds: float
-    summary: str
+START = "start.safetensors"  # a head of low rank before it is fine-tuned
 
 
 def train_detector(
@@ -68,19 +61,20 @@ def train_detector(
     deleted too, and so is the detector of an earlier training.
     """
     training = Training(config, root, torch.device(device), progress, backbone)
-    config = training.asked
-    graph = training.graph
+    config, graph = training.asked, training.graph
     runtime = resolve_runtime(config.maps.runtime, device)
     log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
     log.info("%s", graph.data)
-    training.check_files(only)
+    training.networks.check_inputs(only)
     if distributed.is_main():
         graph.delete(graph.invalidated(only, force))
         write_text(root / "config.yaml", dump_config(config))
         graph.data.split.write(root)
     distributed.barrier()
-    reports = [training.perform(status) for status in graph.statuses() if status.name in only]
-    log.info("Summary\n%s", _table(reports))
+    chosen = [status for status in graph.statuses() if status.name in only]
+    distributed.barrier()  # all processes see what is there before any of them makes more
+    lines = [training.perform(status) for status in chosen]
+    log.info("Summary\n%s", "\n".join([f"{'stage':<10} {'time':>9}  done", *lines]))
     missing = [status.name for status in graph.statuses() if not status.complete]
     if missing:
         log.info("no detector yet: %s still to do", ", ".join(missing))
@@ -105,48 +99,24 @@ class Training:
         self.networks = TrainingNetworks(self.graph, device, module)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
-        """What `check_files` would refuse for these stages without reading a weight: a line for each."""
-        weights, head = self.config.backbone.weights, self.config.head
-        named = [("proposals.import_from", path) for path in self.config.proposals.import_from]
-        found = self.networks.unusable_images(stages)
-        if set(stages) - {"proposals"}:
-            if weights.file is not None and weights.source == "file" and self._needs_start_of("pretrain"):
-                named.append(("backbone.weights.file", weights.file))
-            if head.checkpoint is not None and head.init == "checkpoint" and self._needs_start_of("finetune"):
-                named.append(("head.checkpoint", head.checkpoint))
-            try:
-                self.networks.check_ranks()
-                resolve_runtime(self.config.maps.runtime, self.device)
-            except SppnetError as error:
-                found.append(str(error))
-        return [*(f"missing: {path} ({setting})" for setting, path in named if not path.is_file()), *found]
+        """What would end one of these stages, found without reading a weight: a line for each."""
+        return self.networks.missing_inputs(stages)
 
-    def check_files(self, stages: Sequence[str]) -> None:
-        """Raise now what would end one of these stages hours later: files or images that are missing or do not fit."""
-        for reason in self.networks.unusable_images(stages):
-            raise SppnetError(reason)
-        for path in self.config.proposals.import_from:
-            if not path.is_file():
-                raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
-        if not set(stages) - {"proposals"}:
-            return
-        if not self.config.pretrain.enabled:
-            _ = self.networks.backbone
-        elif self._needs_start_of("pretrain"):
-            build_backbone(self.config.backbone, module=self.module)
-        self.networks.check_ranks()
-        if self.config.head.init != "random" and self._needs_start_of("finetune"):
-            self.networks.started_head()
-
-    def perform(self, status: StageStatus) -> StageReport:
-        """Run one stage unless it is skipped."""
-        start = time.monotonic()
+    def perform(self, status: StageStatus) -> str:
+        """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
         if status.skipped:
-            return StageReport(status.name, 0.0, f"skipped: {status.skipped}")
-        summary = RUN[status.name](self)
+            return f"{status.name:<10} {'0.0 s':>9}  skipped: {status.skipped}"
+        start = time.monotonic()
+        reused = status.complete and status.name in ("pretrain", "finetune", "low_rank", "svm")
+        summary = "reused" if reused else RUN[status.name](self)
+        if distributed.is_main():  # only the making of a result needed them
+            for left in (CHECKPOINT, START):
+                (status.folder / left).unlink(missing_ok=True)
+        distributed.barrier()
         seconds = time.monotonic() - start
-        log.info("%s: %s (%s)", status.name, summary, _duration(seconds))
-        return StageReport(status.name, seconds, summary)
+        duration = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        log.info("%s: %s (%s)", status.name, summary, duration)
+        return f"{status.name:<10} {duration:>9}  {summary}"
 
     def assemble(self) -> SPPDetector:
         """The detector from the artifacts, saved under detector/."""
@@ -163,10 +133,9 @@ class Training:
         svms = LinearSVMs.from_tensors(read_tensors(self.graph.folder("svm") / "svm.safetensors"))
         regressors = None
         if self.config.boxes.enabled:
-            own = [read_tensors(self._regressor(label)) for label in range(len(self.classes))]
-            regressors = BoxRegressors.stack(
-                {n: BoxRegressors.from_tensors(t).per_class[0] for n, t in zip(self.classes, own, strict=True)}
-            )
+            own = [read_tensors(self.graph.folder("boxes") / regressor_path(i)) for i in range(len(self.classes))]
+            each = [BoxRegressors.from_tensors(tensors).per_class[0] for tensors in own]
+            regressors = BoxRegressors.stack(dict(zip(self.classes, each, strict=True)))
         networks, proposer = self.networks, make_proposer(self.config.proposals)
         return SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
 
@@ -189,14 +158,11 @@ class Training:
     # A backbone without pretrained weights learns from crops of the objects
     def pretrain(self) -> str:
         folder = self.graph.folder("pretrain")
-        if self._exists(folder / "network.safetensors"):
-            return "reused"
         backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
             write_tensors(folder / "network.safetensors", network.state_dict())
-        self._delete(checkpoint)
         return summary
 
     # 2. the map of every image, and of its mirror image for fine-tuning
@@ -211,23 +177,21 @@ class Training:
 
     # 3. fc6 and fc7
     def finetune(self) -> str:
-        path = self.graph.folder("finetune") / "head.safetensors"
-        if self._exists(path):
-            self._delete(path.parent / CHECKPOINT)
-            return "reused"
         return self._train_head("finetune", self.networks.initial_head(), self.config.finetune)
 
     # 3½. fc6 and fc7 of low rank, where that is wanted
     def low_rank(self) -> str:
-        path = self.graph.folder("low_rank") / "head.safetensors"
-        start = path.with_name("start.safetensors")  # before it is fine-tuned
-        if self._exists(path):
-            self._delete(path.parent / CHECKPOINT, start)
-            return "reused"
+        start = self.graph.folder("low_rank") / START
         if start.exists():
             log.info("low_rank: %s is reused", start)
         elif distributed.is_main():
-            self._reduce_rank(start)
+            wanted, whole = ranks(self.config), self.networks.whole_head()
+            activations = self.networks.activations(whole, self.progress)
+            reduced = low_rank_head(whole, wanted, activations)
+            kept = variance_kept(whole, reduced, activations)
+            lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
+            write_json(start.with_name("summary.json"), ", ".join(lines))
+            write_tensors(start, reduced.state_dict())
         distributed.barrier()
         summary = str(read_json(start.with_name("summary.json")))
         head = self.networks.saved_head(start, ranks(self.config))
@@ -236,19 +200,8 @@ class Training:
             schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
             summary += "; " + self._train_head("low_rank", head, self.config.finetune.model_copy(update=schedule))
         elif distributed.is_main():
-            write_tensors(path, head.state_dict())
-        distributed.barrier()
-        self._delete(start)
+            write_tensors(start.with_name("head.safetensors"), head.state_dict())
         return summary
-
-    def _reduce_rank(self, path: Path) -> None:
-        wanted, whole = ranks(self.config), self.networks.whole_head()
-        activations = self.networks.activations(whole, self.progress)
-        head = low_rank_head(whole, wanted, activations)
-        kept = variance_kept(whole, head, activations)
-        lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
-        write_json(path.with_name("summary.json"), ", ".join(lines))
-        write_tensors(path, head.state_dict())
 
     def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings) -> str:
         """Fine-tune a head; it becomes the result of `stage`."""
@@ -259,7 +212,6 @@ class Training:
         )
         if distributed.is_main():
             write_tensors(folder / "head.safetensors", head.state_dict())
-        self._delete(folder / CHECKPOINT)
         return (
             f"{counted(done.steps, 'step')}, {done.reused_steps} of them from before; best validation error "
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
@@ -268,8 +220,6 @@ class Training:
     # 4. one linear SVM per class, with hard-negative mining
     def svm(self) -> str:
         target = self.graph.folder("svm") / "svm.safetensors"
-        if self._exists(target):
-            return "reused"
         if distributed.is_main():
             settings, networks = self.config.svm, self.networks
             source, features = networks.windows(train=True), networks.features(settings.layer)
@@ -285,8 +235,9 @@ class Training:
 
     # 5. class-wise box regression
     def boxes(self) -> str:
-        missing = [label for label in range(len(self.classes)) if not self._regressor(label).exists()]
-        done = next((self._regressor(label) for label in range(len(self.classes)) if label not in missing), None)
+        paths = [self.graph.folder("boxes") / regressor_path(label) for label in range(len(self.classes))]
+        missing = [label for label, path in enumerate(paths) if not path.exists()]
+        done = next((path for path in paths if path.exists()), None)
         counts = []
         if distributed.is_main() and missing:
             settings, networks = self.config.boxes, self.networks
@@ -298,43 +249,20 @@ class Training:
                 own = examples[label]
                 rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
-                tensors = BoxRegressors.stack({self.classes[label]: regressor}).to_tensors()
-                write_tensors(self._regressor(label), tensors)
+                write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
                 counts.append(len(rows))
-        distributed.barrier()
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
-        if not self._exists(path) and distributed.is_main():
+        if distributed.is_main() and not path.exists():
             windows, maps = self.graph.folder("proposals"), self.graph.folder("maps")
             records = self.graph.data.validation
             write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
         distributed.barrier()
         return describe_thresholds(read_json(path))
-
-    def _regressor(self, label: int) -> Path:
-        return self.graph.folder("boxes") / regressor_path(label)
-
-    def _needs_start_of(self, stage: str) -> bool:
-        """Whether what a stage starts from is used: the stage is skipped or not complete."""
-        status = self.graph.status(stage)
-        return bool(status.skipped) or not status.complete
-
-    def _exists(self, path: Path) -> bool:
-        """Whether a result is there, for all processes before any of them makes it."""
-        found = path.exists()
-        distributed.barrier()
-        return found
-
-    def _delete(self, *files: Path) -> None:
-        """What only the making of a result needed, once that is complete; an interruption may have left it."""
-        if distributed.is_main():
-            for file in files:
-                file.unlink(missing_ok=True)
-        distributed.barrier()
 
 
 RUN: dict[str, Callable[[Training], str]] = {
@@ -347,13 +275,3 @@ RUN: dict[str, Callable[[Training], str]] = {
     "boxes": Training.boxes,
     "thresholds": Training.thresholds,
 }
-
-
-def _table(reports: Sequence[StageReport]) -> str:
-    """Stage, time, what was done."""
-    lines = [f"{'stage':<10} {'time':>9}  done"]
-    return "\n".join([*lines, *(f"{r.name:<10} {_duration(r.seconds):>9}  {r.summary}" for r in reports)])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from sppnet.backbones.architectures import LocalResponseNorm
 from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
 
 
@@ -79,10 +78,3 @@ def test_layers_of_unknown_geometry_are_refused() -> None:
         steps_of([nn.Conv2d(1, 1, 3, padding="same")])
     with pytest.raises(TypeError, match="same number for both axes"):
         steps_of([nn.Conv2d(1, 1, (3, 5))])
-
-
-def test_a_normalisation_behind_a_removed_stride_is_refused() -> None:
-    layers = [nn.Conv2d(1, 2, 3, stride=2), nn.MaxPool2d(2), LocalResponseNorm()]
-    limit_stride(layers, 4)
-    with pytest.raises(TypeError, match="a normalisation over neighbours cannot be dilated; raise the limit"):
-        limit_stride(layers, 2)

@@ -17,7 +17,7 @@ from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError
 from sppnet.pipeline import stages
-from sppnet.pipeline.run_data import load_run_data, load_test_data, splits_to_test
+from sppnet.pipeline.run_data import load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
 
@@ -189,17 +189,15 @@ def test_where_no_validation_is_named_a_share_of_the_training_images_is_held_out
     data = load_run_data(config)
     assert (len(data.train), len(data.held_out)) == (6, 2)
     assert not {r.id for r in data.train} & {r.id for r in data.held_out}
-    assert splits_to_test(config) == ()
     records = load_test_data(config, kept=data.split).records
     assert [r.id for r in records] == [r.id for r in data.held_out]
 
 
 def test_the_images_to_test_are_those_given_then_test_then_val(small_run):
     config = small_run.config
-    assert splits_to_test(config, ("A/b",)) == ("A/b",)
-    assert splits_to_test(config) == ("SHAPES/test",)
+    assert load_test_data(config).splits == ("SHAPES/test",)
     without = changed(small_run, data__test=[])
-    assert splits_to_test(without) == ("SHAPES/val",)
+    assert load_test_data(without).splits == ("SHAPES/val",)
     assert len(load_test_data(without).records) == 3
     assert len(load_test_data(config).records) == 4
     assert len(load_test_data(config, splits=("SHAPES/train", "SHAPES/val")).records) == 11
@@ -276,7 +274,7 @@ def test_the_stages_in_use_are_six_without_pretraining(small_run):
 )
 def test_the_stages_that_depend_on_another_are_known(small_run, setting, value, stage, stages):
     graph = Training(changed(small_run, **{setting: value}), small_run.root, torch.device("cpu")).graph
-    assert graph.dependents(stage) == tuple(stages.split())
+    assert graph.invalidated(STAGES, (stage,))[1:] == tuple(stages.split())
 
 
 @pytest.mark.parametrize(
