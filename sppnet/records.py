@@ -58,8 +58,24 @@ class Detection(NamedTuple):
     name: str
 
 
+class _Rows:
+    """What has boxes: its length is their number, and it equals what holds the same values."""
+
+    boxes: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(np.array_equal(value, vars(other)[name]) for name, value in vars(self).items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
-class Annotation:
+class Annotation(_Rows):
     """The objects of one image: boxes float32 (R, 4) xyxy half-open, one class name and flag each.
 
     Without `difficult` no object is. ``annotation[1]`` is one object, ``annotation[mask]`` and slices are annotations,
@@ -71,22 +87,12 @@ class Annotation:
     difficult: NDArray[np.bool_] = None  # type: ignore[assignment]  # an array once it is made
 
     def __post_init__(self) -> None:
-        boxes, names = check_boxes(self.boxes), check_names(self.names, "names")
+        boxes, names = check_boxes(self.boxes, "boxes", np.float32), check_names(self.names, "names")
         flags = np.zeros(len(names), bool) if self.difficult is None else as_column(self.difficult, "difficult", "biu")
         if not np.isin(flags, (0, 1)).all():
             raise SppnetError(f"difficult: expected true or false for each object, got {flags.tolist()}")
         check_lengths(boxes=boxes, names=names, difficult=flags)
         _set(self, boxes=boxes, names=names, difficult=flags.astype(bool))
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Annotation):
-            return NotImplemented
-        return _equal(self, other, ("boxes", "names", "difficult"))
-
-    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, index: int) -> AnnotatedObject: ...
@@ -141,7 +147,7 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class Detections:
+class Detections(_Rows):
     """What was found in one image: boxes (R, 4) float32, scores (R,) float32, labels (R,) int64 into classes.
 
     A detector gives them best first. ``found[0]`` is one detection; ``found[mask]``, slices and arrays of indices give
@@ -155,8 +161,8 @@ class Detections:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        boxes, scores, classes = check_boxes(self.boxes), check_scores(self.scores), check_classes(self.classes)
-        labels = as_column(self.labels, "labels", "iu")
+        boxes, scores = check_boxes(self.boxes, "boxes", np.float32), check_scores(self.scores)
+        labels, classes = as_column(self.labels, "labels", "iu"), check_classes(self.classes)
         check_lengths(boxes=boxes, scores=scores, labels=labels)
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
             raise SppnetError(
@@ -164,16 +170,6 @@ class Detections:
                 f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
             )
         _set(self, boxes=boxes, scores=scores, labels=labels.astype(np.int64), classes=classes)
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Detections):
-            return NotImplemented
-        return _equal(self, other, ("boxes", "scores", "labels", "classes"))
-
-    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, index: int) -> Detection: ...
@@ -242,13 +238,13 @@ class Detections:
         image = image_id if isinstance(image_id, str) else operator.index(image_id)
         entries = []
         for (x1, y1, x2, y2), score, label, _ in self:
-            box = [x1, y1, x2 - x1, y2 - y1]
-            entries.append({"image_id": image, "category_id": operator.index(ids[label]), "bbox": box, "score": score})
+            box, category = [x1, y1, x2 - x1, y2 - y1], operator.index(ids[label])
+            entries.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
         return entries
 
     def draw(self, image: Any) -> Image.Image:
         """A picture of the detections on their image, which is all that `SPPDetector.detect` takes."""
-        from sppnet.image_inputs import read_pixels
+        from sppnet.images import read_pixels
         from sppnet.report.drawing import draw_detections  # the one import upwards: drawing is not to be looked for
 
         return draw_detections(read_pixels(image), self)
@@ -277,17 +273,6 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     """At most `count` of the things, at even distances."""
     count = min(count, len(things))
     return [things[i * len(things) // count] for i in range(count)]
-
-
-def as_boxes(boxes: ArrayLike, name: str = "boxes") -> NDArray[np.float64]:
-    """Any (R, 4) array-like as float64; an empty sequence becomes (0, 4)."""
-    array = np.asarray(boxes, dtype=np.float64)
-    if array.size == 0:
-        return array.reshape(0, 4)
-    if array.ndim != 2 or array.shape[1] != 4:
-        hint = f"; pass {name}[None] for one box" if array.shape == (4,) else ""
-        raise ValueError(f"{name} must have shape (R, 4), got {array.shape}{hint}")
-    return array
 
 
 def areas(boxes: Boxes) -> NDArray[np.floating]:
@@ -324,7 +309,3 @@ def flip_boxes(boxes: Boxes, width: float) -> Boxes:
 def _set(frozen: object, **values: object) -> None:
     for name, value in values.items():
         object.__setattr__(frozen, name, value)
-
-
-def _equal(own: object, other: object, fields: Sequence[str]) -> bool:
-    return all(np.array_equal(getattr(own, name), getattr(other, name)) for name in fields)

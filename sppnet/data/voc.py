@@ -20,9 +20,10 @@ from defusedxml.ElementTree import fromstring as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_text
+from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
 from sppnet.images import SIDEWAYS
-from sppnet.records import Annotation, SkipCounts, areas, as_boxes, clip_boxes
+from sppnet.records import Annotation, SkipCounts, areas, clip_boxes
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import refused_here
 
-from sppnet.arrays import as_corners, as_numbers, as_rows, as_scale
+from sppnet.checks import as_boxes, as_numbers, as_rows, as_scale, check_boxes
 
 
 class ElsewhereTensor:
@@ -45,15 +45,43 @@ def test_what_is_no_array_of_numbers_is_refused_by_name(values: Any) -> None:
     refused_here(lambda: as_numbers(values, "windows of image a"), "^windows of image a must be an array of ")
 
 
-def test_corners_are_boxes_also_without_extent() -> None:
-    assert as_corners([]).shape == (0, 4)
-    assert as_corners([[1, 2, 1, 2]]).tolist() == [[1, 2, 1, 2]]
-    refused_here(
-        lambda: as_corners([[0, 0, 1, 1], [5, 5, 6, 4]], "objects"), r"objects must be .* \[5.0, .* at row 1; for x"
-    )
-    refused_here(lambda: as_corners([[0, 0, 1, np.inf]]), "boxes must be finite, got inf at row 0")
+def test_boxes_have_an_extent_unless_they_need_none() -> None:
+    flat = [[1, 2, 1, 2]]
+    assert check_boxes(flat, extent=False).tolist() == flat
+    refused_here(lambda: check_boxes(flat), r"boxes must be finite x1 y1 x2 y2 with x2 > x1 and y2 > y1, got \[1")
+    for extent in (False, True):
+        assert check_boxes([], extent=extent).shape == (0, 4)
+        for row in ([5, 5, 6, 4], [0, 0, 1, np.inf], [0, np.nan, 1, 1]):
+            refused_here(
+                lambda row=row, extent=extent: check_boxes([[0, 0, 1, 1], row], "objects", extent=extent),
+                r"objects must be finite .* at row 1; correct it .* for x y width height",
+            )
 
 
 @pytest.mark.parametrize("scale", [1, 0.5, np.float32(2), torch.tensor(3.0), np.array(4)])
 def test_a_scale_is_any_positive_number(scale: Any) -> None:
     assert as_scale(scale) == float(scale)
+
+
+@pytest.mark.parametrize("empty", [[], (), np.zeros(0), np.zeros((0, 4), np.float32), np.zeros((0, 7))])
+def test_anything_empty_becomes_no_boxes(empty):
+    boxes = as_boxes(empty)
+    assert boxes.shape == (0, 4)
+    assert boxes.dtype == np.float64
+
+
+def test_lists_of_whole_numbers_become_boxes():
+    assert as_boxes([[1, 2, 3, 4]]).dtype == np.float64
+
+
+def test_one_box_alone_is_refused_with_the_remedy():
+    with pytest.raises(
+        ValueError, match=r"windows must have shape \(R, 4\), got \(4,\); pass windows\[None\] for one box"
+    ):
+        as_boxes(np.zeros(4), "windows")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (8,)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \("):
+        as_boxes(np.zeros(shape))
