@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +32,7 @@ DIGEST_LENGTH = 16
 
 def digest_of(*parts: Any) -> str:
     """16 hexadecimal digits that name JSON-like values (settings dumped with ``mode="json"``, digests, names)."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def file_digest(path: Path) -> str:
@@ -119,11 +117,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        yield
+    except MemoryError:  # the file is not to blame
+        raise
+    except Exception as error:  # damaged files raise whatever json, zip, zlib, numpy and safetensors stumble over
         raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+
+
+def read_json(path: Path) -> Any:
+    with _reading(path):
+        return json.loads(path.read_text())
 
 
 def write_arrays(path: Path, durable: bool = True, **arrays: NDArray[Any]) -> None:
@@ -146,11 +152,9 @@ def has_arrays(path: Path) -> bool:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+    # numpy leaves a damaged file open
+    with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -162,10 +166,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with _reading(path):
         return load_file(path)
-    except Exception as error:  # safetensors raises its own class, which has no public base
-        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
 
 
 def names_to_tensor(names: Sequence[str]) -> Tensor:
