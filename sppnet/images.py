@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,13 +68,7 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
     elif isinstance(image, Tensor):
         pixels = _pixels_of_tensor(image)
     elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            hint = _hint(image.shape, 2, "np.ascontiguousarray(image.transpose(1, 2, 0))", "image[..., :3]")
-            raise ImageError(
-                f"image must be a uint8 RGB array of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
-                f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
-            )
-        pixels = image
+        pixels = check_pixels(image)
     else:
         raise ImageError(
             "image must be a path, a PIL image, a uint8 array (H, W, 3), a tensor (3, H, W), or a list of these, "
@@ -84,15 +79,21 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
     return pixels
 
 
+def check_pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """The array; ImageError unless it is (H, W, 3) uint8."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        hint = _hint(image.shape, 2, "np.ascontiguousarray(image.transpose(1, 2, 0))", "image[..., :3]")
+        raise ImageError(
+            f"image must be a uint8 RGB array of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
+            f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
+        )
+    return image
+
+
 def upright_pixels(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
     """The same of an opened image; `name` names it in errors."""
     image.load()
     return np.array(_to_rgb(_upright(_eight_bits(image, name))), dtype=np.uint8)
-
-
-def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of the upright image, from the file's header alone; errors as in `read_image`."""
-    return image_header(path)[0]
 
 
 def image_header(path: Path | str) -> tuple[tuple[int, int], int]:
@@ -139,14 +140,9 @@ def prepare(
     Bilinear without antialiasing, pixel centres aligned (release; what OpenCV's INTER_LINEAR computes). `mean`
     and `std` are in `channel_order` ("rgb" or "bgr"), as the weights expect their input.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
-            "read it with sppnet.images.read_image"
-        )
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
-    pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
+    pixels = torch.tensor(np.ascontiguousarray(check_pixels(image)), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
     shift, deviation = (

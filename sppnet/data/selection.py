@@ -41,18 +41,15 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
             fault = f"has more than {LONGEST} bytes"
         else:
             continue
-        raise SppnetError(
-            f"class {name!r}, e.g. in the annotation of {example[name]}, {fault}; rename it in the annotations, or "
-            "name the classes to train in data.classes"
-        )
+        where = f"class {name!r}, e.g. in the annotation of {example[name]},"
+        raise SppnetError(f"{where} {fault}; rename it there, or name the classes to train in data.classes")
     folded = {name.casefold(): name for name in reversed(chosen)}
     for name in chosen:
         first = folded[name.casefold()]
         if first != name:
-            raise SppnetError(
-                f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]}) differ in "
-                "upper and lower case alone; rename one of them in the annotations, or leave it out of data.classes"
-            )
+            two = f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]})"
+            remedy = "rename one of them in the annotations, or leave it out of data.classes"
+            raise SppnetError(f"{two} differ in upper and lower case alone; {remedy}")
     return chosen
 
 
@@ -85,9 +82,7 @@ def hold_out(
     groups: dict[str, list[ImageRecord]] = {}  # copies
     for record in sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record.id}".encode()).digest()):
         groups.setdefault(record.digest, []).append(record)
-    shown = {
-        digest: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[digest])) for digest in groups
-    }
+    shown = {key: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[key])) for key in groups}
     left = Counter(name for names in shown.values() for name in names)  # groups in training that show a class
     held, free = set[str](), count
 
@@ -109,10 +104,8 @@ def hold_out(
         if may_go(digest):
             take(digest)
     if not held:
-        raise SppnetError(
-            f"no image of {len(records)} can be held out: each is the only one of a class, or a copy of the others; "
-            "add images, or name images in data.val"
-        )
+        why = "each is the only one of a class, or a copy of the others"
+        raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")
     out = {record.id for digest in held for record in groups[digest]}
     return [r for r in records if r.id not in out], [r for r in records if r.id in out]
 
