@@ -96,9 +96,8 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ArtifactError(
-            f"{folder}: cannot write here ({error.strerror}); expected a folder with space in it, name another one"
-        ) from None
+        reason = f"cannot write here ({error.strerror})"
+        raise ArtifactError(f"{folder}: {reason}; expected a folder with space in it, name another one") from None
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:

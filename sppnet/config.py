@@ -114,10 +114,8 @@ class WeightsSettings(Settings):
         small = [name for name, values in given.items() if any(0 < value < 1 for value in values)]
         if small or 0 < max(self.mean) <= 1:
             larger = [f"{name}={[round(255 * v, 3) for v in given[name]]}" for name in small or ["mean"]]
-            raise ValueError(
-                f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1, but pixels run from 0 to "
-                f"255 here; multiply by 255: {', '.join(larger)}"
-            )
+            both = f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1"
+            raise ValueError(f"{both}, but pixels run from 0 to 255 here; multiply by 255: {', '.join(larger)}")
         return self
 
 

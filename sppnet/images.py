@@ -70,10 +70,8 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
     elif isinstance(image, np.ndarray):
         pixels = check_pixels(image)
     else:
-        raise ImageError(
-            "image must be a path, a PIL image, a uint8 array (H, W, 3), a tensor (3, H, W), or a list of these, "
-            f"got {type(image).__name__}"
-        )
+        kinds = "a path, a PIL image, a uint8 array (H, W, 3), a tensor (3, H, W), or a list of these"
+        raise ImageError(f"image must be {kinds}, got {type(image).__name__}")
     if not pixels.size:
         raise ImageError(f"image must have at least one pixel, got shape {pixels.shape}")
     return pixels
@@ -83,10 +81,9 @@ def check_pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
     """The array; ImageError unless it is (H, W, 3) uint8."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         hint = _hint(image.shape, 2, "np.ascontiguousarray(image.transpose(1, 2, 0))", "image[..., :3]")
-        raise ImageError(
-            f"image must be a uint8 RGB array of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
-            f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
-        )
+        remedy = f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
+        got = f"{image.dtype} of shape {image.shape}"
+        raise ImageError(f"image must be a uint8 RGB array of shape (H, W, 3), got {got}; {remedy}")
     return image
 
 
@@ -120,10 +117,9 @@ def scaled_size(
         scale = min(scale, max_side / longer)
     height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
     if height * width > MAX_SCALED_PIXELS:
-        raise BackboneError(
-            f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}, more than "
-            f"{MAX_SCALED_PIXELS:,} pixels; cut it into parts, or train with maps.max_side or a smaller maps.scales"
-        )
+        sizes = f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}"
+        remedy = "cut it into parts, or train with maps.max_side or a smaller maps.scales"
+        raise BackboneError(f"{sizes}, more than {MAX_SCALED_PIXELS:,} pixels; {remedy}")
     return (height, width), shorter * scale
 
 
@@ -174,10 +170,8 @@ def _pixels_of_tensor(image: Tensor) -> NDArray[np.uint8]:
         image = image.detach()
         low, high = (float(image.min()), float(image.max())) if image.numel() else (0.0, 0.0)
         if not (low >= 0 and high <= 1):  # NaN neither
-            raise ImageError(
-                f"a floating-point tensor must lie in [0, 1], got values from {low:g} to {high:g}; divide by 255 or "
-                "clamp it, and do not normalise it"
-            )
+            got = f"got values from {low:g} to {high:g}; divide by 255 or clamp it, and do not normalise it"
+            raise ImageError(f"a floating-point tensor must lie in [0, 1], {got}")
         image = (image.double() * 255).round().to(torch.uint8)
     return np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
 
@@ -226,16 +220,13 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: expected an image ({kinds}), got a file of another kind; {hint}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         reason = getattr(error, "strerror", None) or error or type(error).__name__
-        raise ImageError(
-            f"{path}: expected a complete image, but it cannot be read ({reason}); fetch the file again or remove it"
-        ) from None
+        problem = f"expected a complete image, but it cannot be read ({reason})"
+        raise ImageError(f"{path}: {problem}; fetch the file again or remove it") from None
 
 
 def _too_large(path: Path | str) -> ImageError:
-    return ImageError(
-        f"{path}: expected at most {MAX_PIXELS:,} pixels, but its header announces more; "
-        "if the file is sound, scale it down first"
-    )
+    problem = f"expected at most {MAX_PIXELS:,} pixels, but its header announces more"
+    return ImageError(f"{path}: {problem}; if the file is sound, scale it down first")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -101,10 +101,8 @@ def iterate_in_workers(
         try:
             yield from _hand_out(pool, items, count)
         except BrokenProcessPool:
-            raise SppnetError(
-                "a worker process died: out of memory, or a script that lacks the line "
-                "'if __name__ == \"__main__\":'; repair that, or free memory by ending other programs"
-            ) from None
+            why = "out of memory, or a script that lacks the line 'if __name__ == \"__main__\":'"
+            raise SppnetError(f"a worker process died: {why}; repair that, or end other programs") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

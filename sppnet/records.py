@@ -117,7 +117,7 @@ class Annotation(_Rows):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``Annotation(**values)`` is equal to this one."""
-        return {"boxes": self.boxes.tolist(), "names": list(self.names), "difficult": self.difficult.tolist()}
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,8 @@ class Detections(_Rows):
         labels, classes = as_column(self.labels, "labels", "iu"), check_classes(self.classes)
         check_lengths(boxes=boxes, scores=scores, labels=labels)
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise SppnetError(
-                f"labels: expected 0 to {len(classes) - 1}, places in the {len(classes)} classes, got "
-                f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
-            )
+            got = f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
+            raise SppnetError(f"labels: expected 0 to {len(classes) - 1}, places in {classes}, got {got}")
         _set(self, boxes=boxes, scores=scores, labels=labels.astype(np.int64), classes=classes)
 
     @overload
@@ -197,8 +195,7 @@ class Detections(_Rows):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``Detections(**values)`` is equal to this one."""
-        lists = {name: getattr(self, name).tolist() for name in ("boxes", "scores", "labels")}
-        return {**lists, "classes": list(self.classes)}
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
     def to_torchvision(self) -> dict[str, Any]:
         """The tensors boxes, scores and labels, as torchvision's detectors give them.
@@ -214,10 +211,8 @@ class Detections(_Rows):
         try:
             import supervision
         except ImportError as error:
-            raise SppnetError(
-                f"to_supervision needs the package supervision ({error}): pip install --no-deps supervision; pip "
-                "install requests (with its other dependencies comes an OpenCV that displaces this package's)"
-            ) from None
+            remedy = "pip install --no-deps supervision, since it brings another OpenCV; pip install requests"
+            raise SppnetError(f"to_supervision needs the package supervision ({error}): {remedy}") from None
         names = {"class_name": np.array(self.class_names, dtype=str)}
         boxes, scores, labels = self.boxes.copy(), self.scores.copy(), self.labels.copy()
         return supervision.Detections(xyxy=boxes, confidence=scores, class_id=labels, data=names)

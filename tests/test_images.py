@@ -154,7 +154,7 @@ def test_the_size_needs_only_the_header(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match=r"nowhere\.jpg: expected an image, but there is no such file; check"):
             read(tmp_path / "nowhere.jpg")
 
@@ -162,7 +162,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"hello, I am text\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         message = r"\(JPEG, .* another kind; convert or remove" if content else "got an empty file"
         with pytest.raises(ImageError, match=rf"a\.jpg: expected an image.* {message}"):
             read(tmp_path / "a.jpg")
@@ -177,7 +177,7 @@ def test_a_photo_in_a_format_that_is_not_read_gets_a_hint(tmp_path: Path, ending
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match="expected an image, got a folder, pipe or device"):
             read(tmp_path / "a.jpg")
 
@@ -238,7 +238,7 @@ def test_a_truncated_file_is_refused_and_not_half_read(tmp_path: Path, name: str
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (13_400, 13_300), (2_000_000_000, 1)])
 def test_an_absurdly_large_header_is_refused_before_decoding(tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "a.png").write_bytes(png(width, height))
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match=r"a\.png: expected at most 178,000,000 pixels, .*scale it down"):
             read(tmp_path / "a.png")
 
