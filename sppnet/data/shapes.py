@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -239,7 +240,7 @@ def _checks(rng: Generator, size: tuple[int, int]) -> Pixels:
     return ((np.floor(u / period) + np.floor(v / period)) % 2).astype(np.float32)
 
 
-TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], Pixels]] = {  # values (H, W) in [0, 1]
+TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], NDArray[Any]]] = {  # values (H, W) in [0, 1]
     "stripes": lambda rng, size: (_wave(rng, size, 2, 5, 14) * 2).clip(-0.5, 0.5) + 0.5,
     "checks": _checks,
     "noise": lambda rng, size: _smooth_noise(rng, size, rng.uniform(2, 7)),
