@@ -24,16 +24,9 @@ from sppnet.paths import expand_path
 
 T = TypeVar("T")
 
-# Commands that run one stage alone.
-STAGE_COMMANDS = {
-    "propose": "proposals",
-    "pretrain": "pretrain",
-    "extract": "maps",
-    "finetune": "finetune",
-    "svm": "svm",
-    "boxes": "boxes",
-    "thresholds": "thresholds",
-}
+# Commands that run one stage alone; low_rank goes with `train`.
+VERBS = {"proposals": "propose", "maps": "extract"}
+STAGE_COMMANDS = {VERBS.get(stage, stage): stage for stage in STAGES if stage != "low_rank"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

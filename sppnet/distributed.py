@@ -85,9 +85,7 @@ def barrier() -> None:
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes."""
-    if world_size() == 1:
-        return
-    for parameter in parameters:
+    for parameter in parameters if world_size() > 1 else ():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world_size()

@@ -85,24 +85,15 @@ def hold_out(
     shown = {key: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[key])) for key in groups}
     left = Counter(name for names in shown.values() for name in names)  # groups in training that show a class
     held, free = set[str](), count
-
-    def may_go(digest: str) -> bool:
-        return len(groups[digest]) <= free and digest not in held and all(left[name] > 1 for name in shown[digest])
-
-    def take(digest: str) -> None:
-        nonlocal free
-        held.add(digest)
-        free -= len(groups[digest])
-        left.subtract(shown[digest])
-
-    for name in sorted(left, key=lambda name: (left[name], name)):
-        own = [digest for digest in shown if name in shown[digest]]
-        first = next((digest for digest in own if may_go(digest)), None)
-        if first is not None and held.isdisjoint(own):
-            take(first)
-    for digest in shown:
-        if may_go(digest):
-            take(digest)
+    rarest_first = sorted(left, key=lambda name: (left[name], name))
+    by_class = [[key for key in shown if name in shown[key]] for name in rarest_first]
+    for candidates in (*by_class, *([key] for key in shown)):
+        fits = (key for key in candidates if len(groups[key]) <= free and all(left[name] > 1 for name in shown[key]))
+        chosen = next(fits, None) if held.isdisjoint(candidates) else None
+        if chosen is not None:
+            held.add(chosen)
+            free -= len(groups[chosen])
+            left.subtract(shown[chosen])
     if not held:
         why = "each is the only one of a class, or a copy of the others"
         raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")

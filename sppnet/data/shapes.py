@@ -248,7 +248,7 @@ TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], NDArray[Any]]] = {
 }
 
 
-def _textured(rng: Generator, size: tuple[int, int], colour: Pixels, contrast: float) -> Pixels:
+def _textured(rng: Generator, size: tuple[int, int], colour: Pixels, contrast: float) -> NDArray[Any]:
     """Pixels (H, W, 3) around `colour`, varied by a random texture."""
     texture = TEXTURES[str(rng.choice(list(TEXTURES)))](rng, size)
     return colour + (texture[..., None] - 0.5) * contrast * rng.uniform(0.4, 1, 3).astype(np.float32)
