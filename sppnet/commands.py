@@ -150,7 +150,7 @@ def _detect(options: argparse.Namespace) -> int:
     description = DetectorDescription.read(options.run)  # before pictures are looked for
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
     result = detect_files(load, options.images, options.out, options.threshold, workers)
-    count = sum(len(found) for found in result.detections.values())
+    count = sum(map(len, result.detections.values()))
     lowest = description.thresholds if options.threshold is None else (options.threshold,)
     used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
     images = counted(len(result.detections), "image")
@@ -195,8 +195,7 @@ def _demo(options: argparse.Namespace) -> int:
     detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures")
     print(output.result.evaluation.table())
     print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} test images")
-    print(f"curves and examples: {output.folder}")
-    print(f"pictures with detections: {run / 'pictures'}")
+    print(f"curves and examples: {output.folder}; pictures with detections: {run / 'pictures'}")
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes")
     return 0
 

@@ -1,8 +1,6 @@
 """Configuration files: YAML and ``key=value`` overrides to settings, and back. The only importer of yaml.
 
-A file holds only what differs from the defaults in ``config``. ``load_config`` reads it with a safe loader, applies
-overrides, fills in ``~`` and ``$NAME`` in paths and returns one frozen Config; an unknown key is an error that names
-the nearest known one.
+A file holds only what differs from the defaults in ``config``; an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ def _read_yaml(text: str | bytes) -> Any:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML configuration and apply ``section.key=value`` overrides (values in YAML syntax).
+    """Read a YAML configuration and apply ``section.key=value`` overrides; ``~`` and ``$NAME`` in paths are filled in.
 
     Raises SppnetError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
     """

@@ -61,7 +61,7 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         try:
             pixels = upright_pixels(image, "image")
-        except ImageError:
+        except (ImageError, MemoryError):
             raise
         except Exception as error:  # of Pillow's decoders, or a file that has been closed
             raise ImageError(f"image: expected a complete PIL image, but it cannot be read ({error})") from None

@@ -295,9 +295,8 @@ def clip_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Boxes:
 
 def flip_boxes(boxes: Boxes, width: float) -> Boxes:
     """The same boxes in the horizontally flipped image."""
-    flipped = boxes.copy()
-    flipped[:, 0] = width - boxes[:, 2]
-    flipped[:, 2] = width - boxes[:, 0]
+    flipped = boxes[:, [2, 1, 0, 3]]
+    flipped[:, ::2] = width - flipped[:, ::2]
     return flipped
 
 

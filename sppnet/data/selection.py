@@ -43,9 +43,9 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
             continue
         where = f"class {name!r}, e.g. in the annotation of {example[name]},"
         raise SppnetError(f"{where} {fault}; rename it there, or name the classes to train in data.classes")
-    folded = {name.casefold(): name for name in reversed(chosen)}
+    folded: dict[str, str] = {}
     for name in chosen:
-        first = folded[name.casefold()]
+        first = folded.setdefault(name.casefold(), name)
         if first != name:
             two = f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]})"
             remedy = "rename one of them in the annotations, or leave it out of data.classes"
