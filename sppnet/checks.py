@@ -96,10 +96,9 @@ def check_boxes(values: object, name: str = "boxes", dtype: Any = np.float64, ex
     bad = first_bad_box(boxes, extent)
     if bad is not None:
         rule = "x2 > x1 and y2 > y1" if extent else "x2 >= x1 and y2 >= y1"
-        raise SppnetError(
-            f"{name} must be finite x1 y1 x2 y2 with {rule}, got {exact[bad].tolist()} at row {bad}; correct it or "
-            "leave it out, and for x y width height add the first two to the last two"
-        )
+        remedy = "correct it or leave it out, and for x y width height add the first two to the last two"
+        got = f"{exact[bad].tolist()} at row {bad}"
+        raise SppnetError(f"{name} must be finite x1 y1 x2 y2 with {rule}, got {got}; {remedy}")
     return boxes
 
 
@@ -138,10 +137,8 @@ def check_thresholds(value: float | ArrayLike, classes: Sequence[str]) -> NDArra
     """Lowest scores (K,) from one number, or from one for each class; infinite ones let all or nothing pass."""
     array = as_numbers(value, "threshold")
     if array.shape not in ((), (len(classes),)) or array.dtype.kind == "b" or np.isnan(array).any():
-        raise SppnetError(
-            f"threshold: expected a number, or one for each of the {len(classes)} classes, got {value!r}; "
-            "leave it out for detector.thresholds"
-        )
+        expected = f"a number, or one for each of the {len(classes)} classes"
+        raise SppnetError(f"threshold: expected {expected}, got {value!r}; leave it out for detector.thresholds")
     with np.errstate(over="ignore"):
         return np.broadcast_to(array.astype(np.float32), len(classes))
 

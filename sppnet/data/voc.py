@@ -136,10 +136,8 @@ def _xml_root(path: Path) -> Element:
     except FileNotFoundError:
         raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
     except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
-        reason = f"{type(error).__name__}: {error}"
-        raise SppnetError(
-            f"{path}: cannot read this annotation as XML ({reason}); repair it, save it as UTF-8, or remove it"
-        ) from None
+        problem = f"cannot read this annotation as XML ({type(error).__name__}: {error})"
+        raise SppnetError(f"{path}: {problem}; repair it, save it as UTF-8, or remove it") from None
     if root is None or root.tag != "annotation":
         tag = None if root is None else root.tag
         raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
