@@ -34,7 +34,9 @@ def test_the_memory_is_shared_where_it_can_be() -> None:
 
 
 def test_tensors_of_any_kind_are_numbers() -> None:
-    for tensor in (ElsewhereTensor(), torch.ones(2, 3).bfloat16(), torch.ones(2, 3).half(), torch.ones(2, 3).bool()):
+    ones = torch.ones(2, 3)
+    eighths = ones.to(torch.float8_e4m3fn)
+    for tensor in (ElsewhereTensor(), ones.bfloat16(), eighths, ones.half(), ones.bool()):
         np.testing.assert_array_equal(as_rows(tensor), np.ones((2, 3)))  # type: ignore[arg-type]
 
 

@@ -494,3 +494,13 @@ def test_what_is_no_image_is_refused_with_the_remedy(image, remedy):
     with pytest.raises(ImageError, match=remedy):
         read_pixels(image)
     refused_by_us(lambda: read_pixels(image))
+
+
+def test_an_opened_image_is_not_blamed_where_memory_runs_out(monkeypatch):
+    def runs_out(image):
+        raise MemoryError
+
+    image = Image.fromarray(PIXELS)
+    monkeypatch.setattr(Image.Image, "load", runs_out)
+    with pytest.raises(MemoryError):
+        read_pixels(image)
