@@ -19,7 +19,7 @@ from sppnet.data.shapes import draw_scene
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.images import image_size
+from sppnet.images import image_header
 from sppnet.models.sppnet import build_head
 from sppnet.proposals.search import make_proposer
 
@@ -50,7 +50,7 @@ def pictures(folder: Path, count: int) -> list[Path]:
     if devkit is None:
         return [write_picture(folder / f"generated_{seed}.jpg", seed) for seed in range(count)]
     files = sorted(devkit.glob("VOC*/JPEGImages/*.jpg"))
-    return spread([path for path in files if image_size(path) == SIZE], count)
+    return spread([path for path in files if image_header(path)[0] == SIZE], count)
 
 
 def write_picture(path: Path, seed: int = 0) -> Path:
@@ -70,7 +70,7 @@ def windows(count: int = 2000) -> tuple[NDArray[np.float64], Path | None, str]:
             ids, offsets, boxes = file["ids"], file["offsets"], file["boxes"]
         for index in np.flatnonzero(np.diff(offsets) >= count):
             path = shared(f"voc/VOCdevkit/VOC2007/JPEGImages/{ids[index]}.jpg")
-            if path is not None and image_size(path) == SIZE:
+            if path is not None and image_header(path)[0] == SIZE:
                 own = boxes[offsets[index] : offsets[index + 1]][:count].astype(np.float64)
                 return own, path, f"selective search of VOC2007/{ids[index]}"
     rng = np.random.default_rng(0)

@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +32,7 @@ DIGEST_LENGTH = 16
 
 def digest_of(*parts: Any) -> str:
     """16 hexadecimal digits that name JSON-like values (settings dumped with ``mode="json"``, digests, names)."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def file_digest(path: Path) -> str:
@@ -98,9 +96,8 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ArtifactError(
-            f"{folder}: cannot write here ({error.strerror}); expected a folder with space in it, name another one"
-        ) from None
+        reason = f"cannot write here ({error.strerror})"
+        raise ArtifactError(f"{folder}: {reason}; expected a folder with space in it, name another one") from None
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
@@ -119,19 +116,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        yield
+    except MemoryError:  # the file is not to blame
+        raise
+    except Exception as error:  # damaged files raise whatever json, zip, zlib, numpy and safetensors stumble over
         raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+
+
+def read_json(path: Path) -> Any:
+    with _reading(path):
+        return json.loads(path.read_text())
 
 
 def write_arrays(path: Path, durable: bool = True, **arrays: NDArray[Any]) -> None:
     """Named arrays of numbers as an uncompressed .npz; ValueError for Python objects, which would be pickled.
 
-    Thousands of files, each of which can be computed again, need not be `durable`: waiting for the disk takes 10 to 40
-    ms for 2 to 6 MB. A killed process leaves no half of a file; after a power cut those of the last seconds may be cut
-    short: `has_arrays` finds these, and `read_arrays` refuses them.
+    Thousands of files, each of which can be computed again, need not be `durable`, which takes 10 to 40 ms: those that
+    a power cut leaves cut short `has_arrays` finds, and `read_arrays` refuses.
     """
     named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in named.items():
@@ -146,11 +150,9 @@ def has_arrays(path: Path) -> bool:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
+    # numpy leaves a damaged file open
+    with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -162,10 +164,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with _reading(path):
         return load_file(path)
-    except Exception as error:  # safetensors raises its own class, which has no public base
-        raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
 
 
 def names_to_tensor(names: Sequence[str]) -> Tensor:

@@ -24,16 +24,9 @@ from sppnet.paths import expand_path
 
 T = TypeVar("T")
 
-# Commands that run one stage alone.
-STAGE_COMMANDS = {
-    "propose": "proposals",
-    "pretrain": "pretrain",
-    "extract": "maps",
-    "finetune": "finetune",
-    "svm": "svm",
-    "boxes": "boxes",
-    "thresholds": "thresholds",
-}
+# Commands that run one stage alone; low_rank goes with `train`.
+VERBS = {"proposals": "propose", "maps": "extract"}
+STAGE_COMMANDS = {VERBS.get(stage, stage): stage for stage in STAGES if stage != "low_rank"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,15 +108,11 @@ def _checked(
     return checked
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
 PATH = _checked(expand_path, "a path", bool)
 THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
 OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
 CLASSES = _checked(
-    _names,
+    lambda text: tuple(name.strip() for name in text.split(",")),
     "class names separated by commas, all different, e.g. cat,dog",
     lambda names: "" not in names and len(set(names)) == len(names),
 )
@@ -148,20 +137,12 @@ def _parser() -> argparse.ArgumentParser:
         _add_training_options(command)
         command.add_argument("--force", action="store_true", help="run it again, whatever is there already")
         if stage == "proposals":
-            command.add_argument(
-                "--import",
-                dest="imports",
-                nargs="+",
-                type=PATH,
-                metavar="FILE",
-                help="take windows from .npz or .mat files (proposals.import_from)",
-            )
+            text = "take windows from .npz or .mat files (proposals.import_from)"
+            command.add_argument("--import", dest="imports", nargs="+", type=PATH, metavar="FILE", help=text)
             command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
-    for name, text in (
-        ("eval", "evaluate on a split: mAP, comp4 files, curves"),
-        ("test", "detect over a split: comp4 files"),
-    ):
+    evaluations = {"eval": "evaluate on a split: mAP, comp4 files, curves", "test": "detect over a split: comp4 files"}
+    for name, text in evaluations.items():
         test = _command(commands, name, text)
         test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
         test.add_argument("--data", type=PATH, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
@@ -201,15 +182,8 @@ def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-unty
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=PATH, metavar="CONFIG", help="a YAML file, see configs/")
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="e.g. maps.scales=[480,688]",
-    )
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    command.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. maps.scales=[480,688]", **several)
     command.add_argument("--run", type=PATH, metavar="DIR", help="where artifacts go (default: runs/NAME)")
     _add_device(command)
 

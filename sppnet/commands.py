@@ -70,16 +70,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 130
     except Exception as error:
-        if ran_out_of_memory(error):
-            trains = options.command not in ("eval", "test", "detect", "score")
-            hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
-            print(
-                f"sppnet {options.command}: error: not enough memory ({error}); {hint}, or take another --device",
-                file=sys.stderr,
-            )
-            return 2
-        print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
-        raise
+        if not ran_out_of_memory(error):
+            print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
+            raise
+        trains = options.command not in ("eval", "test", "detect", "score")
+        hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
+        reason = f"not enough memory ({error}); {hint}, or take another --device"
+        print(f"sppnet {options.command}: error: {reason}", file=sys.stderr)
+        return 2
     finally:
         distributed.stop()
 
@@ -88,11 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
     only = (options.only,) if options.only else STAGES
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
-    action = _dry_run if options.dry_run else _run_training
-    return action(config, root, options, only, force)
-
-
-def _dry_run(config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]) -> int:
+    if not options.dry_run:
+        return _run_training(config, root, options, only, force)
     training = Training(config, root, _device(options))
     graph = training.graph
     invalidated = graph.invalidated(only, force)
@@ -140,10 +135,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     result = output.result
     if result.proposals is not None:
         quality = result.proposals
-        print(
-            f"windows: {quality.mean_windows:.0f} an image, recall at IoU 0.5 {quality.recall:.3f}, "
-            f"mean best overlap {quality.mean_best_overlap:.3f}"
-        )
+        recall = f"recall at IoU 0.5 {quality.recall:.3f}, mean best overlap {quality.mean_best_overlap:.3f}"
+        print(f"windows: {quality.mean_windows:.0f} an image, {recall}")
     if result.seconds_per_image is not None:
         print(f"detection: {result.seconds_per_image:.3f} s an image, without proposals")
     if result.evaluation is not None:
@@ -157,7 +150,7 @@ def _detect(options: argparse.Namespace) -> int:
     description = DetectorDescription.read(options.run)  # before pictures are looked for
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
     result = detect_files(load, options.images, options.out, options.threshold, workers)
-    count = sum(len(found) for found in result.detections.values())
+    count = sum(map(len, result.detections.values()))
     lowest = description.thresholds if options.threshold is None else (options.threshold,)
     used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
     images = counted(len(result.detections), "image")
@@ -173,10 +166,8 @@ def _detect(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     if "{}" not in options.detections:
-        raise SppnetError(
-            f"--detections {options.detections}: expected a pattern with {{}} for the class, "
-            'e.g. "comp4_det_test_{}.txt"'
-        )
+        expected = 'expected a pattern with {} for the class, e.g. "comp4_det_test_{}.txt"'
+        raise SppnetError(f"--detections {options.detections}: {expected}")
     classes = tuple(normalise(name) for name in options.classes)
     known = files_by_stem(options.annotations, (".xml",))
     files = find_annotations(options.annotations, read_image_set(options.image_set, known))
@@ -204,8 +195,7 @@ def _demo(options: argparse.Namespace) -> int:
     detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures")
     print(output.result.evaluation.table())
     print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} test images")
-    print(f"curves and examples: {output.folder}")
-    print(f"pictures with detections: {run / 'pictures'}")
+    print(f"curves and examples: {output.folder}; pictures with detections: {run / 'pictures'}")
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes")
     return 0
 
@@ -221,10 +211,10 @@ def _device(options: argparse.Namespace) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
         raise SppnetError(f"--device {options.device}: expected cpu, cuda or cuda:N")
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SppnetError(f"--device {options.device}: this machine has no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SppnetError(f"--device {options.device}: this machine has {torch.cuda.device_count()}; count from 0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count}; count from 0" if count else "no CUDA device; use --device cpu"
+        raise SppnetError(f"--device {options.device}: this machine has {found}")
     return device
 
 

@@ -15,10 +15,7 @@ log = logging.getLogger("sppnet")
 
 
 def compiled(**options: Any) -> Callable[[Function], Any]:
-    """A decorator: the loop is compiled on its first call and runs without the interpreter lock; options of numba.njit.
-
-    Without `fastmath` among them the arithmetic is IEEE's, in the order of the source.
-    """
+    """A decorator: compiled on the first call, run without the interpreter lock; options of numba.njit."""
 
     def decorate(function: Function) -> Any:
         try:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sppnet.errors import SppnetError
+from sppnet.paths import expand_path
 
 Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
 Count = Annotated[int, Field(ge=1)]
@@ -24,9 +25,12 @@ Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a networ
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
+Pixel = Annotated[float, Field(ge=0, le=255)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
 # A class is compared as annotations are read: in Unicode's composed form, without blanks around it.
 ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", " ".join(name.split())))]
+# ``~`` and ``$NAME`` are filled in where a file is read, not in settings made in Python.
+FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
 
 # The stages of training, whose results are kept, in their order; all but the last have settings of their own.
 STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
@@ -61,7 +65,7 @@ def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
 class DataSettings(Settings):
     """Which images, of which classes, for which purpose. Splits are ``<year folder>/<image set>``."""
 
-    root: Path = Path("data/VOCdevkit")
+    root: FilePath = Path("data/VOCdevkit")
     train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
@@ -79,7 +83,7 @@ class ProposalSettings(Settings):
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
     max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never
-    import_from: tuple[Path, ...] = ()  # .npz or .mat files that already hold the windows
+    import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
 
 
@@ -90,9 +94,9 @@ class WeightsSettings(Settings):
     """
 
     source: Literal["torchvision", "file", "random"] = "torchvision"  # an own module keeps its weights, or takes a file
-    file: Path | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
+    file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
+    mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
     std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
 
     @field_validator("mean", "std", mode="before")
@@ -103,23 +107,15 @@ class WeightsSettings(Settings):
         return values
 
     @model_validator(mode="after")
-    def _pixels_run_to_255(self) -> WeightsSettings:
+    def _consistent(self) -> WeightsSettings:
+        if self.source == "file" and self.file is None:
+            raise ValueError("source is 'file' but no file is named; set backbone.weights.file=PATH")
         given = {"mean": self.mean, "std": self.std}
         small = [name for name, values in given.items() if any(0 < value < 1 for value in values)]
         if small or 0 < max(self.mean) <= 1:
             larger = [f"{name}={[round(255 * v, 3) for v in given[name]]}" for name in small or ["mean"]]
-            raise ValueError(
-                f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1, but pixels run from 0 to "
-                f"255 here; multiply by 255: {', '.join(larger)}"
-            )
-        if not all(0 <= value <= 255 for value in self.mean):
-            raise ValueError(f"mean={list(self.mean)} lies outside 0 to 255; give that of pixels from 0 to 255")
-        return self
-
-    @model_validator(mode="after")
-    def _file_goes_with_source(self) -> WeightsSettings:
-        if self.source == "file" and self.file is None:
-            raise ValueError("source is 'file' but no file is named; set backbone.weights.file=PATH")
+            both = f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1"
+            raise ValueError(f"{both}, but pixels run from 0 to 255 here; multiply by 255: {', '.join(larger)}")
         return self
 
 
@@ -185,7 +181,7 @@ class HeadSettings(Settings):
     # None = as they are (the paper). Measured: 300 for MobileNetV2, 3,000 to 10,000 for the SqueezeNets.
     input_norm: float | None = Field(None, gt=0)
     init: Literal["random", "imagenet", "checkpoint"] = "random"
-    checkpoint: Path | None = None  # an SPP classification checkpoint (.safetensors)
+    checkpoint: FilePath | None = None  # an SPP classification checkpoint (.safetensors)
 
 
 class PretrainSettings(Settings):
@@ -200,6 +196,14 @@ class PretrainSettings(Settings):
     weight_decay: Decay = 5e-4
     dropout: Decay = 0.1  # 0.5 as in head.dropout keeps a backbone from learning from scratch
     seed: Seed = 0
+
+
+def _one_rate_per_phase(settings: Any) -> Any:
+    steps, rates = len(settings.steps), len(settings.learning_rates)
+    if steps != rates:
+        counts = f"steps has {steps} phases but learning_rates has {rates}"
+        raise ValueError(f"{counts}; give one learning rate per phase")
+    return settings
 
 
 class FinetuneSettings(Settings):
@@ -228,16 +232,9 @@ class FinetuneSettings(Settings):
         low, high = self.negative_overlap
         if low >= high:
             raise ValueError(f"negative_overlap must be [low, high] with low < high, got [{low}, {high}]")
-        _check_schedule(self.steps, self.learning_rates)
         return self
 
-
-def _check_schedule(steps: tuple[int, ...], learning_rates: tuple[float, ...]) -> None:
-    if len(steps) != len(learning_rates):
-        raise ValueError(
-            f"steps has {len(steps)} phases but learning_rates has {len(learning_rates)}; "
-            "give one learning rate per phase"
-        )
+    _schedule = model_validator(mode="after")(_one_rate_per_phase)
 
 
 class LowRankSettings(Settings):
@@ -252,10 +249,7 @@ class LowRankSettings(Settings):
     steps: tuple[Count, ...] = (1000, 1000)
     learning_rates: tuple[Rate, ...] = (1e-3, 1e-4)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> LowRankSettings:
-        _check_schedule(self.steps, self.learning_rates)
-        return self
+    _schedule = model_validator(mode="after")(_one_rate_per_phase)
 
 
 class SVMSettings(Settings):
@@ -285,15 +279,11 @@ class SVMSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> SVMSettings:
         if self.positive_overlap < self.negative_overlap:
-            raise ValueError(
-                f"positive_overlap={self.positive_overlap} makes positives of windows that negative_overlap="
-                f"{self.negative_overlap} makes negatives of; set positive_overlap to at least negative_overlap"
-            )
+            low = f"positive_overlap={self.positive_overlap} lies below negative_overlap={self.negative_overlap}"
+            raise ValueError(f"{low}: windows would be both; set positive_overlap to at least negative_overlap")
         if self.evict_below > self.mine_above:
-            raise ValueError(
-                f"evict_below={self.evict_below} would throw out negatives mined above mine_above={self.mine_above}; "
-                "set evict_below to at most mine_above"
-            )
+            high = f"evict_below={self.evict_below} would throw out negatives mined above {self.mine_above}"
+            raise ValueError(f"{high}; set evict_below to at most mine_above")
         return self
 
 
@@ -349,8 +339,6 @@ class Config(Settings):
     @model_validator(mode="after")
     def _one_start_of_the_head(self) -> Config:
         if self.pretrain.enabled and self.head.init != "random":
-            raise ValueError(
-                f"pretrain.enabled trains fc6 and fc7, but head.init={self.head.init} takes them from elsewhere; "
-                "set head.init=random or pretrain.enabled=false"
-            )
+            two = f"pretrain.enabled trains fc6 and fc7, but head.init={self.head.init} takes them from elsewhere"
+            raise ValueError(f"{two}; set head.init=random or pretrain.enabled=false")
         return self

@@ -1,45 +1,35 @@
 """Configuration files: YAML and ``key=value`` overrides to settings, and back. The only importer of yaml.
 
-A file holds only what differs from the defaults in ``config``. ``load_config`` reads it with a safe loader, applies
-overrides, fills in ``~`` and ``$NAME`` in paths and returns one frozen Config; an unknown key is an error that names
-the nearest known one.
+A file holds only what differs from the defaults in ``config``; an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sppnet.config import Config
 from sppnet.errors import SppnetError
-from sppnet.paths import expand_path
 
-S = TypeVar("S", bound=BaseModel)
-
-# In the words of a YAML file, where pydantic's are those of Python.
+# In the words of a YAML file, where pydantic's are those of Python, by the beginning of its kind of error.
 EXPECTED = {
     "tuple_type": "expected a list in square brackets, e.g. [a, b]",
     "too_short": "expected a list with something in it",
     "model_type": "expected a section of settings",
-    "bool_type": "expected true or false",
-    "bool_parsing": "expected true or false",
-    "int_type": "expected a whole number",
-    "int_parsing": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "float_type": "expected a number",
-    "float_parsing": "expected a number",
+    "bool": "expected true or false",
+    "int": "expected a whole number",
+    "float": "expected a number",
     "finite_number": "expected a finite number",
     "string_type": "expected text",
     "path_type": "expected a path",
 }
 
+UNKNOWN = ("extra_forbidden", "invalid_key")  # of a key that is no text
 
 # Settings of earlier versions -> what to write now.
 RENAMED = {
@@ -84,7 +74,7 @@ def _read_yaml(text: str | bytes) -> Any:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML configuration and apply ``section.key=value`` overrides (values in YAML syntax).
+    """Read a YAML configuration and apply ``section.key=value`` overrides; ``~`` and ``$NAME`` in paths are filled in.
 
     Raises SppnetError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
     """
@@ -92,34 +82,34 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         values = _read_yaml(path.read_bytes())
     except OSError as error:
-        raise SppnetError(
-            f"{path}: cannot read the configuration ({error.strerror}); give an existing YAML file"
-        ) from None
+        reason = f"cannot read the configuration ({error.strerror})"
+        raise SppnetError(f"{path}: {reason}; give an existing YAML file") from None
     except ValueError as error:
         raise SppnetError(f"{path}: not valid YAML: {error}") from None
-    if values is None:
-        values = {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    return _with_paths(parse_config(values, str(path)))
+    return parse_config(values, str(path), expand=True)
 
 
-def parse_config(values: Mapping[str, Any], origin: str) -> Config:
-    """Settings from nested mappings; `origin` names them in errors."""
-    _reject_unknown_keys(values, Config, origin, prefix="")
+def parse_config(values: Mapping[str, Any], origin: str, expand: bool = False) -> Config:
+    """Settings from nested mappings; `origin` names them in errors. `expand`: fill in ``~`` and ``$NAME`` in paths."""
     try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "value_error":  # settings that do not go together: the message names them
-            raise SppnetError(": ".join(filter(None, (origin, key, str(first["ctx"]["error"]))))) from None
-        message = EXPECTED.get(first["type"], first["msg"])
-        quotes = first["type"] == "string_type" and not isinstance(first["input"], list | dict | None)
-        hint = "; write it in quotes" if quotes else ""  # YAML reads on as true and 2024 as a number
-        raise SppnetError(f"{origin}: {key}: {message}, got {first['input']!r}{hint}") from None
+        return Config.model_validate(values, context=expand)
+    except ValidationError as failure:
+        errors = failure.errors()
+    error = next((one for one in errors if one["type"] in UNKNOWN), errors[0])
+    key, kind, given = ".".join(map(str, error["loc"])), error["type"], error["input"]
+    if kind in UNKNOWN:
+        raise SppnetError(f"{origin}: unknown setting {key}; {_remedy(key, error['loc'])}")
+    if kind == "value_error":  # settings that do not go together: the message names them
+        raise SppnetError(": ".join(filter(None, (origin, key, str(error["ctx"]["error"])))))
+    message = next((words for start, words in EXPECTED.items() if kind.startswith(start)), error["msg"])
+    quotes = kind == "string_type" and not isinstance(given, list | dict | None)
+    hint = "; write it in quotes" if quotes else ""  # YAML reads on as true and 2024 as a number
+    raise SppnetError(f"{origin}: {key}: {message}, got {given!r}{hint}")
 
 
 def dump_config(config: Config) -> str:
@@ -144,37 +134,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _reject_unknown_keys(values: Mapping[str, Any], settings: type[BaseModel], origin: str, prefix: str) -> None:
-    known = settings.model_fields
-    for key, value in values.items():
-        if key not in known:
-            if f"{prefix}{key}" in RENAMED:
-                raise SppnetError(f"{origin}: unknown setting {prefix}{key}; {RENAMED[f'{prefix}{key}']}")
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise SppnetError(f"{origin}: unknown setting {prefix}{key}; {hint}")
-        inner = _settings_class(known[key].annotation)
-        if inner is not None and isinstance(value, Mapping):
-            _reject_unknown_keys(value, inner, origin, f"{prefix}{key}.")
-
-
-def _with_paths(settings: S) -> S:
-    """The settings with ``~`` and ``$NAME`` in their paths filled in."""
-    update: dict[str, Any] = {}
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            update[name] = _with_paths(value)
-        elif isinstance(value, Path):
-            update[name] = expand_path(value)
-        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
-            update[name] = tuple(map(expand_path, value))
-    return settings.model_copy(update=update)
-
-
-def _settings_class(annotation: Any) -> type[BaseModel] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
+def _remedy(key: str, place: tuple[int | str, ...]) -> str:
+    """What to write instead of a setting that does not exist."""
+    section: Any = Config
+    for name in place[:-1]:
+        section = section.model_fields[name].annotation
+    known, prefix = section.model_fields, key.removesuffix(str(place[-1]))
+    near = difflib.get_close_matches(str(place[-1]), known, n=1)
+    return RENAMED.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")

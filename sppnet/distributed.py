@@ -33,10 +33,8 @@ def start() -> None:
         return
     missing = [name for name in LAUNCHED if not os.environ.get(name)]
     if missing:
-        raise SppnetError(
-            f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: start all processes with "
-            "torchrun, or unset WORLD_SIZE to work in this process alone"
-        )
+        remedy = "start all processes with torchrun, or unset WORLD_SIZE to work in this process alone"
+        raise SppnetError(f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: {remedy}")
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
@@ -44,11 +42,9 @@ def start() -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise SppnetError(
-            f"WORLD_SIZE={world} in the environment, but so many processes did not meet at MASTER_ADDR="
-            f"{os.environ['MASTER_ADDR']} ({reason}); start all of them with torchrun, or unset WORLD_SIZE"
-        ) from None
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} ({str(error).splitlines()[0]})"
+        problem = f"WORLD_SIZE={world} in the environment, but so many processes did not meet at {where}"
+        raise SppnetError(f"{problem}; start all of them with torchrun, or unset WORLD_SIZE") from None
 
 
 def environment_number(name: str, default: int = 1) -> int:
@@ -89,9 +85,7 @@ def barrier() -> None:
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes."""
-    if world_size() == 1:
-        return
-    for parameter in parameters:
+    for parameter in parameters if world_size() > 1 else ():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world_size()

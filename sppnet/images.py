@@ -6,11 +6,13 @@ boxes mean the same pixels everywhere. What the network sees is a float32 tensor
 
 from __future__ import annotations
 
+import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
 )
 
+ImageInput = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+
 
 def read_image(path: Path | str) -> NDArray[np.uint8]:
     """The upright image as uint8 (H, W, 3) RGB; first frame where there are several.
@@ -46,15 +50,47 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
         return upright_pixels(image, path)
 
 
+def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a file, a PIL image, an array (H, W, 3) uint8, or a tensor (3, H, W), uint8 or in [0, 1].
+
+    Files and PIL images are turned upright as their EXIF orientation says. ImageError for anything else, with what
+    to do.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        try:
+            pixels = upright_pixels(image, "image")
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # of Pillow's decoders, or a file that has been closed
+            raise ImageError(f"image: expected a complete PIL image, but it cannot be read ({error})") from None
+    elif isinstance(image, Tensor):
+        pixels = _pixels_of_tensor(image)
+    elif isinstance(image, np.ndarray):
+        pixels = check_pixels(image)
+    else:
+        kinds = "a path, a PIL image, a uint8 array (H, W, 3), a tensor (3, H, W), or a list of these"
+        raise ImageError(f"image must be {kinds}, got {type(image).__name__}")
+    if not pixels.size:
+        raise ImageError(f"image must have at least one pixel, got shape {pixels.shape}")
+    return pixels
+
+
+def check_pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """The array; ImageError unless it is (H, W, 3) uint8."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        hint = _hint(image.shape, 2, "np.ascontiguousarray(image.transpose(1, 2, 0))", "image[..., :3]")
+        remedy = f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
+        got = f"{image.dtype} of shape {image.shape}"
+        raise ImageError(f"image must be a uint8 RGB array of shape (H, W, 3), got {got}; {remedy}")
+    return image
+
+
 def upright_pixels(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
     """The same of an opened image; `name` names it in errors."""
     image.load()
     return np.array(_to_rgb(_upright(_eight_bits(image, name))), dtype=np.uint8)
-
-
-def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of the upright image, from the file's header alone; errors as in `read_image`."""
-    return image_header(path)[0]
 
 
 def image_header(path: Path | str) -> tuple[tuple[int, int], int]:
@@ -81,10 +117,9 @@ def scaled_size(
         scale = min(scale, max_side / longer)
     height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
     if height * width > MAX_SCALED_PIXELS:
-        raise BackboneError(
-            f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}, more than "
-            f"{MAX_SCALED_PIXELS:,} pixels; cut it into parts, or train with maps.max_side or a smaller maps.scales"
-        )
+        sizes = f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}"
+        remedy = "cut it into parts, or train with maps.max_side or a smaller maps.scales"
+        raise BackboneError(f"{sizes}, more than {MAX_SCALED_PIXELS:,} pixels; {remedy}")
     return (height, width), shorter * scale
 
 
@@ -101,14 +136,9 @@ def prepare(
     Bilinear without antialiasing, pixel centres aligned (release; what OpenCV's INTER_LINEAR computes). `mean`
     and `std` are in `channel_order` ("rgb" or "bgr"), as the weights expect their input.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}; "
-            "read it with sppnet.images.read_image"
-        )
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
-    pixels = torch.tensor(np.ascontiguousarray(image), device=device).permute(2, 0, 1)[None].float()
+    pixels = torch.tensor(np.ascontiguousarray(check_pixels(image)), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
     shift, deviation = (
@@ -128,6 +158,35 @@ def prepare(
 def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The horizontally mirrored image (a copy)."""
     return np.ascontiguousarray(image[:, ::-1])
+
+
+def _pixels_of_tensor(image: Tensor) -> NDArray[np.uint8]:
+    if image.ndim != 3 or image.shape[0] != 3:
+        hint = _hint(tuple(image.shape), 0, "image.permute(2, 0, 1)", "image[:3]") or "pass (3, H, W)"
+        raise ImageError(f"a tensor must be an RGB image of shape (3, H, W), got {tuple(image.shape)}; {hint}")
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise ImageError(f"a tensor must be uint8, or floating-point in [0, 1], got {image.dtype}; convert it")
+        image = image.detach()
+        low, high = (float(image.min()), float(image.max())) if image.numel() else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):  # NaN neither
+            got = f"got values from {low:g} to {high:g}; divide by 255 or clamp it, and do not normalise it"
+            raise ImageError(f"a floating-point tensor must lie in [0, 1], {got}")
+        image = (image.double() * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
+
+
+def _hint(shape: tuple[int, ...], channels: int, turned: str, cut: str) -> str:
+    """What makes the shape one with three channels last (`channels` = 2) or first (0), where that can be told."""
+    if len(shape) == 4:
+        return "give a batch as a list of images"
+    if len(shape) == 2:
+        return "it is grey: stack it three times"
+    if len(shape) == 3 and shape[2 - channels] == 3:
+        return f"its channels are {'first' if channels else 'last'}: pass {turned}"
+    if len(shape) == 3 and shape[channels] == 4:
+        return f"it has four channels: pass {cut} if the fourth is transparency"
+    return ""
 
 
 @contextmanager
@@ -161,16 +220,13 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: expected an image ({kinds}), got a file of another kind; {hint}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         reason = getattr(error, "strerror", None) or error or type(error).__name__
-        raise ImageError(
-            f"{path}: expected a complete image, but it cannot be read ({reason}); fetch the file again or remove it"
-        ) from None
+        problem = f"expected a complete image, but it cannot be read ({reason})"
+        raise ImageError(f"{path}: {problem}; fetch the file again or remove it") from None
 
 
 def _too_large(path: Path | str) -> ImageError:
-    return ImageError(
-        f"{path}: expected at most {MAX_PIXELS:,} pixels, but its header announces more; "
-        "if the file is sound, scale it down first"
-    )
+    problem = f"expected at most {MAX_PIXELS:,} pixels, but its header announces more"
+    return ImageError(f"{path}: {problem}; if the file is sound, scale it down first")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ them wait for the one that it delays. Processes that share nothing lose that cor
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import multiprocessing
@@ -39,16 +40,13 @@ WAITING = 4  # items handed out per process ahead of their turn
 log = logging.getLogger("sppnet")
 
 
-class _LogLines:
+class _LogLines(io.TextIOBase):
     """A stream for tqdm that makes a log message of each of its lines."""
 
-    def write(self, text: str) -> None:
-        line = text.strip()
-        if line:
-            log.info("%s", line)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
 
 
 def progress_bar(
@@ -59,20 +57,12 @@ def progress_bar(
     Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
     job of less than a minute says nothing.
     """
-    count = length_hint(things) if total is None else total
     options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": done}
     if not sys.stderr.isatty():
-        options |= {
-            "file": _LogLines(),
-            "delay": SECONDS,
-            "mininterval": SECONDS,
-            "maxinterval": 2 * SECONDS,
-            "miniters": 1,
-            "leave": False,
-            "bar_format": "{desc}: {n_fmt} of "
-            + counted(count, unit)
-            + ", {elapsed} so far, {remaining} left{postfix}",
-        }
+        of_all = counted(length_hint(things) if total is None else total, unit)
+        form = "{desc}: {n_fmt} of " + of_all + ", {elapsed} so far, {remaining} left{postfix}"
+        pace = {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "miniters": 1}
+        options |= {"file": _LogLines(), "leave": False, "bar_format": form, **pace}
     return cast("tqdm[T]", tqdm(things, disable=not (shown and is_main()), **options))
 
 
@@ -111,10 +101,8 @@ def iterate_in_workers(
         try:
             yield from _hand_out(pool, items, count)
         except BrokenProcessPool:
-            raise SppnetError(
-                "a worker process died: out of memory, or a script that lacks the line "
-                "'if __name__ == \"__main__\":'; repair that, or free memory by ending other programs"
-            ) from None
+            why = "out of memory, or a script that lacks the line 'if __name__ == \"__main__\":'"
+            raise SppnetError(f"a worker process died: {why}; repair that, or end other programs") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -140,13 +128,11 @@ def _room() -> int:
 
 def _hand_out(pool: ProcessPoolExecutor, items: Sequence[T], count: int) -> Iterator[tuple[T, Any]]:
     left, running = iter(items), dict[Future[Any], T]()
-    for item in itertools.islice(left, WAITING * count):
-        running[pool.submit(_do, item)] = item
+    running |= {pool.submit(_do, item): item for item in itertools.islice(left, WAITING * count)}
     while running:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
-            for item in itertools.islice(left, 1):
-                running[pool.submit(_do, item)] = item
+            running |= {pool.submit(_do, item): item for item in itertools.islice(left, 1)}
 
 
 _make: list[Callable[[], Callable[[Any], Any]]] = []  # of this worker process

@@ -23,7 +23,7 @@ CUT = "the picture in it is cut off"
 
 
 def open_jpeg(data: bytes) -> Image.Image:
-    """The decoded image in the bytes of a JPEG file; OSError where a scan is missing or ends before the picture does.
+    """The image in the bytes of a JPEG file; OSError, at the latest when it is loaded, where a part of it is missing.
 
     One scan: what follows it is taken away, and the decoder, which waits for it if it needs it, reports that the file
     is cut. At most the last two blocks of 8 or 16 pixels can be wrong unseen. Several scans, as in a progressive JPEG:
@@ -32,8 +32,7 @@ def open_jpeg(data: bytes) -> Image.Image:
     scans, end = _scans(data)
     image = Image.open(io.BytesIO(data), formats=("JPEG",))
     if end is None or not scans:
-        image.load()  # reports what is missing
-        return image
+        return image  # loading it reports what is missing
     wanted = {(component, band) for component in range(len(image.getbands())) for band in range(64)}
     components = list(dict.fromkeys(component for scan in scans for component, _ in scan))
     present = {(components.index(component), band) for scan in scans for component, bands in scan for band in bands}
@@ -41,9 +40,7 @@ def open_jpeg(data: bytes) -> Image.Image:
         raise OSError(CUT)
     start = data[:end].rstrip(b"\xff")  # without fill bytes
     if len(scans) == 1:
-        image = Image.open(io.BytesIO(start + PADDING), formats=("JPEG",))
-        image.load()
-        return image
+        return Image.open(io.BytesIO(start + PADDING), formats=("JPEG",))
     other = Image.open(io.BytesIO(start + NOISE + data[end:]), formats=("JPEG",))
     if image.tobytes() != other.tobytes():
         raise OSError(CUT)

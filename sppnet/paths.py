@@ -26,9 +26,8 @@ def expand_path(text: str | os.PathLike[str]) -> Path:
     for match in VARIABLE.finditer(str(path)):
         name = match[1] or match[2]
         if name not in os.environ:
-            raise SppnetError(
-                f"{path}: the variable {name} is not set, and nothing has this very name; set or spell it out"
-            )
+            reason = f"the variable {name} is not set, and nothing has this very name"
+            raise SppnetError(f"{path}: {reason}; set or spell it out")
     return Path(os.path.expandvars(path)).expanduser()
 
 

@@ -58,8 +58,24 @@ class Detection(NamedTuple):
     name: str
 
 
+class _Rows:
+    """What has boxes: its length is their number, and it equals what holds the same values."""
+
+    boxes: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(np.array_equal(value, vars(other)[name]) for name, value in vars(self).items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
-class Annotation:
+class Annotation(_Rows):
     """The objects of one image: boxes float32 (R, 4) xyxy half-open, one class name and flag each.
 
     Without `difficult` no object is. ``annotation[1]`` is one object, ``annotation[mask]`` and slices are annotations,
@@ -71,22 +87,12 @@ class Annotation:
     difficult: NDArray[np.bool_] = None  # type: ignore[assignment]  # an array once it is made
 
     def __post_init__(self) -> None:
-        boxes, names = check_boxes(self.boxes), check_names(self.names, "names")
+        boxes, names = check_boxes(self.boxes, "boxes", np.float32), check_names(self.names, "names")
         flags = np.zeros(len(names), bool) if self.difficult is None else as_column(self.difficult, "difficult", "biu")
         if not np.isin(flags, (0, 1)).all():
             raise SppnetError(f"difficult: expected true or false for each object, got {flags.tolist()}")
         check_lengths(boxes=boxes, names=names, difficult=flags)
         _set(self, boxes=boxes, names=names, difficult=flags.astype(bool))
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Annotation):
-            return NotImplemented
-        return _equal(self, other, ("boxes", "names", "difficult"))
-
-    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, index: int) -> AnnotatedObject: ...
@@ -111,7 +117,7 @@ class Annotation:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``Annotation(**values)`` is equal to this one."""
-        return {"boxes": self.boxes.tolist(), "names": list(self.names), "difficult": self.difficult.tolist()}
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class Detections:
+class Detections(_Rows):
     """What was found in one image: boxes (R, 4) float32, scores (R,) float32, labels (R,) int64 into classes.
 
     A detector gives them best first. ``found[0]`` is one detection; ``found[mask]``, slices and arrays of indices give
@@ -155,25 +161,13 @@ class Detections:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        boxes, scores, classes = check_boxes(self.boxes), check_scores(self.scores), check_classes(self.classes)
-        labels = as_column(self.labels, "labels", "iu")
+        boxes, scores = check_boxes(self.boxes, "boxes", np.float32), check_scores(self.scores)
+        labels, classes = as_column(self.labels, "labels", "iu"), check_classes(self.classes)
         check_lengths(boxes=boxes, scores=scores, labels=labels)
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise SppnetError(
-                f"labels: expected 0 to {len(classes) - 1}, places in the {len(classes)} classes, got "
-                f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
-            )
+            got = f"{int(labels.min())} to {int(labels.max())}; give the classes that these labels count"
+            raise SppnetError(f"labels: expected 0 to {len(classes) - 1}, places in {classes}, got {got}")
         _set(self, boxes=boxes, scores=scores, labels=labels.astype(np.int64), classes=classes)
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Detections):
-            return NotImplemented
-        return _equal(self, other, ("boxes", "scores", "labels", "classes"))
-
-    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, index: int) -> Detection: ...
@@ -201,8 +195,7 @@ class Detections:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; ``Detections(**values)`` is equal to this one."""
-        lists = {name: getattr(self, name).tolist() for name in ("boxes", "scores", "labels")}
-        return {**lists, "classes": list(self.classes)}
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
     def to_torchvision(self) -> dict[str, Any]:
         """The tensors boxes, scores and labels, as torchvision's detectors give them.
@@ -218,10 +211,8 @@ class Detections:
         try:
             import supervision
         except ImportError as error:
-            raise SppnetError(
-                f"to_supervision needs the package supervision ({error}): pip install --no-deps supervision; pip "
-                "install requests (with its other dependencies comes an OpenCV that displaces this package's)"
-            ) from None
+            remedy = "pip install --no-deps supervision, since it brings another OpenCV; pip install requests"
+            raise SppnetError(f"to_supervision needs the package supervision ({error}): {remedy}") from None
         names = {"class_name": np.array(self.class_names, dtype=str)}
         boxes, scores, labels = self.boxes.copy(), self.scores.copy(), self.labels.copy()
         return supervision.Detections(xyxy=boxes, confidence=scores, class_id=labels, data=names)
@@ -242,13 +233,13 @@ class Detections:
         image = image_id if isinstance(image_id, str) else operator.index(image_id)
         entries = []
         for (x1, y1, x2, y2), score, label, _ in self:
-            box = [x1, y1, x2 - x1, y2 - y1]
-            entries.append({"image_id": image, "category_id": operator.index(ids[label]), "bbox": box, "score": score})
+            box, category = [x1, y1, x2 - x1, y2 - y1], operator.index(ids[label])
+            entries.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
         return entries
 
     def draw(self, image: Any) -> Image.Image:
         """A picture of the detections on their image, which is all that `SPPDetector.detect` takes."""
-        from sppnet.image_inputs import read_pixels
+        from sppnet.images import read_pixels
         from sppnet.report.drawing import draw_detections  # the one import upwards: drawing is not to be looked for
 
         return draw_detections(read_pixels(image), self)
@@ -279,17 +270,6 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     return [things[i * len(things) // count] for i in range(count)]
 
 
-def as_boxes(boxes: ArrayLike, name: str = "boxes") -> NDArray[np.float64]:
-    """Any (R, 4) array-like as float64; an empty sequence becomes (0, 4)."""
-    array = np.asarray(boxes, dtype=np.float64)
-    if array.size == 0:
-        return array.reshape(0, 4)
-    if array.ndim != 2 or array.shape[1] != 4:
-        hint = f"; pass {name}[None] for one box" if array.shape == (4,) else ""
-        raise ValueError(f"{name} must have shape (R, 4), got {array.shape}{hint}")
-    return array
-
-
 def areas(boxes: Boxes) -> NDArray[np.floating]:
     """(R, 4) -> (R,); boxes without extent have area 0."""
     sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None)
@@ -315,16 +295,11 @@ def clip_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Boxes:
 
 def flip_boxes(boxes: Boxes, width: float) -> Boxes:
     """The same boxes in the horizontally flipped image."""
-    flipped = boxes.copy()
-    flipped[:, 0] = width - boxes[:, 2]
-    flipped[:, 2] = width - boxes[:, 0]
+    flipped = boxes[:, [2, 1, 0, 3]]
+    flipped[:, ::2] = width - flipped[:, ::2]
     return flipped
 
 
 def _set(frozen: object, **values: object) -> None:
     for name, value in values.items():
         object.__setattr__(frozen, name, value)
-
-
-def _equal(own: object, other: object, fields: Sequence[str]) -> bool:
-    return all(np.array_equal(getattr(own, name), getattr(other, name)) for name in fields)

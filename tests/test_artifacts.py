@@ -286,3 +286,14 @@ def test_whether_a_folder_can_be_written_to_is_known_before(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArtifactError, match="cannot write here"):
             check_writable(folder)
+
+
+def test_a_file_is_not_blamed_where_memory_runs_out(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+
+    def runs_out(path):
+        raise MemoryError
+
+    monkeypatch.setattr("sppnet.artifacts.load_file", runs_out)
+    with pytest.raises(MemoryError):
+        read_tensors(tmp_path / "a.safetensors")

@@ -13,12 +13,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from doubles import picture, refused_by_us
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from sppnet.errors import BackboneError, ImageError
-from sppnet.images import flip_image, image_size, prepare, read_image, scaled_size, upright_pixels
+from sppnet.images import flip_image, image_header, prepare, read_image, read_pixels, scaled_size, upright_pixels
 
 COLOURS = np.array(  # 3 × 2 pixels, all different
     [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 255, 255], [255, 255, 255]]], dtype=np.uint8
@@ -119,7 +120,7 @@ def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path: Path, name: st
     path = save(tmp_path / name, COLOURS, exif=exif, **options)
     expected = UPRIGHT[orientation](COLOURS)
     np.testing.assert_array_equal(read_image(path), expected)
-    assert image_size(path) == expected.shape[:2]
+    assert image_header(path)[0] == expected.shape[:2]
 
 
 def test_a_rotated_jpeg_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_rotated_jpeg_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
     image = read_image(path)
     assert image.shape == (80, 60, 3)
     assert np.abs(image.astype(int) - cv2.imread(str(path))[..., ::-1]).mean() < 2
-    assert image_size(path) == (80, 60)
+    assert image_header(path)[0] == (80, 60)
 
 
 def test_an_unknown_or_damaged_orientation_leaves_the_pixels(tmp_path: Path) -> None:
@@ -138,14 +139,14 @@ def test_an_unknown_or_damaged_orientation_leaves_the_pixels(tmp_path: Path) -> 
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", COLOURS, exif=exif)), COLOURS)
     path = save(tmp_path / "b.jpg", photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0")
     assert read_image(path).shape == (60, 80, 3)
-    assert image_size(path) == (60, 80)
+    assert image_header(path)[0] == (60, 80)
 
 
 def test_the_size_needs_only_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(png(3000, 2000))
     decoded = []
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: decoded.append(image))
-    assert image_size(tmp_path / "a.png") == (2000, 3000)
+    assert image_header(tmp_path / "a.png")[0] == (2000, 3000)
     assert not decoded
 
 
@@ -153,7 +154,7 @@ def test_the_size_needs_only_the_header(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match=r"nowhere\.jpg: expected an image, but there is no such file; check"):
             read(tmp_path / "nowhere.jpg")
 
@@ -161,7 +162,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"hello, I am text\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         message = r"\(JPEG, .* another kind; convert or remove" if content else "got an empty file"
         with pytest.raises(ImageError, match=rf"a\.jpg: expected an image.* {message}"):
             read(tmp_path / "a.jpg")
@@ -176,7 +177,7 @@ def test_a_photo_in_a_format_that_is_not_read_gets_a_hint(tmp_path: Path, ending
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match="expected an image, got a folder, pipe or device"):
             read(tmp_path / "a.jpg")
 
@@ -237,7 +238,7 @@ def test_a_truncated_file_is_refused_and_not_half_read(tmp_path: Path, name: str
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (13_400, 13_300), (2_000_000_000, 1)])
 def test_an_absurdly_large_header_is_refused_before_decoding(tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "a.png").write_bytes(png(width, height))
-    for read in (read_image, image_size):
+    for read in (read_image, image_header):
         with pytest.raises(ImageError, match=r"a\.png: expected at most 178,000,000 pixels, .*scale it down"):
             read(tmp_path / "a.png")
 
@@ -246,7 +247,7 @@ def test_a_large_but_allowed_header_gives_no_warning(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(10_000, 10_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert image_size(tmp_path / "a.png") == (10_000, 10_000)
+        assert image_header(tmp_path / "a.png")[0] == (10_000, 10_000)
 
 
 def tiff(path: Path, values: np.ndarray, bits: int, photometric: int = 1, sample_format: int = 1) -> Path:
@@ -316,7 +317,7 @@ def test_a_rotated_grey_image_is_turned(tmp_path: Path, name: str, dtype: type) 
     exif[0x0112] = 6
     path = save(tmp_path / name, np.array([[0, 1, 0], [0, 0, 0]], dtype) * np.iinfo(dtype).max, exif=exif)
     assert read_image(path)[..., 0].tolist() == [[0, 0], [0, 255], [0, 0]]
-    assert image_size(path) == (3, 2)
+    assert image_header(path)[0] == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,7 @@ def test_flipping_twice_gives_the_image_back() -> None:
 
 
 def test_an_image_of_another_shape_or_type_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"uint8 of shape \(H, W, 3\), got uint8 of shape \(4, 5\); read it"):
+    with pytest.raises(ValueError, match=r"array of shape \(H, W, 3\), got uint8 of shape \(4, 5\); it is grey"):
         prepare(photo()[:4, :5, 0], (4, 5), "rgb", (0, 0, 0), (1, 1, 1))
     with pytest.raises(ValueError, match=r"got float32 of shape"):
         prepare(photo().astype(np.float32), (4, 5), "rgb", (0, 0, 0), (1, 1, 1))  # type: ignore[arg-type]
@@ -423,3 +424,83 @@ def test_an_image_much_longer_than_wide_is_refused_before_it_fills_the_memory() 
         scaled_size((22, 30_000), 400)
     assert scaled_size((22, 30_000), 400, max_side=2000)[0] == (1, 2000)
     assert scaled_size((4000, 6000), 4000)[0] == (4000, 6000)
+
+
+# ---- whatever people hold an image in ------------------------------------------------------------------------------
+
+PIXELS = picture(21, 34)
+TENSOR = torch.from_numpy(PIXELS.copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_tensor_between_zero_and_one_holds_the_pixels_that_it_was_made_of(dtype):
+    found = read_pixels((TENSOR.double() / 255).to(dtype).requires_grad_())
+    assert (found.dtype, found.shape) == (np.uint8, PIXELS.shape)
+    exact = dtype in (torch.float32, torch.float64, torch.float16)
+    assert np.abs(found.astype(int) - PIXELS).max() <= (0 if exact else 1)
+
+
+def test_files_pil_images_arrays_and_tensors_hold_the_same_pixels(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    turned = Image.fromarray(PIXELS).transpose(Image.Transpose.ROTATE_90)  # counter-clockwise
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        inputs = [
+            tmp_path / "a.png", str(tmp_path / "a.png"), tmp_path / "turned.png", opened, Image.fromarray(PIXELS),
+            PIXELS, PIXELS[::-1][::-1], np.asfortranarray(PIXELS), TENSOR, TENSOR.clone(),
+        ]  # fmt: skip
+        for image in inputs:
+            np.testing.assert_array_equal(read_pixels(image), PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA", "HSV", "I;16"])
+def test_pil_images_of_any_mode_are_read_as_their_files_are(tmp_path, mode):
+    grey = Image.fromarray(PIXELS[..., 0])
+    image = grey.convert("I").convert(mode) if mode.startswith("I") else Image.fromarray(PIXELS).convert(mode)
+    found = read_pixels(image)
+    assert (found.dtype, found.shape) == (np.uint8, PIXELS.shape)
+    suffix = {"CMYK": "tif", "YCbCr": "tif", "HSV": None}.get(mode, "png")
+    if suffix:
+        image.save(tmp_path / f"a.{suffix}")
+        np.testing.assert_array_equal(found, read_pixels(tmp_path / f"a.{suffix}"))
+
+
+def test_an_array_stays_as_it_is():
+    assert read_pixels(PIXELS) is PIXELS
+
+
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        (PIXELS.astype(np.float32), "scale it to 0 … 255"), (PIXELS / 255, "scale it to 0 … 255"),
+        (PIXELS.astype(int), "scale it"), (PIXELS > 9, "scale it"),
+        (PIXELS[..., 0], "it is grey"), (PIXELS.transpose(2, 0, 1), "channels are first: pass np.ascontiguousarray"),
+        (np.dstack([PIXELS, PIXELS[..., :1]]), r"pass image\[..., :3\]"), (PIXELS[None], "as a list"),
+        (PIXELS[:0], "at least one pixel"), (PIXELS[:, :, :2], "read it with"),
+        (TENSOR.float(), r"in \[0, 1\], got values from .* divide by 255"), (TENSOR / 255 - 1e-3, "clamp it"),
+        (TENSOR / 255 * torch.nan, "got values from nan"), (TENSOR / 255 * torch.inf, "got values from"),
+        (TENSOR.long(), "uint8, or floating-point"), (TENSOR > 9, "uint8, or floating-point"),
+        (TENSOR.permute(1, 2, 0), r"channels are last: pass image.permute\(2, 0, 1\)"), (TENSOR[0], "it is grey"),
+        (TENSOR[:, :0], "at least one pixel"), (TENSOR[None], "as a list"),
+        (torch.cat([TENSOR, TENSOR[:1]]), r"pass image\[:3\]"), (TENSOR[:0], r"pass \(3, H, W\)"),
+        (None, "got NoneType"), (b"GIF89a", "got bytes"), (3, "got int"), ({"image": PIXELS}, "got dict"),
+        (Image.new("RGB", (0, 5)), "at least one pixel"), (Image.new("F", (4, 5)), "floating-point pixels"),
+        ("no such file.jpg", "no such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_with_the_remedy(image, remedy):
+    with pytest.raises(ImageError, match=remedy):
+        read_pixels(image)
+    refused_by_us(lambda: read_pixels(image))
+
+
+def test_an_opened_image_is_not_blamed_where_memory_runs_out(monkeypatch):
+    def runs_out(image):
+        raise MemoryError
+
+    image = Image.fromarray(PIXELS)
+    monkeypatch.setattr(Image.Image, "load", runs_out)
+    with pytest.raises(MemoryError):
+        read_pixels(image)

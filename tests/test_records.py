@@ -24,7 +24,6 @@ from sppnet.records import (
     ImageRecord,
     SkipCounts,
     areas,
-    as_boxes,
     clip_boxes,
     flip_boxes,
     pairwise_iou,
@@ -353,30 +352,6 @@ def test_no_boxes_are_as_good_as_any():
     assert pairwise_iou(some, NONE).shape == (1, 0)
     assert clip_boxes(NONE, (10, 10)).shape == (0, 4)
     assert flip_boxes(NONE, 10).shape == (0, 4)
-
-
-@pytest.mark.parametrize("empty", [[], (), np.zeros(0), np.zeros((0, 4), np.float32), np.zeros((0, 7))])
-def test_anything_empty_becomes_no_boxes(empty):
-    boxes = as_boxes(empty)
-    assert boxes.shape == (0, 4)
-    assert boxes.dtype == np.float64
-
-
-def test_lists_of_whole_numbers_become_boxes():
-    assert as_boxes([[1, 2, 3, 4]]).dtype == np.float64
-
-
-def test_one_box_alone_is_refused_with_the_remedy():
-    with pytest.raises(
-        ValueError, match=r"windows must have shape \(R, 4\), got \(4,\); pass windows\[None\] for one box"
-    ):
-        as_boxes(np.zeros(4), "windows")
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (8,)])
-def test_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \("):
-        as_boxes(np.zeros(shape))
 
 
 def test_clipping_moves_corners_into_the_image_of_height_and_width():

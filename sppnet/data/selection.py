@@ -41,18 +41,15 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
             fault = f"has more than {LONGEST} bytes"
         else:
             continue
-        raise SppnetError(
-            f"class {name!r}, e.g. in the annotation of {example[name]}, {fault}; rename it in the annotations, or "
-            "name the classes to train in data.classes"
-        )
-    folded = {name.casefold(): name for name in reversed(chosen)}
+        where = f"class {name!r}, e.g. in the annotation of {example[name]},"
+        raise SppnetError(f"{where} {fault}; rename it there, or name the classes to train in data.classes")
+    folded: dict[str, str] = {}
     for name in chosen:
-        first = folded[name.casefold()]
+        first = folded.setdefault(name.casefold(), name)
         if first != name:
-            raise SppnetError(
-                f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]}) differ in "
-                "upper and lower case alone; rename one of them in the annotations, or leave it out of data.classes"
-            )
+            two = f"classes {first!r} (e.g. in {example[first]}) and {name!r} (e.g. in {example[name]})"
+            remedy = "rename one of them in the annotations, or leave it out of data.classes"
+            raise SppnetError(f"{two} differ in upper and lower case alone; {remedy}")
     return chosen
 
 
@@ -85,34 +82,21 @@ def hold_out(
     groups: dict[str, list[ImageRecord]] = {}  # copies
     for record in sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record.id}".encode()).digest()):
         groups.setdefault(record.digest, []).append(record)
-    shown = {
-        digest: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[digest])) for digest in groups
-    }
+    shown = {key: frozenset[str]().union(*(shown_classes(r, difficult) for r in groups[key])) for key in groups}
     left = Counter(name for names in shown.values() for name in names)  # groups in training that show a class
     held, free = set[str](), count
-
-    def may_go(digest: str) -> bool:
-        return len(groups[digest]) <= free and digest not in held and all(left[name] > 1 for name in shown[digest])
-
-    def take(digest: str) -> None:
-        nonlocal free
-        held.add(digest)
-        free -= len(groups[digest])
-        left.subtract(shown[digest])
-
-    for name in sorted(left, key=lambda name: (left[name], name)):
-        own = [digest for digest in shown if name in shown[digest]]
-        first = next((digest for digest in own if may_go(digest)), None)
-        if first is not None and held.isdisjoint(own):
-            take(first)
-    for digest in shown:
-        if may_go(digest):
-            take(digest)
+    rarest_first = sorted(left, key=lambda name: (left[name], name))
+    by_class = [[key for key in shown if name in shown[key]] for name in rarest_first]
+    for candidates in (*by_class, *([key] for key in shown)):
+        fits = (key for key in candidates if len(groups[key]) <= free and all(left[name] > 1 for name in shown[key]))
+        chosen = next(fits, None) if held.isdisjoint(candidates) else None
+        if chosen is not None:
+            held.add(chosen)
+            free -= len(groups[chosen])
+            left.subtract(shown[chosen])
     if not held:
-        raise SppnetError(
-            f"no image of {len(records)} can be held out: each is the only one of a class, or a copy of the others; "
-            "add images, or name images in data.val"
-        )
+        why = "each is the only one of a class, or a copy of the others"
+        raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")
     out = {record.id for digest in held for record in groups[digest]}
     return [r for r in records if r.id not in out], [r for r in records if r.id in out]
 

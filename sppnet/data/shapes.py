@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -210,8 +211,8 @@ def polygon_cover(corners: NDArray[np.float64], size: tuple[int, int]) -> Pixels
 
 def tight_box(visible: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """The smallest half-open box of the true pixels of (H, W); zeros where there is none."""
-    rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
-    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+    x, y, width, height = cv2.boundingRect(visible.astype(np.uint8))
+    return x, y, x + width, y + height
 
 
 # --- paint ------------------------------------------------------------------------------------------
@@ -224,16 +225,12 @@ def _smooth_noise(rng: Generator, size: tuple[int, int], cell: float) -> Pixels:
     return np.asarray(smooth, dtype=np.float32).clip(0, 1)
 
 
-def _ramp(rng: Generator, size: tuple[int, int]) -> Pixels:
-    """Position (H, W) in pixels along a random direction."""
+def _wave(rng: Generator, size: tuple[int, int], turns: int, shortest: float, longest: float) -> Pixels:
+    """A sine (H, W) along a random direction, of half a period or more in `shortest` to `longest` pixels."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
-    return np.asarray(x * np.cos(angle) + y * np.sin(angle), dtype=np.float32)
-
-
-def _stripes(rng: Generator, size: tuple[int, int]) -> Pixels:
-    wave = np.sin(_ramp(rng, size) * (2 * np.pi / rng.uniform(5, 14)))
-    return (wave * 2).clip(-0.5, 0.5) + 0.5
+    along = np.asarray(x * np.cos(angle) + y * np.sin(angle), dtype=np.float32)
+    return np.asarray(np.sin(along * (turns * np.pi / rng.uniform(shortest, longest))), dtype=np.float32)
 
 
 def _checks(rng: Generator, size: tuple[int, int]) -> Pixels:
@@ -243,15 +240,15 @@ def _checks(rng: Generator, size: tuple[int, int]) -> Pixels:
     return ((np.floor(u / period) + np.floor(v / period)) % 2).astype(np.float32)
 
 
-TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], Pixels]] = {  # values (H, W) in [0, 1]
-    "stripes": _stripes,
+TEXTURES: Mapping[str, Callable[[Generator, tuple[int, int]], NDArray[Any]]] = {  # values (H, W) in [0, 1]
+    "stripes": lambda rng, size: (_wave(rng, size, 2, 5, 14) * 2).clip(-0.5, 0.5) + 0.5,
     "checks": _checks,
     "noise": lambda rng, size: _smooth_noise(rng, size, rng.uniform(2, 7)),
-    "gradient": lambda rng, size: np.sin(_ramp(rng, size) * (np.pi / rng.uniform(60, 160))) / 2 + 0.5,
+    "gradient": lambda rng, size: _wave(rng, size, 1, 60, 160) / 2 + 0.5,
 }
 
 
-def _textured(rng: Generator, size: tuple[int, int], colour: Pixels, contrast: float) -> Pixels:
+def _textured(rng: Generator, size: tuple[int, int], colour: Pixels, contrast: float) -> NDArray[Any]:
     """Pixels (H, W, 3) around `colour`, varied by a random texture."""
     texture = TEXTURES[str(rng.choice(list(TEXTURES)))](rng, size)
     return colour + (texture[..., None] - 0.5) * contrast * rng.uniform(0.4, 1, 3).astype(np.float32)

@@ -39,10 +39,8 @@ def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str
         if "/" in name or "\\" in name or name in (".", ".."):
             raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
         if per_class and known is not None and name == line and line.rsplit(None, 1)[0] in known:
-            raise SppnetError(
-                f"{path}:{number}: {line!r} may be an image, or {line.rsplit(None, 1)[0]!r} with a column of a class; "
-                "rename one of the two images"
-            )
+            other = f"or {line.rsplit(None, 1)[0]!r} with a column of a class"
+            raise SppnetError(f"{path}:{number}: {line!r} may be an image, {other}; rename one of the two images")
         if name in first_line:
             raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
         first_line[name] = number
@@ -79,12 +77,10 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
             record = ImageRecord(f"{normalise(folder.name)}/{name}", path, size, file_digest(path))
         except (ImageError, OSError) as error:
             raise SppnetError(f"an image of the data set cannot be used: {error}") from None
-        xml = annotations[name]
-        if require_annotations or xml.exists():
-            annotation, skips = read_annotation(xml, size, orientation)
+        counts = {"image without annotation, not evaluated": 1}
+        if require_annotations or annotations[name].exists():
+            annotation, skips = read_annotation(annotations[name], size, orientation)
             record, counts = replace(record, annotation=annotation), skips.counts
-        else:
-            counts = {"image without annotation, not evaluated": 1}
         for reason, count in counts.items():
             skipped.setdefault(reason, []).extend([record.id] * count)
         records.append(record)
@@ -137,9 +133,8 @@ def _set_file(root: Path, split: str) -> Path:
         if nested.is_dir():
             hint = f"set data.root={nested}"
         elif (root / "ImageSets").is_dir():
-            hint = (
-                f"this is a year folder; set data.root={root.resolve().parent} and name splits {root.resolve().name}/…"
-            )
+            year = root.resolve()
+            hint = f"this is a year folder; set data.root={year.parent} and name splits {year.name}/…"
         raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
     return path
 
@@ -153,10 +148,9 @@ def _find_images(set_file: Path) -> dict[str, Path]:
         raise SppnetError(f"{set_file}: lists no image; write one image id per line")
     missing = [name for name in names if name not in files]
     if missing:
-        raise SppnetError(
-            f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)}), one of {len(missing)} missing of "
-            f"the {len(names)} in {set_file}; add them, or take their ids out of the list"
-        )
+        first = f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)})"
+        which = f"one of {len(missing)} missing of the {len(names)} in {set_file}"
+        raise SppnetError(f"{first}, {which}; add them, or take their ids out of the list")
     return {name: _only(files[name], name) for name in names}
 
 
@@ -171,8 +165,6 @@ def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]
 
 def _only(files: Sequence[Path], name: str) -> Path:
     if len(files) > 1:
-        raise SppnetError(
-            f"{files[0]} and {files[1].name} are both files of the id {name!r} (names that look alike may differ in "
-            "their Unicode form); keep one of them"
-        )
+        both = f"{files[0]} and {files[1].name} are both files of the id {name!r}"
+        raise SppnetError(f"{both} (names that look alike may differ in their Unicode form); keep one of them")
     return files[0]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 from xml.sax.saxutils import escape
 
@@ -20,9 +21,10 @@ from defusedxml.ElementTree import fromstring as parse_xml
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_text
+from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
 from sppnet.images import SIDEWAYS
-from sppnet.records import Annotation, SkipCounts, areas, as_boxes, clip_boxes
+from sppnet.records import Annotation, SkipCounts, areas, clip_boxes
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -45,49 +47,38 @@ def read_annotation(
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
     corners = as_boxes([own for _, own, _ in objects])
-    names, difficult = tuple(name for name, _, _ in objects), np.array([flag for _, _, flag in objects], dtype=bool)
     drawn = corners - INWARD
-    if size is None:
-        ordered = np.all(drawn[:, 2:] > drawn[:, :2], axis=1)
-        return _keep(path, drawn, names, difficult, ordered, {"box with reversed corners": int((~ordered).sum())})
-    stated = _stated_size(root)
-    unturned = _is_unturned(drawn, size, stated, orientation)
-    if unturned:
-        drawn = _turn(drawn, size, orientation)
-    boxes = clip_boxes(drawn, size)
-    first: dict[tuple[str, tuple[float, ...]], int] = {}
-    repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
-    reverse = (drawn[:, 2:] < drawn[:, :2]).any(axis=1)
-    # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
-    zero_area = ~reverse & (corners[:, 2:] <= corners[:, :2]).any(axis=1)
-    again = ~reverse & ~zero_area & np.array(repeated, dtype=bool)
-    outside = ~reverse & ~zero_area & ~again & (areas(boxes.astype(np.float32)) <= 0)
-    keep = ~reverse & ~zero_area & ~again & ~outside
-    skips = {
-        "box with reversed corners": reverse.sum(),
-        "zero-area box": zero_area.sum(),
-        "object annotated twice": again.sum(),
-        "box outside the image": outside.sum(),
-        "box clipped to the image": (keep & (boxes != drawn).any(axis=1)).sum(),
-        "annotation size disagrees with the image": stated not in (None, size) and not unturned,
-        "annotation turned with its image (EXIF orientation)": unturned is True,
-        "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
-    }
-    return _keep(path, boxes, names, difficult, keep, skips)
-
-
-def _keep(
-    path: Path,
-    boxes: NDArray[np.floating],
-    names: Sequence[str],
-    difficult: NDArray[np.bool_],
-    keep: NDArray[np.bool_],
-    skips: Mapping[str, int],
-) -> tuple[Annotation, SkipCounts]:
-    """The objects to keep, and the reasons that occurred."""
-    kept = tuple(name for name, wanted in zip(names, keep, strict=True) if wanted)
-    counts = SkipCounts({reason: [path.stem] * int(count) for reason, count in skips.items() if count})
-    return Annotation(boxes[keep].astype(np.float32), kept, difficult[keep]), counts
+    boxes: NDArray[Any] = drawn
+    faults = {"box with reversed corners": (drawn[:, 2:] <= drawn[:, :2]).any(axis=1)}
+    notes: dict[str, bool] = {}
+    if size is not None:
+        stated = _stated_size(root)
+        unturned = _is_unturned(drawn, size, stated, orientation)
+        drawn = _turn(drawn, size, orientation) if unturned else drawn
+        boxes = clip_boxes(drawn, size)
+        first: dict[tuple[str, tuple[float, ...]], int] = {}
+        repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
+        faults = {
+            "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
+            # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
+            "zero-area box": (corners[:, 2:] <= corners[:, :2]).any(axis=1),
+            "object annotated twice": np.array(repeated, dtype=bool),
+            "box outside the image": areas(boxes.astype(np.float32)) <= 0,
+        }
+        notes = {
+            "annotation size disagrees with the image": stated not in (None, size) and not unturned,
+            "annotation turned with its image (EXIF orientation)": unturned is True,
+            "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
+        }
+    keep, counts = np.ones(len(objects), dtype=bool), dict[str, int]()
+    for reason, fault in faults.items():  # an object has the first fault that fits
+        counts[reason] = int((keep & fault).sum())
+        keep &= ~fault
+    counts["box clipped to the image"] = int((keep & (boxes != drawn).any(axis=1)).sum())
+    skips = {reason: [path.stem] * count for reason, count in {**counts, **notes}.items() if count}
+    names, flags = [name for name, _, _ in objects], np.array([flag for _, _, flag in objects], dtype=bool)
+    found = Annotation(boxes[keep], tuple(np.array(names, dtype=object)[keep]), flags[keep])
+    return found, SkipCounts(skips)
 
 
 def _is_unturned(
@@ -145,10 +136,8 @@ def _xml_root(path: Path) -> Element:
     except FileNotFoundError:
         raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
     except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
-        reason = f"{type(error).__name__}: {error}"
-        raise SppnetError(
-            f"{path}: cannot read this annotation as XML ({reason}); repair it, save it as UTF-8, or remove it"
-        ) from None
+        problem = f"cannot read this annotation as XML ({type(error).__name__}: {error})"
+        raise SppnetError(f"{path}: {problem}; repair it, save it as UTF-8, or remove it") from None
     if root is None or root.tag != "annotation":
         tag = None if root is None else root.tag
         raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.arrays import as_corners, as_numbers, as_rows, as_scale, check_rows
 from sppnet.artifacts import names_from_tensor, names_to_tensor
+from sppnet.checks import as_numbers, as_rows, as_scale, check_boxes, check_rows
 from sppnet.config import BoxRegressionSettings, checked_settings
 from sppnet.errors import SppnetError
 from sppnet.records import Boxes
@@ -210,7 +210,7 @@ def _solve_ridge(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
 
 def _centres_and_sides(boxes: ArrayLike, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    corners = as_corners(boxes, name)
+    corners = check_boxes(boxes, name, extent=False)
     sides = corners[:, 2:] - corners[:, :2]
     bad = np.flatnonzero(~(sides > 0).all(axis=1))
     if len(bad):
@@ -222,7 +222,7 @@ def _centres_and_sides(boxes: ArrayLike, name: str) -> tuple[NDArray[np.float64]
 
 
 def _matching_boxes(boxes: ArrayLike, count: int, name: str) -> NDArray[np.float64]:
-    corners = as_corners(boxes, name)
+    corners = check_boxes(boxes, name, extent=False)
     if len(corners) != count:
         raise SppnetError(f"expected one of {name} for each of the {count} feature rows, got {len(corners)}")
     return corners

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sppnet.artifacts import tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import Kind, Precision, Runtime, device_of, make_runtime, resolve_precision
-from sppnet.checks import check_boxes, check_overlap, check_thresholds, is_whole
+from sppnet.checks import as_boxes, check_boxes, check_overlap, check_thresholds, is_whole
 from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, read_part
@@ -26,10 +26,10 @@ from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import nms_per_class
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
-from sppnet.image_inputs import ImageInput, read_pixels
+from sppnet.images import ImageInput, read_pixels
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
-from sppnet.records import Detections, as_boxes, clip_boxes
+from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
 Images = list[Any] | tuple[Any, ...]  # of ImageInput

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sppnet.arrays import as_numbers, as_rows, as_scale, check_finite
+from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
 from sppnet.config import SVMSettings, checked_settings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
 from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows

@@ -28,8 +28,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sppnet.arrays import as_numbers, as_rows, as_scale, check_rows
 from sppnet.artifacts import names_from_tensor, names_to_tensor
+from sppnet.checks import as_numbers, as_rows, as_scale, check_rows
 from sppnet.compiling import compiled
 from sppnet.config import SVMSettings, checked_settings
 from sppnet.errors import SppnetError

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
-from sppnet.checks import as_array, as_column, check_overlap, is_whole
+from sppnet.checks import as_boxes, as_column, as_numbers, check_overlap, is_whole
 from sppnet.errors import SppnetError
-from sppnet.records import as_boxes
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
 
@@ -30,7 +29,7 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
     Raises ValueError for other shapes, for boxes that are not finite or whose corners are reversed (one without area
     overlaps nothing), for scores that are NaN, a threshold outside [0, 1] and a negative limit.
     """
-    corners, values = as_array(boxes, "boxes"), as_column(scores, "scores")
+    corners, values = as_numbers(boxes, "boxes"), as_column(scores, "scores")
     if corners.dtype.kind == "b" or not np.isfinite(corners).all():
         raise SppnetError("boxes must be finite numbers; leave out or correct those that are not")
     if corners.shape[1:] == (4,) and (corners[:, 2:] < corners[:, :2]).any():

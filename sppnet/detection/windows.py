@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from sppnet.backbones.geometry import Geometry, is_number
+from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
-from sppnet.records import areas, as_boxes
+from sppnet.records import areas
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
 
@@ -94,7 +95,7 @@ def project_windows(
 
 
 def _checked_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(boxes.detach().cpu().double().numpy() if isinstance(boxes, torch.Tensor) else boxes)
+    array = as_boxes(boxes)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
         raise SppnetError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")

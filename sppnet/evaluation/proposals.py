@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.arrays import as_corners
+from sppnet.checks import check_boxes
 from sppnet.errors import SppnetError
 from sppnet.records import Annotation, pairwise_iou
 
@@ -69,9 +69,9 @@ def proposal_recall(
             raise SppnetError(
                 f"annotations of image {image_id}: expected an Annotation, got {type(annotation).__name__}"
             )
-        boxes = as_corners(windows[image_id], f"windows of image {image_id}")[:max_windows]
+        boxes = check_boxes(windows[image_id], f"windows of image {image_id}", extent=False)[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
-        objects = as_corners(truth.boxes, f"objects of image {image_id}")
+        objects = check_boxes(truth.boxes, f"objects of image {image_id}", extent=False)
         overlaps.append(pairwise_iou(objects, boxes).max(axis=1, initial=0.0))
         counts.append(len(boxes))
     return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)

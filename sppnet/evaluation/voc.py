@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.checks import as_array, as_column, check_classes, check_overlap, first_bad_box
+from sppnet.checks import as_boxes, as_column, check_classes, check_overlap, first_bad_box
 from sppnet.errors import SppnetError
-from sppnet.records import Annotation, Detections, as_boxes, pairwise_iou
+from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
 Metric = Literal["11point", "area"]
@@ -171,7 +171,7 @@ def evaluate_class(
 ) -> ClassResult:
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
     _check_rules([name], metric, iou, use_difficult)
-    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(as_array(boxes, f"{name}: boxes"))
+    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
     if not len(image_ids) == len(values) == len(rows):
         raise SppnetError(
             f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "

@@ -20,8 +20,9 @@ import scipy.io
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_arrays, write_atomically
+from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
-from sppnet.records import ImageRecord, as_boxes, clip_boxes
+from sppnet.records import ImageRecord, clip_boxes
 
 logger = logging.getLogger("sppnet")
 

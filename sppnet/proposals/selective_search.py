@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.arrays import as_numbers
+from sppnet.checks import as_numbers
 from sppnet.config import ProposalSettings, checked_settings
 from sppnet.errors import SppnetError
 from sppnet.proposals.grouping import Similarity, group

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from sppnet.artifacts import write_atomically
+from sppnet.images import check_pixels
 from sppnet.records import Detections, clip_boxes
-from sppnet.report.fonts import font_for, legible
+from sppnet.report.fonts import Font, font_for, legible
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # pixels, half-open
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PIXELS_PER_LINE = 220  # ours: a line of one pixel per so many pixels of the image's longer side
 PIXELS_PER_FONT = 38  # ours: likewise for the height of the letters
@@ -53,11 +53,7 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, threshold:
     Boxes are clipped to the image, and those outside it left out. Better detections are drawn over worse ones.
     Lines and letters grow with the image.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"image must be uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}; convert it first"
-        )
-    canvas = Image.fromarray(image)
+    canvas = Image.fromarray(check_pixels(image))
     draw = ImageDraw.Draw(canvas)
     line = max(1, round(max(canvas.size) / PIXELS_PER_LINE))
     found = detections.above(threshold)
@@ -81,9 +77,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     """
     name = FORMATS.get(path.suffix.lower())
     if name is None:
-        raise ValueError(
-            f"{path}: a picture is written as {', '.join(FORMATS)}, got {path.suffix!r}; choose one of them"
-        )
+        raise ValueError(f"{path}: a picture is written as {', '.join(FORMATS)}, got {path.suffix!r}; choose one")
     if name == "JPEG" and max(image.size) > LONGEST_JPEG:
         image = image.copy()
         image.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
@@ -143,10 +137,9 @@ def _place(
     places = [(left, above), (left, top), (right, above), (right, top), (left, below), (left, bottom), (right, bottom)]
     for x, y in [place for place in places if 0 <= place[1] <= size[1] - tag[1]] or [(left, top)]:
         x, y = (max(0, min(corner, limit - side)) for corner, limit, side in zip((x, y), size, tag, strict=True))
-        if not any(
-            x < other[2] and other[0] < x + tag[0] and y < other[3] and other[1] < y + tag[1] for other in taken
-        ):
-            return x, y, x + tag[0], y + tag[1]
+        right, low = x + tag[0], y + tag[1]
+        if not any(x < other[2] and other[0] < right and y < other[3] and other[1] < low for other in taken):
+            return x, y, right, low
     return None
 
 
@@ -166,8 +159,6 @@ def contact_sheet(
 
     Small images are not enlarged. No pictures give a sheet that says so.
     """
-    if columns < 1 or min(cell) < 16:
-        raise ValueError(f"a sheet needs at least 1 column and cells of at least 16 x 16, got {columns} and {cell}")
     columns = min(columns, max(len(pictures), 1))
     height, width = cell[0] + CAPTION_HEIGHT + MARGIN, cell[1] + MARGIN
     rows = max(math.ceil(len(pictures) / columns), 1)
@@ -192,10 +183,9 @@ def contact_sheet(
 
 def _write_line(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
     """One line of text, cut with an ellipsis where it is wider than `width`."""
-    text = legible(text)
-    font = font_for(text, 13)
-    if draw.textlength(text, font=font) > width:
-        while text and draw.textlength(text + "…", font=font) > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(corner, text, fill=INK, font=font)
+    whole = shown = legible(text)
+    font = font_for(whole, 13)
+    while whole and draw.textlength(shown, font=font) > width:
+        whole = whole[:-1]
+        shown = whole + "…"
+    draw.text(corner, shown, fill=INK, font=font)

@@ -64,9 +64,9 @@ def test_arrays_tensors_and_lists_have_the_same_cover(same: Any) -> None:
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
-        (WINDOWS[:, [2, 3, 0, 1]], "windows of image a must be x1 y1 x2 y2 .* at row 0"),
-        (WINDOWS * np.nan, "windows of image a must be finite, got nan at row 0"),
-        (np.where(WINDOWS > 11, np.inf, WINDOWS), "windows of image a must be finite, got inf at row 1"),
+        (WINDOWS[:, [2, 3, 0, 1]], "windows of image a must be finite x1 y1 x2 y2 .* at row 0"),
+        (WINDOWS * np.nan, r"windows of image a must be finite .* got \[nan, .* at row 0"),
+        (np.where(WINDOWS > 11, np.inf, WINDOWS), "windows of image a must be finite .* inf.* at row 1"),
         (np.column_stack([WINDOWS, WINDOWS[:, 0]]), r"windows of image a must have shape \(R, 4\), got \(2, 5\)"),
         (WINDOWS[0], r"windows of image a must have shape \(R, 4\), got \(4,\)"),
         (WINDOWS.astype(str), "windows of image a must be an array of real numbers"),

@@ -122,9 +122,9 @@ def test_the_colours_of_twenty_classes_are_far_apart_and_more_exist():
 
 
 def test_an_image_that_is_not_rgb_bytes_is_an_error():
-    with pytest.raises(ValueError, match=r"image must be uint8 RGB of shape \(H, W, 3\), got uint8 \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"image must be a uint8 RGB array .* got uint8 of shape \(4, 4\)"):
         draw_detections(np.zeros((4, 4), dtype=np.uint8), detections())
-    with pytest.raises(ValueError, match=r"got float64 \(4, 4, 3\); convert it first"):
+    with pytest.raises(ValueError, match=r"got float64 of shape \(4, 4, 3\); scale it"):
         draw_detections(np.zeros((4, 4, 3)), detections())
 
 
@@ -163,11 +163,6 @@ def test_small_images_are_not_enlarged():
 
 def test_a_sheet_without_pictures_says_so():
     assert (np.asarray(contact_sheet([])) < 100).any()
-
-
-def test_a_sheet_without_columns_is_an_error():
-    with pytest.raises(ValueError, match=r"at least 1 column and cells of at least 16 x 16, got 0 and \(270, 360\)"):
-        contact_sheet([], columns=0)
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
