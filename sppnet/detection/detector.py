@@ -278,7 +278,7 @@ class SPPDetector:
 
     def _kept(self, name: str, network: nn.Module, make: Callable[[], T]) -> T:
         """What `make` gives of a network, made again when that has changed."""
-        state = [network.training, *map(_fingerprint, (*network.parameters(), *network.buffers()))]
+        state = [_fingerprint(tensor) for tensor in (*network.parameters(), *network.buffers())]
         kept = self.__dict__.setdefault("_made", {})
         found = kept.get(name)
         if found is None or found[0] != state:

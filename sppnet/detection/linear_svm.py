@@ -37,7 +37,6 @@ from sppnet.errors import SppnetError
 logger = logging.getLogger("sppnet")
 
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
-MISPLACED = 0.1  # where so many more of the examples are right at another threshold than 0, a fit warns
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,13 @@ def fit_linear_svm(
     The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
-    Warns, where the scale was measured, if another threshold than 0 tells more of the examples apart: a tenth and
-    1 / √N more, or any more where all score on one side of 0.
+    Warns, where the scale was measured, if 0 tells no more of the examples apart than one label for all would.
     Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = checked_settings(SVMSettings, settings)
     rows = np.ascontiguousarray(_as_array(features))
     signs = _checked_labels(labels, len(rows))
-    if not ((signs > 0).any() and (signs < 0).any()):
+    if len(set(signs.tolist())) < 2:
         missing = "negatives (-1)" if (signs > 0).any() else "positives (+1)"
         raise SppnetError(f"a linear SVM needs positives and negatives, got {len(signs)} examples but no {missing}")
     norms = np.empty(len(rows))
@@ -150,14 +148,12 @@ def fit_linear_svm(
             f"reached tolerance {settings.tolerance:g}; its weights are used, raise svm.max_iterations or svm.tolerance"
         )
     if scale is None:
-        scores = np.array([_dot(row, weight) for row in rows]) + bias
-        right, best = told_apart(scores, signs)
-        chance = 1 / np.sqrt(len(rows))  # so many more are right at the best of all thresholds, whatever the labels
-        if best - right > (0 if len(set(scores > 0)) == 1 else MISPLACED + chance):
+        right = np.mean([(_dot(row, weight) + bias > 0) == (sign > 0) for row, sign in zip(rows, signs, strict=True)])
+        if right <= max((signs > 0).mean(), (signs < 0).mean()):
             warnings.warn(
-                f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
-                f"for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract the "
-                "median of the features",
+                f"0 tells {right:.0%} of the examples apart, no more than one label for all would: C={settings.C:g} is "
+                f"small for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract "
+                "the median of the features",
                 stacklevel=2,
             )
     return LinearSVM(weight, float(bias), factor)
@@ -198,15 +194,6 @@ def typical_norm_scale(norms: NDArray[np.floating], target: float) -> float:
     if not len(present):
         raise SppnetError(f"features must not be all zero, got {len(norms)} such rows; check where they come from")
     return as_scale(target / float(np.median(present)))
-
-
-def told_apart(scores: NDArray[np.float64], signs: NDArray[np.int64]) -> tuple[float, float]:
-    """Share of the examples on their side of 0, and of the threshold where that is largest."""
-    order = np.argsort(scores)
-    gained = np.append(0, np.cumsum(-signs[order]))  # right beyond those of a threshold below all scores
-    between = np.append(True, np.append(np.diff(scores[order]) > 0, True))
-    best = (signs > 0).mean() + gained[between].max() / len(signs)
-    return float((scores * signs > 0).mean()), float(best)
 
 
 def _as_array(features: ArrayLike | Tensor, width: int | None = None) -> NDArray[np.floating]:
