@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
+from sppnet.arrays import as_corners
 from sppnet.checks import as_array, as_column, check_overlap, is_whole
 from sppnet.errors import SppnetError
 from sppnet.records import as_boxes
@@ -30,12 +31,10 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
     Raises ValueError for other shapes, for boxes that are not finite or whose corners are reversed (one without area
     overlaps nothing), for scores that are NaN, a threshold outside [0, 1] and a negative limit.
     """
-    corners, values = as_array(boxes, "boxes"), as_column(scores, "scores")
-    if corners.dtype.kind == "b" or not np.isfinite(corners).all():
-        raise SppnetError("boxes must be finite numbers; leave out or correct those that are not")
-    if corners.shape[1:] == (4,) and (corners[:, 2:] < corners[:, :2]).any():
-        bad = int((corners[:, 2:] < corners[:, :2]).any(axis=1).argmax())
-        raise SppnetError(f"boxes[{bad}] is {corners[bad].tolist()}: its corners are reversed; give x1, y1, x2, y2")
+    array, values = as_array(boxes, "boxes"), as_column(scores, "scores")
+    if array.dtype.kind == "b":
+        raise SppnetError("boxes must be numbers, got flags; give x1 y1 x2 y2")
+    corners = as_corners(array)
     if limit is not None and not (is_whole(limit) and limit >= 0):
         raise SppnetError(f"limit must be a count of boxes or None, got {limit!r}")
     kept = _nms(corners, values, check_overlap(threshold, "threshold"), limit)

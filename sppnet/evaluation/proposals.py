@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.arrays import as_corners
+from sppnet.checks import check_overlap, is_whole
 from sppnet.errors import SppnetError
 from sppnet.records import Annotation, pairwise_iou
 
@@ -53,9 +54,9 @@ def proposal_recall(
     for name, given in (("windows", windows), ("annotations", annotations)):
         if not isinstance(given, Mapping):
             raise SppnetError(f"{name} must be a dict by image id, got {type(given).__name__}")
-    if not (isinstance(iou, (int, float, np.number)) and 0 < iou <= 1):
-        raise SppnetError(f"iou must lie above 0 and at most at 1, got {iou!r}")
-    if max_windows is not None and not (isinstance(max_windows, (int, np.integer)) and max_windows >= 1):
+    if not check_overlap(iou, "iou") > 0:
+        raise SppnetError(f"iou must lie above 0, got {iou!r}")
+    if max_windows is not None and not (is_whole(max_windows) and max_windows >= 1):
         raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
@@ -71,7 +72,6 @@ def proposal_recall(
             )
         boxes = as_corners(windows[image_id], f"windows of image {image_id}")[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
-        objects = as_corners(truth.boxes, f"objects of image {image_id}")
-        overlaps.append(pairwise_iou(objects, boxes).max(axis=1, initial=0.0))
+        overlaps.append(pairwise_iou(truth.boxes.astype(np.float64), boxes).max(axis=1, initial=0.0))
         counts.append(len(boxes))
     return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)

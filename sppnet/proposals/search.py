@@ -89,7 +89,7 @@ def propose_images(
         if record.id in large:
             write_arrays(record.path_in(folder), windows=large[record.id][: settings.max_windows])
     workers = settings.workers or available_cores()  # a search holds no weights
-    map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", workers, progress)
+    map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
     counts = [len(read_windows(folder, record)) for record in mine]
     mean = float(np.mean(counts)) if counts else 0.0
@@ -107,16 +107,10 @@ def read_windows(folder: Path, record: ImageRecord) -> Windows:
     return arrays["windows"]
 
 
-@dataclass(frozen=True)
-class _Searcher:
-    """Searches one image after the other and writes its windows."""
-
-    settings: ProposalSettings
-    folder: Path
-
-    def __call__(self, record: ImageRecord) -> None:
-        try:
-            windows = make_proposer(self.settings)(read_image(record.path))
-        except Exception as error:  # whatever it is, the image must be named
-            raise SppnetError(f"image {record.id}: cannot compute its windows: {error}") from error
-        write_arrays(record.path_in(self.folder), windows=windows.astype(np.float32))
+def _search(settings: ProposalSettings, folder: Path, record: ImageRecord) -> None:
+    """Search one image and write its windows."""
+    try:
+        windows = make_proposer(settings)(read_image(record.path))
+    except Exception as error:  # whatever it is, the image must be named
+        raise SppnetError(f"image {record.id}: cannot compute its windows: {error}") from error
+    write_arrays(record.path_in(folder), windows=windows.astype(np.float32))
