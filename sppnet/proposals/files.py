@@ -152,16 +152,14 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     except Exception as error:  # damaged files raise whatever zip, zlib and numpy stumble over
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None
     if ids.ndim != 1 or ids.dtype.kind != "U":
-        raise SppnetError(
-            f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}; write numpy.array(ids, dtype=str)"
-        )
+        raise SppnetError(f"{path}: ids must be (N,) strings, got {_kind(ids)}; write numpy.array(ids, dtype=str)")
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
         raise SppnetError(
-            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {offsets.dtype} of shape "
-            f"{offsets.shape}; write one offset per image and the total"
+            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {_kind(offsets)}; write one "
+            "offset per image and the total"
         )
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "iuf":
-        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {boxes.dtype} of shape {boxes.shape}")
+        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {_kind(boxes)}")
     if offsets[0] != 0 or offsets[-1] != len(boxes) or (offsets[1:] < offsets[:-1]).any():
         raise SppnetError(
             f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, and never decrease, got "
@@ -182,21 +180,23 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     cells, names = content["boxes"], content["images"]
     if cells.dtype != object or names.dtype != object or cells.size != names.size:
         raise SppnetError(
-            f"{path}: expected the cells boxes and images, one entry per image, got {cells.dtype} of shape "
-            f"{cells.shape} and {names.dtype} of shape {names.shape}; save them as R-CNN's releases do"
+            f"{path}: expected the cells boxes and images, one entry per image, got {_kind(cells)} and {_kind(names)}; "
+            "save them as R-CNN's releases do"
         )
     ids, arrays = [], [np.zeros((0, 4), np.float32)]
     for name, cell in zip(names.ravel(), cells.ravel(), strict=True):
         if name.dtype.kind != "U" or name.size != 1:
-            raise SppnetError(f"{path}: images must hold one name per cell, got {name.dtype} of shape {name.shape}")
+            raise SppnetError(f"{path}: images must hold one name per cell, got {_kind(name)}")
         if cell.dtype.kind not in "iuf" or (cell.size and cell.shape[1:] != (4,)):
-            raise SppnetError(
-                f"{path}: boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2), "
-                f"got {cell.dtype} of shape {cell.shape}"
-            )
+            wanted = f"boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2)"
+            raise SppnetError(f"{path}: {wanted}, got {_kind(cell)}")
         ids.append(str(name.item()))
         arrays.append((cell.reshape(-1, 4)[:, Y_FIRST] - INWARD).astype(np.float32))
     return ids, _offsets(arrays[1:]), np.concatenate(arrays)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{array.dtype} of shape {array.shape}"
 
 
 def _offsets(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
