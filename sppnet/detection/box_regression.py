@@ -91,9 +91,7 @@ class BoxRegressors:
         corners = _matching_boxes(windows, len(rows), "windows")
         indices = _indices(labels, len(self.classes), "labels")
         if indices.shape not in ((), (len(corners),)):
-            raise SppnetError(
-                f"labels must be one index or ({len(corners)},), one for each window, got {indices.shape}"
-            )
+            raise SppnetError(f"labels must be one index, or one for each of {len(corners)}, got {indices.shape}")
         per_window, refined = np.broadcast_to(indices, len(corners)), corners.copy()
         for label in np.unique(per_window):
             own = np.flatnonzero(per_window == label)
@@ -178,10 +176,7 @@ def _whiten(targets: NDArray[np.float64], epsilon: float) -> Sequence[NDArray[np
     centred = targets - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(targets) + epsilon * np.eye(4))
     if values[0] <= 0:
-        raise SppnetError(
-            f"the covariance of {len(targets)} targets cannot be inverted with whitening {epsilon}; "
-            "set boxes.whitening above 0 (release: 0.001)"
-        )
+        raise SppnetError(f"{len(targets)} targets cannot be whitened; set boxes.whitening above 0 (release: 0.001)")
     root = np.sqrt(values)
     return mean, (vectors * root) @ vectors.T, centred @ ((vectors / root) @ vectors.T)
 

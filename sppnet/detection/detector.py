@@ -262,9 +262,7 @@ class SPPDetector:
         features = self._frozen_head().features(maps, distinct, config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
-            raise SppnetError(
-                "the scores are not finite: some weight of the detector is NaN or infinite; load it again"
-            )
+            raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
         return WindowScores(scores, maps, projected)
 
     def _frozen_head(self) -> FrozenHead:

@@ -141,9 +141,8 @@ class _Trainer:
         val_loss = float(F.cross_entropy(logits, labels))
         val_accuracy = float((logits.argmax(1) == labels).float().mean())
         if not np.isfinite(train_loss) or not np.isfinite(val_loss):
-            raise SppnetError(
-                f"the loss is not finite at step {step}; lower {self.stage}.learning_rates, or set head.input_norm=300"
-            )
+            advice = f"lower {self.stage}.learning_rates, or set head.input_norm=300"
+            raise SppnetError(f"the loss is not finite at step {step}; {advice}")
         row = (step, train_loss / count, right / count, val_loss, val_accuracy, self._rate(step - 1))
         self.rows.append(row)
         self.sums.zero_()
@@ -237,7 +236,7 @@ def _with_positives(source: FinetuneWindows, kind: str) -> NDArray[np.int64]:
     found = [i for i, image in enumerate(source.labelled) if len(image.positives)]
     if not found:
         raise SppnetError(
-            f"no {kind} window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
+            f"no {kind} window overlaps an object by finetune.positive_overlap; check annotations and windows"
         )
     return np.array(found, np.int64)
 

@@ -120,10 +120,8 @@ class _Pairs:
             raise SppnetError(f"features of all images must have one width, got {widths}; take them from one layer")
         self._threshold = settings.positive_overlap
         if self._pairs and not any((overlaps >= self._threshold).any() for _, overlaps in self._pairs):
-            raise SppnetError(
-                f"no window has an overlap of at least {self._threshold:g} with any class, so there are no positives; "
-                "put the objects among the windows, or lower svm.positive_overlap"
-            )
+            least = f"no window has an overlap of {self._threshold:g} with any class, so there are no positives"
+            raise SppnetError(f"{least}; put the objects among the windows, or lower svm.positive_overlap")
 
     def scale(self, target: float) -> float:
         return typical_norm_scale(torch.cat([features.norm(dim=1) for features, _ in self._pairs]).numpy(), target)
@@ -226,10 +224,7 @@ class NegativeCache:
         bytes_per_slot = 4 * width + 5 * classes
         self.capacity = int(gigabytes * 1e9 // bytes_per_slot)
         if self.capacity < 1:
-            raise SppnetError(
-                f"a cache of {gigabytes} gigabytes does not hold one window of {bytes_per_slot} bytes; "
-                "raise svm.cache_gigabytes"
-            )
+            raise SppnetError(f"svm.cache_gigabytes={gigabytes} holds no window of {bytes_per_slot} bytes; raise it")
         # Pages are touched only as slots fill. (torch.empty would fill them under deterministic algorithms.)
         self._features = torch.from_numpy(np.empty((self.capacity, width), np.float32))
         self._members = np.zeros((self.capacity, classes), np.bool_)

@@ -82,10 +82,8 @@ class LinearSVMs:
     def __post_init__(self) -> None:
         count = len(self.classes)
         if self.weight.ndim != 2 or len(self.weight) != count or self.bias.shape != (count,):
-            raise SppnetError(
-                f"{count} classes need weight (K, D) and bias (K,), got {tuple(self.weight.shape)} and "
-                f"{tuple(self.bias.shape)}; give one row for each class"
-            )
+            shapes = f"{tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
+            raise SppnetError(f"{count} classes need weight (K, D) and bias (K,), a row for each, got {shapes}")
 
     def score(self, features: ArrayLike | Tensor) -> Tensor:
         """Unscaled features (R, D), array or tensor -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
@@ -132,10 +130,8 @@ def fit_linear_svm(
     norms = np.empty(len(rows))
     _squared_norms(rows, norms)
     if not np.isfinite(norms).all():
-        raise SppnetError(
-            f"features must be finite, and their norms too: row {np.flatnonzero(~np.isfinite(norms))[0]} is not; "
-            "check the images and the weights"
-        )
+        bad = int(np.isfinite(norms).argmin())
+        raise SppnetError(f"features must be finite, and their norms too: row {bad} is not; leave it out")
     factor = typical_norm_scale(np.sqrt(norms), settings.feature_norm) if scale is None else as_scale(scale)
     # The problem of scaled features in the units of those given: w contains the factor, and no copy is scaled.
     costs = settings.C * factor**2 * np.where(signs > 0, settings.positive_weight, 1.0)
@@ -181,10 +177,7 @@ def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
     values = np.asarray(norms, dtype=np.float64)
     mean = float(values.mean()) if values.size else float("nan")
     if not (np.isfinite(mean) and mean > 0):
-        raise SppnetError(
-            f"the mean of {values.size} feature norms must be positive, got {mean}; "
-            "check that the sampled images have windows and that the network's weights are loaded"
-        )
+        raise SppnetError(f"the mean of {values.size} feature norms must be positive, got {mean}; check the weights")
     return target / mean
 
 

@@ -55,10 +55,7 @@ def nms_per_class(
     """
     boxes, scores = np.asarray(boxes), np.asarray(scores)
     if scores.ndim != 2 or boxes.shape != (len(scores), 4):
-        raise ValueError(
-            f"expected scores (R, K) with boxes (R, 4), got scores {scores.shape} and boxes {boxes.shape}; "
-            "use nms for the scores of one class"
-        )
+        raise ValueError(f"expected scores (R, K) with boxes (R, 4), got {scores.shape} with {boxes.shape}")
     indices, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for label in range(scores.shape[1]):
         candidates = np.flatnonzero(scores[:, label] > score_threshold)
@@ -75,15 +72,9 @@ def _nms(
 ) -> NDArray[np.int64]:
     boxes64, scores64 = as_boxes(boxes), scores.astype(np.float64)
     if scores64.shape != (len(boxes64),):
-        raise ValueError(
-            f"scores must have shape ({len(boxes64)},), one for each box, got {scores64.shape}; "
-            "use nms_per_class for scores of several classes"
-        )
+        raise ValueError(f"scores must have shape ({len(boxes64)},), one for each box, got {scores64.shape}")
     if np.isnan(scores64).any():
-        raise ValueError(
-            f"scores must be numbers, got NaN at index {np.flatnonzero(np.isnan(scores64))[0]}; "
-            "check the features and weights that made them"
-        )
+        raise ValueError(f"scores must be numbers, got NaN at index {np.isnan(scores64).argmax()}; leave such out")
     order = np.argsort(-scores64, kind="stable")
     limit = len(order) if limit is None else limit
     # What survives of the best boxes does not depend on the rest, so the first few often suffice.

@@ -60,16 +60,12 @@ def proposal_recall(
         raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
-        raise SppnetError(
-            f"no windows given for image {missing[0]} ({len(missing)} of {len(annotations)} images); "
-            "propose them first, or pass an empty (0, 4) array"
-        )
+        count = f"{len(missing)} of {len(annotations)} images"
+        raise SppnetError(f"no windows given for image {missing[0]} ({count}); propose them first, or pass []")
     overlaps, counts = [np.zeros(0)], []
     for image_id, annotation in annotations.items():
         if not isinstance(annotation, Annotation):
-            raise SppnetError(
-                f"annotations of image {image_id}: expected an Annotation, got {type(annotation).__name__}"
-            )
+            raise SppnetError(f"annotations: {image_id} must be an Annotation, got {type(annotation).__name__}")
         boxes = as_corners(windows[image_id], f"windows of image {image_id}")[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
         overlaps.append(pairwise_iou(truth.boxes.astype(np.float64), boxes).max(axis=1, initial=0.0))

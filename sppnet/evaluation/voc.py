@@ -172,10 +172,8 @@ def evaluate_class(
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
     values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(as_array(boxes, f"{name}: boxes"))
     if not len(image_ids) == len(values) == len(rows):
-        raise SppnetError(
-            f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
-            "give one of each per detection"
-        )
+        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
+        raise SppnetError(f"{name}: {counts}; give one of each per detection")
     _require_annotations(image_ids, annotations, f"{name}: detections")
     bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
     if bad is not None:
@@ -268,10 +266,8 @@ def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Ann
     unknown = sorted(set(image_ids) - annotations.keys(), key=str)
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise SppnetError(
-            f"{what} for image {unknown[0]}{others}, which has no annotation; "
-            "evaluate on the images that were searched, or drop its detections"
-        )
+        advice = "evaluate on the images that were searched, or drop its detections"
+        raise SppnetError(f"{what} for image {unknown[0]}{others}, which has no annotation; {advice}")
 
 
 def _best_objects(

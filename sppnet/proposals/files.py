@@ -154,17 +154,13 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     if ids.ndim != 1 or ids.dtype.kind != "U":
         raise SppnetError(f"{path}: ids must be (N,) strings, got {_kind(ids)}; write numpy.array(ids, dtype=str)")
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
-        raise SppnetError(
-            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {_kind(offsets)}; write one "
-            "offset per image and the total"
-        )
+        wanted = f"offsets must be ({len(ids) + 1},) integers for {len(ids)} ids"
+        raise SppnetError(f"{path}: {wanted}, got {_kind(offsets)}; write one per image and the total")
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "iuf":
         raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {_kind(boxes)}")
     if offsets[0] != 0 or offsets[-1] != len(boxes) or (offsets[1:] < offsets[:-1]).any():
-        raise SppnetError(
-            f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, and never decrease, got "
-            f"{offsets[0]} to {offsets[-1]}; write the boxes of the images in the order of ids"
-        )
+        wanted = f"offsets must run from 0 to {len(boxes)}, the number of boxes, and never decrease"
+        raise SppnetError(f"{path}: {wanted}, got {offsets[0]} to {offsets[-1]}; write boxes in the order of ids")
     with np.errstate(over="ignore"):  # infinite boxes are refused
         return ids.tolist(), offsets.astype(np.int64), boxes.astype(np.float32)
 
@@ -179,10 +175,8 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     _check_keys(path, ("boxes", "images"), content)
     cells, names = content["boxes"], content["images"]
     if cells.dtype != object or names.dtype != object or cells.size != names.size:
-        raise SppnetError(
-            f"{path}: expected the cells boxes and images, one entry per image, got {_kind(cells)} and {_kind(names)}; "
-            "save them as R-CNN's releases do"
-        )
+        wanted = "expected the cells boxes and images, one entry per image, as in R-CNN's releases"
+        raise SppnetError(f"{path}: {wanted}, got {_kind(cells)} and {_kind(names)}")
     ids, arrays = [], [np.zeros((0, 4), np.float32)]
     for name, cell in zip(names.ravel(), cells.ravel(), strict=True):
         if name.dtype.kind != "U" or name.size != 1:

@@ -75,16 +75,13 @@ def propose_images(
         name: rows[(rows[:, 2:] - rows[:, :2] >= settings.min_side).all(axis=1)] for name, rows in imported.items()
     }
     if sum(map(len, imported.values())) and not sum(map(len, large.values())):
-        raise SppnetError(
-            f"{', '.join(map(str, settings.import_from))}: no window has both sides of proposals.min_side="
-            f"{settings.min_side} px or more; boxes are in pixels of the image, not in shares of it"
-        )
+        least = f"no window has both sides of proposals.min_side={settings.min_side} px or more"
+        files = ", ".join(map(str, settings.import_from))
+        raise SppnetError(f"{files}: {least}; boxes are in pixels of the image, not in shares of it")
     searched = [replace(record, annotation=None) for record in missing if record.id not in imported]
     if searched and settings.import_from:
-        logger.warning(
-            f"proposals.import_from holds no windows of {len(searched)} of {len(mine)} images, e.g. {searched[0].id}; "
-            f"they are searched with {settings.method}"
-        )
+        missed = f"{len(searched)} of {len(mine)} images, e.g. {searched[0].id}"
+        logger.warning(f"proposals.import_from holds no windows of {missed}; they are searched with {settings.method}")
     for record in missing:
         if record.id in large:
             write_arrays(record.path_in(folder), windows=large[record.id][: settings.max_windows])
