@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,17 +252,16 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pooled, labels) of every step, in order; windows of so many further steps are pooled meanwhile."""
     own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
-    waiting: list[tuple[list[Future[Tensor]], Tensor]] = []
+    waiting: list[tuple[Iterator[Tensor], Tensor]] = []
     for step in steps:
         rng = np.random.default_rng((settings.seed, step, distributed.rank()))
         chosen = rng.choice(images, min(settings.images_per_batch, len(images)), replace=False)
         drawn, labels = _draw(source, chosen, background, own, rng)
-        waiting.append(([loaders.submit(source.pool, *one) for one in drawn], labels))
+        waiting.append((loaders.map(source.pool, *zip(*drawn, strict=True)), labels))
         if len(waiting) > ahead:
             parts, labels = waiting.pop(0)
-            yield torch.cat([part.result() for part in parts]), labels
-    for parts, labels in waiting:
-        yield torch.cat([part.result() for part in parts]), labels
+            yield torch.cat(list(parts)), labels
+    yield from ((torch.cat(list(parts)), labels) for parts, labels in waiting)
 
 
 def _draw(

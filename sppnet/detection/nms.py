@@ -42,23 +42,19 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
 
 
 def nms_per_class(
-    boxes: NDArray[np.floating],
-    scores: NDArray[np.floating],
-    threshold: float,
-    score_threshold: float = -np.inf,
-    max_per_class: int | None = None,
+    boxes: NDArray[np.floating], scores: NDArray[np.floating], threshold: float, max_per_class: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What remains of every class, best first over all classes: (indices, labels), both (S,) int64.
 
-    boxes (R, 4), scores (R, K). Only scores above `score_threshold` (strictly) take part, and a class keeps at most
-    `max_per_class`. Ties go to the lower label, then the lower index.
+    boxes (R, 4), scores (R, K). Scores of -inf take no part, and a class keeps at most `max_per_class`. Ties go to the
+    lower label, then the lower index.
     """
     boxes, scores = np.asarray(boxes), np.asarray(scores)
     if scores.ndim != 2 or boxes.shape != (len(scores), 4):
         raise ValueError(f"expected scores (R, K) with boxes (R, 4), got {scores.shape} with {boxes.shape}")
     indices, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for label in range(scores.shape[1]):
-        candidates = np.flatnonzero(scores[:, label] > score_threshold)
+        candidates = np.flatnonzero(scores[:, label] > -np.inf)
         kept = candidates[_nms(boxes[candidates], scores[candidates, label], threshold, max_per_class)]
         indices.append(kept)
         labels.append(np.full(len(kept), label, np.int64))
