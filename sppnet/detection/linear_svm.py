@@ -36,6 +36,7 @@ from sppnet.errors import SppnetError
 
 logger = logging.getLogger("sppnet")
 
+ONE_SIDED = 0.95  # a share of the scores on one side of 0 that a fit may warn of
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
 
 
@@ -118,7 +119,7 @@ def fit_linear_svm(
     The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
-    Warns, where the scale was measured, if 0 tells no more of the examples apart than one label for all would.
+    Warns, where the scale was measured, if 0 leaves nearly all on one side, and one label for all would be as good.
     Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = checked_settings(SVMSettings, settings)
@@ -144,8 +145,9 @@ def fit_linear_svm(
             f"reached tolerance {settings.tolerance:g}; its weights are used, raise svm.max_iterations or svm.tolerance"
         )
     if scale is None:
-        right = np.mean([(_dot(row, weight) + bias > 0) == (sign > 0) for row, sign in zip(rows, signs, strict=True)])
-        if right <= max((signs > 0).mean(), (signs < 0).mean()):
+        above = np.array([_dot(row, weight) + bias > 0 for row in rows])
+        right = (above == (signs > 0)).mean()
+        if right <= max((signs > 0).mean(), (signs < 0).mean()) and max(above.mean(), 1 - above.mean()) > ONE_SIDED:
             warnings.warn(
                 f"0 tells {right:.0%} of the examples apart, no more than one label for all would: C={settings.C:g} is "
                 f"small for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract "

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_arrays, write_atomically
 from sppnet.errors import SppnetError
+from sppnet.images import IMAGE_SUFFIXES
 from sppnet.records import ImageRecord, as_boxes, clip_boxes
 
 logger = logging.getLogger("sppnet")
@@ -29,7 +30,6 @@ SUFFIXES = (".npz", ".mat")
 INT16_LIMIT = np.iinfo(np.int16).max
 INWARD = np.array([1, 1, 0, 0])  # one-based inclusive corners minus half-open ones
 Y_FIRST = [1, 0, 3, 2]  # x1 y1 x2 y2 <-> y1 x1 y2 x2
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")  # may end the name of an image
 
 
 def export_windows(path: Path | str, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
@@ -91,7 +91,7 @@ def match_records(
     entries: dict[str, dict[tuple[Path, str], None]] = {}  # what may name an image -> the entries of that name
     for path, held in files.items():
         for name in held:
-            for key in {name, name.rpartition(".")[0] if name.lower().endswith(PICTURES) else name}:
+            for key in {name, name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name}:
                 entries.setdefault(key, {})[path, name] = None
     stems = Counter(record.id.rpartition("/")[2] for record in records)
     matched, used, outside = {}, set[Path](), list[tuple[ImageRecord, Path, NDArray[np.float32]]]()

@@ -220,7 +220,7 @@ def test_a_record_finds_its_windows_by_full_id_or_by_stem(tmp_path: Path) -> Non
     assert match_records([], [tmp_path / "w.npz"]) == {}
 
 
-@pytest.mark.parametrize("name", ["VOC2007/000005.jpg", "000005.JPG", "000005.png", "000005", "VOC2007/000005"])
+@pytest.mark.parametrize("name", ["VOC2007/000005.jpg", "000005.JPG", "000005.pgm", "000005.jpe", "000005"])
 def test_a_name_may_end_as_its_picture_does(tmp_path: Path, name: str) -> None:
     export_windows(tmp_path / "w.npz", [name, "VOC2012/1"], [[[0, 0, 5, 5]], [[0, 0, 9, 9]]])
     assert match_records([record("VOC2007/000005")], [tmp_path / "w.npz"])["VOC2007/000005"].tolist() == [[0, 0, 5, 5]]
