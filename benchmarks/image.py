@@ -103,8 +103,9 @@ def detect_by_steps(detector: SPPDetector, path: Path) -> tuple[Detections, dict
     scores, score = timed(detector, lambda: detector.score(maps, windows))
     config = detector.config
     projected = project_to_maps(maps, windows, detector.backbone.geometry, config.pyramid, config.maps)
-    scored = WindowScores(scores, maps, projected)
-    found, select = timed(detector, lambda: detector.select(windows, scored, (image.shape[0], image.shape[1])))
+    scored, own = WindowScores(scores, maps, projected), config.detect
+    limits = scores > own.score_threshold, own.nms_overlap, own.max_per_class
+    (found, _), select = timed(detector, lambda: detector.select(windows, scored, *limits))
     return found, {
         "read_image": read,
         "proposer: candidate windows": search,

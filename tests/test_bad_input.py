@@ -118,7 +118,7 @@ def test_settings_that_do_not_exist_or_make_no_sense(config, override, message):
             "torchvision has no weights for 'tiny5'; set backbone.weights.source=file",
         ),
         (["head.init=checkpoint"], "head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH"),
-        (["proposals.import_from=[none.npz]"], "none.npz: no such file; proposals.import_from must name existing"),
+        (["proposals.import_from=[none.npz]"], "none.npz: no such file; check proposals.import_from"),
     ],
 )
 def test_networks_and_files_that_cannot_be_had(config, overrides, message):
@@ -130,7 +130,7 @@ def test_weights_of_another_network_or_of_none(config, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     np.savez(tmp_path / "nan.npz", **{"conv1.weight": np.full(3, np.nan)})
     for name, expected in (
-        ("none.npz", "there is no such file; check backbone.weights.file"),
+        ("none.npz", "no such file; check backbone.weights.file"),
         ("other.safetensors", "tensors needed do not fit: conv1.conv.weight is missing"),
         ("text.pth", "expected a complete .pth file of plain tensors"),
         ("nan.npz", "holds NaN or infinity; fetch it again"),

@@ -86,20 +86,12 @@ class BoxRegressors:
         features (R, D); where windows share features, (U, D) with the row of each window in `rows` (R,).
         """
         features = _as_tensor(features)
-        rows = np.arange(len(features)) if rows is None else rows
-        if not np.isin(rows, np.arange(len(features))).all():
-            raise SppnetError(f"rows must lie in 0 … {len(features) - 1}, the rows of features, got {rows.tolist()}")
+        rows = _indices(np.arange(len(features)) if rows is None else rows, len(features), "rows")
         corners = _matching_boxes(windows, len(rows), "windows")
-        indices = as_numbers(labels, "labels")
+        indices = _indices(labels, len(self.classes), "labels")
         if indices.shape not in ((), (len(corners),)):
-            raise SppnetError(
-                f"labels must be one index or ({len(corners)},), one for each window, got {indices.shape}"
-            )
-        if not np.isin(indices, np.arange(len(self.classes))).all():
-            found = sorted(set(indices.ravel().tolist()))
-            raise SppnetError(f"labels must lie in 0 … {len(self.classes) - 1}, got {found}; give indices into classes")
-        per_window = np.broadcast_to(indices.astype(np.int64), len(corners))
-        refined = corners.copy()
+            raise SppnetError(f"labels must be one index, or one for each of {len(corners)}, got {indices.shape}")
+        per_window, refined = np.broadcast_to(indices, len(corners)), corners.copy()
         for label in np.unique(per_window):
             own = np.flatnonzero(per_window == label)
             inputs = features[torch.from_numpy(rows[own]).to(features.device)]
@@ -119,8 +111,7 @@ class BoxRegressors:
         missing = {*_PARTS, "scale", "classes"} - set(tensors)
         if missing:
             raise SppnetError(f"box regressors need the tensors {sorted(missing)} too; train the regressors again")
-        classes = names_from_tensor(tensors["classes"])
-        scale = float(tensors["scale"])
+        classes, scale = names_from_tensor(tensors["classes"]), float(tensors["scale"])
         each = ({name: tensors[name][label] for name in _PARTS} for label in range(len(classes)))
         return cls(tuple(BoxRegressor(**parts, scale=scale) for parts in each), classes)
 
@@ -184,10 +175,7 @@ def _whiten(targets: NDArray[np.float64], epsilon: float) -> Sequence[NDArray[np
     centred = targets - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(targets) + epsilon * np.eye(4))
     if values[0] <= 0:
-        raise SppnetError(
-            f"the covariance of {len(targets)} targets cannot be inverted with whitening {epsilon}; "
-            "set boxes.whitening above 0 (release: 0.001)"
-        )
+        raise SppnetError(f"{len(targets)} targets cannot be whitened; set boxes.whitening above 0 (release: 0.001)")
     root = np.sqrt(values)
     return mean, (vectors * root) @ vectors.T, centred @ ((vectors / root) @ vectors.T)
 
@@ -210,15 +198,16 @@ def _solve_ridge(rows: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
 
 def _centres_and_sides(boxes: ArrayLike, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    corners = check_boxes(boxes, name, extent=False)
+    corners = check_boxes(boxes, name)
     sides = corners[:, 2:] - corners[:, :2]
-    bad = np.flatnonzero(~(sides > 0).all(axis=1))
-    if len(bad):
-        raise SppnetError(
-            f"{name} must have x2 > x1 and y2 > y1, got {corners[bad[0]].tolist()} at row {bad[0]}; "
-            "leave out what has no extent"
-        )
     return corners[:, :2] + sides / 2, sides
+
+
+def _indices(values: ArrayLike, count: int, name: str) -> NDArray[np.int64]:
+    indices = as_numbers(values, name)
+    if not np.isin(indices, np.arange(count)).all():
+        raise SppnetError(f"{name} must lie in 0 … {count - 1}, got {sorted(set(indices.ravel().tolist()))}")
+    return indices.astype(np.int64)
 
 
 def _matching_boxes(boxes: ArrayLike, count: int, name: str) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -106,23 +106,17 @@ class SPPDetector:
             each = [None] * len(image) if windows is None else windows
             if not isinstance(each, list | tuple) or len(each) != len(image):
                 raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
-            options = {"threshold": threshold, "nms": nms, "top": top}
-            return _for_each(lambda place: self.detect(image[place], each[place], **options), len(image))
+            return _one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
         lowest = check_thresholds(self.thresholds if threshold is None else threshold, self.classes)
         overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
         if top is not None and not (is_whole(top) and top > 0):
             raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
         pixels = read_pixels(image)
         found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
-        if len(found) == 0:
-            return self._nothing()
         try:
-            maps = self.embed(pixels)
+            return self._search(pixels, found, lambda scores: scores >= lowest, overlap)[0][:top]
         except BackboneError as error:
             raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
-        with _undisturbed(self.device):
-            scored = self._score(maps, found)
-            return self._select(found, scored, maps.image_size, scored.scores >= lowest, overlap)[0][:top]
 
     @overload
     def embed(self, image: ImageInput) -> FeatureMaps: ...
@@ -134,7 +128,7 @@ class SPPDetector:
         They are ordinary tensors without gradients; of a list of images a list.
         """
         if isinstance(image, list | tuple):
-            return _for_each(lambda place: self.embed(image[place]), len(image))
+            return _one_by_one(self.embed, image)
         with _undisturbed(self.device):
             found = compute_maps(self._runtime(), read_pixels(image), self.config.maps)
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
@@ -152,58 +146,59 @@ class SPPDetector:
 
         Takes an image, or its maps. Also returns the classes of which the maximum left some out.
         """
+        own = self.config.detect
         boxes = as_boxes(windows, "windows")
-        if len(boxes) == 0:
-            return self._nothing(), ()
+        return self._search(
+            image, boxes, lambda scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
+        )
+
+    def _search(
+        self,
+        image: FeatureMaps | ImageInput,
+        windows: NDArray[np.floating],
+        passes: Callable[[NDArray[np.float32]], NDArray[np.bool_]],
+        overlap: float,
+        limit: int | None = None,
+    ) -> tuple[Detections, tuple[str, ...]]:
+        """The whole way of sec. 4.1, from an image or its maps on."""
+        if len(windows) == 0:
+            none: Any = []
+            return Detections(none, none, none, self.classes), ()
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with _undisturbed(self.device):
-            return self._by_settings(boxes, self._score(maps, boxes), maps.image_size)
+            scored = self._score(maps, windows)
+            return self.select(windows, scored, passes(scored.scores), overlap, limit)
 
-    def select(self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]) -> Detections:
-        """Scored windows -> detections: threshold, NMS, box regression on the survivors, clip, NMS again (release)."""
-        with _undisturbed(self.device):
-            return self._by_settings(windows, scored, image_size)[0]
-
-    def _nothing(self) -> Detections:
-        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), self.classes)
-
-    def _by_settings(
-        self, windows: NDArray[np.floating], scored: WindowScores, image_size: tuple[int, int]
-    ) -> tuple[Detections, tuple[str, ...]]:
-        own = self.config.detect
-        passes = scored.scores > own.score_threshold
-        return self._select(windows, scored, image_size, passes, own.nms_overlap, own.max_per_class)
-
-    def _select(
+    def select(
         self,
         windows: NDArray[np.floating],
         scored: WindowScores,
-        image_size: tuple[int, int],
         passes: NDArray[np.bool_],
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """The steps of `select` on scores that pass (R, K), and the classes of which `limit` left some out."""
-        scores = np.where(passes, scored.scores, -np.inf)
-        index, label = nms_per_class(windows, scores, overlap, max_per_class=None if limit is None else limit + 1)
-        surplus = [np.flatnonzero(label == place)[limit:] for place in range(len(self.classes) if limit else 0)]
-        cut = tuple(name for name, rows in zip(self.classes, surplus, strict=False) if len(rows))
-        keep = np.delete(np.arange(len(index)), np.concatenate([np.zeros(0, np.int64), *surplus]))
-        index, label = index[keep], label[keep]
-        boxes, own = windows[index], scored.scores[index, label]
-        regressors = self._fast_regressors()
-        if regressors is not None and len(index):
-            distinct, rows = scored.projected.rows(index).unique()  # few survive, so pooling them again is cheap
+        """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
+
+        At most `limit` of a class; also returns the classes of which it left some out.
+        """
+        most = len(windows) if limit is None else limit
+        kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
+        rank = (label[:, None] == np.arange(len(self.classes))).cumsum(axis=0)[np.arange(len(label)), label]
+        cut = tuple(self.classes[own] for own in np.unique(label[rank > most]))
+        kept, label = kept[rank <= most], label[rank <= most]
+        boxes, scores = windows[kept], scored.scores[kept, label]
+        if self.regressors is not None and len(kept):
+            distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
             features = self._frozen_head().features(scored.maps, distinct, self.config.boxes.layer)
-            boxes = regressors.refine(features, boxes, label, rows)
-        boxes = clip_boxes(boxes, image_size)
-        single = boxes.astype(np.float32)
-        solid = np.flatnonzero((single[:, 2:] > single[:, :2]).all(axis=1))
-        boxes, own, label = boxes[solid], own[solid], label[solid]
+            boxes = self.regressors.single().refine(features, boxes, label, rows)
+        boxes = clip_boxes(boxes, scored.maps.image_size)
+        corners = boxes.astype(np.float32)
+        solid = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        boxes, scores, label = boxes[solid], scores[solid], label[solid]
         table = np.full((len(boxes), len(self.classes)), -np.inf)
-        table[np.arange(len(boxes)), label] = own
+        table[np.arange(len(boxes)), label] = scores
         last = nms_per_class(boxes, table, overlap)[0]
-        return Detections(boxes[last], own[last], label[last], self.classes), cut
+        return Detections(boxes[last], scores[last], label[last], self.classes), cut
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
@@ -235,13 +230,21 @@ class SPPDetector:
         `backbone`: the network of your own that it was trained with; its weights are read from the folder.
         """
         description = DetectorDescription.read(run)
-        folder = description.folder
+        config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
+        search = make_proposer(config.proposals) if proposer is None else proposer
         try:
-            with _undisturbed(torch.device("cpu")):
-                detector = cls._from_parts(description, tensors, proposer, backbone)
+            with _undisturbed(torch.device("cpu")):  # in float32 whatever torch's default
+                network = build_backbone(config.backbone.without_weights(), module=backbone).float()
+                network.load_state_dict(tensors["backbone"])
+                levels, ranks = config.pyramid.levels, description.ranks
+                head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
+                head.load_state_dict(tensors["head"])
+                svms = LinearSVMs.from_tensors(tensors["svm"])
+                boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
+                detector = cls(network, head, svms, boxes, search, config, description.thresholds)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
-            if isinstance(error, BackboneError) and description.config.backbone.module is not None:
+            if isinstance(error, BackboneError) and config.backbone.module is not None:
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{folder / 'detector.json'}: {OTHER_VERSION} ({reason})") from None
@@ -252,27 +255,6 @@ class SPPDetector:
         linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear)
 
-    @classmethod
-    def _from_parts(
-        cls,
-        description: DetectorDescription,
-        tensors: dict[str, dict[str, Tensor]],
-        proposer: Proposer | None,
-        module: nn.Module | None,
-    ) -> SPPDetector:
-        config = description.config
-        backbone = build_backbone(config.backbone.without_weights(), module=module).float()  # whatever torch's default
-        backbone.load_state_dict(tensors["backbone"])
-        outputs = len(description.classes) + 1
-        head = build_head(
-            backbone.channels, config.pyramid.levels, outputs, config.head, ranks=description.ranks
-        ).float()
-        head.load_state_dict(tensors["head"])
-        svms = LinearSVMs.from_tensors(tensors["svm"])
-        boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
-        search = make_proposer(config.proposals) if proposer is None else proposer
-        return cls(backbone, head, svms, boxes, search, config, description.thresholds)
-
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
         config = self.config
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
@@ -280,33 +262,21 @@ class SPPDetector:
         features = self._frozen_head().features(maps, distinct, config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
-            raise SppnetError(
-                "the scores are not finite: some weight of the detector is NaN or infinite; load it again"
-            )
+            raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
         return WindowScores(scores, maps, projected)
 
     def _frozen_head(self) -> FrozenHead:
         levels, precision = self.config.pyramid.levels, self.precision
-        return self._kept("head", _tensors(self.head), lambda: FrozenHead(self.head, levels, precision))
+        return self._kept("head", self.head, lambda: FrozenHead(self.head, levels, precision))
 
     def _runtime(self) -> Runtime:
-        kind = self.config.maps.runtime  # "openvino" was asked for where it was trained: elsewhere it may be missing
-        wanted: Kind = "torch" if kind == "torch" else "auto"
-        precision = self.precision
-        return self._kept("runtime", _tensors(self.backbone), lambda: make_runtime(self.backbone, wanted, precision))
+        # "openvino" was asked for where it was trained: elsewhere it may be missing
+        kind: Kind = "torch" if self.config.maps.runtime == "torch" else "auto"
+        return self._kept("runtime", self.backbone, lambda: make_runtime(self.backbone, kind, self.precision))
 
-    def _fast_regressors(self) -> BoxRegressors | None:
-        regressors = self.regressors
-        if regressors is None:
-            return None
-        tensors = [
-            tensor for own in regressors.per_class for tensor in vars(own).values() if isinstance(tensor, Tensor)
-        ]
-        return self._kept("regressors", tensors, regressors.single)
-
-    def _kept(self, name: str, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
-        """What `make` gives, made again when one of the tensors it is made of has changed."""
-        state = [self.precision, *map(_fingerprint, tensors)]
+    def _kept(self, name: str, network: nn.Module, make: Callable[[], T]) -> T:
+        """What `make` gives of a network, made again when that has changed."""
+        state = [_fingerprint(tensor) for tensor in (*network.parameters(), *network.buffers())]
         kept = self.__dict__.setdefault("_made", {})
         found = kept.get(name)
         if found is None or found[0] != state:
@@ -317,36 +287,25 @@ class SPPDetector:
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Without the gradients, inference mode, autocast and default device that the caller may have set."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), plain, torch.device("cpu"):
         yield
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """What differs after any change of a tensor: its version, and the sum of its bits, which ``.data`` changes too."""
-    flat = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().reshape(-1)  # channels last: no copy
-    whole = flat.element_size() == 4 and len(flat) % 2 == 0 and flat.storage_offset() % 2 == 0  # 20 times as fast
-    kind = (
-        torch.int64 if whole else {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64)
-    )
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    bits = int(tensor.detach().view(kind).sum(dtype=kind))  # of this type: 20 times as fast
     version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, int(flat.view(kind).sum())
+    return bits, version, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
 
 
-def _for_each(do: Callable[[int], T], count: int) -> list[T]:
+def _one_by_one(do: Callable[..., T], *lists: Sequence[Any], **options: Any) -> list[T]:
     """The results of the images of a list; an error says which image it was."""
     results = []
-    for place in range(count):
+    for place, own in enumerate(zip(*lists, strict=True)):
         try:
-            results.append(do(place))
+            results.append(do(*own, **options))
         except SppnetError as error:
             raise type(error)(f"image {place} of the list: {error}") from None
     return results

@@ -52,16 +52,12 @@ class DetectorDescription:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
         if missing or not {*_PARTS} <= set(values["parts"]):
-            missing = [*missing, "parts"]
-            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {OTHER_VERSION}")
+            raise ArtifactError(f"{path}: {[*missing, 'parts'][0]} is missing or incomplete; {OTHER_VERSION}")
         ranks = values["ranks"]
         if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
             config = parse_config(values["config"], "settings")
-        except SppnetError as error:
-            raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
-        try:
             thresholds = check_thresholds(values.get("thresholds", 0), values["classes"])
         except SppnetError as error:
             raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
@@ -87,6 +83,7 @@ def _missing(run: Path, folder: Path) -> str:
 
 
 def read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    """The tensors of a part; ArtifactError where they are not those of this digest."""
     path = folder / f"{name}.safetensors"
     try:
         tensors = read_tensors(path)

@@ -50,20 +50,18 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
     Each map is (C, H, W) in channels-last memory. An image so narrow that the bound on its longer side leaves no map at
     a scale is an error that names the setting.
     """
-    weights = runtime.backbone.weights
+    weights, (height, width) = runtime.backbone.weights, image.shape[:2]
     maps, sides = [], []
     for scale in settings.scales:
-        size, side = scaled_size(image.shape[:2], scale, settings.max_side)
+        size, side = scaled_size((height, width), scale, settings.max_side)
         pixels = prepare(image, size, weights.channel_order, weights.mean, weights.std, runtime.device)
         try:
             feature_map = runtime(pixels)[0]
         except BackboneError as error:
-            raise BackboneError(
-                f"an image of {image.shape[1]} × {image.shape[0]} pixels is too narrow: {error}"
-            ) from None
+            raise BackboneError(f"an image of {width} × {height} pixels is too narrow: {error}") from None
         maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
-    return FeatureMaps(tuple(maps), tuple(sides), (image.shape[0], image.shape[1]))
+    return FeatureMaps(tuple(maps), tuple(sides), (height, width))
 
 
 def check_sizes(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> None:

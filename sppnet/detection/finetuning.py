@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,9 +141,8 @@ class _Trainer:
         val_loss = float(F.cross_entropy(logits, labels))
         val_accuracy = float((logits.argmax(1) == labels).float().mean())
         if not np.isfinite(train_loss) or not np.isfinite(val_loss):
-            raise SppnetError(
-                f"the loss is not finite at step {step}; lower {self.stage}.learning_rates, or set head.input_norm=300"
-            )
+            advice = f"lower {self.stage}.learning_rates, or set head.input_norm=300"
+            raise SppnetError(f"the loss is not finite at step {step}; {advice}")
         row = (step, train_loss / count, right / count, val_loss, val_accuracy, self._rate(step - 1))
         self.rows.append(row)
         self.sums.zero_()
@@ -237,7 +236,7 @@ def _with_positives(source: FinetuneWindows, kind: str) -> NDArray[np.int64]:
     found = [i for i, image in enumerate(source.labelled) if len(image.positives)]
     if not found:
         raise SppnetError(
-            f"no {kind} window overlaps an object by finetune.positive_overlap; check the proposals and the annotations"
+            f"no {kind} window overlaps an object by finetune.positive_overlap; check annotations and windows"
         )
     return np.array(found, np.int64)
 
@@ -253,17 +252,16 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pooled, labels) of every step, in order; windows of so many further steps are pooled meanwhile."""
     own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
-    waiting: list[tuple[list[Future[Tensor]], Tensor]] = []
+    waiting: list[tuple[Iterator[Tensor], Tensor]] = []
     for step in steps:
         rng = np.random.default_rng((settings.seed, step, distributed.rank()))
         chosen = rng.choice(images, min(settings.images_per_batch, len(images)), replace=False)
         drawn, labels = _draw(source, chosen, background, own, rng)
-        waiting.append(([loaders.submit(source.pool, *one) for one in drawn], labels))
+        waiting.append((loaders.map(source.pool, *zip(*drawn, strict=True)), labels))
         if len(waiting) > ahead:
             parts, labels = waiting.pop(0)
-            yield torch.cat([part.result() for part in parts]), labels
-    for parts, labels in waiting:
-        yield torch.cat([part.result() for part in parts]), labels
+            yield torch.cat(list(parts)), labels
+    yield from ((torch.cat(list(parts)), labels) for parts, labels in waiting)
 
 
 def _draw(

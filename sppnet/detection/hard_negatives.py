@@ -69,7 +69,9 @@ def mine_detectors(
         raise SppnetError("expected at least one image to mine, got none; check data.train")
     if scale is None:
         scale = source.scale(settings.feature_norm) if isinstance(source, _Pairs) else 1.0
-    miner = _Miner(source, names, settings, as_scale(scale), progress)
+    scale = as_scale(scale)
+    positives = _collect_positives(source, len(names), settings, scale, progress)
+    miner = _Miner(source, names, settings, scale, positives)
     for index in progress_bar(range(len(source)), "mining", "image", shown=progress):
         miner.visit(index)
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
@@ -105,7 +107,7 @@ def distinct_negatives(
 
 
 class _Pairs:
-    """Pairs of features and overlaps, read as `MiningWindows` are; a window is known by its row, its first corner."""
+    """Pairs of features and overlaps, read as `MiningWindows` are; instead of corners a window has its row, (R, 1)."""
 
     def __init__(self, images: Sequence[tuple[ArrayLike, ArrayLike]], classes: int, settings: SVMSettings) -> None:
         if not isinstance(images, Sequence):
@@ -118,10 +120,8 @@ class _Pairs:
             raise SppnetError(f"features of all images must have one width, got {widths}; take them from one layer")
         self._threshold = settings.positive_overlap
         if self._pairs and not any((overlaps >= self._threshold).any() for _, overlaps in self._pairs):
-            raise SppnetError(
-                f"no window has an overlap of at least {self._threshold:g} with any class, so there are no positives; "
-                "put the objects among the windows, or lower svm.positive_overlap"
-            )
+            least = f"no window has an overlap of {self._threshold:g} with any class, so there are no positives"
+            raise SppnetError(f"{least}; put the objects among the windows, or lower svm.positive_overlap")
 
     def scale(self, target: float) -> float:
         return typical_norm_scale(torch.cat([features.norm(dim=1) for features, _ in self._pairs]).numpy(), target)
@@ -131,21 +131,18 @@ class _Pairs:
 
     def read(self, index: int) -> tuple[ImageWindows, Tensor]:
         features, overlaps = self._pairs[index]
-        return ImageWindows(_as_windows(np.arange(len(features))), np.zeros(0, np.int64), overlaps), features
+        rows = np.arange(len(features), dtype=np.float32)[:, None]
+        return ImageWindows(rows, np.zeros(0, np.int64), overlaps), features
 
     def positives(self, index: int) -> PositiveWindows:
         overlaps = self._pairs[index][1]
         rows, labels = np.nonzero(overlaps >= self._threshold)
         close = overlaps[rows, labels] < 1
         order = np.argsort(close, kind="stable")  # objects first
-        return PositiveWindows(_as_windows(rows[order]), labels[order], int((~close).sum()))
+        return PositiveWindows(rows[order, None].astype(np.float32), labels[order], int((~close).sum()))
 
     def features(self, index: int, windows: NDArray[np.floating]) -> Tensor:
         return self._pairs[index][0][torch.from_numpy(windows[:, 0].astype(np.int64))]
-
-
-def _as_windows(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.repeat(rows[:, None], 4, axis=1).astype(np.float32)
 
 
 def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) -> tuple[Tensor, NDArray[np.float32]]:
@@ -166,23 +163,19 @@ def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) ->
 
 
 class _Miner:
+    """The SVMs so far, and the examples of each class."""
+
     def __init__(
-        self,
-        images: MiningWindows | _Pairs,
-        classes: tuple[str, ...],
-        settings: SVMSettings,
-        scale: float,
-        progress: bool,
+        self, images: Any, classes: tuple[str, ...], settings: SVMSettings, scale: float, positives: list[Tensor]
     ) -> None:
-        self.images, self.settings = images, settings
-        self.positives = _collect_positives(images, len(classes), settings, scale, progress)
-        width = self.positives[0].shape[1]
-        self.active = np.array([len(rows) > 0 for rows in self.positives])
+        self.images, self.settings, self.positives = images, settings, positives
+        width = positives[0].shape[1]
+        self.active = np.array([len(rows) > 0 for rows in positives])
         self.svms = LinearSVMs(torch.zeros(len(classes), width), torch.full((len(classes),), NEVER), scale, classes)
         self.retrains = np.zeros(len(classes), np.int64)
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
-        counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, self.positives, strict=True))
+        counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, positives, strict=True))
         logger.info(f"svm mining {len(images)} images; positives {counts}; cache for {self.cache.capacity} windows")
 
     def visit(self, index: int) -> None:
@@ -231,10 +224,7 @@ class NegativeCache:
         bytes_per_slot = 4 * width + 5 * classes
         self.capacity = int(gigabytes * 1e9 // bytes_per_slot)
         if self.capacity < 1:
-            raise SppnetError(
-                f"a cache of {gigabytes} gigabytes does not hold one window of {bytes_per_slot} bytes; "
-                "raise svm.cache_gigabytes"
-            )
+            raise SppnetError(f"svm.cache_gigabytes={gigabytes} holds no window of {bytes_per_slot} bytes; raise it")
         # Pages are touched only as slots fill. (torch.empty would fill them under deterministic algorithms.)
         self._features = torch.from_numpy(np.empty((self.capacity, width), np.float32))
         self._members = np.zeros((self.capacity, classes), np.bool_)
@@ -310,9 +300,8 @@ def _collect_positives(
     Objects come first, at most ``max_positives`` of a class; then as many proposals, which over all classes take no
     more bytes than the cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
     """
-    found = [
-        images.positives(index) for index in progress_bar(range(len(images)), "positives", "image", shown=progress)
-    ]
+    every = progress_bar(range(len(images)), "positives", "image", shown=progress)
+    found = [images.positives(index) for index in every]
     labels = np.concatenate([image.labels for image in found])
     is_object = np.concatenate([np.arange(len(image.labels)) < image.objects for image in found])
     width = images.features(0, np.zeros((0, 4), np.float32)).shape[1]

@@ -36,8 +36,8 @@ from sppnet.errors import SppnetError
 
 logger = logging.getLogger("sppnet")
 
+ONE_SIDED = 0.95  # a share of the scores on one side of 0 that a fit may warn of
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
-MISPLACED = 0.1  # where so many more of the examples are right at another threshold than 0, a fit warns
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,8 @@ class LinearSVMs:
     def __post_init__(self) -> None:
         count = len(self.classes)
         if self.weight.ndim != 2 or len(self.weight) != count or self.bias.shape != (count,):
-            raise SppnetError(
-                f"{count} classes need weight (K, D) and bias (K,), got {tuple(self.weight.shape)} and "
-                f"{tuple(self.bias.shape)}; give one row for each class"
-            )
+            shapes = f"{tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
+            raise SppnetError(f"{count} classes need weight (K, D) and bias (K,), a row for each, got {shapes}")
 
     def score(self, features: ArrayLike | Tensor) -> Tensor:
         """Unscaled features (R, D), array or tensor -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
@@ -121,23 +119,20 @@ def fit_linear_svm(
     The same arguments give the same weights on one machine. Features in float32 or float64 are read where they lie,
     others as float64; sums are kept in double precision. The fit ends when the projected gradients of all examples lie
     within ``tolerance`` of each other and of zero; one that stops at ``max_iterations`` rounds is used and logged.
-    Warns, where the scale was measured, if another threshold than 0 tells more of the examples apart: a tenth and
-    1 / √N more, or any more where all score on one side of 0.
+    Warns, where the scale was measured, if 0 leaves nearly all on one side, and one label for all would be as good.
     Raises SppnetError for other shapes and labels, for positives or negatives alone, and for features not finite.
     """
     settings = checked_settings(SVMSettings, settings)
     rows = np.ascontiguousarray(_as_array(features))
     signs = _checked_labels(labels, len(rows))
-    if not ((signs > 0).any() and (signs < 0).any()):
+    if len(set(signs.tolist())) < 2:
         missing = "negatives (-1)" if (signs > 0).any() else "positives (+1)"
         raise SppnetError(f"a linear SVM needs positives and negatives, got {len(signs)} examples but no {missing}")
     norms = np.empty(len(rows))
     _squared_norms(rows, norms)
     if not np.isfinite(norms).all():
-        raise SppnetError(
-            f"features must be finite, and their norms too: row {np.flatnonzero(~np.isfinite(norms))[0]} is not; "
-            "check the images and the weights"
-        )
+        bad = int(np.isfinite(norms).argmin())
+        raise SppnetError(f"features must be finite, and their norms too: row {bad} is not; leave it out")
     factor = typical_norm_scale(np.sqrt(norms), settings.feature_norm) if scale is None else as_scale(scale)
     # The problem of scaled features in the units of those given: w contains the factor, and no copy is scaled.
     costs = settings.C * factor**2 * np.where(signs > 0, settings.positive_weight, 1.0)
@@ -150,14 +145,13 @@ def fit_linear_svm(
             f"reached tolerance {settings.tolerance:g}; its weights are used, raise svm.max_iterations or svm.tolerance"
         )
     if scale is None:
-        scores = np.array([_dot(row, weight) for row in rows]) + bias
-        right, best = told_apart(scores, signs)
-        chance = 1 / np.sqrt(len(rows))  # so many more are right at the best of all thresholds, whatever the labels
-        if best - right > (0 if len(set(scores > 0)) == 1 else MISPLACED + chance):
+        above = np.array([_dot(row, weight) + bias > 0 for row in rows])
+        right = (above == (signs > 0)).mean()
+        if right <= max((signs > 0).mean(), (signs < 0).mean()) and max(above.mean(), 1 - above.mean()) > ONE_SIDED:
             warnings.warn(
-                f"0 tells {right:.0%} of the examples apart, another threshold {best:.0%}: C={settings.C:g} is small "
-                f"for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract the "
-                "median of the features",
+                f"0 tells {right:.0%} of the examples apart, no more than one label for all would: C={settings.C:g} is "
+                f"small for {len(rows)} examples, or a large part of their features is constant; raise C, or subtract "
+                "the median of the features",
                 stacklevel=2,
             )
     return LinearSVM(weight, float(bias), factor)
@@ -185,10 +179,7 @@ def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:
     values = np.asarray(norms, dtype=np.float64)
     mean = float(values.mean()) if values.size else float("nan")
     if not (np.isfinite(mean) and mean > 0):
-        raise SppnetError(
-            f"the mean of {values.size} feature norms must be positive, got {mean}; "
-            "check that the sampled images have windows and that the network's weights are loaded"
-        )
+        raise SppnetError(f"the mean of {values.size} feature norms must be positive, got {mean}; check the weights")
     return target / mean
 
 
@@ -198,15 +189,6 @@ def typical_norm_scale(norms: NDArray[np.floating], target: float) -> float:
     if not len(present):
         raise SppnetError(f"features must not be all zero, got {len(norms)} such rows; check where they come from")
     return as_scale(target / float(np.median(present)))
-
-
-def told_apart(scores: NDArray[np.float64], signs: NDArray[np.int64]) -> tuple[float, float]:
-    """Share of the examples on their side of 0, and of the threshold where that is largest."""
-    order = np.argsort(scores)
-    gained = np.append(0, np.cumsum(-signs[order]))  # right beyond those of a threshold below all scores
-    between = np.append(True, np.append(np.diff(scores[order]) > 0, True))
-    best = (signs > 0).mean() + gained[between].max() / len(signs)
-    return float((scores * signs > 0).mean()), float(best)
 
 
 def _as_array(features: ArrayLike | Tensor, width: int | None = None) -> NDArray[np.floating]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
-from sppnet.checks import as_boxes, as_column, as_numbers, check_overlap, is_whole
+from sppnet.checks import as_boxes, as_column, check_boxes, check_overlap, is_whole
 from sppnet.errors import SppnetError
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
@@ -29,12 +29,7 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
     Raises ValueError for other shapes, for boxes that are not finite or whose corners are reversed (one without area
     overlaps nothing), for scores that are NaN, a threshold outside [0, 1] and a negative limit.
     """
-    corners, values = as_numbers(boxes, "boxes"), as_column(scores, "scores")
-    if corners.dtype.kind == "b" or not np.isfinite(corners).all():
-        raise SppnetError("boxes must be finite numbers; leave out or correct those that are not")
-    if corners.shape[1:] == (4,) and (corners[:, 2:] < corners[:, :2]).any():
-        bad = int((corners[:, 2:] < corners[:, :2]).any(axis=1).argmax())
-        raise SppnetError(f"boxes[{bad}] is {corners[bad].tolist()}: its corners are reversed; give x1, y1, x2, y2")
+    corners, values = check_boxes(boxes, extent=False), as_column(scores, "scores")
     if limit is not None and not (is_whole(limit) and limit >= 0):
         raise SppnetError(f"limit must be a count of boxes or None, got {limit!r}")
     kept = _nms(corners, values, check_overlap(threshold, "threshold"), limit)
@@ -42,26 +37,19 @@ def nms(boxes: Array, scores: Array, threshold: float, limit: int | None = None)
 
 
 def nms_per_class(
-    boxes: NDArray[np.floating],
-    scores: NDArray[np.floating],
-    threshold: float,
-    score_threshold: float = -np.inf,
-    max_per_class: int | None = None,
+    boxes: NDArray[np.floating], scores: NDArray[np.floating], threshold: float, max_per_class: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What remains of every class, best first over all classes: (indices, labels), both (S,) int64.
 
-    boxes (R, 4), scores (R, K). Only scores above `score_threshold` (strictly) take part, and a class keeps at most
-    `max_per_class`. Ties go to the lower label, then the lower index.
+    boxes (R, 4), scores (R, K). Scores of -inf take no part, and a class keeps at most `max_per_class`. Ties go to the
+    lower label, then the lower index.
     """
     boxes, scores = np.asarray(boxes), np.asarray(scores)
     if scores.ndim != 2 or boxes.shape != (len(scores), 4):
-        raise ValueError(
-            f"expected scores (R, K) with boxes (R, 4), got scores {scores.shape} and boxes {boxes.shape}; "
-            "use nms for the scores of one class"
-        )
+        raise ValueError(f"expected scores (R, K) with boxes (R, 4), got {scores.shape} with {boxes.shape}")
     indices, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for label in range(scores.shape[1]):
-        candidates = np.flatnonzero(scores[:, label] > score_threshold)
+        candidates = np.flatnonzero(scores[:, label] > -np.inf)
         kept = candidates[_nms(boxes[candidates], scores[candidates, label], threshold, max_per_class)]
         indices.append(kept)
         labels.append(np.full(len(kept), label, np.int64))
@@ -75,15 +63,9 @@ def _nms(
 ) -> NDArray[np.int64]:
     boxes64, scores64 = as_boxes(boxes), scores.astype(np.float64)
     if scores64.shape != (len(boxes64),):
-        raise ValueError(
-            f"scores must have shape ({len(boxes64)},), one for each box, got {scores64.shape}; "
-            "use nms_per_class for scores of several classes"
-        )
+        raise ValueError(f"scores must have shape ({len(boxes64)},), one for each box, got {scores64.shape}")
     if np.isnan(scores64).any():
-        raise ValueError(
-            f"scores must be numbers, got NaN at index {np.flatnonzero(np.isnan(scores64))[0]}; "
-            "check the features and weights that made them"
-        )
+        raise ValueError(f"scores must be numbers, got NaN at index {np.isnan(scores64).argmax()}; leave such out")
     order = np.argsort(-scores64, kind="stable")
     limit = len(order) if limit is None else limit
     # What survives of the best boxes does not depend on the rest, so the first few often suffice.

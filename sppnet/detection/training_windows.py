@@ -18,7 +18,7 @@ from torch import Tensor
 from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
-from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_at, project_to_maps
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_to_maps
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
 from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
@@ -115,8 +115,10 @@ class TrainingWindows:
         maps = tuple(torch.empty(1, *self.backbone.map_size(own), device="meta") for own in sizes)
         return FeatureMaps(maps, sides, size)
 
-    def project(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> ProjectedWindows:
-        return project_to_maps(maps, windows, self.backbone.geometry, self.config.pyramid, self.config.maps)
+    def project(
+        self, maps: FeatureMaps, windows: NDArray[np.floating], scales: NDArray[np.int64] | None = None
+    ) -> ProjectedWindows:
+        return project_to_maps(maps, windows, self.backbone.geometry, self.config.pyramid, self.config.maps, scales)
 
     def features(self, index: int, windows: NDArray[np.floating], features: Features) -> Tensor:
         """`features` (R, D), unscaled, of windows (R, 4) of an image."""
@@ -145,7 +147,7 @@ class FinetuneWindows:
         maps = source.maps(index, flip)
         scales = rng.integers(len(maps.maps), size=len(rows))
         windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
-        return source.pool(maps, project_at(maps, windows, scales, source.backbone.geometry, source.config.pyramid))
+        return source.pool(maps, source.project(maps, windows, scales))
 
 
 class MiningWindows:

@@ -54,20 +54,11 @@ def project_to_maps(
     geometry: Geometry,
     pyramid: PyramidSettings,
     settings: MapSettings,
+    scale_index: NDArray[np.int64] | None = None,
 ) -> ProjectedWindows:
-    """Boxes (R, 4) of the original image -> the scale each is pooled from, and its cells there."""
-    scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side)
-    return project_at(maps, windows, scale_index.astype(np.int64), geometry, pyramid)
-
-
-def project_at(
-    maps: FeatureMaps,
-    windows: NDArray[np.floating],
-    scale_index: NDArray[np.int64],
-    geometry: Geometry,
-    pyramid: PyramidSettings,
-) -> ProjectedWindows:
-    """The same at given scales (R,), as fine-tuning draws them at random."""
+    """Boxes (R, 4) of the original image -> the scale each is pooled from, unless it is given (R,), and its cells."""
+    if scale_index is None:
+        scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side).astype(np.int64)
     cells = np.zeros((len(windows), 4), np.int64)
     for index, (feature_map, side) in enumerate(zip(maps.maps, maps.sides, strict=True)):
         chosen = scale_index == index

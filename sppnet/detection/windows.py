@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sppnet.backbones.geometry import Geometry, is_number
-from sppnet.checks import as_boxes
+from sppnet.checks import check_boxes
 from sppnet.errors import SppnetError
 from sppnet.records import areas
 
@@ -39,7 +39,7 @@ def choose_scales(
     if not is_number(target_side) or target_side <= 0:
         raise SppnetError(f"target_side must be pixels > 0, e.g. 208, got {target_side!r}")
     with np.errstate(over="ignore"):  # boxes of any extent
-        area = np.maximum(areas(_checked_boxes(boxes)), 1e-9)  # a box without area goes to the largest scale
+        area = np.maximum(areas(check_boxes(boxes, extent=False)), 1e-9)  # a box without area goes to the largest scale
     expected = np.floor(float(target_side) * min(height, width) / np.sqrt(area) + 0.5)
     distances = np.abs(sides[None, :] - expected[:, None])
     return _like(boxes, distances.argmin(axis=1))
@@ -67,15 +67,15 @@ def project_windows(
     if not isinstance(projection, str) or projection not in ("release", "paper"):
         raise SppnetError(f"projection must be one of release, paper, got {projection!r}")
     size, cells = _whole_size("image_size", image_size), _whole_size("map_size", map_size)
-    corners = _checked_boxes(boxes)
+    corners = check_boxes(boxes, extent=False)
     if not all(hasattr(geometry, name) for name in ("stride", "first_centre", "shrink")):
         raise SppnetError(f"geometry must be a Geometry, e.g. Geometry(stride=16, first_centre=7.5), got {geometry!r}")
-    geometry = Geometry(geometry.stride, geometry.first_centre, geometry.shrink)
+    geometry = Geometry(geometry.stride, geometry.first_centre, geometry.shrink)  # which checks them
     stride, centre, shrink = float(geometry.stride), float(geometry.first_centre), float(geometry.shrink)
     if not is_number(scale) or scale <= 0:
         raise SppnetError(f"scale must be the resized shorter side in pixels, e.g. 688, got {scale!r}")
     scale = float(scale)
-    _check_map(size, scale, Geometry(stride, centre, shrink), cells)
+    _check_map(size, scale, geometry, cells)
     # Release: first and last pixels of both images coincide, (x - 1)·(s - 1) / (min(h, w) - 1) + 1 counted from 1.
     factor = (scale - 1) / max(min(size) - 1, 1) if scale > 1 else scale / min(size)  # one pixel has no span
     with np.errstate(over="ignore", invalid="ignore"):  # boxes of any extent
@@ -87,25 +87,10 @@ def project_windows(
             first, last = np.floor((corner1 - centre) / stride) + 1, np.ceil((corner2 - centre) / stride) - 1
         middle = np.floor((first + last) / 2)
     crossed = first > last
-    height, width = cells
-    bound = np.array([width - 1, height - 1], dtype=np.float64)
+    bound = np.array(cells[::-1], dtype=np.float64) - 1
     first = np.clip(np.where(crossed, middle, first), 0, bound)
     last = np.clip(np.where(crossed, middle, last), 0, bound)
     return _like(boxes, np.concatenate([first, last + 1], axis=1).astype(np.int64))
-
-
-def _checked_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(boxes)
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise SppnetError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")
-    bad = np.flatnonzero((array[:, :2] > array[:, 2:]).any(axis=1))
-    if len(bad):
-        raise SppnetError(
-            f"box {bad[0]} must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, got {array[bad[0]].tolist()}; "
-            "put its corners in order"
-        )
-    return array
 
 
 def _check_map(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[int, int]) -> None:
@@ -128,12 +113,10 @@ def _check_map(size: tuple[int, int], scale: float, geometry: Geometry, cells: t
 
 def _fits(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[int, int]) -> bool:
     """Whether a network of this geometry, whatever it pads, can give so many cells; SPARE for what layers round."""
-    for side, count in zip(size, cells, strict=True):
-        length = side * scale / min(size)
-        padded, symmetric = length / geometry.stride, (length - 1 - 2 * geometry.first_centre) / geometry.stride + 1
-        if not min(padded, symmetric) - SPARE <= count <= max(padded, symmetric) + SPARE:
-            return False
-    return True
+    lengths = np.array(size) * float(scale) / min(size)
+    padded, symmetric = lengths / geometry.stride, (lengths - 1 - 2 * geometry.first_centre) / geometry.stride + 1
+    low, high = np.minimum(padded, symmetric) - SPARE, np.maximum(padded, symmetric) + SPARE
+    return bool(((low <= cells) & (cells <= high)).all())
 
 
 def _whole_size(name: str, size: tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.checks import check_boxes
+from sppnet.checks import check_boxes, check_overlap, is_whole
 from sppnet.errors import SppnetError
 from sppnet.records import Annotation, pairwise_iou
 
@@ -53,25 +53,20 @@ def proposal_recall(
     for name, given in (("windows", windows), ("annotations", annotations)):
         if not isinstance(given, Mapping):
             raise SppnetError(f"{name} must be a dict by image id, got {type(given).__name__}")
-    if not (isinstance(iou, (int, float, np.number)) and 0 < iou <= 1):
-        raise SppnetError(f"iou must lie above 0 and at most at 1, got {iou!r}")
-    if max_windows is not None and not (isinstance(max_windows, (int, np.integer)) and max_windows >= 1):
+    if not check_overlap(iou, "iou") > 0:
+        raise SppnetError(f"iou must lie above 0, got {iou!r}")
+    if max_windows is not None and not (is_whole(max_windows) and max_windows >= 1):
         raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
-        raise SppnetError(
-            f"no windows given for image {missing[0]} ({len(missing)} of {len(annotations)} images); "
-            "propose them first, or pass an empty (0, 4) array"
-        )
+        count = f"{len(missing)} of {len(annotations)} images"
+        raise SppnetError(f"no windows given for image {missing[0]} ({count}); propose them first, or pass []")
     overlaps, counts = [np.zeros(0)], []
     for image_id, annotation in annotations.items():
         if not isinstance(annotation, Annotation):
-            raise SppnetError(
-                f"annotations of image {image_id}: expected an Annotation, got {type(annotation).__name__}"
-            )
+            raise SppnetError(f"annotations: {image_id} must be an Annotation, got {type(annotation).__name__}")
         boxes = check_boxes(windows[image_id], f"windows of image {image_id}", extent=False)[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
-        objects = check_boxes(truth.boxes, f"objects of image {image_id}", extent=False)
-        overlaps.append(pairwise_iou(objects, boxes).max(axis=1, initial=0.0))
+        overlaps.append(pairwise_iou(truth.boxes.astype(np.float64), boxes).max(axis=1, initial=0.0))
         counts.append(len(boxes))
     return ProposalQuality(np.concatenate(overlaps), iou, float(np.mean(counts)) if counts else math.nan)

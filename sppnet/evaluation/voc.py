@@ -79,7 +79,7 @@ class VOCEvaluation:
             "use_difficult": self.use_difficult,
             "map": None if math.isnan(self.map) else self.map,
             "ap": self.ap,
-            "objects": {name: result.objects for name, result in self.results.items()},
+            "objects": self.objects,
             "detections": {name: result.detections for name, result in self.results.items()},
         }
 
@@ -170,27 +170,19 @@ def evaluate_class(
     use_difficult: bool = False,
 ) -> ClassResult:
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    _check_rules([name], metric, iou, use_difficult)
     values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
     if not len(image_ids) == len(values) == len(rows):
-        raise SppnetError(
-            f"{name}: {len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes; "
-            "give one of each per detection"
-        )
+        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
+        raise SppnetError(f"{name}: {counts}; give one of each per detection")
     _require_annotations(image_ids, annotations, f"{name}: detections")
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        where = f"{name}: the score of detection {row}, in image {image_ids[row]},"
-        raise SppnetError(f"{where} is {values[row]}; every score must be a finite number")
-    bad = first_bad_box(rows)
+    bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
     if bad is not None:
         raise SppnetError(
-            f"{name}: the box of detection {bad}, in image {image_ids[bad]}, is {rows[bad].tolist()}; expected finite "
-            "x1 < x2 and y1 < y2"
+            f"{name}: detection {bad}, in image {image_ids[bad]}, has the score {values[bad]} and the box "
+            f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
         )
     order = np.argsort(-values, kind="stable")
-    ranked_ids = [image_ids[row] for row in order]
-    overlaps, objects, difficult = _best_objects(ranked_ids, rows[order], annotations, name)
+    overlaps, objects, difficult = _best_objects([image_ids[row] for row in order], rows[order], annotations, name)
     if use_difficult:
         difficult = np.zeros_like(difficult)
     hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
@@ -274,10 +266,8 @@ def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Ann
     unknown = sorted(set(image_ids) - annotations.keys(), key=str)
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise SppnetError(
-            f"{what} for image {unknown[0]}{others}, which has no annotation; "
-            "evaluate on the images that were searched, or drop its detections"
-        )
+        advice = "evaluate on the images that were searched, or drop its detections"
+        raise SppnetError(f"{what} for image {unknown[0]}{others}, which has no annotation; {advice}")
 
 
 def _best_objects(

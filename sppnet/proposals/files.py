@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sppnet.artifacts import write_arrays, write_atomically
 from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
+from sppnet.images import IMAGE_SUFFIXES
 from sppnet.records import ImageRecord, clip_boxes
 
 logger = logging.getLogger("sppnet")
@@ -30,7 +31,6 @@ SUFFIXES = (".npz", ".mat")
 INT16_LIMIT = np.iinfo(np.int16).max
 INWARD = np.array([1, 1, 0, 0])  # one-based inclusive corners minus half-open ones
 Y_FIRST = [1, 0, 3, 2]  # x1 y1 x2 y2 <-> y1 x1 y2 x2
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")  # may end the name of an image
 
 
 def export_windows(path: Path | str, ids: Sequence[str], windows: Sequence[ArrayLike]) -> None:
@@ -86,13 +86,13 @@ def match_records(
     A file may name an image by its full id ("VOC2007/000005"), by its stem ("000005"), or by either with the suffix of
     a picture; the full id wins. What else the files hold is left out. Raises SppnetError where two files or two records
     claim the same entry, for windows outside the image, and, if they are `needed`, for files that fit none of the
-    records. Warns, in the log, of a file that fits none where others do, and of corners that look one-based.
+    records. Warns, in the log, of a file that fits none where others do.
     """
     files = {path: import_windows(path) for path in paths}
     entries: dict[str, dict[tuple[Path, str], None]] = {}  # what may name an image -> the entries of that name
     for path, held in files.items():
         for name in held:
-            for key in {name, name.rpartition(".")[0] if name.lower().endswith(PICTURES) else name}:
+            for key in {name, name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name}:
                 entries.setdefault(key, {})[path, name] = None
     stems = Counter(record.id.rpartition("/")[2] for record in records)
     matched, used, outside = {}, set[Path](), list[tuple[ImageRecord, Path, NDArray[np.float32]]]()
@@ -120,7 +120,6 @@ def match_records(
             if needed and not used:
                 raise SppnetError(f"{path}: windows of none of the images; {found}; name them by these ids or stems")
             logger.warning(f"{path}: windows of none of the images; {found}")
-    _warn_of_shifts(records, matched)
     return matched
 
 
@@ -131,29 +130,15 @@ def _examples(names: Iterable[str]) -> str:
 
 def _outside(found: Sequence[tuple[ImageRecord, Path, NDArray[np.float32]]]) -> SppnetError:
     """An error about images with windows that lie more than a pixel outside."""
-    far, swapped = [], True
-    for record, _, windows in found:
-        far.append(np.abs(windows - clip_boxes(windows, record.size)).max(axis=1))
-        swapped &= np.abs(windows - clip_boxes(windows, record.size[::-1])).max() <= 1
-    record, path, worst = found[0][0], found[0][1], far[0].max()
+    far = [np.abs(windows - clip_boxes(windows, record.size)).max(axis=1) for record, _, windows in found]
+    swapped = all(np.abs(rows - clip_boxes(rows, record.size[::-1])).max() <= 1 for record, _, rows in found)
     hint = "were the windows computed on this image, and are its corners x1 y1 x2 y2, zero-based, half-open?"
     hint = "with x and y exchanged all lie inside; write x1 y1 x2 y2" if swapped else hint
+    (record, path, _), count = found[0], sum(int((rows > 1).sum()) for rows in far)
     return SppnetError(
-        f"{path}: a window of {record.id} lies {worst:g} px outside the image of (height, width) {record.size}, and in "
-        f"all {sum(int((rows > 1).sum()) for rows in far)} windows of {len(found)} images do so; {hint}"
+        f"{path}: a window of {record.id} lies {far[0].max():g} px outside the image of (height, width) {record.size}, "
+        f"and in all {count} windows of {len(found)} images do so; {hint}"
     )
-
-
-def _warn_of_shifts(records: Sequence[ImageRecord], matched: Mapping[str, NDArray[np.float32]]) -> None:
-    """The whole image is nearly always among its windows: where no corner is its own, others are the convention."""
-    sizes = {record.id: record.size for record in records}
-    first = min((float(rows[:, :2].min()) for rows in matched.values() if len(rows)), default=0)
-    ends = [(sizes[name][::-1] - rows[:, 2:]).min() for name, rows in matched.items() if len(rows)]
-    if (first, min(ends, default=0)) in ((1, 0), (0, 1)):
-        logger.warning(
-            f"no imported window {'begins at 0' if first else 'ends at the edge of its image'}, but some lie one pixel "
-            "off: corners are zero-based and half-open; from x1 y1 x2 y2 of VOC subtract 1 1 0 0"
-        )
 
 
 def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
@@ -168,22 +153,15 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     except Exception as error:  # damaged files raise whatever zip, zlib and numpy stumble over
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None
     if ids.ndim != 1 or ids.dtype.kind != "U":
-        raise SppnetError(
-            f"{path}: ids must be (N,) strings, got {ids.dtype} of shape {ids.shape}; write numpy.array(ids, dtype=str)"
-        )
+        raise SppnetError(f"{path}: ids must be (N,) strings, got {_kind(ids)}; write numpy.array(ids, dtype=str)")
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
-        raise SppnetError(
-            f"{path}: offsets must be ({len(ids) + 1},) integers for {len(ids)} ids, got {offsets.dtype} of shape "
-            f"{offsets.shape}; write one offset per image and the total"
-        )
+        wanted = f"offsets must be ({len(ids) + 1},) integers for {len(ids)} ids"
+        raise SppnetError(f"{path}: {wanted}, got {_kind(offsets)}; write one per image and the total")
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "iuf":
-        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {boxes.dtype} of shape {boxes.shape}")
-    if (offsets[1:] < offsets[:-1]).any():
-        raise SppnetError(f"{path}: offsets must not decrease; write the boxes of the images in the order of ids")
-    if offsets[0] != 0 or offsets[-1] != len(boxes):
-        raise SppnetError(
-            f"{path}: offsets must run from 0 to {len(boxes)}, the number of boxes, got {offsets[0]} to {offsets[-1]}"
-        )
+        raise SppnetError(f"{path}: boxes must be (total, 4) numbers, got {_kind(boxes)}")
+    if offsets[0] != 0 or offsets[-1] != len(boxes) or (offsets[1:] < offsets[:-1]).any():
+        wanted = f"offsets must run from 0 to {len(boxes)}, the number of boxes, and never decrease"
+        raise SppnetError(f"{path}: {wanted}, got {offsets[0]} to {offsets[-1]}; write boxes in the order of ids")
     with np.errstate(over="ignore"):  # infinite boxes are refused
         return ids.tolist(), offsets.astype(np.int64), boxes.astype(np.float32)
 
@@ -198,26 +176,22 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     _check_keys(path, ("boxes", "images"), content)
     cells, names = content["boxes"], content["images"]
     if cells.dtype != object or names.dtype != object or cells.size != names.size:
-        raise SppnetError(
-            f"{path}: expected the cells boxes and images, one entry per image, got {cells.dtype} of shape "
-            f"{cells.shape} and {names.dtype} of shape {names.shape}; save them as R-CNN's releases do"
-        )
+        wanted = "expected the cells boxes and images, one entry per image, as in R-CNN's releases"
+        raise SppnetError(f"{path}: {wanted}, got {_kind(cells)} and {_kind(names)}")
     ids, arrays = [], [np.zeros((0, 4), np.float32)]
     for name, cell in zip(names.ravel(), cells.ravel(), strict=True):
         if name.dtype.kind != "U" or name.size != 1:
-            raise SppnetError(f"{path}: images must hold one name per cell, got {name.dtype} of shape {name.shape}")
-        if (
-            not isinstance(cell, np.ndarray)
-            or cell.dtype.kind not in "iuf"
-            or (cell.size and (cell.ndim != 2 or cell.shape[1] != 4))
-        ):
-            raise SppnetError(
-                f"{path}: boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2), "
-                f"got {cell.dtype} of shape {cell.shape}"
-            )
+            raise SppnetError(f"{path}: images must hold one name per cell, got {_kind(name)}")
+        if cell.dtype.kind not in "iuf" or (cell.size and cell.shape[1:] != (4,)):
+            wanted = f"boxes of {name.item()} must be (R, 4) numbers (y1, x1, y2, x2)"
+            raise SppnetError(f"{path}: {wanted}, got {_kind(cell)}")
         ids.append(str(name.item()))
         arrays.append((cell.reshape(-1, 4)[:, Y_FIRST] - INWARD).astype(np.float32))
     return ids, _offsets(arrays[1:]), np.concatenate(arrays)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{array.dtype} of shape {array.shape}"
 
 
 def _offsets(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

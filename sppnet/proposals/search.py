@@ -75,21 +75,18 @@ def propose_images(
         name: rows[(rows[:, 2:] - rows[:, :2] >= settings.min_side).all(axis=1)] for name, rows in imported.items()
     }
     if sum(map(len, imported.values())) and not sum(map(len, large.values())):
-        raise SppnetError(
-            f"{', '.join(map(str, settings.import_from))}: no window has both sides of proposals.min_side="
-            f"{settings.min_side} px or more; boxes are in pixels of the image, not in shares of it"
-        )
+        least = f"no window has both sides of proposals.min_side={settings.min_side} px or more"
+        files = ", ".join(map(str, settings.import_from))
+        raise SppnetError(f"{files}: {least}; boxes are in pixels of the image, not in shares of it")
     searched = [replace(record, annotation=None) for record in missing if record.id not in imported]
     if searched and settings.import_from:
-        logger.warning(
-            f"proposals.import_from holds no windows of {len(searched)} of {len(mine)} images, e.g. {searched[0].id}; "
-            f"they are searched with {settings.method}"
-        )
+        missed = f"{len(searched)} of {len(mine)} images, e.g. {searched[0].id}"
+        logger.warning(f"proposals.import_from holds no windows of {missed}; they are searched with {settings.method}")
     for record in missing:
         if record.id in large:
             write_arrays(record.path_in(folder), windows=large[record.id][: settings.max_windows])
     workers = settings.workers or available_cores()  # a search holds no weights
-    map_in_workers(partial(_Searcher, settings, folder), searched, "proposals", "image", workers, progress)
+    map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
     counts = [len(read_windows(folder, record)) for record in mine]
     mean = float(np.mean(counts)) if counts else 0.0
@@ -107,16 +104,10 @@ def read_windows(folder: Path, record: ImageRecord) -> Windows:
     return arrays["windows"]
 
 
-@dataclass(frozen=True)
-class _Searcher:
-    """Searches one image after the other and writes its windows."""
-
-    settings: ProposalSettings
-    folder: Path
-
-    def __call__(self, record: ImageRecord) -> None:
-        try:
-            windows = make_proposer(self.settings)(read_image(record.path))
-        except Exception as error:  # whatever it is, the image must be named
-            raise SppnetError(f"image {record.id}: cannot compute its windows: {error}") from error
-        write_arrays(record.path_in(self.folder), windows=windows.astype(np.float32))
+def _search(settings: ProposalSettings, folder: Path, record: ImageRecord) -> None:
+    """Search one image and write its windows."""
+    try:
+        windows = make_proposer(settings)(read_image(record.path))
+    except Exception as error:  # whatever it is, the image must be named
+        raise SppnetError(f"image {record.id}: cannot compute its windows: {error}") from error
+    write_arrays(record.path_in(folder), windows=windows.astype(np.float32))

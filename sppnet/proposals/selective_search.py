@@ -100,9 +100,8 @@ def _as_rgb(image: Image) -> Image:
     pixels = as_numbers(image, "image")
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
-        raise SppnetError(
-            f"image must be (H, W, 3) uint8 RGB, got {pixels.dtype} of shape {pixels.shape}; read it with read_image"
-        )
+        found = f"{pixels.dtype} of shape {pixels.shape}"
+        raise SppnetError(f"image must be (H, W, 3) uint8 RGB, got {found}; read it with read_image")
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
@@ -189,10 +188,8 @@ def _distinct(boxes: NDArray[np.int64], priorities: Priorities) -> NDArray[np.in
 def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
     """All boxes that OpenCV finds, xyxy half-open."""
     if not hasattr(cv2, "ximgproc"):
-        raise SppnetError(
-            "this OpenCV has no ximgproc; uninstall the other opencv-* packages "
-            "and install opencv-contrib-python-headless"
-        )
+        advice = "uninstall the other opencv-* packages and install opencv-contrib-python-headless"
+        raise SppnetError(f"this OpenCV has no ximgproc; {advice}")
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
     (search.switchToSelectiveSearchFast if mode == "fast" else search.switchToSelectiveSearchQuality)()

@@ -118,7 +118,8 @@ def test_selection_is_threshold_suppression_regression_clipping_and_suppression(
     )  # fmt: skip
     linear = replace(detector.svms, weight=torch.zeros(2, 3), bias=torch.zeros(2), classes=("a", "b"))
     own = replace(detector, thresholds=(), svms=linear, regressors=BoxRegressors.stack({"a": shift, "b": shift}))
-    found = own.select(windows, WindowScores(scores, maps, where), (100, 120))
+    found, cut = own.select(windows, WindowScores(scores, maps, where), scores > -1.5, 0.3)
+    assert cut == ()
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
     assert found.scores.tolist() == pytest.approx([1.0, 0.6, 0.5])
@@ -365,6 +366,14 @@ def test_weights_that_were_changed_are_used(small_run, image, windows, tmp_path,
     assert after != before
     own.save(tmp_path)
     assert SPPDetector.load(tmp_path).detect(image, windows, threshold=-np.inf) == after
+
+
+def test_a_backbone_that_is_no_longer_frozen_is_refused(small_run, image, windows):
+    own = SPPDetector.load(small_run.root)
+    own.detect(image, windows)
+    own.backbone.requires_grad_(True)
+    with pytest.raises(ValueError, match="expected a frozen backbone in eval mode"):
+        own.detect(image, windows)
 
 
 def test_weights_that_are_no_numbers_are_an_error_and_no_silence(small_run, image, windows):

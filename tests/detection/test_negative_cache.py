@@ -175,5 +175,5 @@ def test_no_windows_are_no_change():
 
 
 def test_errors_say_what_was_expected():
-    with pytest.raises(SppnetError, match=r"does not hold one window of 22 bytes; raise svm\.cache_gigabytes"):
+    with pytest.raises(SppnetError, match=r"svm\.cache_gigabytes=.* holds no window of 22 bytes; raise it"):
         NegativeCache(WIDTH, CLASSES, ONE / 2)

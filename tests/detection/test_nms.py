@@ -98,12 +98,12 @@ def test_per_class_suppression_equals_one_suppression_per_class():
         above = [i for i in range(80) if scores[i, label] > -0.2]
         kept = [above[i] for i in greedy_loop(boxes[above], scores[above, label], 0.3)][:5]
         expected += [(-scores[i, label], label, i) for i in kept]
-    indices, labels = nms_per_class(boxes, scores, 0.3, score_threshold=-0.2, max_per_class=5)
+    indices, labels = nms_per_class(boxes, np.where(scores > -0.2, scores, -np.inf), 0.3, max_per_class=5)
     assert list(zip(labels, indices, strict=True)) == [(label, i) for _, label, i in sorted(expected)]
 
 
-def test_a_score_equal_to_the_score_threshold_takes_no_part():
-    indices, labels = nms_per_class(np.array([[0.0, 0, 5, 5]]), np.array([[-1.5, -1.4]]), 0.3, score_threshold=-1.5)
+def test_a_score_of_minus_infinity_takes_no_part():
+    indices, labels = nms_per_class(np.array([[0.0, 0, 5, 5]]), np.array([[-np.inf, -1.4]]), 0.3)
     assert (indices.tolist(), labels.tolist()) == ([0], [1])
 
 

@@ -9,7 +9,7 @@ from reference import expected_scale, pyramid_vector, release_window
 from sppnet.backbones.geometry import Geometry
 from sppnet.config import HeadSettings, MapSettings, PyramidSettings
 from sppnet.detection import window_features
-from sppnet.detection.window_features import FrozenHead, ProjectedWindows, pool_projected, project_at, project_to_maps
+from sppnet.detection.window_features import FrozenHead, ProjectedWindows, pool_projected, project_to_maps
 from sppnet.models.sppnet import build_head
 
 GEOMETRY = Geometry(stride=16, first_centre=7.5)
@@ -53,7 +53,7 @@ def test_every_window_is_pooled_from_its_own_cells_at_its_own_scale(maps):
 def test_scales_may_be_given_as_fine_tuning_draws_them():
     windows = random_windows(30)
     scales = np.random.default_rng(1).integers(3, size=30)
-    where = project_at(THREE, windows, scales, GEOMETRY, PYRAMID)
+    where = project_to_maps(THREE, windows, GEOMETRY, PYRAMID, MapSettings(), scales)
     pooled = pool_projected(THREE, where, PYRAMID.levels)
     for row, window in enumerate(windows):
         np.testing.assert_array_equal(pooled[row], naive_vector(THREE, window, scales[row]))

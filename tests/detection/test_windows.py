@@ -193,7 +193,7 @@ def test_windows_on_the_same_cells_at_the_same_scale_are_merged_in_their_order()
 
 def test_projections_that_make_no_sense_are_refused():
     boxes = np.array([[0.0, 0, 5, 5], [0, np.nan, 5, 5]])
-    with pytest.raises(ValueError, match=r"box 1 is not finite: got .*drop it before projecting"):
+    with pytest.raises(ValueError, match=r"boxes must be finite x1 y1 x2 y2 .*nan.* at row 1"):
         project_windows(boxes, (300, 300), 688, ZF5, (43, 57))
     with pytest.raises(ValueError, match="projection must be one of release, paper, got 'centre'"):
         project_windows(boxes[:1], (300, 300), 688, ZF5, (43, 57), "centre")
@@ -255,10 +255,13 @@ BOX, IMAGE, GRID, VGG = np.array([[48, 240, 195, 371.0]]), (500, 353), (61, 43),
         ({"geometry": Geometry(32, 7.5)}, "at stride 32 a map of about 30 × 22 cells"),
         (
             {"boxes": BOX[:, [2, 3, 0, 1]]},
-            r"box 0 must be \(x1, y1, x2, y2\) with x1 <= x2 .* put its corners in order",
+            r"boxes must be finite x1 y1 x2 y2 with x2 >= x1 .* at row 0",
         ),
-        ({"boxes": torch.tensor([[0, 0, 9, 9.0], [5, 9, 9, 5]])}, r"box 1 must be .* got \[5\.0, 9\.0, 9\.0, 5\.0\]"),
-        ({"boxes": [[0, 0, 9, float("inf")]]}, "box 0 is not finite"),
+        (
+            {"boxes": torch.tensor([[0, 0, 9, 9.0], [5, 9, 9, 5]])},
+            r"boxes must be .* got \[5\.0, 9\.0, 9\.0, 5\.0\] at row 1",
+        ),
+        ({"boxes": [[0, 0, 9, float("inf")]]}, "boxes must be finite x1 y1 x2 y2 .*inf.* at row 0"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(change, message):
@@ -280,7 +283,7 @@ def test_arguments_that_cannot_be_are_refused(change, message):
         ({"target_side": float("inf")}, "got inf"),
         ({"target_side": None}, "got None"),
         ({"image_size": (353, 0)}, "image_size must be"),
-        ({"boxes": [[5, 5, 1, 9]]}, "box 0 must be"),
+        ({"boxes": [[5, 5, 1, 9]]}, "boxes must be finite x1 y1 x2 y2"),
     ],
 )
 def test_scales_cannot_be_chosen_from_what_cannot_be(change, message):

@@ -93,7 +93,8 @@ def test_windows_that_are_none_are_refused_with_their_image(windows: Any, messag
 )
 def test_what_has_no_cover_is_refused_by_name(arguments: dict[str, Any]) -> None:
     name = next(iter(arguments))
-    message = {"annotations": "annotations|objects of image a|no windows given for image b"}.get(name, f"^{name} must ")
+    messages = {"annotations": "annotations|no windows given for image b", "iou": "^iou"}
+    message = messages.get(name, f"^{name} must ")
     refused_here(
         lambda: proposal_recall(**{"windows": {"a": WINDOWS}, "annotations": {"a": TRUTH}, **arguments}), message
     )

@@ -271,8 +271,8 @@ def test_arrays_of_different_lengths_are_an_error():
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_no_finite_number_is_an_error(score):
-    with pytest.raises(ValueError, match=r"score of detection 1, in image a, is (nan|inf); every score must be a"):
-        evaluate_class(["a", "a"], [1, score], np.zeros((2, 4)), {"a": annotation()}, "cat")
+    with pytest.raises(ValueError, match=r"detection 1, in image a, has the score (nan|inf) and .*; expected finite"):
+        evaluate_class(["a", "a"], [1, score], [[0, 0, 9, 9]] * 2, {"a": annotation()}, "cat")
 
 
 @pytest.mark.parametrize("classes", [[], ["cat", "cat"]])

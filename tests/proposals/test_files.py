@@ -124,9 +124,9 @@ def test_imported_windows_are_slices_of_one_array(tmp_path: Path) -> None:
         ({"ids": np.array(["a", "b"], dtype=object)}, "not a readable .npz file .*allow_pickle"),
         ({"offsets": np.array([0, 3])}, r"offsets must be \(3,\) integers for 2 ids, got int64 of shape \(2,\)"),
         ({"offsets": np.array([0.0, 1.0, 3.0])}, r"offsets must be \(3,\) integers for 2 ids, got float64"),
-        ({"offsets": np.array([0, 5, 3])}, "offsets must not decrease"),
-        ({"offsets": np.array([0, 1, 2])}, "offsets must run from 0 to 3, the number of boxes, got 0 to 2"),
-        ({"offsets": np.array([1, 1, 3])}, "offsets must run from 0 to 3, the number of boxes, got 1 to 3"),
+        ({"offsets": np.array([0, 5, 3])}, "offsets must run from 0 to 3, the number of boxes, and never decrease"),
+        ({"offsets": np.array([0, 1, 2])}, "offsets must run from 0 to 3, .* got 0 to 2"),
+        ({"offsets": np.array([1, 1, 3])}, "offsets must run from 0 to 3, .* got 1 to 3"),
         ({"boxes": np.zeros((3, 5))}, r"boxes must be \(total, 4\) numbers, got float64 of shape \(3, 5\)"),
         ({"boxes": np.array([["a"] * 4] * 3)}, r"boxes must be \(total, 4\) numbers, got <U1"),
         ({"boxes": np.array([[0, 0, 9, 9], [0, 0, np.nan, 9], [0, 0, 9, 9]])}, "not finite"),
@@ -220,7 +220,7 @@ def test_a_record_finds_its_windows_by_full_id_or_by_stem(tmp_path: Path) -> Non
     assert match_records([], [tmp_path / "w.npz"]) == {}
 
 
-@pytest.mark.parametrize("name", ["VOC2007/000005.jpg", "000005.JPG", "000005.png", "000005", "VOC2007/000005"])
+@pytest.mark.parametrize("name", ["VOC2007/000005.jpg", "000005.JPG", "000005.pgm", "000005.jpe", "000005"])
 def test_a_name_may_end_as_its_picture_does(tmp_path: Path, name: str) -> None:
     export_windows(tmp_path / "w.npz", [name, "VOC2012/1"], [[[0, 0, 5, 5]], [[0, 0, 9, 9]]])
     assert match_records([record("VOC2007/000005")], [tmp_path / "w.npz"])["VOC2007/000005"].tolist() == [[0, 0, 5, 5]]
@@ -298,24 +298,6 @@ def test_windows_outside_are_counted_and_exchanged_corners_are_named(tmp_path: P
         message = rf"w\.npz: a window of A/5 lies \d+ px .* in all 4 windows of 2 images do so; {hint}"
         with pytest.raises(SppnetError, match=message):
             match_records([record("A/5"), record("A/6"), record("A/7")], [tmp_path / "w.npz"])
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([[1, 1, 500, 375], [20, 30, 40, 50]], "no imported window begins at 0"),
-        ([[0, 0, 499, 374], [20, 30, 40, 50]], "no imported window ends at the edge of its image"),
-        ([[0, 0, 500, 375], [1, 1, 40, 50]], ""),
-        ([[20, 30, 40, 50]], ""),
-    ],
-)
-def test_corners_of_another_convention_are_logged(
-    tmp_path: Path, rows: list, message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    export_windows(tmp_path / "w.npz", ["5", "6"], [rows, np.zeros((0, 4))])
-    assert match_records([record("A/5"), record("A/6")], [tmp_path / "w.npz"])["A/5"].tolist() == rows
-    assert message in caplog.text
-    assert bool(caplog.text) == bool(message)
 
 
 @pytest.mark.shared_data
