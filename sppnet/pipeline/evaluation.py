@@ -131,10 +131,10 @@ class RunEvaluation:
 
 
 def evaluate_run(
-    run: Path,
+    run: str | Path,
     device: torch.device | str = "cpu",
-    data: Path | None = None,
-    splits: Sequence[str] = (),
+    data: str | Path | None = None,
+    splits: str | Sequence[str] = (),
     metric: Literal["11point", "area"] | None = None,
     evaluate: bool = True,
     backbone: nn.Module | None = None,
@@ -144,6 +144,8 @@ def evaluate_run(
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
     `backbone`: the network that it was trained with, where that was given in Python.
     """
+    run, data = Path(run), None if data is None else Path(data)
+    splits = (splits,) if isinstance(splits, str) else splits
     # Loaded whole: a damaged one is refused before windows are searched.
     config = SPPDetector.load(run, backbone=backbone).config
     if metric is not None:

@@ -36,8 +36,8 @@ class FolderResult:
 
 def detect_files(
     load: Callable[[], SPPDetector],
-    paths: Sequence[str | Path],
-    out: Path,
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
     threshold: float | None = None,
     workers: int = 0,
     progress: bool = True,
@@ -54,6 +54,7 @@ def detect_files(
     """
     if threshold is not None:
         check_thresholds(threshold, ())
+    out, paths = Path(out), [paths] if isinstance(paths, str | Path) else paths
     named = find_images(paths)
     images = [path for path in named.images if not is_drawn(path)]
     own = len(named.images) - len(images)

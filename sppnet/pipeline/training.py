@@ -29,7 +29,7 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
-from sppnet.errors import counted
+from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
@@ -47,7 +47,7 @@ START = "start.safetensors"  # a head of low rank before it is fine-tuned
 
 def train_detector(
     config: Config,
-    root: Path,
+    root: str | Path,
     device: torch.device | str = "cpu",
     only: Sequence[str] = STAGES,
     force: Sequence[str] = (),
@@ -68,8 +68,8 @@ def train_detector(
     training.networks.check_inputs(only)
     if distributed.is_main():
         graph.delete(graph.invalidated(only, force))
-        write_text(root / "config.yaml", dump_config(config))
-        graph.data.split.write(root)
+        write_text(graph.root / "config.yaml", dump_config(config))
+        graph.data.split.write(graph.root)
     distributed.barrier()
     chosen = [status for status in graph.statuses() if status.name in only]
     distributed.barrier()  # all processes see what is there before any of them makes more
@@ -86,8 +86,16 @@ class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
     def __init__(
-        self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
+        self,
+        config: Config,
+        root: str | Path,
+        device: torch.device,
+        progress: bool = True,
+        module: nn.Module | None = None,
     ) -> None:
+        if not isinstance(config, Config):
+            raise SppnetError(f"config: expected a Config, got {type(config).__name__}; read one with load_config")
+        root = Path(root)
         if module is not None:
             config = config.model_copy(update={"backbone": config.backbone.of_object()})
         self.asked, self.device, self.progress, self.module = config, device, progress, module

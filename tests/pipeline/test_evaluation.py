@@ -331,3 +331,9 @@ def test_images_without_windows_are_tested_too(run, detector, tmp_path):
     assert all(len(found) == 0 for found in result.detections.values())
     assert result.evaluation.map == 0
     assert result.proposals.recall == 0
+
+
+def test_folders_are_named_by_text_or_path_and_one_split_by_its_name(run):
+    output = evaluate_run(str(run.root), data=str(run.devkit), splits="SHAPES/val")
+    assert output.folder == run.root / "results/SHAPES-val"
+    assert len(output.result.detections) == 3

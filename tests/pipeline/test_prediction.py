@@ -338,3 +338,9 @@ def test_a_path_that_names_no_image_is_an_error(detector, tmp_path):
     with pytest.raises(SppnetError, match=r"none: no such file, folder or match"):
         detect_files(lambda: detector, [tmp_path / "none"], tmp_path / "out", EVERYTHING)
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_named_by_text_or_path(detector, photos, tmp_path):
+    found = detect_files(lambda: detector, str(photos), str(tmp_path / "out"), EVERYTHING)
+    assert list(found.detections) == list(detect_files(lambda: detector, photos, tmp_path / "2", EVERYTHING).detections)
+    assert (tmp_path / "out/detections.json").read_text() == (tmp_path / "2/detections.json").read_text()
