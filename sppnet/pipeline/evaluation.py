@@ -163,8 +163,6 @@ def evaluate_run(
             f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
             "alone"
         )
-    if not found.splits:
-        log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
     result = detect_split(run, config, records, device, evaluate, backbone)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
@@ -173,8 +171,9 @@ def evaluate_run(
                 (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, result.classes)
         if result.evaluation is not None:
-            tested = {"data": str(data or config.data.root), "splits": names, "training_images": len(found.trained)}
-            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
+            tested = {"data": str(data or config.data.root), "splits": names}
+            counts = {"training_images": len(found.trained), "validation_images": len(found.validation)}
+            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested, **counts})
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()
     return RunEvaluation(result, folder)

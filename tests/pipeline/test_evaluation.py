@@ -232,17 +232,22 @@ def test_the_held_out_images_are_tested_where_no_split_is_named(run, detector, c
     output = evaluate(held_out, run.root)
     assert output.folder.name == "held-out"
     assert len(output.result.detections) == 2  # a fifth of eight
-    assert "held-out images, which also chose the fine-tuning snapshot" in caplog.text
+    assert "which also chose the fine-tuning snapshot and the thresholds: 2 of 2 images, e.g. SHAPES/" in caplog.text
     assert (output.folder / "comp4_det_held-out_star.txt").is_file()
     assert json.loads((output.folder / "metrics.json").read_text())["splits"] == ["held-out"]
 
 
 def test_training_images_among_those_evaluated_are_counted_in_the_metrics(run, detector, caplog):
+    caplog.set_level(logging.INFO, "sppnet")
     output = evaluate(detector, run.root, splits=("SHAPES/train",))
     assert "trained on: 8 of 8 images, e.g. SHAPES/train_00000" in caplog.text
     assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 8
-    output = evaluate(detector, run.root)
-    assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 0
+    caplog.clear()
+    for splits, validation in (((), 0), (("SHAPES/val",), 3), (("SHAPES/test", "SHAPES/val"), 3)):
+        output = evaluate(detector, run.root, splits=splits)
+        metrics = json.loads((output.folder / "metrics.json").read_text())
+        assert (metrics["training_images"], metrics["validation_images"]) == (0, validation)
+        assert ("images, e.g. SHAPES/val_00000; the figures look a little too good" in caplog.text) == bool(validation)
 
 
 def test_a_detector_outlives_the_files_of_its_training_windows(run, detector, tmp_path, caplog):
