@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
+from sppnet.paths import LONGEST_NAME, fitting_name
 from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
@@ -147,13 +149,15 @@ def evaluate_run(
     run, data = Path(run), None if data is None else Path(data)
     splits = (splits,) if isinstance(splits, str) else splits
     # Loaded whole: a damaged one is refused before windows are searched.
-    config = SPPDetector.load(run, backbone=backbone).config
+    detector = SPPDetector.load(run, backbone=backbone)
+    config = detector.config
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
     config = _drop_imports(config, other)
     found = load_test_data(config, data, splits, Split.read(DetectorDescription.read(run).folder))
     records, names = found.records, found.splits or (HELD_OUT,)
+    _check_comp4_names(names, detector.classes)
     for line in found.skips.lines():
         log.info("%s", line)
     for reason, images in found.skips.images.items():
@@ -191,8 +195,8 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     results = run / "results"
     if data is not None:
         place = data.resolve()
-        results /= f"{place.name}-{digest_of(str(place))[:8]}"
-    return results / "+".join(name.replace("/", "-") for name in splits)
+        results /= fitting_name(place.name, f"-{digest_of(str(place))[:8]}")
+    return results / fitting_name("+".join(name.replace("/", "-") for name in splits), "")
 
 
 def _drop_imports(config: Config, other: bool) -> Config:
@@ -213,13 +217,26 @@ def _write_comp4(
     folder: Path, splits: tuple[str, ...], detections: Mapping[str, Detections], classes: tuple[str, ...]
 ) -> None:
     """The devkit's files, one folder per year where images of several years share a name."""
-    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits))
     shared = len({image.rpartition("/")[2] for image in detections}) < len(detections)
     by_folder: dict[Path, dict[str, Detections]] = {}
     for image, found in detections.items():
         by_folder.setdefault(folder / image.rpartition("/")[0] if shared else folder, {})[image] = found
     for place, own in by_folder.items():
-        write_comp4(place, image_set, own, classes)
+        write_comp4(place, _image_set(splits), own, classes)
+
+
+def _image_set(splits: tuple[str, ...]) -> str:
+    return "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits))
+
+
+def _check_comp4_names(splits: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Before hours of work: the devkit's files have these very names."""
+    longest = max(classes, key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(f"comp4_det_{_image_set(splits)}_{longest}.txt")) > LONGEST_NAME:
+        raise SppnetError(
+            f"the comp4 file of class {longest!r} would have a name of more than {LONGEST_NAME} bytes; give the image "
+            "set a shorter name, or name fewer of them with --split"
+        )
 
 
 def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:

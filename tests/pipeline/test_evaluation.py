@@ -342,3 +342,30 @@ def test_folders_are_named_by_text_or_path_and_one_split_by_its_name(run):
     output = evaluate_run(str(run.root), data=str(run.devkit), splits="SHAPES/val")
     assert output.folder == run.root / "results/SHAPES-val"
     assert len(output.result.detections) == 3
+
+
+def one_image_sets(run, folder: Path, names: list[str], year: str) -> Path:
+    """Another devkit with a split of one image for each name."""
+    devkit = other_devkit(run, folder, year)
+    for number, name in enumerate(names):
+        (devkit / year / f"ImageSets/Main/{name}.txt").write_text(f"photo_{number}\n")
+    return devkit
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_folder_of_many_splits_has_a_name_that_can_be(run, detector, tmp_path, letter):
+    names, year = [f"{i}{letter * (40 // len(letter.encode()))}" for i in range(4)], "y" * 40
+    devkit = one_image_sets(run, tmp_path / ("d" * 250), names, year).rename(tmp_path / ("d" * 255))
+    evaluated = [evaluate(detector, run.root, devkit, [f"{year}/{n}" for n in names[:count]]) for count in (4, 3, 1)]
+    assert len({output.folder for output in evaluated}) == 3
+    assert (evaluated[0].folder / f"comp4_det_{'+'.join(names)}_star.txt").is_file()
+    assert evaluated[2].folder.name == f"{year}-{names[0]}"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_comp4_name_that_cannot_be_is_refused_before_anything_is_detected(run, detector, tmp_path, count):
+    names = [f"{i}" + "x" * (240 // count - 2) for i in range(count)]
+    devkit, before = one_image_sets(run, tmp_path, names, "OTHER"), sorted(run.root.rglob("*"))
+    with pytest.raises(SppnetError, match=r"comp4 file of class 'triangle' would have a name of more than 255 bytes"):
+        evaluate(detector, run.root, devkit, [f"OTHER/{name}" for name in names])
+    assert sorted(run.root.rglob("*")) == before
