@@ -75,8 +75,8 @@ def hold_out(
     """(train, held out): about `share` of the images, at least one on each side, chosen by `seed` and ids.
 
     Every class stays in training, so one that a single image shows is not held out. Where the share allows it every
-    other class is held out too, the rarest first. Copies of one image stay on one side. `difficult`: whether difficult
-    objects train.
+    other class is held out too, the rarest first. Copies of one image stay on one side, and exceed the share where
+    nothing with objects is held out otherwise. `difficult`: whether difficult objects train.
     """
     if not 0 < share < 1 or len(records) < 2:
         expected = "expected a held-out share between 0 and 1 and at least 2 images"
@@ -92,7 +92,10 @@ def hold_out(
     held, free = set[str](), count
 
     def may_go(digest: str) -> bool:
-        return len(groups[digest]) <= free and digest not in held and all(left[name] > 1 for name in shown[digest])
+        return len(groups[digest]) <= free and can_go(digest)
+
+    def can_go(digest: str) -> bool:
+        return digest not in held and all(left[name] > 1 for name in shown[digest])
 
     def take(digest: str) -> None:
         nonlocal free
@@ -108,6 +111,10 @@ def hold_out(
     for digest in shown:
         if may_go(digest):
             take(digest)
+    if not any(shown[digest] for digest in held):
+        larger = [d for d in shown if can_go(d) and (shown[d] or not held) and len(groups[d]) < len(records)]
+        if larger:
+            take(min(larger, key=lambda digest: (not shown[digest], len(groups[digest]))))
     if not held:
         raise SppnetError(
             f"no image of {len(records)} can be held out: each is the only one of a class, or a copy of the others; "
