@@ -57,9 +57,7 @@ def start() -> None:
             f"MASTER_ADDR={address} in the environment: cannot be found ({reason}); expected the host of rank 0"
         ) from None
     others = "another process" if world == 2 else f"{world - 1} other processes"
-    notice = threading.Timer(
-        QUIET, log.warning, (f"waiting for {others} at {address}:{port}",)
-    )  # logging is not set up yet
+    notice = threading.Timer(QUIET, log.warning, (f"waiting for {others} at {address}:{port}",))
     notice.daemon = True
     notice.start()
     try:

@@ -66,8 +66,8 @@ def detect_files(
     own = len(named.images) - len(images)
     if own and not images:
         raise SppnetError(f"{named.images[0]}: a picture that detections are drawn on already; name the images")
-    earlier, lost = _read_earlier(out)
-    names = _picture_names(images, {place: picture for place, (_, picture) in earlier.items()})
+    earlier = _read_earlier(out)
+    names = _picture_names(images, {place: picture for place, (_, picture) in earlier.items() if picture})
     _check_out(out, names)
     there = {name for name in names.values() if (out / name).exists()}
     results: dict[Path, Detections | str] = dict(named.unusable)
@@ -82,7 +82,8 @@ def detect_files(
         found = {path: one for path in names if isinstance(one := results.get(path), Detections)}  # ordered by name
         skipped = {path: why for path, why in sorted(results.items()) if isinstance(why, str)}
         places = set(map(_place, found))
-        kept = [entry for place, (entry, _) in earlier.items() if place not in places]
+        others = [value for place, value in earlier.items() if place not in places]
+        kept = [entry for entry, picture in others if picture]
         if results:
             entries = [*kept, *(_entry(path, names[path], found[path]) for path in found)]
             write_json(out / "detections.json", entries)
@@ -90,7 +91,7 @@ def detect_files(
     log.debug("images without candidate windows: %s", ", ".join(map(as_text, bare)) or "none")
     drawn = "a picture that detections are drawn on" if own == 1 else f"{own} pictures that detections are drawn on"
     replaced, first = len({names[path] for path in found} & there), min(bare, default=Path())
-    gone = len(lost - places)
+    gone = len(others) - len(kept)
     has = "image has" if len(bare) == 1 else "images have"
     notes = {
         f"not searched: {drawn}": own,
@@ -144,22 +145,19 @@ def _check_out(out: Path, names: dict[Path, str]) -> None:
     check_writable(out)
 
 
-def _read_earlier(out: Path) -> tuple[dict[str, tuple[dict[str, Any], str]], set[str]]:
-    """By the place of its image, each entry of the list in `out` and its picture's name; the places without picture."""
+def _read_earlier(out: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """By the place of its image, each entry of the list in `out` and the name of its picture, "" if that is gone."""
     path = out / "detections.json"
     if not path.exists():
-        return {}, set()
+        return {}
     drawn = {as_text(picture.name): picture.name for picture in out.iterdir() if is_drawn(picture)}
     try:
         entries = read_json(path)
-        of_picture = {e["picture"]: e for e in entries if _table([e]) and e.get("picture") in drawn}
-        if not isinstance(entries, list):
+        if not isinstance(entries, list) or not _table(entries):
             raise TypeError
-        found = {_place(entry["image"]): (entry, drawn[picture]) for picture, entry in of_picture.items()}
-        lost = {_place(entry["image"]) for entry in entries} - found.keys()
-    except (ArtifactError, LookupError, TypeError, ValueError):
+        return {_place(entry["image"]): (entry, drawn.get(entry.get("picture"), "")) for entry in entries}
+    except (ArtifactError, AttributeError, LookupError, TypeError, ValueError):
         raise SppnetError(OTHERS.format(path)) from None
-    return found, lost
 
 
 def _place(path: str | Path) -> str:

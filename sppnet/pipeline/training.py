@@ -60,6 +60,9 @@ def train_detector(
     that are missing or do not fit are an error before anything is written. What depends on a stage run from scratch is
     deleted too, and so is the detector of an earlier training.
     """
+    if not isinstance(config, Config):
+        raise SppnetError(f"config: expected a Config, got {type(config).__name__}; read one with load_config")
+    root = Path(root)
     training = Training(config, root, torch.device(device), progress, backbone)
     config, graph = training.asked, training.graph
     runtime = resolve_runtime(config.maps.runtime, device)
@@ -68,8 +71,8 @@ def train_detector(
     training.networks.check_inputs(only)
     if distributed.is_main():
         graph.delete(graph.invalidated(only, force))
-        write_text(graph.root / "config.yaml", dump_config(config))
-        graph.data.split.write(graph.root)
+        write_text(root / "config.yaml", dump_config(config))
+        graph.data.split.write(root)
     distributed.barrier()
     chosen = [status for status in graph.statuses() if status.name in only]
     distributed.barrier()  # all processes see what is there before any of them makes more
@@ -86,16 +89,8 @@ class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
     def __init__(
-        self,
-        config: Config,
-        root: str | Path,
-        device: torch.device,
-        progress: bool = True,
-        module: nn.Module | None = None,
+        self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
     ) -> None:
-        if not isinstance(config, Config):
-            raise SppnetError(f"config: expected a Config, got {type(config).__name__}; read one with load_config")
-        root = Path(root)
         if module is not None:
             config = config.model_copy(update={"backbone": config.backbone.of_object()})
         self.asked, self.device, self.progress, self.module = config, device, progress, module

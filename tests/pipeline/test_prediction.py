@@ -406,7 +406,7 @@ def interrupted_at(path, stop):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1]", '[{"image": "a", "detections": [{"box": 1}]}]', '{"image": []}', "[[[]]]", "x"]
+    "text", ["[1]", '[{"image": "a", "detections": [{"box": 1}]}]', '{"image": []}', "[[[]]]", "x", "{}", '""']
 )
 def test_a_list_of_something_else_is_never_overwritten(photos, tmp_path, text):
     (tmp_path / "detections.json").write_text(text)
