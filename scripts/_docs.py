@@ -65,7 +65,8 @@ COMMANDS = """\
 `python -m sppnet` is the same as `sppnet`. Examples are in [Runs and stages](runs.md).
 
 Exit status: 0 done · 1 done in part (`detect`: some files could not be read; `train --dry-run`: training would end
-early) · 2 an error, with its next step on standard error · 130 interrupted.
+early) · 2 an error, with its next step on standard error · 130 interrupted
+(143, 129: `detect`, by SIGTERM or SIGHUP).
 """
 
 

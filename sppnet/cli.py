@@ -32,7 +32,8 @@ STAGE_COMMANDS = {VERBS.get(stage, stage): stage for stage in STAGES if stage !=
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0, 1 where only part could be done (or would be: --dry-run), 2 for an error, 130 for Ctrl-C.
+    0, 1 where only part could be done (or would be: --dry-run), 2 for an error, 130 for Ctrl-C; 143 and 129
+    for `detect` that SIGTERM or SIGHUP ends.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names in any alphabet, on terminals of any encoding

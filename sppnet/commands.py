@@ -7,12 +7,16 @@ import json
 import logging
 import math
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -64,11 +68,11 @@ def run(options: argparse.Namespace) -> int:
             traceback.print_exc()
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as ending:
         resumes = options.command not in ("detect", "score")
         after = "and the same command goes on from there" if resumes else "the same command starts again"
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
-        return 130
+        return 128 + (ending.args[0] if ending.args else signal.SIGINT)
     except Exception as error:
         if not ran_out_of_memory(error):
             print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
@@ -149,7 +153,8 @@ def _detect(options: argparse.Namespace) -> int:
     device = _device(options)
     description = DetectorDescription.read(options.run)  # before pictures are looked for
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
-    result = detect_files(load, options.images, options.out, options.threshold, workers)
+    with _ended_as_by_ctrl_c():
+        result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(map(len, result.detections.values()))
     lowest = description.thresholds if options.threshold is None else (options.threshold,)
     used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
@@ -162,6 +167,25 @@ def _detect(options: argparse.Namespace) -> int:
     for reason in result.skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if result.skipped else 0
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """The signals of a batch system and of a terminal that closes end what is done here as Ctrl-C does."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+    alone = threading.current_thread() is threading.main_thread()  # which alone may set them
+    ours = [number for number in numbers if alone and signal.getsignal(number) is signal.SIG_DFL]  # nohup's stays
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _score(options: argparse.Namespace) -> int:

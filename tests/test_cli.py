@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from sppnet.config_files import load_config
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.voc import write_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
+from sppnet.images import read_image
 from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import Training
 from sppnet.proposals.files import import_windows
@@ -499,6 +501,37 @@ def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
     assert result.status == 130
     assert "the same command goes on from there" in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_that_ends_detect_leaves_the_lists_of_what_is_done(run, tmp_path, monkeypatch, number, status):
+    def read(path):
+        if path.name == "test_00002.jpg":
+            os.kill(os.getpid(), number)
+        return read_image(path)
+
+    monkeypatch.setattr("sppnet.pipeline.prediction.read_image", read)
+    before = signal.getsignal(number)
+    pattern = run.devkit / "SHAPES/JPEGImages/test*"
+    result = run_command("detect", run.root, pattern, "--out", tmp_path / "out")
+    assert (result.status, signal.getsignal(number)) == (status, before)
+    assert "interrupted; what is complete is kept, the same command starts again" in result.err
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [entry["picture"] for entry in entries] == ["test_00000.jpg", "test_00001.jpg"]
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(run, tmp_path, monkeypatch):
+    def read(path):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return read_image(path)
+
+    monkeypatch.setattr("sppnet.pipeline.prediction.read_image", read)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = run_command("detect", run.root, run.devkit / "SHAPES/JPEGImages/test_00000.jpg", "--out", tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.status == 0, result.err
 
 
 def test_verbose_gives_the_traceback_of_an_error_and_the_same_exit_status(tmp_path):

@@ -96,6 +96,9 @@ def test_two_processes_fine_tune_one_head(tmp_path):
     assert (tmp_path / "finetune" / "log.csv").read_text().count("\n") == 4
 
 
+PAIR = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -106,6 +109,16 @@ def test_two_processes_fine_tune_one_head(tmp_path):
         ),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many in the environment: expected a whole number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 in the environment: expected a whole number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9{20}… in the environment: expected a whole number"),
+        ({"WORLD_SIZE": "10000000"}, "WORLD_SIZE=10000000 in the environment: expected a whole number"),
+        ({**PAIR, "RANK": "2"}, "RANK=2 in the environment: expected 0 to 1, below WORLD_SIZE"),
+        ({**PAIR, "RANK": "-1"}, "RANK=-1 in the environment: expected a whole number"),
+        ({**PAIR, "RANK": "x"}, "RANK=x in the environment: expected a whole number"),
+        ({**PAIR, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment: expected a port from 1 to 65535"),
+        ({**PAIR, "MASTER_PORT": "0"}, "MASTER_PORT=0 in the environment: expected a port from 1 to 65535"),
+        ({**PAIR, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment: expected a whole number"),
+        ({**PAIR, "MASTER_ADDR": "no.host.invalid"}, "MASTER_ADDR=no.host.invalid in the environment: cannot be found"),
+        ({**PAIR, "MASTER_ADDR": "x" * 99}, "MASTER_ADDR=x{99} in the environment: cannot be found"),
     ],
 )
 def test_half_a_launch_is_refused_at_once(monkeypatch, environment, message):
@@ -123,10 +136,12 @@ def test_a_world_of_one_or_none_is_this_process(monkeypatch, value):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, rank):
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, caplog, rank):
     monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
-    values = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    monkeypatch.setattr(distributed, "QUIET", 0.1)
+    values = {"WORLD_SIZE": "3", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SppnetError, match=r"so many processes did not meet at MASTER_ADDR=127\.0"):
         distributed.start()
+    assert f"waiting for 2 other processes at 127.0.0.1:{values['MASTER_PORT']}" in caplog.text

@@ -72,8 +72,8 @@ def hold_out(
     """(train, held out): about `share` of the images, at least one on each side, chosen by `seed` and ids.
 
     Every class stays in training, so one that a single image shows is not held out. Where the share allows it every
-    other class is held out too, the rarest first. Copies of one image stay on one side. `difficult`: whether difficult
-    objects train.
+    other class is held out too, the rarest first. Copies of one image stay on one side, and exceed the share where
+    nothing with objects is held out otherwise. `difficult`: whether difficult objects train.
     """
     if not 0 < share < 1 or len(records) < 2:
         expected = "expected a held-out share between 0 and 1 and at least 2 images"
@@ -94,6 +94,10 @@ def hold_out(
             held.add(chosen)
             free -= len(groups[chosen])
             left.subtract(shown[chosen])
+    if not any(shown[key] for key in held):  # copies exceed the share rather than leave nothing to look at
+        larger = [key for key in shown if key not in held and all(left[name] > 1 for name in shown[key])]
+        larger = [key for key in larger if (shown[key] or not held) and len(groups[key]) < len(records)]
+        held.update(sorted(larger, key=lambda key: (not shown[key], len(groups[key])))[:1])
     if not held:
         why = "each is the only one of a class, or a copy of the others"
         raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
+from sppnet.paths import LONGEST_NAME, fitting_name
 from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import propose_images, read_windows
@@ -131,10 +133,10 @@ class RunEvaluation:
 
 
 def evaluate_run(
-    run: Path,
+    run: str | Path,
     device: torch.device | str = "cpu",
-    data: Path | None = None,
-    splits: Sequence[str] = (),
+    data: str | Path | None = None,
+    splits: str | Sequence[str] = (),
     metric: Literal["11point", "area"] | None = None,
     evaluate: bool = True,
     backbone: nn.Module | None = None,
@@ -144,14 +146,18 @@ def evaluate_run(
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
     `backbone`: the network that it was trained with, where that was given in Python.
     """
+    run, data = Path(run), None if data is None else Path(data)
+    splits = (splits,) if isinstance(splits, str) else splits
     # Loaded whole: a damaged one is refused before windows are searched.
-    config = SPPDetector.load(run, backbone=backbone).config
+    detector = SPPDetector.load(run, backbone=backbone)
+    config = detector.config
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     other = data is not None and data.resolve() != config.data.root.resolve()
     config = _drop_imports(config, other)
     found = load_test_data(config, data, splits, Split.read(DetectorDescription.read(run).folder))
     records, names = found.records, found.splits or (HELD_OUT,)
+    _check_comp4_names(names, detector.classes)
     for line in found.skips.lines():
         log.info("%s", line)
     for reason, images in found.skips.images.items():
@@ -161,8 +167,6 @@ def evaluate_run(
             f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
             "alone"
         )
-    if not found.splits:
-        log.info("evaluated on the held-out images, which also chose the fine-tuning snapshot")
     result = detect_split(run, config, records, device, evaluate, backbone)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
@@ -171,8 +175,9 @@ def evaluate_run(
                 (folder / name).unlink(missing_ok=True)
         _write_comp4(folder, names, result.detections, result.classes)
         if result.evaluation is not None:
-            tested = {"data": str(data or config.data.root), "splits": names, "training_images": len(found.trained)}
-            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested})
+            tested = {"data": str(data or config.data.root), "splits": names}
+            counts = {"training_images": len(found.trained), "validation_images": len(found.validation)}
+            write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested, **counts})
             _draw(result, result.evaluation, records, folder)
     distributed.barrier()
     return RunEvaluation(result, folder)
@@ -190,8 +195,8 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     results = run / "results"
     if data is not None:
         place = data.resolve()
-        results /= f"{place.name}-{digest_of(str(place))[:8]}"
-    return results / "+".join(name.replace("/", "-") for name in splits)
+        results /= fitting_name(place.name, f"-{digest_of(str(place))[:8]}")
+    return results / fitting_name("+".join(name.replace("/", "-") for name in splits), "")
 
 
 def _drop_imports(config: Config, other: bool) -> Config:
@@ -212,13 +217,26 @@ def _write_comp4(
     folder: Path, splits: tuple[str, ...], detections: Mapping[str, Detections], classes: tuple[str, ...]
 ) -> None:
     """The devkit's files, one folder per year where images of several years share a name."""
-    image_set = "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits))
     shared = len({image.rpartition("/")[2] for image in detections}) < len(detections)
     by_folder: dict[Path, dict[str, Detections]] = {}
     for image, found in detections.items():
         by_folder.setdefault(folder / image.rpartition("/")[0] if shared else folder, {})[image] = found
     for place, own in by_folder.items():
-        write_comp4(place, image_set, own, classes)
+        write_comp4(place, _image_set(splits), own, classes)
+
+
+def _image_set(splits: tuple[str, ...]) -> str:
+    return "+".join(dict.fromkeys(split.rpartition("/")[2] for split in splits))
+
+
+def _check_comp4_names(splits: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Before hours of work: the devkit's files have these very names."""
+    longest = max(classes, key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(f"comp4_det_{_image_set(splits)}_{longest}.txt")) > LONGEST_NAME:
+        raise SppnetError(
+            f"the comp4 file of class {longest!r} would have a name of more than {LONGEST_NAME} bytes; give the image "
+            "set a shorter name, or name fewer of them with --split"
+        )
 
 
 def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:

@@ -128,6 +128,11 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
         _check_apart({r.id: r.digest for r in train}, digests, "data.test")
+        ids, contents = {r.id for r in held_out}, {r.digest for r in held_out}
+        both = [name for name, digest in digests.items() if name in ids or digest in contents]
+        if both:
+            share = f"{len(both)} of {counted(len(digests), 'image')} of {split}, e.g. {both[0]}"
+            notes.append(f"validation images are in data.test too, {share}, so figures will look a little too good")
     found = {"training": train, "validation": held_out}
     for kind, images in found.items():
         bare = [r.id for r in images if not (r.annotation and len(r.annotation.boxes))]
@@ -212,12 +217,16 @@ def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: s
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Images to evaluate on, what was skipped in them, the splits they are (none: held out), those trained on."""
+    """Images to evaluate on, what was skipped in them, the splits they are (none: held out).
+
+    `trained` and `validation` are the ids of those that were trained on, or chose among what was trained.
+    """
 
     records: list[ImageRecord]
     skips: SkipCounts
     splits: tuple[str, ...]
     trained: list[str]
+    validation: list[str]
 
 
 def load_test_data(
@@ -228,7 +237,8 @@ def load_test_data(
     Where none of them names any, they are the images held out of data.train, as `kept` with the detector: the same
     that chose the fine-tuning snapshot, so that their figures are a little too good. Of another
     data set they are all images of data.train. Raises SppnetError, also for held-out images that are gone or changed,
-    and for training images among them which `splits` does not name.
+    and for training images among them which `splits` does not name. In another folder images with the names of the
+    run's count as these, saved anew, where most have such names.
     """
     settings = config.data
     names, folder = tuple(splits) or settings.test or settings.val, root or settings.root
@@ -257,12 +267,26 @@ def load_test_data(
             records = [r for r in records if r.id in held_out]
             own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
             skips = SkipCounts({why: images for why, images in own.items() if images})
-    train = kept.train if kept is not None else {}
-    contents = set(train.values())
-    trained = [r.id for r in records if r.digest in contents or (not other and r.id in train)]
+    of_run = Split({}, {}, {}) if kept is None else kept
+    known = {**of_run.train, **of_run.held_out}
+    alike = not other or 2 * sum(r.id in known for r in records) > min(len(records), len(known))
+    trained, validation = (
+        [r.id for r in records if r.digest in contents or (alike and r.id in side)]
+        for side, contents in ((side, set(side.values())) for side in (of_run.train, of_run.held_out))
+    )
+    if validation:
+        what = f"{len(validation)} of {counted(len(records), 'image')}, e.g. {validation[0]}"
+        log.info(
+            "validation images, which also chose the fine-tuning snapshot and the thresholds: %s; the figures look a "
+            "little too good",
+            what,
+        )
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
-        if not splits:
+        saved_anew = not {r.digest for r in records} & set(of_run.train.values())
+        if other and saved_anew:
+            what += " (by their names: other files, but most here have names of the run's images)"
+        elif not splits:
             raise SppnetError(f"{what}; take them out of the set, or name it with --split to evaluate on them")
         log.warning("%s: the figures look too good", what)
-    return EvaluationData(records, skips, names, trained)
+    return EvaluationData(records, skips, names, trained, validation)

@@ -29,7 +29,7 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
-from sppnet.errors import counted
+from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
@@ -47,7 +47,7 @@ START = "start.safetensors"  # a head of low rank before it is fine-tuned
 
 def train_detector(
     config: Config,
-    root: Path,
+    root: str | Path,
     device: torch.device | str = "cpu",
     only: Sequence[str] = STAGES,
     force: Sequence[str] = (),
@@ -60,6 +60,9 @@ def train_detector(
     that are missing or do not fit are an error before anything is written. What depends on a stage run from scratch is
     deleted too, and so is the detector of an earlier training.
     """
+    if not isinstance(config, Config):
+        raise SppnetError(f"config: expected a Config, got {type(config).__name__}; read one with load_config")
+    root = Path(root)
     training = Training(config, root, torch.device(device), progress, backbone)
     config, graph = training.asked, training.graph
     runtime = resolve_runtime(config.maps.runtime, device)

@@ -154,6 +154,23 @@ def test_copies_are_held_out_together_or_not_at_all():
         hold_out([record("A/1", things("cat")), record("B/1", things("cat"))], 0.5)
 
 
+@pytest.mark.parametrize(("copies", "held"), [((3, 3), 3), ((5, 2), 2), ((4, 3, 9), 3)])
+@pytest.mark.parametrize("bare", [0, 4])
+def test_copies_exceed_the_share_where_nothing_with_objects_is_held_out_otherwise(copies, held, bare):
+    records = [record(f"{year}/{i}", things("cat")) for i, count in enumerate(copies) for year in range(count)]
+    records += [record(f"A/bare{i}", things()) for i in range(bare)]
+    for seed in range(6):
+        train, out = hold_out(records, 0.1, seed)
+        assert len([r for r in out if r.annotation.names]) == held
+        assert len(train) + len(out) == len(records)
+        assert not {r.digest for r in train} & {r.digest for r in out}
+
+
+def test_copies_without_objects_are_held_out_where_nothing_else_can_be():
+    records = [record(f"{year}/bare", things()) for year in "ABC"] + [record("A/1", things("cat"))]
+    assert {r.id for r in hold_out(records, 0.1)[1]} == {"A/bare", "B/bare", "C/bare"}
+
+
 def test_an_image_more_changes_little_of_what_is_held_out():
     records = many(100, ("cat",), ("dog",), ("cat", "owl"))
     before = {r.id for r in hold_out(records, 0.2)[1]}

@@ -232,17 +232,22 @@ def test_the_held_out_images_are_tested_where_no_split_is_named(run, detector, c
     output = evaluate(held_out, run.root)
     assert output.folder.name == "held-out"
     assert len(output.result.detections) == 2  # a fifth of eight
-    assert "held-out images, which also chose the fine-tuning snapshot" in caplog.text
+    assert "which also chose the fine-tuning snapshot and the thresholds: 2 of 2 images, e.g. SHAPES/" in caplog.text
     assert (output.folder / "comp4_det_held-out_star.txt").is_file()
     assert json.loads((output.folder / "metrics.json").read_text())["splits"] == ["held-out"]
 
 
 def test_training_images_among_those_evaluated_are_counted_in_the_metrics(run, detector, caplog):
+    caplog.set_level(logging.INFO, "sppnet")
     output = evaluate(detector, run.root, splits=("SHAPES/train",))
     assert "trained on: 8 of 8 images, e.g. SHAPES/train_00000" in caplog.text
     assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 8
-    output = evaluate(detector, run.root)
-    assert json.loads((output.folder / "metrics.json").read_text())["training_images"] == 0
+    caplog.clear()
+    for splits, validation in (((), 0), (("SHAPES/val",), 3), (("SHAPES/test", "SHAPES/val"), 3)):
+        output = evaluate(detector, run.root, splits=splits)
+        metrics = json.loads((output.folder / "metrics.json").read_text())
+        assert (metrics["training_images"], metrics["validation_images"]) == (0, validation)
+        assert ("images, e.g. SHAPES/val_00000; the figures look a little too good" in caplog.text) == bool(validation)
 
 
 def test_a_detector_outlives_the_files_of_its_training_windows(run, detector, tmp_path, caplog):
@@ -331,3 +336,36 @@ def test_images_without_windows_are_tested_too(run, detector, tmp_path):
     assert all(len(found) == 0 for found in result.detections.values())
     assert result.evaluation.map == 0
     assert result.proposals.recall == 0
+
+
+def test_folders_are_named_by_text_or_path_and_one_split_by_its_name(run):
+    output = evaluate_run(str(run.root), data=str(run.devkit), splits="SHAPES/val")
+    assert output.folder == run.root / "results/SHAPES-val"
+    assert len(output.result.detections) == 3
+
+
+def one_image_sets(run, folder: Path, names: list[str], year: str) -> Path:
+    """Another devkit with a split of one image for each name."""
+    devkit = other_devkit(run, folder, year)
+    for number, name in enumerate(names):
+        (devkit / year / f"ImageSets/Main/{name}.txt").write_text(f"photo_{number}\n")
+    return devkit
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_folder_of_many_splits_has_a_name_that_can_be(run, detector, tmp_path, letter):
+    names, year = [f"{i}{letter * (40 // len(letter.encode()))}" for i in range(4)], "y" * 40
+    devkit = one_image_sets(run, tmp_path / ("d" * 250), names, year).rename(tmp_path / ("d" * 255))
+    evaluated = [evaluate(detector, run.root, devkit, [f"{year}/{n}" for n in names[:count]]) for count in (4, 3, 1)]
+    assert len({output.folder for output in evaluated}) == 3
+    assert (evaluated[0].folder / f"comp4_det_{'+'.join(names)}_star.txt").is_file()
+    assert evaluated[2].folder.name == f"{year}-{names[0]}"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_comp4_name_that_cannot_be_is_refused_before_anything_is_detected(run, detector, tmp_path, count):
+    names = [f"{i}" + "x" * (240 // count - 2) for i in range(count)]
+    devkit, before = one_image_sets(run, tmp_path, names, "OTHER"), sorted(run.root.rglob("*"))
+    with pytest.raises(SppnetError, match=r"comp4 file of class 'triangle' would have a name of more than 255 bytes"):
+        evaluate(detector, run.root, devkit, [f"OTHER/{name}" for name in names])
+    assert sorted(run.root.rglob("*")) == before

@@ -268,10 +268,12 @@ REFUSED = [
 @pytest.mark.parametrize("error", REFUSED, ids=str)
 def test_an_image_that_the_memory_does_not_hold_is_skipped(detector, photos, tmp_path, error):
     class Full:
-        def detect(self, image, threshold):
+        proposer, config = staticmethod(detector.proposer), detector.config
+
+        def detect(self, image, windows, threshold):
             if image.shape == read_image(photos / "b.png").shape:
                 raise error
-            return detector.detect(image, threshold=threshold)
+            return detector.detect(image, windows, threshold=threshold)
 
     Image.new("RGB", (99, 77)).save(photos / "b.png")
     result = detect_files(Full, [photos], tmp_path / "out", EVERYTHING)
@@ -282,7 +284,9 @@ def test_an_image_that_the_memory_does_not_hold_is_skipped(detector, photos, tmp
 
 def test_any_other_failure_is_no_matter_of_an_image(photos, tmp_path):
     class Broken:
-        def detect(self, image, threshold):
+        proposer = staticmethod(lambda image: WINDOWS)
+
+        def detect(self, image, windows, threshold):
             raise RuntimeError("a shape is wrong")
 
     with pytest.raises(RuntimeError, match="a shape is wrong"):
@@ -338,3 +342,86 @@ def test_a_path_that_names_no_image_is_an_error(detector, tmp_path):
     with pytest.raises(SppnetError, match=r"none: no such file, folder or match"):
         detect_files(lambda: detector, [tmp_path / "none"], tmp_path / "out", EVERYTHING)
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_named_by_text_or_path(detector, photos, tmp_path):
+    found = detect_files(lambda: detector, str(photos), str(tmp_path / "out"), EVERYTHING)
+    assert list(found.detections) == list(detect_files(lambda: detector, photos, tmp_path / "2", EVERYTHING).detections)
+    assert (tmp_path / "out/detections.json").read_text() == (tmp_path / "2/detections.json").read_text()
+
+
+# ---- several calls into one folder ---------------------------------------------------------------------------------
+
+
+def listed(out: Path) -> dict[str, tuple[str, int]]:
+    """By image: its picture and how many detections; the table has as many."""
+    entries = json.loads((out / "detections.json").read_text())
+    rows = [row["image"] for row in csv.DictReader((out / "detections.csv").read_text().splitlines())]
+    assert rows == [entry["image"] for entry in entries for _ in entry["detections"]]
+    return {entry["image"]: (entry["picture"], len(entry["detections"])) for entry in entries}
+
+
+def test_a_later_call_keeps_what_was_found_in_other_images(detector, photos, tmp_path):
+    out = tmp_path / "out"
+    detect_files(lambda: detector, photos / "a.jpg", out, EVERYTHING)
+    first, picture = listed(out), (out / "a.jpg").read_bytes()
+    other = detect_files(lambda: detector, [photos / "deeper", photos / "b.png"], out, EVERYTHING)
+    assert other.note == "kept in the lists: 1 image of earlier calls"
+    assert [name for name, _ in listed(out).values()] == ["a.jpg", "b.jpg", "a-2.jpg"]
+    assert first.items() <= listed(out).items()
+    assert (out / "a.jpg").read_bytes() == picture
+    again = detect_files(lambda: detector, photos / "deeper", out, 1e6)
+    assert again.note == "replaced: 1 picture of earlier calls; kept in the lists: 2 images of earlier calls"
+    assert listed(out)[str(photos / "deeper/a.jpg")] == ("a-2.jpg", 0)
+    assert len(listed(out)) == len(list(out.glob("*.jpg"))) == 3
+
+
+def test_a_picture_that_is_gone_takes_its_entry_with_it_and_that_is_said(detector, photos, tmp_path):
+    out = tmp_path / "out"
+    detect_files(lambda: detector, photos, out, EVERYTHING)
+    for name in ("b.jpg", "a.jpg"):
+        (out / name).unlink()
+    found = detect_files(lambda: detector, photos / "a.jpg", out, EVERYTHING)
+    assert found.note.endswith("no longer in the lists, since the pictures are gone: 1 image of earlier calls")
+    assert {picture for picture, _ in listed(out).values()} == {"a.jpg", "a-2.jpg"}
+
+
+def test_an_interrupted_second_call_loses_nothing_of_the_first(detector, photos, tmp_path, monkeypatch):
+    shutil.copy(photos / "a.jpg", photos / os.fsdecode(b"caf\xe9.jpg"))
+    out, before = tmp_path / "out", None
+    for stop in (None, "b.png", "a.jpg"):
+        monkeypatch.setattr(folder_detection, "read_image", lambda path, stop=stop: interrupted_at(path, stop))
+        try:
+            detect_files(lambda: detector, photos, out, EVERYTHING)
+        except KeyboardInterrupt:
+            assert listed(out) == before
+        before = listed(out)
+    assert len(before) == 4
+
+
+def interrupted_at(path, stop):
+    if path.name == stop:
+        raise KeyboardInterrupt
+    return read_image(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", '[{"image": "a", "detections": [{"box": 1}]}]', '{"image": []}', "[[[]]]", "x", "{}", '""']
+)
+def test_a_list_of_something_else_is_never_overwritten(photos, tmp_path, text):
+    (tmp_path / "detections.json").write_text(text)
+    with pytest.raises(SppnetError, match=r"detections\.json: would be overwritten and is not of an earlier call"):
+        detect_files(lambda: None, [photos / "a.jpg"], tmp_path, EVERYTHING)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["detections.json"]
+
+
+def test_images_without_windows_are_named_with_the_setting(small_run, photos, tmp_path):
+    load = partial(SPPDetector.load, small_run.root)
+    Image.new("RGB", (400, 12)).save(photos / "thin.png")
+    note = detect_files(load, photos, tmp_path / "one", EVERYTHING).note
+    assert note.startswith(
+        f"passed over: 1 .txt; 1 image has no candidate window: {photos}/thin.png (proposals.min_side"
+    )
+    Image.new("RGB", (12, 400)).save(photos / "slim.png")
+    note = detect_files(load, photos, tmp_path / "two", EVERYTHING).note
+    assert f"2 images have no candidate window: {photos}/slim.png (proposals.min_side=20)" in note

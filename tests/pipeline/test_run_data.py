@@ -130,7 +130,15 @@ def test_a_set_with_training_images_in_it_is_refused_with_names(root, setting):
 
 def test_held_out_images_may_be_those_to_test_on_and_tests_may_come_later(root):
     listed(root, "val", add(root, "v0", CAT))
-    assert len(load_run_data(settings(root, val=["MINE/val"], test=["MINE/val"])).held_out) == 1
+    both = load_run_data(settings(root, val=["MINE/val"], test=["MINE/val"]))
+    assert len(both.held_out) == 1
+    assert "validation images are in data.test too, 1 of 1 image of MINE/val, e.g. MINE/v0" in str(both)
+    listed(root, "test", add(root, "t0", CAT), add(root, "t1", DOG, copy_of="v0"))
+    assert "1 of 2 images of MINE/test, e.g. MINE/t1" in str(
+        load_run_data(settings(root, val=["MINE/val"], test=["MINE/test"]))
+    )
+    listed(root, "test", add(root, "t1", CAT))
+    assert "data.test" not in str(load_run_data(settings(root, val=["MINE/val"], test=["MINE/test"])))
     assert len(load_run_data(settings(root, val=["MINE/val"], test=["LATER/test"])).held_out) == 1
 
 
@@ -246,3 +254,31 @@ def test_of_another_data_set_all_images_are_evaluated_and_of_a_moved_one_those_h
     shutil.copy(root / f"MINE/JPEGImages/{stems(split.train)[0]}.png", other / "MINE/JPEGImages/q0.png")
     with pytest.raises(SppnetError, match=r"trained on: 1 of 4 images, e\.g\. MINE/q0"):
         load_test_data(settings(root), other, kept=split)
+
+
+@pytest.mark.parametrize("splits", [(), ("MINE/train",), ("MINE/part",)])
+def test_training_images_saved_anew_in_another_folder_are_known_by_name(root, tmp_path, caplog, splits):
+    caplog.set_level("INFO", "sppnet")
+    split = load_run_data(settings(root)).split
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    for path in (other / "MINE/JPEGImages").iterdir():
+        Image.open(path).save(path, optimize=True, compress_level=1)
+        path.write_bytes(path.read_bytes() + b"0")
+    listed(other, "part", stems(split.train)[3], stems(split.held_out)[0], add(other, "new", CAT))
+    found = load_test_data(settings(root), other, splits, kept=split)
+    count = 1 if splits == ("MINE/part",) else len(split.train)
+    assert len(found.trained) == count
+    assert set(found.validation) <= set(split.held_out)
+    assert found.validation
+    assert f"trained on: {count} of {len(found.records)} images, e.g. {found.trained[0]}" in caplog.text
+    assert f"the thresholds: {len(found.validation)} of {len(found.records)} images, e.g." in caplog.text
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_a_few_names_in_common_are_no_training_images(root, tmp_path, caplog, shared):
+    split, other = load_run_data(settings(root)).split, tmp_path / "other"
+    listed(other, "train", *(add(other, name, DOG) for name in ("q0", "q1", *stems(split.train)[:shared])))
+    for path in (other / "MINE/JPEGImages").iterdir():
+        Image.new("RGB", (61, 41)).save(path)
+    found = load_test_data(settings(root), other, kept=split)
+    assert (found.trained, found.validation, caplog.text) == ([], [], "")

@@ -562,3 +562,16 @@ def test_a_status_says_what_would_be_done_and_why(tmp_path):
     )
     (tmp_path / "svm-0000").mkdir()
     assert "settings or inputs are not those of svm-0000" in line()
+
+
+def test_the_folder_of_a_run_is_named_by_text_or_path(small_run, digest, tmp_path):
+    run = copied(small_run, tmp_path / "run")
+    assert train_detector(run.config, str(run.root), progress=False) is not None
+    assert digest_in(run.root) == digest
+
+
+@pytest.mark.parametrize("config", ["configs/custom_example.yaml", {"name": "mine"}, None])
+def test_what_is_no_config_is_refused_with_what_reads_one(tmp_path, config):
+    with pytest.raises(SppnetError, match=r"config: expected a Config, got .*; read one with load_config"):
+        train_detector(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
