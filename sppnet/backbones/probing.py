@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sppnet.errors import BackboneError
@@ -49,6 +50,12 @@ def probe(module: nn.Module) -> Grid:
     """The grid of a network, which stays as it was; BackboneError, with what was found, where it has none."""
     if not isinstance(module, nn.Module):
         raise BackboneError(f"{_WANTED}, got {type(module).__name__}; give a torch.nn.Module")
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    empty = [name for name, tensor in tensors if is_lazy(tensor) or tensor.is_meta]
+    if empty:
+        raise BackboneError(
+            f"{_WANTED}, but {empty[0]} has no values yet; load weights, or run the network once, first"
+        )
     with _undisturbed(module):
         width, channels = _narrowest(module)
         down, right = (_along(module, axis, width, channels) for axis in (2, 3))
@@ -162,7 +169,8 @@ def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Ten
     size = (length, width) if axis == 2 else (width, length)
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
-    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(1, 3, *size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
 
 def _run(module: nn.Module, images: Tensor, marked: bool = True) -> Tensor:
@@ -181,12 +189,24 @@ def _run(module: nn.Module, images: Tensor, marked: bool = True) -> Tensor:
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode of every part, the buffers and torch's random numbers are put back."""
+    """Eval mode without gradients, on one thread, in the network's own type and on its device; all is put back.
+
+    More threads wait for one another on strips so narrow: where others use the cores, twenty times as long.
+    """
     modes = {part: part.training for part in module.modules()}
     buffers = [(part, *named, named[1].clone()) for part in modes for named in part.named_buffers(recurse=False)]
     model = _random_images(module, 2, 1, 1)
     gpus = [model.device] if model.is_cuda else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(model.device)
+        for kind in {"cpu", model.device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        if model.element_size() > 1:  # 8 bits cannot be the default
+            torch.set_default_dtype(model.dtype)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         # cuDNN's convolutions by tiles, and oneDNN's in 16 bits, would spread NaN beyond the pixels that a cell sees.
         if gpus:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -203,7 +223,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             for part, mode in modes.items():
                 part.training = mode
             for part, name, buffer, value in buffers:
-                setattr(part, name, buffer.copy_(value))
+                with torch.inference_mode(buffer.is_inference()):  # such a one changes in that mode alone
+                    setattr(part, name, buffer.copy_(value))
 
 
 class _Placeless(TorchFunctionMode):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +15,12 @@ from doubles import random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sppnet import Geometry
 from sppnet.backbones.backbone import BACKBONES
 from sppnet.backbones.probing import map_side, probe
 from sppnet.errors import BackboneError, SppnetError
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Calls(nn.Module):
@@ -187,6 +182,77 @@ def test_the_network_is_left_as_it_was() -> None:
     assert torch.equal(module[2].second.weight.grad, torch.ones_like(module[2].second.weight))
     assert module[2].first.weight.grad is None
     assert torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def a_default(dtype: torch.dtype | None = None, device: str | None = None) -> Iterator[None]:
+    torch.set_default_dtype(dtype or torch.float32)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+class Threads(nn.Conv2d):
+    """Counts torch's threads while it runs, and makes a tensor as the defaults say."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.threads = torch.get_num_threads()
+        return super().forward(images) * torch.full((1, 8, 1, 1), 2.0)
+
+
+@pytest.mark.parametrize(
+    "ambient",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        lambda: a_default(torch.float64),
+        lambda: a_default(torch.float16),
+        lambda: a_default(device="meta"),
+    ],
+)
+def test_what_the_caller_set_in_torch_does_not_count_and_stays(ambient: Callable[[], Any]) -> None:
+    def state() -> tuple[object, ...]:
+        devices = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+        return *devices, torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+
+    module = nn.Sequential(Threads(3, 8, 3, 2, 1), nn.BatchNorm2d(8), Residual())
+    doubled = nn.Conv2d(3, 8, 5, 3).double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ambient():
+            before = state()
+            assert Geometry.of(module) == Geometry(4, 0)
+            assert Geometry.of(doubled) == Geometry(3, 2)
+            assert state() == before
+    finally:
+        torch.set_num_threads(threads)
+    assert module[0].threads == 1
+
+
+def test_a_network_made_in_inference_mode_is_probed_outside_it() -> None:
+    with torch.inference_mode():
+        module = nn.Sequential(stem(), nn.BatchNorm2d(8))
+    assert Geometry.of(module) == Geometry(4, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()), "0.weight"),
+        (lambda: nn.Sequential(stem(), nn.LazyBatchNorm2d(affine=False)), "1.running_mean"),
+        (lambda: stem().to("meta"), "weight"),
+    ],
+)
+def test_a_network_without_values_is_refused_and_left_without(make: Callable[[], nn.Module], name: str) -> None:
+    module = make()
+    with pytest.raises(BackboneError, match=f"but {name} has no values yet; load weights, or run the network once"):
+        Geometry.of(module)
+    tensor = dict((*module.named_parameters(), *module.named_buffers()))[name]
+    assert tensor.is_meta or is_lazy(tensor)
 
 
 @pytest.mark.parametrize(
