@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sppnet.arrays import as_numbers
 from sppnet.backbones.geometry import Geometry, is_number
 from sppnet.errors import SppnetError
 from sppnet.records import areas, as_boxes
@@ -94,7 +95,7 @@ def project_windows(
 
 
 def _checked_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(boxes.detach().cpu().double().numpy() if isinstance(boxes, torch.Tensor) else boxes)
+    array = as_boxes(as_numbers(boxes, "boxes"))
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
         raise SppnetError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")

@@ -157,6 +157,49 @@ def test_a_network_that_is_no_grid_is_refused_with_what_was_found(module: nn.Mod
         Geometry.of(module)
 
 
+HIDING = [
+    lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    lambda x: torch.nan_to_num(x),
+    lambda x: x.masked_fill(~(x > 0), 0),
+    lambda x: torch.fmax(x, torch.zeros_like(x)),
+]
+
+
+class Beside(nn.Module):
+    """One branch beside another, which hides NaN behind a convolution or two."""
+
+    def __init__(self, hidden: nn.Module, hide: Callable[[Tensor], Tensor], shown: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.hide, self.shown = hidden, hide, shown
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.hide(self.hidden(images))
+        return torch.cat([hidden, self.shown(images)[..., : hidden.shape[2], : hidden.shape[3]]], 1)
+
+
+@pytest.mark.parametrize("hide", HIDING)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda hide: Beside(nn.Conv2d(3, 8, 11, 4, 1), hide, stem()),
+        lambda hide: Beside(nn.Conv2d(3, 8, 4, 4, 1), hide, stem()),  # one pixel more on one side
+        lambda hide: Beside(nn.Sequential(stem(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 5, 2, 2)), hide, stem()),
+        lambda hide: Calls(stem(), hide),
+        lambda hide: nn.Sequential(stem(), nn.GroupNorm(2, 8), Calls(nn.ReLU(), hide), nn.Conv2d(8, 8, 3, 2, 1)),
+    ],
+)
+def test_what_hides_nan_is_an_error_and_never_another_geometry(
+    make: Callable[[Callable[[Tensor], Tensor]], nn.Module], hide: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(BackboneError, match=r"whose NaN does not reach them; replace what hides NaN, e\.g\. torch\.wh"):
+        Geometry.of(make(hide))
+
+
+@pytest.mark.parametrize("hide", HIDING)
+def test_what_hides_nan_inside_of_what_is_seen_anyway_does_not_matter(hide: Callable[[Tensor], Tensor]) -> None:
+    assert Geometry.of(Beside(nn.Conv2d(3, 8, 5, 4, 2), hide, nn.Conv2d(3, 8, 11, 4, 5))) == Geometry(4, 0)
+
+
 def test_the_network_is_left_as_it_was() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
