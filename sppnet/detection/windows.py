@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sppnet.arrays import as_numbers
 from sppnet.backbones.geometry import Geometry, is_number
+from sppnet.checks import as_array
 from sppnet.errors import SppnetError
-from sppnet.records import areas, as_boxes
+from sppnet.records import areas
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
 
@@ -95,7 +95,14 @@ def project_windows(
 
 
 def _checked_boxes(boxes: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    array = as_boxes(as_numbers(boxes, "boxes"))
+    given = as_array(boxes, "boxes")
+    if not given.size:
+        return np.zeros((0, 4))
+    if given.ndim != 2 or given.shape[1] != 4 or given.dtype.kind == "b":
+        hint = "; pass boxes[None] for one box" if given.shape == (4,) else "; give numbers x1, y1, x2, y2 of each"
+        raise SppnetError(f"boxes must have shape (R, 4), got {given.dtype} of shape {given.shape}{hint}")
+    with np.errstate(over="ignore"):  # of long doubles
+        array = given.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
         raise SppnetError(f"box {bad[0]} is not finite: got {array[bad[0]].tolist()}; drop it before projecting")

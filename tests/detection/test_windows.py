@@ -201,7 +201,7 @@ def test_projections_that_make_no_sense_are_refused():
         project_windows(boxes[:1], (300, 300), 688, ZF5, (0, 57))
     with pytest.raises(ValueError, match="scales must be shorter sides in pixels, at least one"):
         choose_scales(boxes[:1], (300, 300), ())
-    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got .*\(4,\)"):
         choose_scales(boxes[0], (300, 300), FIVE)
 
 
@@ -288,6 +288,42 @@ def test_scales_cannot_be_chosen_from_what_cannot_be(change, message):
     assert choose_scales(**arguments).tolist() == [0]
     with pytest.raises(SppnetError, match=message):
         choose_scales(**{**arguments, **change})
+
+
+class Unreadable:
+    def __array__(self, *args, **kwargs):
+        raise IndexError("nothing")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ("abc", "boxes: expected an array, tensor or list of numbers, got str"),
+        ([["1", "2", "3", "4"]], "boxes: expected .* got list"),
+        ([[1, 2, 3, 4], [1, 2]], "boxes: expected an array of numbers, got list"),
+        ([[1, 2, 3, None]], "got list of object"),
+        (BOX.astype(complex), "got ndarray of complex128"),
+        (torch.tensor(BOX).to(torch.complex64), "of complex64"),
+        (torch.ones(2, 4, device="meta"), "got Tensor"),
+        (torch.tensor(BOX).to_sparse(), "got Tensor"),
+        ({}, "got dict"),
+        (None, "got NoneType"),
+        (Unreadable(), "got Unreadable"),
+        (BOX > 0, r"boxes must have shape \(R, 4\), got bool of shape \(1, 4\); give numbers x1, y1, x2, y2"),
+        (torch.ones(2, 4, dtype=torch.bool), r"got bool of shape \(2, 4\)"),
+        (5, r"boxes must have shape \(R, 4\), got int64 of shape \(\)"),
+        (BOX[0], r"got float64 of shape \(4,\); pass boxes\[None\] for one box"),
+        (BOX[:, :3], r"got float64 of shape \(1, 3\); give numbers"),
+        ([[1e9999] * 4], "box 0 is not finite"),
+    ],
+)
+def test_boxes_that_are_no_numbers_are_refused(boxes, message):
+    for call in (
+        lambda: project_windows(boxes, IMAGE, 688, VGG, GRID),
+        lambda: choose_scales(boxes, IMAGE, (480, 688)),
+    ):
+        with pytest.raises(SppnetError, match=message):
+            call()
 
 
 def test_lists_arrays_and_tensors_are_alike():
