@@ -374,6 +374,34 @@ def test_the_map_of_every_backbone_is_accepted_at_every_size(plans, data, height
     assert (windows[:, 2:] <= [cells[1], cells[0]]).all()
 
 
+@given(st.data(), SIDES, SIDES, st.integers(16, 1600), st.sampled_from((32, 64, 128)))
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_map_of_a_padded_image_gives_the_windows_of_the_image(plans, data, height, width, scale, multiple):
+    steps, geometry = plans[data.draw(st.sampled_from(sorted(plans)))]
+    assume(scale**2 * max(height, width) / min(height, width) < 3e7)
+    size, side = scaled_size((height, width), scale, None)
+    cells, padded = (
+        tuple(map_side(steps, -(-each // divisor) * divisor) for each in size) for divisor in (1, multiple)
+    )
+    if min(cells) < 1:
+        return
+    box = np.array([[width / 4, height / 4, width / 2, height / 2]])  # inside the map, which cuts windows off
+    windows = project_windows(box, (height, width), side, geometry, padded)
+    own = project_windows(box, (height, width), side, geometry, cells)
+    assert np.array_equal(np.minimum(windows[:, 2:], cells[::-1]), own[:, 2:])
+
+
+@pytest.mark.parametrize("cells", [(16, 16), (13, 16), (16, 13), (18, 12)])
+def test_maps_of_images_padded_to_a_multiple_are_taken(cells):
+    assert project_windows([[0, 0, 97, 97]], (97, 97), 97, Geometry(8, 3.5), cells).shape == (1, 4)
+
+
+@pytest.mark.parametrize("cells", [(19, 16), (16, 32), (9, 16), (128, 128)])
+def test_maps_that_no_padding_explains_are_refused(cells):
+    with pytest.raises(SppnetError, match=rf"a map of about 12 × 12 cells, but map_size is {cells[0]} × {cells[1]}"):
+        project_windows([[0, 0, 97, 97]], (97, 97), 97, Geometry(8, 3.5), cells)
+
+
 @given(
     st.tuples(st.integers(1, 99), st.integers(1, 99)), st.integers(0, 98), st.integers(0, 98), st.integers(0, 30),
     st.floats(1, 40), st.floats(-40, 40), st.booleans(),
