@@ -58,8 +58,9 @@ class Geometry:
 
         A cell looks at the middle of the pixels that it sees, through any branch. Squeeze-and-excitation and other
         values without a place do not count. The network stays as it was: mode, buffers, gradients, random numbers. It
-        takes seconds (ResNet-50: 5). BackboneError, with what was found, for a network that is no such grid: pooled or
-        flattened, fixed in size, enlarged, attending everywhere, random, or different in the two axes.
+        takes seconds (ResNet-50: 10). BackboneError, with what was found, for a network that is no such grid: pooled or
+        flattened, fixed in size, enlarged, attending everywhere, random, different in the two axes, hiding NaN
+        (torch.where(x > 0, x, 0)), or without values yet (lazy).
         """
         grid = probe(module)
         return cls(grid.stride, grid.first_centre, cast(float, shrink))

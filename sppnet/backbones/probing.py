@@ -3,7 +3,8 @@
 Pixels that are NaN make NaN of every cell that sees them: convolutions, pools, activations and normalisations with
 fixed statistics pass it on. Which cells turn NaN when all columns before, or all from, one column on do gives the first
 and the last pixel of a cell, in some 30 runs on a narrow strip. Branches give the union of what they see; the pixels
-of a shortcut lie inside those of the path beside it.
+of a shortcut lie inside those of the path beside it. Other finite pixels must not change more cells: what hides NaN
+is an error. They alone would not do: what the first and last pixels add is lost in rounding in deep networks.
 
 Values without a place - what is pooled over the whole map, as in squeeze-and-excitation, and the statistics of a
 normalisation over the map - are held fixed: they change what a cell holds, not where it looks.
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sppnet.errors import BackboneError
@@ -49,6 +51,10 @@ def probe(module: nn.Module) -> Grid:
     """The grid of a network, which stays as it was; BackboneError, with what was found, where it has none."""
     if not isinstance(module, nn.Module):
         raise BackboneError(f"{_WANTED}, got {type(module).__name__}; give a torch.nn.Module")
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    empty = [name for name, tensor in tensors if is_lazy(tensor) or tensor.is_meta]
+    if empty:
+        raise BackboneError(f"{_WANTED}, but {empty[0]} has no values yet; load weights, or run the network once")
     with _undisturbed(module):
         width, channels = _narrowest(module)
         down, right = (_along(module, axis, width, channels) for axis in (2, 3))
@@ -64,7 +70,7 @@ def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
     """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network."""
     try:
         with _undisturbed(module):
-            return _run(module, _random_images(module, axis, side, width), marked=False).shape[axis]
+            return _run(module, _random_images(module, axis, side, width)).shape[axis]
     except BackboneError:
         return 0
 
@@ -75,13 +81,13 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     for width in WIDTHS:
         images = _random_images(module, 2, 256, width)
         try:
-            found = _run(module, images, marked=False)
+            found = _run(module, images)
         except BackboneError as reason:  # too narrow, or nothing that fits any image: the widest one tells
             error = reason
             continue
         if bool(found.isnan().any()):
             raise BackboneError(f"{_WANTED}, but its map of finite images holds NaN; check its weights")
-        if not torch.equal(found, _run(module, images, marked=False)):
+        if not torch.equal(found, _run(module, images)):
             raise BackboneError(f"{_WANTED}, but two runs on one image differ; leave out what is random in eval mode")
         if min(found.shape[2:]) >= 2:
             return width, found.shape[1]
@@ -95,16 +101,19 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
 
 def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
     """Stride and first centre along an axis (2 or 3)."""
-    lengths = [length for length in LENGTHS if length >= width]  # those large enough for the network
+    lengths, fits = [length for length in LENGTHS if length >= width], False  # those large enough for the network
     for length in lengths:
         strip, middle = _Strip(module, axis, width, channels, length), length // 2
         # From cell `low` on nothing before the middle is seen, from cell `high` on something behind it.
         cells, low, high = strip.cells, strip.reached(middle), strip.left(middle)
         apart = length // max(cells, 1) + 1  # roughly a stride, and more
         inside = min(low, high) > 0 and max(low, high) + CELLS <= strip.reached(length)
-        if inside and strip.left(max(length - 2 * apart, 0)) >= high + CELLS:  # between two cells may be a gap
+        fits = inside and strip.left(max(length - 2 * apart, 0)) >= high + CELLS  # between two cells may be a gap
+        if fits:
             break
-    else:
+    if not fits:
+        strip.check(0, middle)
+        strip.check(middle, length)
         few = _Strip(module, axis, width, channels, lengths[0]).cells
         why = "none of which changes with a pixel" if not low else "each of which sees most of the image"
         raise BackboneError(
@@ -115,6 +124,8 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
     reach = min(middle + 8 * apart, length)  # more than two strides
     start, following = (bisect.bisect(places, cell, middle - 1, reach, key=strip.reached) for cell in (low, low + 1))
     end, stride = bisect.bisect(places, high, middle, reach, key=strip.left), following - start
+    strip.check(0, start - 1)  # the next pixel is the first that cell `low` sees
+    strip.check(end, length)  # the one before is the last that cell `high` sees
     regular = stride > 0 and _Strip(module, axis, width, channels, length + CELLS * stride).cells == cells + CELLS
     for i in range(CELLS):  # they begin at `start` - 1 and end at `end` - 1, and so on in steps of a stride
         first, last = start + i * stride, end + i * stride
@@ -148,13 +159,33 @@ class _Strip:
     def _seen(self, start: int, stop: int) -> NDArray[np.bool_]:
         images = self.images.clone()
         images.narrow(self.axis, start, stop - start).fill_(torch.nan)
-        found = _run(self.module, images)
-        if found.shape[1] != self.channels:
+        return self._cells(_run(self.module, images, _Placeless(None)).isnan())
+
+    def check(self, start: int, stop: int) -> None:
+        """BackboneError where a cell changes with these pixels, though their NaN does not reach it."""
+        before, part = self._unmarked, self.images.narrow(self.axis, start, stop - start)
+        for factor in (1, -1, 10):  # an activation or a maximum may hide one change, not all
+            images = self.images.clone()
+            images.narrow(self.axis, start, stop - start).copy_(part.flip(1, 2, 3) * factor)
+            after = _run(self.module, images, _Placeless(0.5))
+            if (self._cells((before != after) & ~(before.isnan() & after.isnan())) & ~self.seen(start, stop)).any():
+                raise BackboneError(
+                    f"{_WANTED} and passes NaN on, but cells change with pixels whose NaN does not reach them; "
+                    "replace what hides NaN, e.g. torch.where(x > 0, x, 0) by torch.relu(x)"
+                )
+
+    @functools.cached_property
+    def _unmarked(self) -> Tensor:
+        return _run(self.module, self.images, _Placeless(0.5))
+
+    def _cells(self, marks: Tensor) -> NDArray[np.bool_]:
+        """Which cells along the axis hold a mark."""
+        if marks.shape[1] != self.channels:
             raise BackboneError(
-                f"{_WANTED}, got {self.channels} channels for one size and {found.shape[1]} for "
-                f"{images.shape[2]} × {images.shape[3]}; give every map the same channels"
+                f"{_WANTED}, got {self.channels} channels for one size and {marks.shape[1]} for "
+                f"{self.images.shape[2]} × {self.images.shape[3]}; give every map the same channels"
             )
-        return found.isnan().transpose(self.axis, 0).flatten(1).any(dim=1).cpu().numpy()
+        return marks.transpose(self.axis, 0).flatten(1).any(dim=1).cpu().numpy()
 
 
 def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Tensor:
@@ -162,13 +193,14 @@ def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Ten
     size = (length, width) if axis == 2 else (width, length)
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
-    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(1, 3, *size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
 
-def _run(module: nn.Module, images: Tensor, marked: bool = True) -> Tensor:
-    """The map of images, which hold NaN where they are `marked`."""
+def _run(module: nn.Module, images: Tensor, mode: _Placeless | None = None) -> Tensor:
+    """The map of images, in a mode where they are marked."""
     try:
-        with _Placeless() if marked else contextlib.nullcontext():
+        with mode or contextlib.nullcontext():
             found = module(images.clone())
     except Exception as error:  # whatever somebody's module raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -181,12 +213,24 @@ def _run(module: nn.Module, images: Tensor, marked: bool = True) -> Tensor:
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode of every part, the buffers and torch's random numbers are put back."""
+    """Eval mode without gradients, on one thread, in the network's own type and on its device; all is put back.
+
+    More threads wait for one another on strips so narrow: where others use the cores, twenty times as long.
+    """
     modes = {part: part.training for part in module.modules()}
     buffers = [(part, *named, named[1].clone()) for part in modes for named in part.named_buffers(recurse=False)]
     model = _random_images(module, 2, 1, 1)
     gpus = [model.device] if model.is_cuda else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(model.device)
+        for kind in {"cpu", model.device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        if model.element_size() > 1:  # 8 bits cannot be the default
+            torch.set_default_dtype(model.dtype)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         # cuDNN's convolutions by tiles, and oneDNN's in 16 bits, would spread NaN beyond the pixels that a cell sees.
         if gpus:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -203,18 +247,31 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             for part, mode in modes.items():
                 part.training = mode
             for part, name, buffer, value in buffers:
-                setattr(part, name, buffer.copy_(value))
+                with torch.inference_mode(buffer.is_inference()):  # such a one changes in that mode alone
+                    setattr(part, name, buffer.copy_(value))
 
 
 class _Placeless(TorchFunctionMode):
-    """Keeps NaN out of vectors, which have no place, and out of the statistics of a normalisation over the map."""
+    """Keeps marks out of vectors, which have no place, and out of the statistics of a normalisation over the map.
+
+    Marks are NaN, or, where vectors get a `value` that is fixed, any change.
+    """
+
+    def __init__(self, value: float | None) -> None:
+        super().__init__()
+        self.value = value
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in (F.batch_norm, F.group_norm, F.instance_norm) and args:
+            if self.value is not None:
+                return F.normalize(args[0], dim=1)  # every place by itself
             return func(torch.nan_to_num(args[0]), *args[1:], **kwargs).masked_fill(args[0].isnan(), torch.nan)
         found = func(*args, **kwargs)
-        is_vector = isinstance(found, Tensor) and found.ndim > 1 and found.numel() == max(found.shape, default=0)
-        return torch.nan_to_num(found) if is_vector and found.is_floating_point() else found
+        if not isinstance(found, Tensor) or found.ndim < 2 or found.numel() != max(found.shape):
+            return found
+        if not found.is_floating_point():
+            return found
+        return torch.nan_to_num(found) if self.value is None else torch.full_like(found, self.value)

@@ -22,6 +22,7 @@ from sppnet.errors import SppnetError
 
 DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 _KINDS = (".pth", ".pt", ".safetensors", ".npz")
+_WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _HOLDERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema", "ema")  # in a checkpoint
 
 
@@ -29,7 +30,8 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
     """Named CPU tensors of a .pth (or .pt), .safetensors or .npz file; nothing in it is executed.
 
     A .pth may hold the tensors under a key, e.g. "state_dict". Raises SppnetError for a file that is missing, of
-    another kind, damaged, or that holds anything but finite named tensors; `setting` is what names the file.
+    another kind, damaged, that holds anything but finite named tensors, or several sets of them ("model" and "ema");
+    `setting` is what names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,6 +42,8 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
         )
     try:
         values = _read(path)
+    except SppnetError:
+        raise
     except Exception as error:  # the three readers raise a dozen classes, some of them private
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise SppnetError(
@@ -99,7 +103,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: str) -> Mapping[str, Tensor]:
     """`state` under the names needed, without the prefix that a wrapper put before all of them ("module.", "model.").
 
-    As it is where they are there, or no single prefix fits; SppnetError where several do.
+    Without torch's wrappers inside the names ("features.module.0") where that makes them fit. As it is where they are
+    there, or nothing fits; SppnetError where several prefixes do.
     """
     names = list(needed)
     if not names or all(name in state for name in names):
@@ -108,6 +113,10 @@ def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: s
     fitting = sorted(prefix for prefix in prefixes if all(f"{prefix}{name}" in state for name in names))
     if len(fitting) > 1:
         raise SppnetError(f"{origin}: holds these tensors under {' and '.join(fitting)}; save one of them alone")
+    bare = {_WRAPPER.sub(r"\1", key): tensor for key, tensor in state.items()}
+    if not fitting and bare.keys() != state.keys() and len(bare) == len(state):
+        found = without_prefix(bare, names, origin)
+        return found if all(name in found for name in names) else state
     prefix = fitting[0] if fitting else ""
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
@@ -120,8 +129,23 @@ def _read(path: Path) -> Any:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     values = torch.load(path, map_location="cpu", weights_only=True)
     while isinstance(values, dict) and (inner := [key for key in _HOLDERS if isinstance(values.get(key), dict)]):
-        values = values[inner[0]]
+        key = next((key for key in inner if _has_tensors(values[key])), inner[0])
+        rivals = [
+            other
+            for other, value in values.items()
+            if other != key and _has_tensors(value) and (other in inner or value.keys() & values[key].keys())
+        ]
+        if rivals:
+            raise SppnetError(
+                f"{path}: holds weights under {key} and {rivals[0]}; save one of them alone, e.g. "
+                f'torch.save(torch.load("{path.name}")["{rivals[0]}"], "{path.stem}-{rivals[0]}{path.suffix}")'
+            )
+        values = values[key]
     return values
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(own, Tensor) or _has_tensors(own) for own in value.values())
 
 
 def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:

@@ -6,6 +6,7 @@ cells. numpy arrays give numpy arrays, torch tensors give torch tensors on the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar, cast
 
@@ -21,6 +22,7 @@ from sppnet.records import areas
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
 
 SPARE = 2  # cells by which a map may differ from what stride and first centre say: every layer rounds its size
+PADDED = 128  # px: images may be padded to multiples of it, and of what divides it (torchvision's detectors: 32)
 
 
 def choose_scales(
@@ -59,7 +61,8 @@ def project_windows(
     "release" gives left = floor((x - c + shrink) / S + 1/2), right = ceil((x - c - shrink) / S - 1/2), inclusive;
     "paper" (app. A; c is its "proper offset" for paddings other than floor(k/2)) gives left = floor((x - c) / S) + 1
     and right = ceil((x - c) / S) - 1. Where left > right both become their mean, truncated; then both are clamped to
-    the map, so a window always holds a cell and lies inside the map, wherever the box is.
+    the map, so a window always holds a cell and lies inside the map, wherever the box is. The map may also be that of
+    an image padded at right and bottom to a multiple of 32, 64 or 128 pixels: `image_size` is still the image's own.
 
     SppnetError for what cannot be: a scale that is no number of pixels, sizes that are not (height, width), a map that
     is not of this image at this scale and geometry, corners that are not finite or not in order.
@@ -112,11 +115,18 @@ def _check_map(size: tuple[int, int], scale: float, geometry: Geometry, cells: t
 
 
 def _fits(size: tuple[int, int], scale: float, geometry: Geometry, cells: tuple[int, int]) -> bool:
-    """Whether a network of this geometry, whatever it pads, can give so many cells; SPARE for what layers round."""
-    lengths = np.array(size) * float(scale) / min(size)
-    padded, symmetric = lengths / geometry.stride, (lengths - 1 - 2 * geometry.first_centre) / geometry.stride + 1
-    low, high = np.minimum(padded, symmetric) - SPARE, np.maximum(padded, symmetric) + SPARE
-    return bool(((low <= cells) & (cells <= high)).all())
+    """Whether a network of this geometry, whatever it pads, can give so many cells, of the image or the padded one."""
+    for side, count in zip(size, cells, strict=True):
+        length = side * scale / min(size)
+        padded = math.ceil(length / PADDED - 1e-9) * PADDED  # 128.0000001 is 128
+        # layers of the geometry that pad nothing, or as much on both sides
+        smallest, largest = (
+            (each / geometry.stride, (each - 1 - 2 * geometry.first_centre) / geometry.stride + 1)
+            for each in (length, padded)
+        )
+        if not min(smallest) - SPARE <= count <= max(largest) + SPARE:
+            return False
+    return True
 
 
 def _whole_size(name: str, size: tuple[int, int]) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +15,12 @@ from doubles import random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sppnet import Geometry
 from sppnet.backbones.backbone import BACKBONES
 from sppnet.backbones.probing import map_side, probe
 from sppnet.errors import BackboneError, SppnetError
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Calls(nn.Module):
@@ -162,6 +157,49 @@ def test_a_network_that_is_no_grid_is_refused_with_what_was_found(module: nn.Mod
         Geometry.of(module)
 
 
+HIDING = [
+    lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    lambda x: torch.nan_to_num(x),
+    lambda x: x.masked_fill(~(x > 0), 0),
+    lambda x: torch.fmax(x, torch.zeros_like(x)),
+]
+
+
+class Beside(nn.Module):
+    """One branch beside another, which hides NaN behind a convolution or two."""
+
+    def __init__(self, hidden: nn.Module, hide: Callable[[Tensor], Tensor], shown: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.hide, self.shown = hidden, hide, shown
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.hide(self.hidden(images))
+        return torch.cat([hidden, self.shown(images)[..., : hidden.shape[2], : hidden.shape[3]]], 1)
+
+
+@pytest.mark.parametrize("hide", HIDING)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda hide: Beside(nn.Conv2d(3, 8, 11, 4, 1), hide, stem()),
+        lambda hide: Beside(nn.Conv2d(3, 8, 4, 4, 1), hide, stem()),  # one pixel more on one side
+        lambda hide: Beside(nn.Sequential(stem(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 5, 2, 2)), hide, stem()),
+        lambda hide: Calls(stem(), hide),
+        lambda hide: nn.Sequential(stem(), nn.GroupNorm(2, 8), Calls(nn.ReLU(), hide), nn.Conv2d(8, 8, 3, 2, 1)),
+    ],
+)
+def test_what_hides_nan_is_an_error_and_never_another_geometry(
+    make: Callable[[Callable[[Tensor], Tensor]], nn.Module], hide: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(BackboneError, match=r"whose NaN does not reach them; replace what hides NaN, e\.g\. torch\.wh"):
+        Geometry.of(make(hide))
+
+
+@pytest.mark.parametrize("hide", HIDING)
+def test_what_hides_nan_inside_of_what_is_seen_anyway_does_not_matter(hide: Callable[[Tensor], Tensor]) -> None:
+    assert Geometry.of(Beside(nn.Conv2d(3, 8, 5, 4, 2), hide, nn.Conv2d(3, 8, 11, 4, 5))) == Geometry(4, 0)
+
+
 def test_the_network_is_left_as_it_was() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -187,6 +225,77 @@ def test_the_network_is_left_as_it_was() -> None:
     assert torch.equal(module[2].second.weight.grad, torch.ones_like(module[2].second.weight))
     assert module[2].first.weight.grad is None
     assert torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def a_default(dtype: torch.dtype | None = None, device: str | None = None) -> Iterator[None]:
+    torch.set_default_dtype(dtype or torch.float32)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+class Threads(nn.Conv2d):
+    """Counts torch's threads while it runs, and makes a tensor as the defaults say."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.threads = torch.get_num_threads()
+        return super().forward(images) * torch.full((1, 8, 1, 1), 2.0)
+
+
+@pytest.mark.parametrize(
+    "ambient",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        lambda: a_default(torch.float64),
+        lambda: a_default(torch.float16),
+        lambda: a_default(device="meta"),
+    ],
+)
+def test_what_the_caller_set_in_torch_does_not_count_and_stays(ambient: Callable[[], Any]) -> None:
+    def state() -> tuple[object, ...]:
+        devices = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+        return *devices, torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+
+    module = nn.Sequential(Threads(3, 8, 3, 2, 1), nn.BatchNorm2d(8), Residual())
+    doubled = nn.Conv2d(3, 8, 5, 3).double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ambient():
+            before = state()
+            assert Geometry.of(module) == Geometry(4, 0)
+            assert Geometry.of(doubled) == Geometry(3, 2)
+            assert state() == before
+    finally:
+        torch.set_num_threads(threads)
+    assert module[0].threads == 1
+
+
+def test_a_network_made_in_inference_mode_is_probed_outside_it() -> None:
+    with torch.inference_mode():
+        module = nn.Sequential(stem(), nn.BatchNorm2d(8))
+    assert Geometry.of(module) == Geometry(4, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()), "0.weight"),
+        (lambda: nn.Sequential(stem(), nn.LazyBatchNorm2d(affine=False)), "1.running_mean"),
+        (lambda: stem().to("meta"), "weight"),
+    ],
+)
+def test_a_network_without_values_is_refused_and_left_without(make: Callable[[], nn.Module], name: str) -> None:
+    module = make()
+    with pytest.raises(BackboneError, match=f"but {name} has no values yet; load weights, or run the network once"):
+        Geometry.of(module)
+    tensor = dict((*module.named_parameters(), *module.named_buffers()))[name]
+    assert tensor.is_meta or is_lazy(tensor)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,46 @@ def test_the_prefix_of_a_wrapper_is_removed(tmp_path: Path, prefix: str, name: s
     assert torch.equal(net.conv.weight, STATE["conv.weight"])
 
 
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("_fsdp_wrapped_module.", "module."),
+        ("_checkpoint_wrapped_module.", "model."),
+    ],
+)
+def test_a_wrapper_inside_the_names_is_removed(inner: str, outer: str) -> None:
+    net = nn.ModuleDict({"features": nn.Sequential(Net(), Net())})
+    state = {f"features.{i}.{key}": tensor + i for i in range(2) for key, tensor in STATE.items()}
+    for places in (("features.",), ("features.0.",), ("features.1.conv.", "features.0.")):
+        wrapped = dict(state)
+        for place in places:
+            wrapped = {key.replace(place, place + inner, 1): tensor for key, tensor in wrapped.items()}
+        load_weights(
+            net, {f"{outer}{key}": t for key, t in {**wrapped, "classifier.bias": torch.zeros(2)}.items()}, "x"
+        )
+        assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
+        net["features"][0].conv.weight.data.zero_()
+        net["features"][1].conv.weight.data.zero_()
+
+
+def test_a_layer_that_is_called_module_keeps_its_name() -> None:
+    net = nn.ModuleDict({"module": nn.ModuleDict({"module": Net()})})
+    load_weights(net, {f"encoder.module.module.{key}": tensor for key, tensor in STATE.items()}, "x")
+    assert torch.equal(net["module"]["module"].conv.weight, STATE["conv.weight"])
+
+
+def test_two_wrappers_of_one_name_do_not_fit() -> None:
+    both = {f"{wrapper}.conv.module.{key[5:]}": tensor for wrapper in ("a", "b") for key, tensor in STATE.items()}
+    with pytest.raises(SppnetError, match=r"x: holds these tensors under a\. and b\.; save one of them"):
+        load_weights(Net(), both, "x")
+    both = {f"conv.{wrapper}.{key[5:]}": tensor for wrapper in ("module", "_orig_mod") for key, tensor in STATE.items()}
+    with pytest.raises(SppnetError, match=r"2 of the 2 .*; not used: conv\.module\.weight, conv\.module\.bias"):
+        load_weights(Net(), both, "x")
+
+
 def test_names_that_fit_as_they_are_keep_their_prefix() -> None:
     net = Net()
     load_weights(net, STATE | {f"ema.{key}": torch.zeros_like(tensor) for key, tensor in STATE.items()}, "x")
@@ -165,6 +205,44 @@ def test_a_checkpoint_may_hold_the_tensors_under_other_keys(tmp_path: Path, hold
     for holder in holders[::-1]:
         values = {"epoch": 3, holder: values}
     torch.save(values, tmp_path / "a.pth")
+    assert load_weight_file(tmp_path / "a.pth").keys() == STATE.keys()
+
+
+OTHER = {key: torch.zeros_like(tensor) for key, tensor in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "second"),
+    [
+        ({"model": STATE, "ema": OTHER}, "model", "ema"),
+        ({"epoch": 3, "model_ema": OTHER, "model": STATE, "optimizer": {"state": {}}}, "model", "model_ema"),
+        ({"state_dict": STATE, "state_dict_ema": {f"module.{k}": t for k, t in OTHER.items()}}, *["state_dict"] * 2),
+        ({"model": STATE, "ema": {"state_dict": OTHER}}, "model", "ema"),
+        ({"state_dict": {"model": STATE, "ema": OTHER}}, "model", "ema"),
+        ({"model": STATE, "teacher": OTHER}, "model", "teacher"),
+    ],
+)
+def test_a_checkpoint_of_two_networks_is_refused(
+    tmp_path: Path, values: dict[str, Any], first: str, second: str
+) -> None:
+    torch.save(values, tmp_path / "a.pth")
+    with pytest.raises(
+        SppnetError,
+        match=rf'a\.pth: holds weights under {first} and {second}.*; save one of .*torch\.load\("a\.pth"\)',
+    ):
+        load_weight_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"model": {"depth": 18, "stem": {"width": 3}}},
+        {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}},
+        {"criterion": {"weight": torch.ones(2)}, "ema": None, "best": torch.ones(1)},
+    ],
+)
+def test_what_else_a_checkpoint_holds_is_left_aside(tmp_path: Path, beside: dict[str, Any]) -> None:
+    torch.save({**beside, "state_dict": STATE}, tmp_path / "a.pth")
     assert load_weight_file(tmp_path / "a.pth").keys() == STATE.keys()
 
 

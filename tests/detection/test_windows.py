@@ -201,7 +201,7 @@ def test_projections_that_make_no_sense_are_refused():
         project_windows(boxes[:1], (300, 300), 688, ZF5, (0, 57))
     with pytest.raises(ValueError, match="scales must be shorter sides in pixels, at least one"):
         choose_scales(boxes[:1], (300, 300), ())
-    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"boxes must have shape \(R, 4\), got .*\(4,\)"):
         choose_scales(boxes[0], (300, 300), FIVE)
 
 
@@ -293,6 +293,42 @@ def test_scales_cannot_be_chosen_from_what_cannot_be(change, message):
         choose_scales(**{**arguments, **change})
 
 
+class Unreadable:
+    def __array__(self, *args, **kwargs):
+        raise IndexError("nothing")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ("abc", "boxes: expected an array, tensor or list of numbers, got str"),
+        ([["1", "2", "3", "4"]], "boxes: expected .* got list"),
+        ([[1, 2, 3, 4], [1, 2]], "boxes: expected an array of numbers, got list"),
+        ([[1, 2, 3, None]], "got list of object"),
+        (BOX.astype(complex), "got ndarray of complex128"),
+        (torch.tensor(BOX).to(torch.complex64), "of complex64"),
+        (torch.ones(2, 4, device="meta"), "got Tensor"),
+        (torch.tensor(BOX).to_sparse(), "got Tensor"),
+        ({}, "got dict"),
+        (None, "got NoneType"),
+        (Unreadable(), "got Unreadable"),
+        (BOX > 0, r"boxes must have shape \(R, 4\), got bool of shape \(1, 4\); give numbers x1, y1, x2, y2"),
+        (torch.ones(2, 4, dtype=torch.bool), r"got bool of shape \(2, 4\)"),
+        (5, r"boxes must have shape \(R, 4\), got int64 of shape \(\)"),
+        (BOX[0], r"got float64 of shape \(4,\); pass boxes\[None\] for one box"),
+        (BOX[:, :3], r"got float64 of shape \(1, 3\); give numbers"),
+        ([[1e9999] * 4], "box 0 is not finite"),
+    ],
+)
+def test_boxes_that_are_no_numbers_are_refused(boxes, message):
+    for call in (
+        lambda: project_windows(boxes, IMAGE, 688, VGG, GRID),
+        lambda: choose_scales(boxes, IMAGE, (480, 688)),
+    ):
+        with pytest.raises(SppnetError, match=message):
+            call()
+
+
 def test_lists_arrays_and_tensors_are_alike():
     for boxes in (
         BOX.tolist(),
@@ -339,6 +375,34 @@ def test_the_map_of_every_backbone_is_accepted_at_every_size(plans, data, height
     assert (windows[:, :2] >= 0).all()
     assert (windows[:, 2:] > windows[:, :2]).all()
     assert (windows[:, 2:] <= [cells[1], cells[0]]).all()
+
+
+@given(st.data(), SIDES, SIDES, st.integers(16, 1600), st.sampled_from((32, 64, 128)))
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_map_of_a_padded_image_gives_the_windows_of_the_image(plans, data, height, width, scale, multiple):
+    steps, geometry = plans[data.draw(st.sampled_from(sorted(plans)))]
+    assume(scale**2 * max(height, width) / min(height, width) < 3e7)
+    size, side = scaled_size((height, width), scale, None)
+    cells, padded = (
+        tuple(map_side(steps, -(-each // divisor) * divisor) for each in size) for divisor in (1, multiple)
+    )
+    if min(cells) < 1:
+        return
+    box = np.array([[width / 4, height / 4, width / 2, height / 2]])  # inside the map, which cuts windows off
+    windows = project_windows(box, (height, width), side, geometry, padded)
+    own = project_windows(box, (height, width), side, geometry, cells)
+    assert np.array_equal(np.minimum(windows[:, 2:], cells[::-1]), own[:, 2:])
+
+
+@pytest.mark.parametrize("cells", [(16, 16), (13, 16), (16, 13), (18, 12)])
+def test_maps_of_images_padded_to_a_multiple_are_taken(cells):
+    assert project_windows([[0, 0, 97, 97]], (97, 97), 97, Geometry(8, 3.5), cells).shape == (1, 4)
+
+
+@pytest.mark.parametrize("cells", [(19, 16), (16, 32), (9, 16), (128, 128)])
+def test_maps_that_no_padding_explains_are_refused(cells):
+    with pytest.raises(SppnetError, match=rf"a map of about 12 × 12 cells, but map_size is {cells[0]} × {cells[1]}"):
+        project_windows([[0, 0, 97, 97]], (97, 97), 97, Geometry(8, 3.5), cells)
 
 
 @given(
