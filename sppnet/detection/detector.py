@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -33,6 +32,7 @@ from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, Detecto
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import nms_per_class
+from sppnet.detection.torch_state import as_device, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import ImageInput, read_pixels
@@ -45,7 +45,7 @@ _PLAIN = (bool, int, float, str, tuple, list, type(None))  # settings of layers
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WindowScores:
     """Scores (R, K) of windows, and where they lie on the maps, for the features of box regression."""
 
@@ -58,8 +58,9 @@ class WindowScores:
 class SPPDetector:
     """Finds the objects of its classes in an image. Make one by training, or ``SPPDetector.load(run)``.
 
-    Weights, layers, their plain settings and hooks may be changed between calls: what is there is used. Neither autocast, gradient and
-    inference modes, nor the default device or dtype of the caller change a result. Threads may share a detector.
+    Weights, layers, their plain settings and hooks may be changed between calls: those of the moment are used. Neither
+    autocast, gradient and inference modes, nor the default device or dtype of the caller change a result. Threads may
+    share a detector.
     """
 
     backbone: Backbone
@@ -139,14 +140,14 @@ class SPPDetector:
         """
         if isinstance(image, list | tuple):
             return _one_by_one(self.embed, image)
-        with _undisturbed(self.device):
+        with undisturbed():
             found = compute_maps(self._runtime(), read_pixels(image), self.config.maps)
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
 
     def score(self, maps: FeatureMaps, windows: ArrayLike) -> NDArray[np.float32]:
         """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
         boxes = check_boxes(windows, "windows", np.float64)
-        with _undisturbed(self.device):
+        with undisturbed():
             return self._score(maps, boxes).scores
 
     def detect_for_evaluation(
@@ -175,7 +176,7 @@ class SPPDetector:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
-        with _undisturbed(self.device):
+        with undisturbed():
             scored = self._score(maps, windows)
             return self.select(windows, scored, passes(scored.scores), overlap, limit)
 
@@ -239,12 +240,12 @@ class SPPDetector:
 
         `backbone`: the network of your own that it was trained with; its weights are read from the folder.
         """
-        description = DetectorDescription.read(run)
+        description, device = DetectorDescription.read(run), as_device(device)
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
         search = make_proposer(config.proposals) if proposer is None else proposer
         try:
-            with _undisturbed(torch.device("cpu")):  # in float32 whatever torch's default
+            with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()
                 network.load_state_dict(tensors["backbone"])
                 levels, ranks = config.pyramid.levels, description.ranks
@@ -262,11 +263,17 @@ class SPPDetector:
 
     def to(self, device: str | torch.device) -> SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
+        device = as_device(device)
         linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
-        config = self.config
+        config, channels = self.config, self.backbone.channels
+        if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
+            found = f"{len(maps.maps[0])}" if isinstance(maps, FeatureMaps) else type(maps).__name__
+            raise SppnetError(
+                f"maps: expected FeatureMaps of {channels} channels, got {found}; pass what embed returned"
+            )
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
         features = self._frozen_head().features(maps, distinct, config.svm.layer)
@@ -297,16 +304,8 @@ class SPPDetector:
         return found[1]
 
 
-@contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Without the gradients, inference mode, autocast and default device that the caller may have set."""
-    plain = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), plain, torch.device("cpu"):
-        yield
-
-
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs after any change of a tensor that is no coincidence: ``.data`` changes no version, so its bits count.
+    """What differs after a change of a tensor: ``.data`` changes no version, so its bits count.
 
     They are laid in rows of 1024 and summed along rows and columns, which sees their order too, on their own device;
     25 ms for the 210 MB of fc6.

@@ -249,6 +249,24 @@ def test_impossible_windows_are_refused(detector, image, windows):
     assert "windows" in refused_by_us(lambda: detector.score(maps, windows))
 
 
+@pytest.mark.parametrize("maps", [None, "image", ["maps"], np.zeros((3, 4, 5)), torch.zeros(3, 4, 5)])
+def test_what_embed_did_not_return_is_not_scored(detector, image, windows, maps):
+    assert "pass what embed returned" in refused_by_us(lambda: detector.score(maps, windows))
+    real = detector.embed(image)
+    assert "pass what embed returned" in refused_by_us(lambda: detector.score([real], windows))
+    narrow = replace(real, maps=tuple(own[:3] for own in real.maps))
+    assert "got 3; pass what embed returned" in refused_by_us(lambda: detector.score(narrow, windows))
+
+
+def test_maps_windows_and_svms_are_equal_to_themselves_alone(detector, image):
+    maps = detector.embed(image)
+    assert maps == maps
+    assert maps != detector.embed(image)
+    assert detector.svms != replace(detector.svms)
+    assert detector.regressors.per_class[0] != replace(detector.regressors.per_class[0])
+    assert len({maps, detector.svms}) == 2
+
+
 def test_evaluation_says_of_which_classes_the_maximum_left_some_out(detector, image, windows):
     whole, cut = detector.detect_for_evaluation(image, windows)
     assert cut == ()
