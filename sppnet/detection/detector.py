@@ -247,6 +247,7 @@ class SPPDetector:
         try:
             with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()
+                _check_fit(network, tensors["backbone"], f"{folder / 'backbone.safetensors'}: the weights")
                 network.load_state_dict(tensors["backbone"])
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
@@ -255,7 +256,7 @@ class SPPDetector:
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
-            if isinstance(error, BackboneError) and config.backbone.module is not None:
+            if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{folder / 'detector.json'}: {OTHER_VERSION} ({reason})") from None
@@ -323,6 +324,16 @@ def _setting(path: str, layer: nn.Module) -> tuple[Any, ...]:
     """What a layer computes with besides its tensors: numbers, texts and flags that it holds, and its hooks."""
     held = {name: repr(value) for name, value in vars(layer).items() if isinstance(value, _PLAIN)}
     return path, type(layer), held, vars(layer).get("forward"), *layer._forward_hooks, *layer._forward_pre_hooks
+
+
+def _check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+    """BackboneError with the first names where the tensors are not those of the network."""
+    own = network.state_dict()
+    wrong = [name for name in {**saved, **own} if name not in own or name not in saved]
+    wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    if wrong:
+        names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        raise BackboneError(f"{what} do not fit this network, at {names}; give the one that was trained")
 
 
 def _one_by_one(do: Callable[..., T], *lists: Sequence[Any], **options: Any) -> list[T]:

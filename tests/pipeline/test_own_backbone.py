@@ -63,8 +63,13 @@ def test_a_network_given_in_python_is_trained_and_must_be_given_again(small_run:
     )
     with pytest.raises(BackboneError, match=r"SPPDetector\.load\(run, backbone=module\)"):
         SPPDetector.load(root)
-    with pytest.raises(SppnetError, match=r"state_dict for OwnBackbone: Missing key"):
-        SPPDetector.load(root, backbone=nn.Conv2d(3, 4, 3))
+    other = SmallResidual()
+    other.stem = nn.Conv2d(3, 12, 7)
+    for wrong, name in ((nn.Conv2d(3, 4, 3), r"module\.stem\.weight, .*, …"), (other, r"module\.stem\.weight;")):
+        with pytest.raises(
+            BackboneError, match=rf"backbone\.safetensors: the weights do not fit this network, at {name}"
+        ):
+            SPPDetector.load(root, backbone=wrong)
     assert run_command("eval", root).status == 2
 
 
