@@ -329,7 +329,7 @@ def _setting(path: str, layer: nn.Module) -> tuple[Any, ...]:
 def _check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:
     """BackboneError with the first names where the tensors are not those of the network."""
     own = network.state_dict()
-    wrong = [name for name in {**saved, **own} if name not in own or name not in saved]
+    wrong = [name for name in {**own, **saved} if name not in own or name not in saved]
     wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
     if wrong:
         names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")

@@ -12,7 +12,7 @@ from torch import nn
 
 from sppnet import SPPDetector, read_image
 from sppnet.artifacts import write_tensors
-from sppnet.errors import BackboneError, SppnetError
+from sppnet.errors import BackboneError
 from sppnet.models.sppnet import build_head
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.training import Training, train_detector
@@ -65,7 +65,10 @@ def test_a_network_given_in_python_is_trained_and_must_be_given_again(small_run:
         SPPDetector.load(root)
     other = SmallResidual()
     other.stem = nn.Conv2d(3, 12, 7)
-    for wrong, name in ((nn.Conv2d(3, 4, 3), r"module\.stem\.weight, .*, …"), (other, r"module\.stem\.weight;")):
+    for wrong, name in (
+        (nn.Conv2d(3, 4, 3), r"module\.weight, module\.bias, module\..*, …"),
+        (other, r"module\.stem\.weight;"),
+    ):
         with pytest.raises(
             BackboneError, match=rf"backbone\.safetensors: the weights do not fit this network, at {name}"
         ):
