@@ -65,12 +65,13 @@ def test_a_network_given_in_python_is_trained_and_must_be_given_again(small_run:
         SPPDetector.load(root)
     other = SmallResidual()
     other.stem = nn.Conv2d(3, 12, 7)
-    for wrong, name in (
-        (nn.Conv2d(3, 4, 3), r"module\.weight, module\.bias, module\..*, …"),
-        (other, r"module\.stem\.weight;"),
-    ):
+    cases = (
+        (nn.Conv2d(3, 4, 3), "module.weight, module.bias, module."),
+        (other, "module.stem.weight, module.stem.bias;"),
+    )
+    for wrong, names in cases:
         with pytest.raises(
-            BackboneError, match=rf"backbone\.safetensors: the weights do not fit this network, at {name}"
+            BackboneError, match=r"backbone\.safetensors: the weights do not fit this network, at " + names
         ):
             SPPDetector.load(root, backbone=wrong)
     assert run_command("eval", root).status == 2
