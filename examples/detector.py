@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sppnet import SPPDetector, read_image
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 run, folder = sys.argv[1:]
 detector = SPPDetector.load(run)  # device="cuda" on a GPU
 print("classes:", ", ".join(detector.classes))

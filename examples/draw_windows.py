@@ -10,11 +10,15 @@ from PIL import Image, ImageDraw
 
 from sppnet import Geometry, project_windows, read_image, selective_search
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 image = read_image(sys.argv[1])
 height, width = image.shape[:2]
 geometry, scale = Geometry(stride=16, first_centre=7.5), 400  # VGG16
 factor = (scale - 1) / (min(height, width) - 1)
-map_size = tuple(int(side * factor) // 16 for side in (height, width))
+map_size = tuple(
+    int(side * scale / min(height, width) + 0.5) // 16 for side in (height, width)
+)  # of the scaled picture
 boxes = selective_search(image, max_windows=6)
 cells = project_windows(boxes, (height, width), scale, geometry, map_size)
 

@@ -11,6 +11,8 @@ from torchvision.transforms.v2.functional import normalize, resize
 
 from sppnet import Geometry, pool_windows, project_windows, read_image, selective_search
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 backbone = torch.nn.Sequential(*list(resnet18(weights=None).children())[:-3]).eval()  # weights="DEFAULT": ImageNet's
 geometry = Geometry.of(backbone)
 print(f"stride {geometry.stride:g}, the first cell looks at pixel {geometry.first_centre:g}")

@@ -235,6 +235,13 @@ def test_every_configuration_is_valid_and_named_after_its_file(path: Path) -> No
     assert len(config.finetune.steps) == len(config.finetune.learning_rates)
 
 
+def test_the_configuration_of_a_backbone_of_ones_own_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(blocks("yaml", "docs/own-backbone.md")[0])
+    config = load_config(tmp_path / "own.yaml")
+    assert config.backbone.module == "my_networks:small_resnet"
+    assert config.pretrain.enabled
+
+
 # --- the project ------------------------------------------------------------------------------------
 
 

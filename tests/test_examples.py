@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doubles import random_backbone
 from PIL import Image
+
+from sppnet.images import scaled_size
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -74,6 +77,21 @@ def test_the_boxes_of_another_detector(run: Any) -> None:
 
 
 def test_windows_of_a_map_drawn(run: Any) -> None:
-    assert "windows on a map of" in run("draw_windows", "photo.jpg", "windows.png")
+    assert "windows on a map of 25 × 33 cells" in run("draw_windows", "photo.jpg", "windows.png")
     with Image.open("windows.png") as drawn:
         assert drawn.size == (320, 120)
+
+
+@pytest.mark.parametrize(("size", "cells"), [((480, 640), "25 × 33"), ((375, 500), "25 × 33"), ((400, 231), "43 × 25")])
+def test_the_map_drawn_has_the_size_of_that_of_vgg16(run: Any, size: tuple[int, int], cells: str) -> None:
+    scaled = scaled_size(size, 400)[0]
+    assert random_backbone("vgg16").map_size(scaled) == tuple(map(int, cells.split(" × ")))
+    Image.new("RGB", size[::-1], "grey").save("flat.png")
+    assert f"on a map of {cells} cells" in run("draw_windows", "flat.png", "windows.png")
+
+
+@pytest.mark.parametrize("name", ["detector", "draw_windows", "windows"])
+@pytest.mark.parametrize("given", [(), ("one", "two", "three")])
+def test_a_script_without_its_arguments_says_which(run: Any, name: str, given: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match=f"python examples/{name}.py "):
+        run(name, *given)

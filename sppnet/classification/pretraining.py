@@ -56,6 +56,7 @@ def pretrain_network(
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     counts = np.bincount(labels)
     shares = 1 / (counts[labels] * np.count_nonzero(counts))  # every class is drawn as often as any other
+    batch = max(1, settings.batch // distributed.world_size())
     epoch_steps = max(1, len(crops) // settings.batch)
     shown = progress and distributed.is_main()
     devices = [device] if device.type == "cuda" else []  # all GPUs by default, each with a context
@@ -64,7 +65,7 @@ def pretrain_network(
             rng = np.random.default_rng((settings.seed, step, distributed.rank()))  # of this step alone, for resuming
             seed_dropout(device, int(rng.integers(1 << 62)))
             size = settings.sizes[step // epoch_steps % len(settings.sizes)]
-            chosen = rng.choice(len(crops), size=settings.batch, p=shares)
+            chosen = rng.choice(len(crops), size=batch, p=shares)
             views = random_views(crops[torch.from_numpy(chosen)], size, max(settings.sizes), rng)
             trainer.train_step(step, views, torch.from_numpy(labels[chosen]))
             if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:

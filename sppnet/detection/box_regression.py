@@ -19,6 +19,7 @@ from torch import Tensor
 from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_boxes, check_rows
 from sppnet.config import BoxRegressionSettings, checked_settings
+from sppnet.detection.torch_state import as_device, undisturbed
 from sppnet.errors import SppnetError
 from sppnet.records import Boxes
 
@@ -26,11 +27,12 @@ logger = logging.getLogger("sppnet")
 
 BLOCK = 1024  # rows of a system computed at once
 EXACT_SIDE = 2048  # larger systems are formed from float32 products: far faster, their rounding far below λ
+LARGEST_TARGET = 1e6  # sides of the window; no image has a box so far from it
 FAR = 10.0  # a mean norm so many times off the one that the ridge is made for is logged
 _PARTS = ("weight", "bias", "target_mean", "target_unwhiten")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoxRegressor:
     """The regressor of one class: weight (4, D) and bias (4,) in whitened space, and the way back; all float64.
 
@@ -43,6 +45,7 @@ class BoxRegressor:
     target_unwhiten: Tensor  # (4, 4), symmetric: (S + ε I)^(1/2)
     scale: float = 1.0  # multiplies the features
 
+    @undisturbed()
     def refine(self, features: ArrayLike | Tensor, windows: ArrayLike) -> NDArray[np.float64]:
         """Features (R, D) of windows (R, 4) -> the predicted boxes (R, 4), not clipped to the image.
 
@@ -55,7 +58,7 @@ class BoxRegressor:
         return apply_targets(corners, (whitened.cpu() @ self.target_unwhiten + self.target_mean).numpy())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoxRegressors:
     """The regressors of all classes; all of one feature width and scale."""
 
@@ -74,6 +77,7 @@ class BoxRegressors:
         """The same with the weights in float32: at test time enough, and wide features need no conversion."""
         return replace(self, per_class=tuple(replace(own, weight=own.weight.float()) for own in self.per_class))
 
+    @undisturbed()
     def refine(
         self,
         features: ArrayLike | Tensor,
@@ -98,6 +102,7 @@ class BoxRegressors:
             refined[own] = self.per_class[label].refine(inputs, corners[own])
         return refined
 
+    @undisturbed()
     def to_tensors(self) -> dict[str, Tensor]:
         """Tensors stacked over the classes, and their names, that `from_tensors` reads back."""
         return {
@@ -116,6 +121,7 @@ class BoxRegressors:
         return cls(tuple(BoxRegressor(**parts, scale=scale) for parts in each), classes)
 
 
+@undisturbed()
 def fit_box_regressor(
     features: ArrayLike | Tensor,
     windows: ArrayLike,
@@ -134,6 +140,7 @@ def fit_box_regressor(
     """
     settings = checked_settings(BoxRegressionSettings, settings)
     features, scale = _as_tensor(features), as_scale(scale)
+    place = features.device if device is None else as_device(device)
     norms = torch.linalg.vector_norm(features.float(), dim=1) * scale
     if not bool(norms.isfinite().all()):
         raise SppnetError(f"features must be finite, row {int((~norms.isfinite()).nonzero()[0])} is not; leave it out")
@@ -143,11 +150,19 @@ def fit_box_regressor(
             "pass scale=mean_norm_scale(norms)"
         )
     corners = _matching_boxes(windows, len(features), "windows")
-    targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
+    with np.errstate(over="ignore"):
+        targets = regression_targets(corners, _matching_boxes(boxes, len(features), "boxes"))
+    far = np.flatnonzero(~(np.abs(targets) < LARGEST_TARGET).all(axis=1))
+    if len(far):
+        raise SppnetError(f"boxes must lie near their windows, that of row {far[0]} does not; leave it out")
     mean, unwhiten, whitened = _whiten(targets, settings.whitening)
     kind = torch.float64 if min(features.shape) <= EXACT_SIDE else torch.float32
-    rows = torch.nn.functional.pad(features.to(device or features.device, kind) * scale, (0, 1), value=1.0)
-    solution = _solve_ridge(rows, torch.from_numpy(whitened).to(rows.device), settings.ridge).cpu()
+    rows = torch.nn.functional.pad(features.to(place, kind) * scale, (0, 1), value=1.0)
+    try:
+        solution = _solve_ridge(rows, torch.from_numpy(whitened).to(rows.device), settings.ridge).cpu()
+    except torch.linalg.LinAlgError:
+        ridge = f"boxes.ridge={settings.ridge:g} is too small for these {len(rows)} rows of features"
+        raise SppnetError(f"{ridge}, some of which depend on each other; raise it (release: 4000)") from None
     weight, bias = solution[:-1].T.contiguous(), solution[-1]
     return BoxRegressor(weight, bias, torch.from_numpy(mean), torch.from_numpy(unwhiten), scale)
 

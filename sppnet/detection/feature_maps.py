@@ -23,7 +23,7 @@ from sppnet.jobs import map_in_workers
 from sppnet.records import ImageRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureMaps:
     """The maps of one image: one (C, H, W) tensor a scale, and the shorter side in pixels it was computed at."""
 

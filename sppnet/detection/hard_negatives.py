@@ -21,6 +21,7 @@ from torch import Tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
 from sppnet.config import SVMSettings, checked_settings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
+from sppnet.detection.torch_state import undisturbed
 from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
@@ -31,7 +32,7 @@ logger = logging.getLogger("sppnet")
 NEVER = -1e3  # bias of a class that could not be trained: below any threshold on scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MinedSVMs:
     svms: LinearSVMs
     untrained: dict[str, str]  # class -> reason; its SVM never fires
@@ -39,6 +40,7 @@ class MinedSVMs:
     dropped: int  # negatives that the full cache dropped
 
 
+@undisturbed()
 def mine_detectors(
     images: Sequence[tuple[ArrayLike, ArrayLike]] | MiningWindows,
     classes: Sequence[str],
@@ -171,7 +173,8 @@ class _Miner:
         self.images, self.settings, self.positives = images, settings, positives
         width = positives[0].shape[1]
         self.active = np.array([len(rows) > 0 for rows in positives])
-        self.svms = LinearSVMs(torch.zeros(len(classes), width), torch.full((len(classes),), NEVER), scale, classes)
+        weight = torch.zeros(len(classes), width, dtype=torch.float32)
+        self.svms = LinearSVMs(weight, torch.full((len(classes),), NEVER, dtype=torch.float32), scale, classes)
         self.retrains = np.zeros(len(classes), np.int64)
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
@@ -314,7 +317,7 @@ def _collect_positives(
         close = draw_rows(np.flatnonzero((labels == label) & ~is_object), min(settings.max_positives, most), rng)
         rows = np.concatenate([objects, close])
         places[rows] = np.arange(len(rows))
-        kept.append(torch.empty(len(rows), width))
+        kept.append(torch.empty(len(rows), width, dtype=torch.float32))
     parts = np.split(places, np.cumsum([len(image.labels) for image in found])[:-1])
     for index, own in enumerate(progress_bar(parts, "features of positives", "image", shown=progress)):
         chosen = np.flatnonzero(own >= 0)

@@ -32,6 +32,7 @@ from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_rows
 from sppnet.compiling import compiled
 from sppnet.config import SVMSettings, checked_settings
+from sppnet.detection.torch_state import undisturbed
 from sppnet.errors import SppnetError
 
 logger = logging.getLogger("sppnet")
@@ -40,7 +41,7 @@ ONE_SIDED = 0.95  # a share of the scores on one side of 0 that a fit may warn o
 ZERO_GRADIENT = 1e-12  # a smaller projected gradient leaves α as it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearSVM:
     """One trained SVM: weight (D,) float64 and bias, for features in the units of those that it was trained on.
 
@@ -71,7 +72,7 @@ class SVMObjective(NamedTuple):
         return f"{self.total:.3f} = {self.positive:.3f} pos + {self.negative:.3f} neg + {self.regularisation:.3f} reg"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearSVMs:
     """The SVMs of all classes: weight (K, D) float32, bias (K,) float32, the scale of the features, the names."""
 
@@ -89,11 +90,13 @@ class LinearSVMs:
     def score(self, features: ArrayLike | Tensor) -> Tensor:
         """Unscaled features (R, D), array or tensor -> scores (R, K) float32 on their device: scale · x · Wᵀ + b."""
         if not isinstance(features, Tensor) or features.is_complex():
-            features = torch.tensor(_as_array(features))
+            features = torch.tensor(_as_array(features), device="cpu")
         check_rows(tuple(features.shape), self.weight.shape[1])
         weight = (self.weight * self.scale).to(features.device)
-        return linear(features.float(), weight, self.bias.to(features.device))
+        with torch.autocast(features.device.type, enabled=False):
+            return linear(features.float(), weight, self.bias.to(features.device))
 
+    @undisturbed()
     def to_tensors(self) -> dict[str, Tensor]:
         """Named tensors that `from_tensors` reads back, names of the classes included."""
         scale = torch.tensor(self.scale, dtype=torch.float64)

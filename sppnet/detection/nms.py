@@ -71,7 +71,7 @@ def _nms(
     # What survives of the best boxes does not depend on the rest, so the first few often suffice.
     for count in (4 * limit, len(order)):
         first = torch.from_numpy(boxes64[order[:count]])
-        kept = suppress(first, torch.arange(len(first), 0, -1, dtype=torch.float64), threshold).numpy()
+        kept = suppress(first, torch.arange(len(first), 0, -1, dtype=torch.float64, device="cpu"), threshold).numpy()
         if len(kept) >= limit or count >= len(order):
             break
     return order[kept[:limit]]

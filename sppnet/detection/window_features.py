@@ -25,7 +25,7 @@ STEP = 128  # rows; oneDNN keeps what it prepared for each number of them, megab
 BATCH = 1024  # windows pooled and multiplied together: small enough that the allocator reuses the memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProjectedWindows:
     """Where windows fall on the maps: at which scale (R,), and on which cells (R, 4)."""
 

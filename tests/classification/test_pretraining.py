@@ -5,6 +5,7 @@ import pytest
 import torch
 from doubles import annotated, picture, picture_record, random_backbone
 
+from sppnet import distributed
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import build_backbone
 from sppnet.classification import pretraining
@@ -249,6 +250,17 @@ def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch
         pretrain_network(random_backbone(), records, CLASSES, config, False, tmp_path / "checkpoint.safetensors")
     again = tmp_path / "checkpoint.safetensors"
     assert not again.exists() or torch.isfinite(read_tensors(again)["sums"][0])
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 16), (2, 8), (3, 5), (20, 1)])
+def test_processes_share_a_batch(records, monkeypatch, processes, share):
+    counts = []
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "average_gradients", lambda parameters: None)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(pretraining, "random_views", lambda crops, *rest: counts.append(len(crops)) or crops.float())
+    pretrain_network(random_backbone(), records, CLASSES, config_of(steps=2), progress=False)
+    assert counts == [share] * 2
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from doubles import refused_by_us
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused_here
@@ -299,3 +300,26 @@ def test_settings_and_scales_that_cannot_be_are_refused():
     refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, spoiled), "ridge: ")
     refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, 4000), "settings must be BoxRegressionSettings")
     refused_here(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, scale=-1), "scale must be a positive number")
+
+
+@pytest.mark.parametrize("ridge", [1e-300, 1e-15])  # lost beside a sum of 64
+def test_a_ridge_too_small_for_features_that_depend_on_each_other_is_refused(ridge):
+    windows = np.tile([0, 0, 9.0, 9], (64, 1))
+    for features in (np.ones((64, 5)), np.full((64, 9), 2.0)):
+        message = refused_by_us(
+            lambda features=features: fit_box_regressor(
+                features, windows, windows + 1, BoxRegressionSettings(ridge=ridge)
+            )
+        )
+        assert f"boxes.ridge={ridge:g} is too small" in message
+
+
+@pytest.mark.parametrize("far", [[0, 0, 1e300, 1e300], [1e200, 0, 1e200, 0], [0, -1e9, 0, 0]])
+def test_boxes_far_from_their_windows_are_refused(far):
+    windows = np.tile([0, 0, 9.0, 9], (60, 1))
+    boxes = windows.copy()
+    boxes[7] += far
+    if boxes[7, 0] == boxes[7, 2]:  # the sides are lost beside so large a number
+        boxes[7, 2] *= 2
+    message = refused_by_us(lambda: fit_box_regressor(np.ones((60, 5)), windows, boxes))
+    assert "boxes must lie near their windows, that of row 7 does not" in message

@@ -12,7 +12,7 @@ from torch import nn
 
 from sppnet import SPPDetector, read_image
 from sppnet.artifacts import write_tensors
-from sppnet.errors import BackboneError, SppnetError
+from sppnet.errors import BackboneError
 from sppnet.models.sppnet import build_head
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.training import Training, train_detector
@@ -63,8 +63,17 @@ def test_a_network_given_in_python_is_trained_and_must_be_given_again(small_run:
     )
     with pytest.raises(BackboneError, match=r"SPPDetector\.load\(run, backbone=module\)"):
         SPPDetector.load(root)
-    with pytest.raises(SppnetError, match=r"state_dict for OwnBackbone: Missing key"):
-        SPPDetector.load(root, backbone=nn.Conv2d(3, 4, 3))
+    other = SmallResidual()
+    other.stem = nn.Conv2d(3, 12, 7)
+    cases = (
+        (nn.Conv2d(3, 4, 3), "module.weight, module.bias, module."),
+        (other, "module.stem.weight, module.stem.bias;"),
+    )
+    for wrong, names in cases:
+        with pytest.raises(
+            BackboneError, match=r"backbone\.safetensors: the weights do not fit this network, at " + names
+        ):
+            SPPDetector.load(root, backbone=wrong)
     assert run_command("eval", root).status == 2
 
 
