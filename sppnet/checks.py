@@ -84,7 +84,8 @@ def as_boxes(values: object, name: str = "boxes") -> NDArray[np.float64]:
         return np.zeros((0, 4))
     if array.ndim != 2 or array.shape[1] != 4 or array.dtype.kind == "b":
         hint = f"; pass {name}[None] for one box" if array.shape == (4,) else ""
-        raise SppnetError(f"{name} must have shape (R, 4), got {array.shape}{hint}")
+        kind = "bool of shape " if array.dtype.kind == "b" else ""
+        raise SppnetError(f"{name} must have shape (R, 4), got {kind}{array.shape}{hint}")
     return array.astype(np.float64, copy=False)
 
 
