@@ -42,6 +42,12 @@ def test_a_variable_that_is_not_set_is_named(written):
         expand_path(written)
 
 
+@pytest.mark.parametrize("written", ["~no-such-user/x", "~nobody.here"])
+def test_a_user_who_is_not_known_is_an_error(written):
+    with pytest.raises(SppnetError, match=f"^{written}: ~ stands for the home of a user, and none is known"):
+        expand_path(written)
+
+
 @pytest.mark.parametrize("name", ["$NOWHERE", "~", "$PLACE", "~odd"])
 def test_what_has_the_very_name_is_meant_itself(name):
     Path(name).mkdir()
