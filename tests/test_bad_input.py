@@ -100,7 +100,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("pretrain.sizes=[8]", "pretrain.sizes.0: Input should be greater than or equal to 16, got 8"),
         ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
         ("data.train=[]", "data.train: expected a list with something in it, got []"),
-        ("name=../elsewhere", "name: String should match pattern"),
+        ("name=../elsewhere", "name: expected a name without slashes and control characters"),
     ],
 )
 def test_settings_that_do_not_exist_or_make_no_sense(config, override, message):
