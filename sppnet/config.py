@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.paths import expand_path
 from sppnet.settings import Settings
 
@@ -190,7 +190,7 @@ class PretrainSettings(Settings):
 def _one_rate_per_phase(settings: Any) -> Any:
     steps, rates = len(settings.steps), len(settings.learning_rates)
     if steps != rates:
-        counts = f"steps has {steps} phases but learning_rates has {rates}"
+        counts = f"steps has {counted(steps, 'phase')} but learning_rates has {rates}"
         raise ValueError(f"{counts}; give one learning rate per phase")
     return settings
 

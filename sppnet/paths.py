@@ -36,7 +36,14 @@ def expand_path(text: str | os.PathLike[str]) -> Path:
 
 
 def fitting_name(stem: str, ending: str) -> str:
-    """The name of a file, its stem cut where both are too long together, with a digest to tell it from others."""
+    """The name of a file: letters that file names cannot have here are escapes, as in "\\u732b".
+
+    Its stem is cut where both are too long together, with a digest to tell it from others.
+    """
+    try:
+        os.fsencode(stem)
+    except UnicodeEncodeError:  # a locale without UTF-8
+        stem = stem.encode("ascii", "backslashreplace").decode()
     if len(os.fsencode(stem + ending)) <= LONGEST_NAME:
         return stem + ending
     ending = f"-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]}{ending}"

@@ -185,7 +185,7 @@ def test_a_missing_image(config, devkit):
     image(devkit, "train_00003").unlink()
     message = training_refused(config)
     assert "SHAPES/JPEGImages/train_00003: no such image" in message
-    assert "one of 1 missing of the 8 in" in message
+    assert "1 of 8 images in" in message
 
 
 def test_an_image_that_is_none(config, devkit):

@@ -412,7 +412,9 @@ def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
     assert "expected a pattern with {} for the class" in refused(*base, "--detections", file, "--classes", "star")
     pattern = tmp_path / "comp4_{}.txt"
     assert "expected class names separated by commas" in refused(*base, "--detections", pattern, "--classes", ",")
-    assert "comp4_star.txt: cannot read this text file" in refused(*base, "--detections", pattern, "--classes", "star")
+    assert "comp4_star.txt: no such file of the class 'star'; expected one for each of --classes, named as" in refused(
+        *base, "--detections", pattern, "--classes", "star"
+    )
     file.write_text("test_00000 0.5 1 1 20\n")
     message = refused(*base, "--detections", pattern, "--classes", "star")
     assert "comp4_star.txt:1: expected 'id score xmin ymin xmax ymax'" in message
@@ -436,7 +438,7 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
         images = "1 image" if count == 1 else f"{count} images"
-        expected = f"{total} detections in {images}, scores from -1.50, written to {tmp_path / f'out{count}'}\n"
+        expected = f"{total} detections in {images}, threshold -1.50, written to {tmp_path / f'out{count}'}\n"
         assert result.out == expected
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
@@ -454,7 +456,7 @@ def test_detect_shows_scores_from_the_thresholds_of_the_detector_unless_told_oth
         entries = json.loads((tmp_path / name / "detections.json").read_text())
         scores[name] = [found["score"] for found in entries[0]["detections"]]
         if name == "default":
-            assert f"scores from {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
+            assert f"thresholds {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
             assert all(found["score"] >= lowest[found["class"]] - 1e-6 for found in entries[0]["detections"])
     assert scores["high"] == []
     assert len(scores["low"]) > len(scores["default"])

@@ -110,7 +110,7 @@ def test_a_bad_override_says_what_is_wrong(file, override, message):
         ("head: {dropout: 1}", r"head\.dropout: Input should be less than 1, got 1"),
         ("maps: {scales: [8]}", r"maps\.scales\.0: Input should be greater than or equal to 16, got 8"),
         ("pyramid: {levels: []}", r"pyramid\.levels: expected a list with something in it"),
-        ("finetune: {steps: [5]}", r"steps has 1 phases but learning_rates has 3; give one learning rate per phase"),
+        ("finetune: {steps: [5]}", r"steps has 1 phase but learning_rates has 3; give one learning rate per phase"),
         (
             "backbone: {weights: {source: file}}",
             r"source is 'file' but no file is named; set backbone\.weights\.file=PATH",
@@ -217,7 +217,7 @@ def test_settings_made_in_python_refuse_unknown_names_too():
         BoxRegressionSettings(overlap=3)
     with pytest.raises(SppnetError, match=r"^svm\.C: Input should be greater than 0, got -1$"):
         Config(svm={"C": -1})
-    with pytest.raises(SppnetError, match=r"^finetune: steps has 1 phases"):
+    with pytest.raises(SppnetError, match=r"^finetune: steps has 1 phase"):
         Config.model_validate({"finetune": {"steps": [1]}})
     with pytest.raises(SppnetError, match=r"^svm: expected a section of settings, got 3$"):
         Config(svm=3)
@@ -236,7 +236,7 @@ def test_what_is_no_path_and_no_override_is_refused(file, path, overrides):
         (["finetune.step=[1]"], r"^--set finetune\.step=\[1\]: unknown setting finetune\.step; did you mean"),
         (["svm.seed=1", "svm.C=0", "name=b"], r"^--set svm\.C=0: svm\.C: Input should be greater than 0"),
         (["svm={C: 0}"], r"^--set svm=\{C: 0\}: svm\.C: Input"),
-        (["finetune.steps=[5]"], r"^.*settings\.yaml with --set finetune\.steps=\[5\]: finetune: steps has 1 phases"),
+        (["finetune.steps=[5]"], r"^.*settings\.yaml with --set finetune\.steps=\[5\]: finetune: steps has 1 phase"),
         (["svm.seed=1"], r"^[^ ]*settings\.yaml: maps\.scales: expected a list"),
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sppnet.artifacts import file_digest
 from sppnet.data.voc import normalise, read_annotation, read_lines
-from sppnet.errors import ImageError, SppnetError
+from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
 from sppnet.records import ImageRecord, SkipCounts
 
@@ -106,14 +106,14 @@ def load_splits(
     """Several splits one after the other; an image that is in two of them is an error."""
     records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
     for split in splits:
-        more, counted = load_split(root, split, require_annotations)
+        more, left_out = load_split(root, split, require_annotations)
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
                 raise SppnetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
             split_of[record.id] = split
         records += more
-        skips = skips.plus(counted)
+        skips = skips.plus(left_out)
     return records, skips
 
 
@@ -149,7 +149,7 @@ def _find_images(set_file: Path) -> dict[str, Path]:
     missing = [name for name in names if name not in files]
     if missing:
         first = f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)})"
-        which = f"one of {len(missing)} missing of the {len(names)} in {set_file}"
+        which = f"{len(missing)} of {counted(len(names), 'image')} in {set_file} missing"
         raise SppnetError(f"{first}, {which}; add them, or take their ids out of the list")
     return {name: _only(files[name], name) for name in names}
 

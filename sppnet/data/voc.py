@@ -181,6 +181,6 @@ def normalise(text: str) -> str:
 
 def read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines ends lines at U+2028 and U+0085 too
     except (OSError, UnicodeDecodeError) as error:
         raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None

@@ -125,7 +125,7 @@ def _is_list(path: Path) -> bool:
 
 
 def _is_table(path: Path) -> bool:
-    return path.read_bytes()[:99].decode(errors="replace").partition("\r\n")[0] == ",".join(COLUMNS)
+    return path.is_file() and path.read_bytes()[:99].decode(errors="replace").partition("\r\n")[0] == ",".join(COLUMNS)
 
 
 def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
