@@ -23,7 +23,7 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import files_by_stem, find_annotations, read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, find_set, read_image_set
 from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError, counted
@@ -93,9 +93,14 @@ def _train(options: argparse.Namespace) -> int:
     graph = training.graph
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
-    missing = training.missing_inputs(only)
+    missing = [f"{reason}; training would end there" for reason in training.missing_inputs(only)]
+    for split in config.data.test:
+        try:
+            find_set(config.data.root, split)
+        except SppnetError as error:
+            missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:
-        print(f"{reason}; training would end there", file=sys.stderr)
+        print(reason, file=sys.stderr)
     return 1 if missing else 0
 
 

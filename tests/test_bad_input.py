@@ -152,14 +152,12 @@ def test_a_run_folder_that_is_a_file(config, tmp_path):
 
 def test_missing_data_name_what_fetches_them(config):
     message = training_refused(config, "data.root=/nowhere/VOCdevkit")
-    assert (
-        "/nowhere/VOCdevkit: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, or set data.root" in message
-    )
+    assert "/nowhere/VOCdevkit: no such data folder; set data.root to your own folder" in message
 
 
 def test_the_same_is_said_by_a_dry_run(config, tmp_path):
     message = refused("train", config, "--run", tmp_path / "run", "--dry-run", "--set", "data.root=/nowhere")
-    assert "scripts/fetch_voc" in message
+    assert "/nowhere: no such data folder; set data.root to your own folder" in message
 
 
 def test_splits_that_are_not_there_or_overlap(config, devkit):
@@ -339,3 +337,17 @@ def test_no_image_to_detect_in(run, tmp_path):
     ):
         assert message in refused("detect", run.root, asked, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_only_the_default_folder_is_said_to_be_that_of_pascal_voc(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused("train", config, "--run", tmp_path / "run", "--dry-run", "--set", "data.root=data/VOCdevkit")
+    assert "data/VOCdevkit: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, or set data.root" in message
+
+
+@pytest.mark.parametrize("split", ["SHAPES/tset", "OTHER/test", "test"])
+def test_a_dry_run_names_test_splits_that_are_not_there(config, tmp_path, split):
+    result = run_command("train", config, "--run", tmp_path / "run", "--dry-run", "--set", f"data.test=[{split}]")
+    assert result.status == 1
+    assert split in result.err
+    assert "sppnet eval would end there (data.test)" in result.err

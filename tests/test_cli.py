@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from devkit import thing, xml_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -683,3 +685,21 @@ def test_the_advice_about_the_threshold_helps_below_the_setting_too(run, tmp_pat
     result = run_command("detect", run.root, image, "--out", tmp_path / "out", "--threshold", "-1.5")
     assert "nothing scores above" not in result.out
     assert json.loads((tmp_path / "out/detections.json").read_text())[0]["detections"]
+
+
+@pytest.mark.parametrize("lowest", ["-INF", "-Infinity", "-inf", "-1E9"])
+def test_a_threshold_may_be_any_negative_number(lowest):
+    options = cli._options(["detect", "run", "a.jpg", "--out", "o", "--threshold", lowest])
+    assert options.threshold == float(lowest)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_score_finds_files_as_a_shell_and_macos_name_them(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.xml").write_text(xml_of(thing("é", 1, 1, 50, 50)))
+    (tmp_path / "test.txt").write_text("a\n")
+    (tmp_path / f"c_{unicodedata.normalize(form, 'é')}.txt").write_text("a 0.9 1 1 50 50\n")
+    options = ["score", "--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--detections", "~/c_{}.txt"]
+    for typed in ("NFC", "NFD"):
+        result = run_command(*options, "--classes", unicodedata.normalize(typed, "é"), "--json")
+        assert json.loads(result.out)["map"] == 1

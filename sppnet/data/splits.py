@@ -67,7 +67,7 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
     record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
     header and all of `read_annotation`.
     """
-    set_file = _set_file(Path(root), split)
+    set_file = find_set(Path(root), split)
     folder, records, skipped = set_file.parents[2], list[ImageRecord](), dict[str, list[str]]()
     images = _find_images(set_file)
     annotations = find_annotations(folder / "Annotations", images)
@@ -95,7 +95,7 @@ def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def split_digests(root: Path | str, split: str) -> dict[str, str]:
     """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
-    set_file = _set_file(Path(root), split)
+    set_file = find_set(Path(root), split)
     year = normalise(set_file.parents[2].name)
     return {f"{year}/{name}": file_digest(path) for name, path in _find_images(set_file).items()}
 
@@ -117,7 +117,8 @@ def load_splits(
     return records, skips
 
 
-def _set_file(root: Path, split: str) -> Path:
+def find_set(root: Path, split: str) -> Path:
+    """The file of an image set ``<year folder>/<set>``; SppnetError, with those that there are, for one that is not."""
     parts = split.split("/")
     if len(parts) != 2 or not all(parts) or ".." in parts:
         raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
