@@ -22,7 +22,7 @@ from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
 from sppnet.config import SVMSettings, checked_settings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
 from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows
-from sppnet.errors import SppnetError, counted
+from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.records import pairwise_iou
 
@@ -176,9 +176,7 @@ class _Miner:
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, positives, strict=True))
-        logger.info(
-            f"svm mining {counted(len(images), 'image')}; positives {counts}; cache for {self.cache.capacity} windows"
-        )
+        logger.info(f"svm mining {len(images)} images; positives {counts}; cache for {self.cache.capacity} windows")
 
     def visit(self, index: int) -> None:
         """Let the hard negatives of one image enter the cache; fit the classes that are due."""

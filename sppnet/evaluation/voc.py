@@ -115,7 +115,7 @@ def evaluate_voc(
     if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
         raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
     if not isinstance(detections, Mapping) and len(detections) != len(annotations):
-        counts = f"{counted(len(detections), 'detection')} and {counted(len(annotations), 'annotation')}"
+        counts = f"{len(detections)} detections and {len(annotations)} annotations"
         raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
     _require_annotations(found_in, truth_of, "detections")
     known = {name for found in found_in.values() for name in found.classes}

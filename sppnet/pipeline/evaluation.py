@@ -88,12 +88,7 @@ def detect_split(
             cut.append(record.id)
     if cut:
         limit, images = f"detect.max_per_class={config.detect.max_per_class}", counted(len(cut), "image")
-        log.info(
-            "%s left out detections of %s, %s the first; a larger one keeps them",
-            limit,
-            counted(len(cut), "image"),
-            cut[0],
-        )
+        log.info("%s left out detections of %s, %s the first; a larger one keeps them", limit, images, cut[0])
     known = restrict([r for r in records if r.annotation is not None], description.classes)
     annotations = {r.id: r.annotation for r in known if r.annotation is not None}
     evaluation = quality = None
