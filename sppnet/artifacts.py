@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from sppnet.errors import ArtifactError
@@ -128,7 +128,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> Any:
     with _reading(path):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_arrays(path: Path, durable: bool = True, **arrays: NDArray[Any]) -> None:
@@ -159,13 +159,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Named tensors as .safetensors."""
     # Copies: tensors that share memory, as tied weights do, are refused by safetensors.
     contiguous = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    own = dict(metadata) if metadata else None
     with _replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        if _is_text(path):
+            save_file(contiguous, temporary, metadata=own)
+        else:
+            temporary.write_bytes(save(contiguous, own))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     with _reading(path):
-        return load_file(path)
+        return load_file(path) if _is_text(path) else load(path.read_bytes())
+
+
+def _is_text(path: Path) -> bool:
+    """Whether safetensors takes the path: it must be UTF-8, else the file goes through memory as a whole."""
+    return str(path.absolute()).encode(errors="replace") == os.fsencode(path.absolute())
 
 
 def names_to_tensor(names: Sequence[str]) -> Tensor:

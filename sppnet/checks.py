@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 
 
 def is_whole(value: Any) -> bool:
@@ -138,7 +138,7 @@ def check_thresholds(value: float | ArrayLike, classes: Sequence[str]) -> NDArra
     """Lowest scores (K,) from one number, or from one for each class; infinite ones let all or nothing pass."""
     array = as_numbers(value, "threshold")
     if array.shape not in ((), (len(classes),)) or array.dtype.kind == "b" or np.isnan(array).any():
-        expected = f"a number, or one for each of the {len(classes)} classes"
+        expected = f"a number, or one for each of {counted(len(classes), 'class')}"
         raise SppnetError(f"threshold: expected {expected}, got {value!r}; leave it out for detector.thresholds")
     with np.errstate(over="ignore"):
         return np.broadcast_to(array.astype(np.float32), len(classes))

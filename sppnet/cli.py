@@ -63,7 +63,9 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf).*")  # argparse's own takes -1e-3 for an option
+        self._negative_number_matcher = re.compile(
+            r"-(\d|\.\d|inf).*", re.IGNORECASE
+        )  # argparse's own takes -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.given = sys.argv[1:] if args is None else list(args)
@@ -162,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")
     score.add_argument("--annotations", type=PATH, required=True, metavar="DIR", help="folder of VOC .xml files")
     score.add_argument("--image-set", type=PATH, required=True, metavar="FILE", help="image ids, one a line")
-    score.add_argument("--detections", required=True, metavar="PATTERN", help='comp4 files, "{}" for the class')
+    score.add_argument(
+        "--detections", type=PATH, required=True, metavar="PATTERN", help='comp4 files, "{}" for the class'
+    )
     score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=("11point", "area"), default="11point")
     score.add_argument("--iou", type=OVERLAP, default=0.5)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import files_by_stem, find_annotations, read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, find_set, read_image_set
 from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError, counted
@@ -96,9 +97,14 @@ def _train(options: argparse.Namespace) -> int:
     graph = training.graph
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
-    missing = training.missing_inputs(only)
+    missing = [f"{reason}; training would end there" for reason in training.missing_inputs(only)]
+    for split in config.data.test:
+        try:
+            find_set(config.data.root, split)
+        except SppnetError as error:
+            missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:
-        print(f"{reason}; training would end there", file=sys.stderr)
+        print(reason, file=sys.stderr)
     return 1 if missing else 0
 
 
@@ -157,9 +163,9 @@ def _detect(options: argparse.Namespace) -> int:
         result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(map(len, result.detections.values()))
     lowest = description.thresholds if options.threshold is None else (options.threshold,)
-    used = " to ".join(f"{score:.2f}" for score in sorted({min(lowest), max(lowest)}))
-    images = counted(len(result.detections), "image")
-    print(f"{counted(count, 'detection')} in {images}, scores from {used}, written to {options.out}")
+    used = " to ".join(f"{round(score, 2) + 0.0:.2f}" for score in sorted({min(lowest), max(lowest)}))  # no -0.00
+    found = f"{counted(count, 'detection')} in {counted(len(result.detections), 'image')}"
+    print(f"{found}, threshold{'s' if ' to ' in used else ''} {used}, written to {options.out}")
     if result.note:
         print(result.note)
     if result.detections and not count and min(lowest) > -math.inf:
@@ -189,9 +195,10 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _score(options: argparse.Namespace) -> int:
-    if "{}" not in options.detections:
+    pattern = str(options.detections)
+    if "{}" not in pattern:
         expected = 'expected a pattern with {} for the class, e.g. "comp4_det_test_{}.txt"'
-        raise SppnetError(f"--detections {options.detections}: {expected}")
+        raise SppnetError(f"--detections {pattern}: {expected}")
     classes = tuple(normalise(name) for name in options.classes)
     known = files_by_stem(options.annotations, (".xml",))
     files = find_annotations(options.annotations, read_image_set(options.image_set, known))
@@ -200,11 +207,21 @@ def _score(options: argparse.Namespace) -> int:
     for image, (_, skips) in read.items():
         for reason, count in skips.counts.items():
             print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
-    found = {name: read_comp4(Path(options.detections.replace("{}", name))) for name in classes}
+    found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
     evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
     print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
     return 0
+
+
+def _comp4_file(pattern: str, name: str) -> Path:
+    """The file of a class, in either form of Unicode: macOS may give a file another one than was typed."""
+    forms = [Path(pattern.replace("{}", unicodedata.normalize(form, name))) for form in ("NFC", "NFD")]
+    found = [path for path in forms if path.is_file()]
+    if not found:
+        reason = f"no such file of the class {name!r}; expected one for each of --classes, named as {pattern}"
+        raise SppnetError(f"{forms[0]}: {reason}")
+    return found[0]
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -218,7 +235,7 @@ def _demo(options: argparse.Namespace) -> int:
     pictures = sorted((devkit / "SHAPES" / "JPEGImages").glob("test*"))[:12]
     detect_files(partial(SPPDetector.load, run, device), pictures, run / "pictures")
     print(output.result.evaluation.table())
-    print(f"mAP {output.result.evaluation.map:.3f} on {len(output.result.detections)} test images")
+    print(f"mAP {output.result.evaluation.map:.3f} on {counted(len(output.result.detections), 'test image')}")
     print(f"curves and examples: {output.folder}; pictures with detections: {run / 'pictures'}")
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes")
     return 0

@@ -14,10 +14,11 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.paths import expand_path
+from sppnet.settings import Settings
 
 Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
 Count = Annotated[int, Field(ge=1)]
@@ -36,12 +37,6 @@ FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) i
 STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
 
 
-class Settings(BaseModel):
-    """Base of all settings: frozen, and closed to unknown keys and to numbers that are not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 S = TypeVar("S", bound=Settings)
 
 
@@ -53,13 +48,7 @@ def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
     if settings is not None and not isinstance(settings, kind):
         raise SppnetError(f"settings must be {kind.__name__}(...), got {type(settings).__name__} {settings!r}")
     values = {**vars(settings or kind()), **{name: value for name, value in changes.items() if value is not None}}
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-        raise SppnetError(f"{key or kind.__name__}: {message}, got {first['input']!r}") from None
+    return kind(**values)
 
 
 class DataSettings(Settings):
@@ -201,7 +190,7 @@ class PretrainSettings(Settings):
 def _one_rate_per_phase(settings: Any) -> Any:
     steps, rates = len(settings.steps), len(settings.learning_rates)
     if steps != rates:
-        counts = f"steps has {steps} phases but learning_rates has {rates}"
+        counts = f"steps has {counted(steps, 'phase')} but learning_rates has {rates}"
         raise ValueError(f"{counts}; give one learning rate per phase")
     return settings
 
@@ -319,7 +308,7 @@ class EvaluateSettings(Settings):
 class Config(Settings):
     """All settings of one run."""
 
-    name: str = Field("run", pattern=r"^[^/\\]*[^/\\.][^/\\]*$")  # the folder below runs/, so neither . nor ..
+    name: str = Field("run", pattern=r"^[^/\\\p{Cc}]*[^/\\.\p{Cc}][^/\\\p{Cc}]*$")  # the folder below runs/
     # Of convolutions and of fc6 and fc7; ours. auto = bfloat16 where the processor computes with it.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()

@@ -5,43 +5,20 @@ A file holds only what differs from the defaults in ``config``; an unknown key i
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from sppnet.config import Config
 from sppnet.errors import SppnetError
+from sppnet.settings import SettingError
 
-# In the words of a YAML file, where pydantic's are those of Python, by the beginning of its kind of error.
-EXPECTED = {
-    "tuple_type": "expected a list in square brackets, e.g. [a, b]",
-    "too_short": "expected a list with something in it",
-    "model_type": "expected a section of settings",
-    "bool": "expected true or false",
-    "int": "expected a whole number",
-    "float": "expected a number",
-    "finite_number": "expected a finite number",
-    "string_type": "expected text",
-    "path_type": "expected a path",
-}
-
-UNKNOWN = ("extra_forbidden", "invalid_key")  # of a key that is no text
-
-# Settings of earlier versions -> what to write now.
-RENAMED = {
-    "trunk": "it is now called backbone",
-    "compress": "it is now called low_rank, with fc6, fc7, steps and learning_rates",
-    "backbone.stride": "layers beyond stride 16 are always dilated; leave it out",
-    "maps.compute": "the setting precision now holds for the whole run",
-    "finetune.precision": "the setting precision now holds for the whole run",
-    "detect.precision": "the setting precision now holds for the whole run",
-    "svm.solver": "there is one solver now; leave it out",
-    "svm.epochs": "mining is one pass; leave it out",
-}
+# Numbers as YAML 1.2 has them; 1.1, which PyYAML reads, takes 010 for eight and 1:30 for ninety.
+WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)$", re.ASCII)
+NUMBER = re.compile(r"([-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,6 +40,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float"))]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE_NUMBER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+
+
 def _read_yaml(text: str | bytes) -> Any:
     """The values in YAML; ValueError in one line for what cannot be read."""
     try:
@@ -78,6 +63,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises SppnetError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
     """
+    if not isinstance(path, str | Path):
+        raise SppnetError(f"expected the path of a YAML file, got {path!r}; without a file take Config()")
     path = Path(path)
     try:
         values = _read_yaml(path.read_bytes())
@@ -91,25 +78,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, str(path), expand=True)
+    try:
+        return parse_config(values, "", expand=True)
+    except SettingError as error:
+        keys = {f"--set {override}": override.partition("=")[0] for override in overrides}
+        own = [name for name, key in keys.items() if f"{error.key}.".startswith(f"{key}.")]
+        near = [name for name, key in keys.items() if not error.key or key.startswith(f"{error.key}.")]
+        origin = own[-1] if own else " with ".join([str(path), *near])
+        raise SppnetError(f"{origin}: {error}") from None
 
 
 def parse_config(values: Mapping[str, Any], origin: str, expand: bool = False) -> Config:
     """Settings from nested mappings; `origin` names them in errors. `expand`: fill in ``~`` and ``$NAME`` in paths."""
     try:
         return Config.model_validate(values, context=expand)
-    except ValidationError as failure:
-        errors = failure.errors()
-    error = next((one for one in errors if one["type"] in UNKNOWN), errors[0])
-    key, kind, given = ".".join(map(str, error["loc"])), error["type"], error["input"]
-    if kind in UNKNOWN:
-        raise SppnetError(f"{origin}: unknown setting {key}; {_remedy(key, error['loc'])}")
-    if kind == "value_error":  # settings that do not go together: the message names them
-        raise SppnetError(": ".join(filter(None, (origin, key, str(error["ctx"]["error"])))))
-    message = next((words for start, words in EXPECTED.items() if kind.startswith(start)), error["msg"])
-    quotes = kind == "string_type" and not isinstance(given, list | dict | None)
-    hint = "; write it in quotes" if quotes else ""  # YAML reads on as true and 2024 as a number
-    raise SppnetError(f"{origin}: {key}: {message}, got {given!r}{hint}")
+    except SettingError as error:
+        raise SettingError(error.key, f"{origin}: {error}" if origin else str(error)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -118,7 +102,7 @@ def dump_config(config: Config) -> str:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+    key, separator, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not separator or not key:
         raise SppnetError(f"--set {override}: expected key=value, e.g. --set maps.scales=[480,688]")
     try:
@@ -132,13 +116,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise SppnetError(f"--set {override}: {parent} is not a section")
         values = inner
     values[last] = value
-
-
-def _remedy(key: str, place: tuple[int | str, ...]) -> str:
-    """What to write instead of a setting that does not exist."""
-    section: Any = Config
-    for name in place[:-1]:
-        section = section.model_fields[name].annotation
-    known, prefix = section.model_fields, key.removesuffix(str(place[-1]))
-    near = difflib.get_close_matches(str(place[-1]), known, n=1)
-    return RENAMED.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")

@@ -97,7 +97,9 @@ def image_header(path: Path | str) -> tuple[tuple[int, int], int]:
     """(height, width) of the upright image and the EXIF orientation (1-8) that turned it; errors as in `read_image`."""
     with _opened(path) as image:
         (width, height), orientation = image.size, _orientation(image)
-        return ((width, height) if orientation in SIDEWAYS else (height, width)), orientation
+        # Pillow turns a TIFF itself when it loads it, and already reports the upright size.
+        sideways = orientation in SIDEWAYS and image.format != "TIFF"
+        return ((width, height) if sideways else (height, width)), orientation
 
 
 def scaled_size(
@@ -239,8 +241,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1-8 without decoding a pixel; 1 where there is none or none that can be read."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns TIFF itself, and already reports the upright size
     try:
         return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))  # image.getexif() decodes a PNG
     except Exception:
@@ -261,7 +261,8 @@ def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero; Pillow turns 8 bits alone
         values = most - values
     grey = Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
-    grey.info, grey.getexif()[ExifTags.Base.Orientation] = image.info, _orientation(image)
+    turned = image.format == "TIFF"  # by Pillow, when it was loaded
+    grey.info, grey.getexif()[ExifTags.Base.Orientation] = image.info, 1 if turned else _orientation(image)
     return grey
 
 

@@ -11,7 +11,8 @@ impossible is a SppnetError.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -107,9 +108,10 @@ class Annotation(_Rows):
     def __iter__(self) -> Iterator[AnnotatedObject]:
         return (self[row] for row in range(len(self)))
 
-    def of(self, names: tuple[str, ...] | frozenset[str]) -> Annotation:
+    def of(self, names: Sequence[str] | Set[str]) -> Annotation:
         """Only the objects of these classes."""
-        return self[np.array([name in names for name in self.names], dtype=bool)]
+        wanted = check_names(tuple(names) if isinstance(names, Set) else names, "names")
+        return self[np.array([name in wanted for name in self.names], dtype=bool)]
 
     def easy(self) -> Annotation:
         """Only the objects not marked difficult."""
@@ -133,6 +135,10 @@ class ImageRecord:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id or not isinstance(self.digest, str):
             raise SppnetError(f"id and digest of an image must be text, got {self.id!r} and {self.digest!r}")
+        if self.id.startswith("/") or ".." in self.id.split("/") or "\0" in self.id:  # it becomes a path below a run
+            raise SppnetError(f"{self.id!r}: an id must be '<year folder>/<stem>', without .. and a slash in front")
+        if not isinstance(self.path, str | os.PathLike):
+            raise SppnetError(f"{self.id}: path must be that of an image file, got {self.path!r}")
         sides = tuple(self.size) if isinstance(self.size, Sequence) else ()
         if len(sides) != 2 or not all(is_whole(side) and side > 0 for side in sides):
             raise SppnetError(f"{self.id}: size must be (height, width) in whole pixels, got {self.size!r}")
@@ -225,7 +231,8 @@ class Detections(_Rows):
         `category_ids`: one for each of `classes`, in their order or by name; by default 1, 2, … in their order.
         """
         given: Any = range(1, len(self.classes) + 1) if category_ids is None else category_ids
-        ids: list[Any] = [given.get(name) for name in self.classes] if isinstance(given, Mapping) else list(given)
+        given = [given.get(name) for name in self.classes] if isinstance(given, Mapping) else given
+        ids: list[Any] = list(given) if isinstance(given, Iterable) else []
         if len(ids) != len(self.classes) or not all(is_whole(number) for number in ids):
             raise SppnetError(f"category_ids: expected a whole number for each of {self.classes}, got {category_ids!r}")
         if not isinstance(image_id, str) and not is_whole(image_id):

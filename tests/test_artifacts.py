@@ -297,3 +297,17 @@ def test_a_file_is_not_blamed_where_memory_runs_out(tmp_path, monkeypatch):
     monkeypatch.setattr("sppnet.artifacts.load_file", runs_out)
     with pytest.raises(MemoryError):
         read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", [b"run\xe9", b"\xff\xfe", "猫".encode()])
+def test_tensors_are_kept_in_folders_of_any_name(tmp_path, name):
+    path = tmp_path / os.fsdecode(name) / "a.safetensors"
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1, dtype=torch.float16), "c": torch.zeros(0, 4)}
+    write_tensors(path, {**tensors, "d": tensors["a"]}, {"of": "mine"})
+    found = read_tensors(path)
+    assert found.keys() == {*tensors, "d"}
+    assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ArtifactError, match="cannot read this artifact"):
+        read_tensors(path)

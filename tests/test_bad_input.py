@@ -100,7 +100,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("pretrain.sizes=[8]", "pretrain.sizes.0: Input should be greater than or equal to 16, got 8"),
         ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
         ("data.train=[]", "data.train: expected a list with something in it, got []"),
-        ("name=../elsewhere", "name: String should match pattern"),
+        ("name=../elsewhere", "name: expected a name without slashes and control characters"),
     ],
 )
 def test_settings_that_do_not_exist_or_make_no_sense(config, override, message):
@@ -152,14 +152,12 @@ def test_a_run_folder_that_is_a_file(config, tmp_path):
 
 def test_missing_data_name_what_fetches_them(config):
     message = training_refused(config, "data.root=/nowhere/VOCdevkit")
-    assert (
-        "/nowhere/VOCdevkit: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, or set data.root" in message
-    )
+    assert "/nowhere/VOCdevkit: no such data folder; set data.root to your own folder" in message
 
 
 def test_the_same_is_said_by_a_dry_run(config, tmp_path):
     message = refused("train", config, "--run", tmp_path / "run", "--dry-run", "--set", "data.root=/nowhere")
-    assert "scripts/fetch_voc" in message
+    assert "/nowhere: no such data folder; set data.root to your own folder" in message
 
 
 def test_splits_that_are_not_there_or_overlap(config, devkit):
@@ -185,7 +183,7 @@ def test_a_missing_image(config, devkit):
     image(devkit, "train_00003").unlink()
     message = training_refused(config)
     assert "SHAPES/JPEGImages/train_00003: no such image" in message
-    assert "one of 1 missing of the 8 in" in message
+    assert "1 of 8 images in" in message
 
 
 def test_an_image_that_is_none(config, devkit):
@@ -339,3 +337,17 @@ def test_no_image_to_detect_in(run, tmp_path):
     ):
         assert message in refused("detect", run.root, asked, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_only_the_default_folder_is_said_to_be_that_of_pascal_voc(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused("train", config, "--run", tmp_path / "run", "--dry-run", "--set", "data.root=data/VOCdevkit")
+    assert "data/VOCdevkit: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, or set data.root" in message
+
+
+@pytest.mark.parametrize("split", ["SHAPES/tset", "OTHER/test", "test"])
+def test_a_dry_run_names_test_splits_that_are_not_there(config, tmp_path, split):
+    result = run_command("train", config, "--run", tmp_path / "run", "--dry-run", "--set", f"data.test=[{split}]")
+    assert result.status == 1
+    assert split in result.err
+    assert "sppnet eval would end there (data.test)" in result.err

@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from devkit import thing, xml_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -414,7 +416,9 @@ def test_score_says_what_is_wrong_with_its_files(run, tmp_path):
     assert "expected a pattern with {} for the class" in refused(*base, "--detections", file, "--classes", "star")
     pattern = tmp_path / "comp4_{}.txt"
     assert "expected class names separated by commas" in refused(*base, "--detections", pattern, "--classes", ",")
-    assert "comp4_star.txt: cannot read this text file" in refused(*base, "--detections", pattern, "--classes", "star")
+    assert "comp4_star.txt: no such file of the class 'star'; expected one for each of --classes, named as" in refused(
+        *base, "--detections", pattern, "--classes", "star"
+    )
     file.write_text("test_00000 0.5 1 1 20\n")
     message = refused(*base, "--detections", pattern, "--classes", "star")
     assert "comp4_star.txt:1: expected 'id score xmin ymin xmax ymax'" in message
@@ -438,7 +442,7 @@ def test_detect_takes_files_folders_and_patterns(run, tmp_path):
         assert len(entries) == count
         total = sum(len(entry["detections"]) for entry in entries)
         images = "1 image" if count == 1 else f"{count} images"
-        expected = f"{total} detections in {images}, scores from -1.50, written to {tmp_path / f'out{count}'}\n"
+        expected = f"{total} detections in {images}, threshold -1.50, written to {tmp_path / f'out{count}'}\n"
         assert result.out == expected
         assert len(list((tmp_path / f"out{count}").glob("*.jpg"))) == count
     assert len((tmp_path / "out1/detections.csv").read_text().splitlines()) > 1
@@ -456,7 +460,7 @@ def test_detect_shows_scores_from_the_thresholds_of_the_detector_unless_told_oth
         entries = json.loads((tmp_path / name / "detections.json").read_text())
         scores[name] = [found["score"] for found in entries[0]["detections"]]
         if name == "default":
-            assert f"scores from {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
+            assert f"thresholds {min(lowest.values()):.2f} to {max(lowest.values()):.2f}, written" in result.out
             assert all(found["score"] >= lowest[found["class"]] - 1e-6 for found in entries[0]["detections"])
     assert scores["high"] == []
     assert len(scores["low"]) > len(scores["default"])
@@ -714,3 +718,21 @@ def test_the_advice_about_the_threshold_helps_below_the_setting_too(run, tmp_pat
     result = run_command("detect", run.root, image, "--out", tmp_path / "out", "--threshold", "-1.5")
     assert "nothing scores above" not in result.out
     assert json.loads((tmp_path / "out/detections.json").read_text())[0]["detections"]
+
+
+@pytest.mark.parametrize("lowest", ["-INF", "-Infinity", "-inf", "-1E9"])
+def test_a_threshold_may_be_any_negative_number(lowest):
+    options = cli._options(["detect", "run", "a.jpg", "--out", "o", "--threshold", lowest])
+    assert options.threshold == float(lowest)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_score_finds_files_as_a_shell_and_macos_name_them(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.xml").write_text(xml_of(thing("é", 1, 1, 50, 50)))
+    (tmp_path / "test.txt").write_text("a\n")
+    (tmp_path / f"c_{unicodedata.normalize(form, 'é')}.txt").write_text("a 0.9 1 1 50 50\n")
+    options = ["score", "--annotations", tmp_path, "--image-set", tmp_path / "test.txt", "--detections", "~/c_{}.txt"]
+    for typed in ("NFC", "NFD"):
+        result = run_command(*options, "--classes", unicodedata.normalize(typed, "é"), "--json")
+        assert json.loads(result.out)["map"] == 1

@@ -1,5 +1,6 @@
 """Settings: read, overridden, refused, written back."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppnet.config import Config, FinetuneSettings, WeightsSettings
+from sppnet.config import BoxRegressionSettings, Config, FinetuneSettings, SVMSettings, WeightsSettings
 from sppnet.config_files import dump_config, load_config, parse_config
 from sppnet.errors import SppnetError
 
@@ -109,7 +110,7 @@ def test_a_bad_override_says_what_is_wrong(file, override, message):
         ("head: {dropout: 1}", r"head\.dropout: Input should be less than 1, got 1"),
         ("maps: {scales: [8]}", r"maps\.scales\.0: Input should be greater than or equal to 16, got 8"),
         ("pyramid: {levels: []}", r"pyramid\.levels: expected a list with something in it"),
-        ("finetune: {steps: [5]}", r"steps has 1 phases but learning_rates has 3; give one learning rate per phase"),
+        ("finetune: {steps: [5]}", r"steps has 1 phase but learning_rates has 3; give one learning rate per phase"),
         (
             "backbone: {weights: {source: file}}",
             r"source is 'file' but no file is named; set backbone\.weights\.file=PATH",
@@ -206,10 +207,59 @@ def test_settings_are_frozen():
 
 
 def test_settings_made_in_python_refuse_unknown_names_too():
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+    with pytest.raises(SppnetError, match=r"^unknown setting batches; did you mean batch\?$"):
         FinetuneSettings(batches=3)
-    with pytest.raises(ValueError, match="source is 'file' but no file is named"):
+    with pytest.raises(SppnetError, match="source is 'file' but no file is named"):
         WeightsSettings(source="file")
+    with pytest.raises(SppnetError, match=r"^C: expected a number, got 'much'$"):
+        SVMSettings(C="much")
+    with pytest.raises(SppnetError, match=r"^overlap: Input should be less than or equal to 1, got 3$"):
+        BoxRegressionSettings(overlap=3)
+    with pytest.raises(SppnetError, match=r"^svm\.C: Input should be greater than 0, got -1$"):
+        Config(svm={"C": -1})
+    with pytest.raises(SppnetError, match=r"^finetune: steps has 1 phase"):
+        Config.model_validate({"finetune": {"steps": [1]}})
+    with pytest.raises(SppnetError, match=r"^svm: expected a section of settings, got 3$"):
+        Config(svm=3)
+    assert pickle.loads(pickle.dumps(Config(svm={"C": 3}))).svm == SVMSettings(C=3)
+
+
+@pytest.mark.parametrize(("path", "overrides"), [(None, ()), (3, ()), (b"a.yaml", ()), ("", [None]), ("", [3])])
+def test_what_is_no_path_and_no_override_is_refused(file, path, overrides):
+    with pytest.raises(SppnetError, match=r"expected (the path of a YAML file|key=value)"):
+        load_config(file("") if path == "" else path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["finetune.step=[1]"], r"^--set finetune\.step=\[1\]: unknown setting finetune\.step; did you mean"),
+        (["svm.seed=1", "svm.C=0", "name=b"], r"^--set svm\.C=0: svm\.C: Input should be greater than 0"),
+        (["svm={C: 0}"], r"^--set svm=\{C: 0\}: svm\.C: Input"),
+        (["finetune.steps=[5]"], r"^.*settings\.yaml with --set finetune\.steps=\[5\]: finetune: steps has 1 phase"),
+        (["svm.seed=1"], r"^[^ ]*settings\.yaml: maps\.scales: expected a list"),
+    ],
+)
+def test_an_error_of_an_override_names_the_override(file, overrides, message):
+    wrong = "maps: {scales: 3}" if "maps" in message else ""
+    with pytest.raises(SppnetError, match=message):
+        load_config(file(wrong), overrides)
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "1:30:00", "0b11", "0o10", "12:30.5"])
+@pytest.mark.parametrize("key", ["finetune.batch", "svm.C"])
+def test_numbers_of_another_base_are_refused(file, key, text):
+    section, name = key.split(".")
+    with pytest.raises(SppnetError, match=rf"{key}: expected a (whole )?number, got '{text}'"):
+        load_config(file(f"{section}: {{{name}: {text}}}"))
+    with pytest.raises(SppnetError, match=rf"{key}: expected a (whole )?number, got '{text}'"):
+        load_config(file(""), [f"{key}={text}"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("+7", 7), ("0012", 12), ("3.0", 3), ("100", 100)])
+def test_whole_numbers_are_decimal(file, text, value):
+    assert load_config(file(f"finetune: {{batch: {text}}}")).finetune.batch == value
+    assert value == load_config(file(f"svm: {{C: {text}}}")).svm.C
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,21 @@ def test_a_rotated_grey_image_is_turned(tmp_path: Path, name: str, dtype: type) 
     assert image_header(path)[0] == (3, 2)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
+def test_a_tiff_is_turned_once_and_says_how(tmp_path: Path, orientation: int, mode: str, options: dict) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    (deep if mode == "I;16" else Image.fromarray(grey).convert(mode)).save(tmp_path / "a.tif", exif=exif, **options)
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
+    upright = read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), upright)
+    assert image_header(tmp_path / "a.tif") == (upright.shape[:2], orientation)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("a.jpg", "YCbCr"), ("a.tif", "YCbCr"), ("a.tif", "CMYK"), ("a.jpg", "CMYK"), ("a.tif", "LAB")]
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import sppnet
 from sppnet.errors import SppnetError
 from sppnet.paths import as_text, expand_path, fitting_name
 
@@ -42,6 +45,12 @@ def test_a_variable_that_is_not_set_is_named(written):
         expand_path(written)
 
 
+@pytest.mark.parametrize("written", ["~no-such-user/x", "~nobody.here"])
+def test_a_user_who_is_not_known_is_an_error(written):
+    with pytest.raises(SppnetError, match=f"^{written}: ~ stands for the home of a user, and none is known"):
+        expand_path(written)
+
+
 @pytest.mark.parametrize("name", ["$NOWHERE", "~", "$PLACE", "~odd"])
 def test_what_has_the_very_name_is_meant_itself(name):
     Path(name).mkdir()
@@ -55,6 +64,32 @@ def test_what_has_the_very_name_is_meant_itself(name):
 def test_any_name_becomes_text(name, text):
     assert as_text(os.fsdecode(name)) == text
     as_text(os.fsdecode(name)).encode()
+
+
+def test_names_are_written_where_the_locale_has_no_unicode(tmp_path):
+    script = r"""import sys
+from pathlib import Path
+from sppnet.artifacts import read_json, write_json
+from sppnet.data.comp4 import read_comp4, write_comp4
+from sppnet.data.voc import read_annotation, write_annotation
+from sppnet.paths import fitting_name
+from sppnet.records import Detections
+assert sys.getfilesystemencoding() != "utf-8"
+found = {"a": Detections([[0, 0, 5, 5]], [0.5], [0], ("猫",))}
+path, = write_comp4(Path("out"), "val", found, ("猫",))
+assert path.name == r"comp4_det_val_\u732b.txt" and read_comp4(path)[0] == ["a"]
+assert fitting_name("é", ".png") == r"\xe9.png" and len(fitting_name("猫" * 90, ".png")) <= 255
+Path("a.json").write_bytes('"猫"'.encode())
+assert read_json(Path("a.json")) == "猫"
+write_annotation(Path("a.xml"), (9, 9), [[0, 0, 5, 5]], ["猫"], [False])
+assert read_annotation(Path("a.xml"))[0].names == ("猫",)
+"""
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    places = {"PYTHONPATH": str(Path(sppnet.__file__).parents[1])}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command, own = [sys.executable, str(tmp_path / "script.py")], {**os.environ, **ascii_only, **places}
+    result = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_names_are_cut_to_what_a_file_system_holds():

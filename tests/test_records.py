@@ -380,3 +380,24 @@ def test_an_image_with_the_longest_name_has_files_of_its_own():
     assert len(set(paths)) == 8
     assert all(path.parent == Path("run/MINE") and len(path.name.encode()) <= 255 for path in paths)
     assert paths[-1] == Path("run/MINE/short-0000000000000000-flip.npz")
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "A/../x", "..", "/", "a\0b"])
+def test_an_id_that_leads_elsewhere_is_refused(name):
+    with pytest.raises(SppnetError, match="an id must be"):
+        ImageRecord(name, Path("x.jpg"), (1, 1), "0")
+    ImageRecord("A..b/..c", Path("x.jpg"), (1, 1), "0")
+
+
+def test_what_is_no_sequence_is_refused_by_name():
+    found = Detections([[0, 0, 1, 1]], [1.0], [0], ("a",))
+    for ids in (5, 1.5, object()):
+        with pytest.raises(SppnetError, match="category_ids: expected a whole number for each"):
+            found.to_coco(1, ids)
+    assert found.to_coco(1, (n for n in [7]))[0]["category_id"] == 7
+    for names in (None, "cat", 3, [3]):
+        with pytest.raises(SppnetError, match="names: expected a sequence of names"):
+            OBJECTS.of(names)
+    assert len(OBJECTS.of({"cat"})) == len(OBJECTS.of(["cat"])) == 2
+    with pytest.raises(SppnetError, match="path must be that of an image file"):
+        ImageRecord("a", None, (1, 1), "0")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sppnet.artifacts import write_text
 from sppnet.data.voc import INWARD, normalise, read_lines
 from sppnet.errors import SppnetError
+from sppnet.paths import fitting_name
 from sppnet.records import Detections
 
 
@@ -34,7 +35,7 @@ def write_comp4(
             if found.classes[label] in lines:  # nine decimals keep float32 scores in their order
                 values = " ".join(f"{value:.6f}" for value in box)
                 lines[found.classes[label]].append(f"{stems[image_id]} {score:.9f} {values}\n")
-    paths = [folder / f"comp4_det_{image_set_name}_{name}.txt" for name in classes]
+    paths = [folder / fitting_name(f"comp4_det_{image_set_name}_{name}", ".txt") for name in classes]
     for path, name in zip(paths, classes, strict=True):
         write_text(path, "".join(lines[name]))
     return paths

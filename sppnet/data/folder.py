@@ -46,7 +46,8 @@ def find_images(paths: Sequence[str | Path]) -> FoundImages:
         elif path.exists() or path.is_symlink():
             found.images.append(path)  # whatever it is: reading it says what is wrong
         else:
-            for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - absolute patterns too
+            matches = sorted(glob.glob(str(path), recursive=True), key=len)  # noqa: PTH207 - absolute patterns too
+            for match in {os.path.realpath(match): match for match in reversed(matches)}.values():  # loops of links
                 if not Path(match).is_dir():
                     _take(Path(match), found)
             missing = "no such file, folder or match; give images ({}), a folder or a pattern"
@@ -54,7 +55,7 @@ def find_images(paths: Sequence[str | Path]) -> FoundImages:
             note = found.note()
             endings = ", ".join(IMAGE_SUFFIXES)
             raise SppnetError(f"{path}: {missing.format(endings)}{f' ({note})' if note else ''}")
-    by_place = {os.path.abspath(image): image for image in reversed(found.images)}  # noqa: PTH100 - links stay
+    by_place = {os.path.realpath(image): image for image in reversed(found.images)}
     found.images = sorted(by_place.values())
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sppnet.artifacts import file_digest
 from sppnet.data.voc import normalise, read_annotation, read_lines
-from sppnet.errors import ImageError, SppnetError
+from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
 from sppnet.records import ImageRecord, SkipCounts
 
@@ -67,7 +67,7 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
     record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
     header and all of `read_annotation`.
     """
-    set_file = _set_file(Path(root), split)
+    set_file = find_set(Path(root), split)
     folder, records, skipped = set_file.parents[2], list[ImageRecord](), dict[str, list[str]]()
     images = _find_images(set_file)
     annotations = find_annotations(folder / "Annotations", images)
@@ -95,7 +95,7 @@ def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def split_digests(root: Path | str, split: str) -> dict[str, str]:
     """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
-    set_file = _set_file(Path(root), split)
+    set_file = find_set(Path(root), split)
     year = normalise(set_file.parents[2].name)
     return {f"{year}/{name}": file_digest(path) for name, path in _find_images(set_file).items()}
 
@@ -106,18 +106,19 @@ def load_splits(
     """Several splits one after the other; an image that is in two of them is an error."""
     records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
     for split in splits:
-        more, counted = load_split(root, split, require_annotations)
+        more, left_out = load_split(root, split, require_annotations)
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
                 raise SppnetError(f"image {record.id} is in {first} and in {split}; name splits that share no image")
             split_of[record.id] = split
         records += more
-        skips = skips.plus(counted)
+        skips = skips.plus(left_out)
     return records, skips
 
 
-def _set_file(root: Path, split: str) -> Path:
+def find_set(root: Path, split: str) -> Path:
+    """The file of an image set ``<year folder>/<set>``; SppnetError, with those that there are, for one that is not."""
     parts = split.split("/")
     if len(parts) != 2 or not all(parts) or ".." in parts:
         raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
@@ -149,7 +150,7 @@ def _find_images(set_file: Path) -> dict[str, Path]:
     missing = [name for name in names if name not in files]
     if missing:
         first = f"{folder / missing[0]}: no such image ({', '.join(IMAGE_SUFFIXES)})"
-        which = f"one of {len(missing)} missing of the {len(names)} in {set_file}"
+        which = f"{len(missing)} of {counted(len(names), 'image')} in {set_file} missing"
         raise SppnetError(f"{first}, {which}; add them, or take their ids out of the list")
     return {name: _only(files[name], name) for name in names}
 

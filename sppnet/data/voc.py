@@ -94,8 +94,8 @@ def _is_unturned(
     if orientation not in SIDEWAYS or stored == size:
         return None
     fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
-    if stated == size:
-        return False
+    if stated == size:  # perhaps a program's, which read the picture upright and wrote boxes as they came
+        return fits_stored and not fits
     if stated == stored:
         return fits_stored or not fits
     return fits_stored if fits_stored != fits else None
@@ -181,6 +181,6 @@ def normalise(text: str) -> str:
 
 def read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines ends lines at U+2028 and U+0085 too
     except (OSError, UnicodeDecodeError) as error:
         raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None

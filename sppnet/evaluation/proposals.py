@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.checks import check_boxes, check_overlap, is_whole
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, pairwise_iou
 
 
@@ -59,7 +59,7 @@ def proposal_recall(
         raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
-        count = f"{len(missing)} of {len(annotations)} images"
+        count = f"{len(missing)} of {counted(len(annotations), 'image')}"
         raise SppnetError(f"no windows given for image {missing[0]} ({count}); propose them first, or pass []")
     overlaps, counts = [np.zeros(0)], []
     for image_id, annotation in annotations.items():

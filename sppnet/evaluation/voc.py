@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.checks import as_boxes, as_column, check_classes, check_overlap, first_bad_box
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class VOCEvaluation:
         present = sum(ap is not None for ap in self.ap.values())
         mean = "     -" if math.isnan(self.map) else f"{self.map:6.4f}"
         rule = f"{self.metric} at IoU {self.iou:g}" + (", difficult objects count" if self.use_difficult else "")
-        lines.append(f"{'mean':{width}}  {mean}  over {present} of {len(self.results)} classes, {rule}")
+        lines.append(f"{'mean':{width}}  {mean}  over {present} of {counted(len(self.results), 'class')}, {rule}")
         return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.models.sppnet import SPPHead
 
 BLOCK = 4096  # activations in double precision at once
@@ -30,8 +30,8 @@ def low_rank_head(head: SPPHead, ranks: Mapping[str, int], activations: Tensor) 
     for name, rank in ranks.items():
         if len(activations) < rank:
             raise SppnetError(
-                f"{len(activations)} windows of training images cannot tell {rank} principal components of {name} "
-                "apart; use more images or a lower rank"
+                f"{counted(len(activations), 'window')} of training images cannot tell {rank} principal components of "
+                f"{name} apart; use more images or a lower rank"
             )
     reduced = copy.deepcopy(head)
     if "fc6" in ranks:

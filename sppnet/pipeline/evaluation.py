@@ -23,7 +23,7 @@ from sppnet.data.comp4 import write_comp4
 from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import check_sizes
-from sppnet.errors import BackboneError, SppnetError
+from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
@@ -89,8 +89,8 @@ def detect_split(
         if arrays.get("cut", 0):  # of how many classes detect.max_per_class left some out
             cut.append(record.id)
     if cut:
-        limit = f"detect.max_per_class={config.detect.max_per_class}"
-        log.info("%s left out detections of %d images, %s the first; a larger one keeps them", limit, len(cut), cut[0])
+        limit, images = f"detect.max_per_class={config.detect.max_per_class}", counted(len(cut), "image")
+        log.info("%s left out detections of %s, %s the first; a larger one keeps them", limit, images, cut[0])
     known = restrict([r for r in records if r.annotation is not None], description.classes)
     annotations = {r.id: r.annotation for r in known if r.annotation is not None}
     evaluation = quality = None
@@ -100,7 +100,9 @@ def detect_split(
         evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
         quality = proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
     else:
-        log.info("none of the %d images is annotated: detections are written, but not evaluated", len(records))
+        log.info(
+            "no annotation for any of %s: detections are written, but not evaluated", counted(len(records), "image")
+        )
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 

@@ -165,7 +165,7 @@ def _place(path: str | Path) -> str:
 
 
 def _is_table(path: Path) -> bool:
-    return path.read_bytes()[:99].decode(errors="replace").partition("\r\n")[0] == ",".join(COLUMNS)
+    return path.is_file() and path.read_bytes()[:99].decode(errors="replace").partition("\r\n")[0] == ",".join(COLUMNS)
 
 
 def _picture_names(paths: Sequence[Path], earlier: Mapping[str, str]) -> dict[Path, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import read_json, write_json
-from sppnet.config import Config
+from sppnet.config import Config, DataSettings
 from sppnet.data.selection import annotations_digest, choose_classes, hold_out, restrict, shown_classes
 from sppnet.data.splits import load_splits, split_digests
 from sppnet.errors import ArtifactError, SppnetError, counted
@@ -104,10 +104,10 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     """
     settings = config.data
     if not settings.root.is_dir():
-        raise SppnetError(
-            f"{settings.root}: no such data folder; fetch PASCAL VOC with scripts/fetch_voc, "
-            "or set data.root to your own folder (data/README.md shows the layout)"
-        )
+        default = settings.root == DataSettings().root
+        fetch = "fetch PASCAL VOC with scripts/fetch_voc, or " if default else ""
+        own = f"{fetch}set data.root to your own folder (data/README.md shows the layout)"
+        raise SppnetError(f"{settings.root}: no such data folder; {own}")
     records, skips = load_splits(settings.root, settings.train)
     classes = choose_classes(records, settings.classes)
     others, notes = _count_others(records, classes, "training"), list[str]()

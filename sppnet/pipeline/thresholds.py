@@ -8,6 +8,7 @@ from typing import Any
 
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import read_maps
+from sppnet.errors import counted
 from sppnet.evaluation.voc import best_threshold, evaluate_voc
 from sppnet.jobs import progress_bar
 from sppnet.proposals.search import read_windows
@@ -43,4 +44,5 @@ def describe_thresholds(chosen: Mapping[str, Mapping[str, Any]]) -> str:
 def _reason(values: Mapping[str, Any]) -> str:
     if not values["objects"]:
         return "no validation object"
-    return f"F1 {values['f1']:.2f} of {values['objects']} objects" if values["f1"] else "no object was found"
+    objects = counted(int(values["objects"]), "object")
+    return f"F1 {values['f1']:.2f} of {objects}" if values["f1"] else "no object was found"

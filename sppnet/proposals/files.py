@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_arrays, write_atomically
 from sppnet.checks import as_boxes
-from sppnet.errors import SppnetError
+from sppnet.data.voc import normalise
+from sppnet.errors import SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES
 from sppnet.records import ImageRecord, clip_boxes
 
@@ -58,7 +59,7 @@ def export_windows(path: Path | str, ids: Sequence[str], windows: Sequence[Array
 
 
 def import_windows(path: Path | str) -> dict[str, NDArray[np.float32]]:
-    """Image id -> windows (R, 4) float32 xyxy, zero-based, half-open, in the order of the file.
+    """Image id (NFC) -> windows (R, 4) float32 xyxy, zero-based, half-open, in the order of the file.
 
     The arrays are slices of one array. Raises SppnetError for a file that does not hold one of the two layouts.
     """
@@ -66,13 +67,14 @@ def import_windows(path: Path | str) -> dict[str, NDArray[np.float32]]:
     if not path.is_file():
         raise SppnetError(f"{path}: no such file; proposals.import_from must name existing .npz or .mat files")
     ids, offsets, boxes = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
+    ids = [normalise(name) for name in ids]
     _check_unique(path, ids)
     if not np.isfinite(boxes).all():
         raise SppnetError(f"{path}: boxes hold values that are not finite; remove those rows")
     inverted = np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))
     if len(inverted):
         raise SppnetError(
-            f"{path}: {len(inverted)} boxes end before they begin, e.g. xyxy {boxes[inverted[0]].tolist()}; "
+            f"{path}: {counted(len(inverted), 'box')} with x2 < x1 or y2 < y1, e.g. {boxes[inverted[0]].tolist()}; "
             "the order of the corners is x1 y1 x2 y2 in .npz and y1 x1 y2 x2 in .mat"
         )
     return {name: boxes[start:stop] for name, start, stop in zip(ids, offsets[:-1], offsets[1:], strict=True)}
@@ -94,18 +96,18 @@ def match_records(
         for name in held:
             for key in {name, name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name}:
                 entries.setdefault(key, {})[path, name] = None
-    stems = Counter(record.id.rpartition("/")[2] for record in records)
+    stems = Counter(normalise(record.id).rpartition("/")[2] for record in records)
     matched, used, outside = {}, set[Path](), list[tuple[ImageRecord, Path, NDArray[np.float32]]]()
     for record in records:
-        stem = record.id.rpartition("/")[2]
-        key = record.id if record.id in entries else stem
+        full = normalise(record.id)
+        key = full if full in entries else full.rpartition("/")[2]
         if key not in entries:
             continue
         (path, name), *others = entries[key]
         if others:
             both = " and ".join(str(path) if name == key else f"{path} ({name})" for path, name in entries[key])
             raise SppnetError(f"{both} both hold windows of {key}; import only one of them, or use full ids")
-        if key != record.id and stems[key] > 1:
+        if key != full and stems[key] > 1:
             raise SppnetError(f"{path}: {name} fits {stems[key]} images, e.g. {record.id}; name them by full id")
         used.add(path)
         windows = files[path][name]
@@ -137,7 +139,7 @@ def _outside(found: Sequence[tuple[ImageRecord, Path, NDArray[np.float32]]]) -> 
     (record, path, _), count = found[0], sum(int((rows > 1).sum()) for rows in far)
     return SppnetError(
         f"{path}: a window of {record.id} lies {far[0].max():g} px outside the image of (height, width) {record.size}, "
-        f"and in all {count} windows of {len(found)} images do so; {hint}"
+        f"and in all {counted(count, 'window')} of {counted(len(found), 'image')}; {hint}"
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sppnet.artifacts import read_arrays, write_arrays
 from sppnet.config import ProposalSettings
 from sppnet.distributed import barrier, shard
-from sppnet.errors import ArtifactError, SppnetError
+from sppnet.errors import ArtifactError, SppnetError, counted
 from sppnet.images import read_image
 from sppnet.jobs import available_cores, map_in_workers
 from sppnet.proposals.files import match_records
@@ -80,7 +80,7 @@ def propose_images(
         raise SppnetError(f"{files}: {least}; boxes are in pixels of the image, not in shares of it")
     searched = [replace(record, annotation=None) for record in missing if record.id not in imported]
     if searched and settings.import_from:
-        missed = f"{len(searched)} of {len(mine)} images, e.g. {searched[0].id}"
+        missed = f"{len(searched)} of {counted(len(mine), 'image')}, e.g. {searched[0].id}"
         logger.warning(f"proposals.import_from holds no windows of {missed}; they are searched with {settings.method}")
     for record in missing:
         if record.id in large:

@@ -120,3 +120,17 @@ def test_a_file_is_one_file_however_its_path_is_written(photos, monkeypatch):
     found = find_images(["b.jpg", photos, photos / "deep/../b.jpg"]).images
     assert sorted(path.name for path in found) == ["a.PNG", "b.jpg", "c.jpeg", "f.tif"]
     assert Path("b.jpg") in found, "the first name counts"
+
+
+@pytest.mark.parametrize(
+    "paths", [["photos/**/*"], ["photos", "other"], ["other", "photos"], ["photos", "photos/b.jpg"]]
+)
+def test_links_back_and_aside_give_a_picture_once(photos, tmp_path, monkeypatch, paths):
+    monkeypatch.chdir(tmp_path)
+    (photos / "loop").symlink_to(photos)
+    (tmp_path / "other").symlink_to(photos)
+    found = find_images(paths)
+    assert len(found.images) == len({image.resolve() for image in found.images}) >= 4
+    assert max(found.passed_over.values(), default=0) <= 4
+    if "*" in paths[0]:
+        assert Path("photos/b.jpg") in found.images

@@ -204,6 +204,15 @@ def test_without_a_size_the_frame_that_the_boxes_fit_tells_how_they_were_drawn(t
     assert (box, counts) == ([10, 20, 45, 32], UNKNOWN)
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize(("stored", "box"), [((60, 90), (62, 20, 85, 32)), ((90, 60), (5, 70, 50, 88))])
+def test_boxes_that_fit_the_stored_picture_alone_are_turned_though_the_size_is_upright(
+    tmp_path, orientation, stored, box
+):
+    found, bright, counts = turned(tmp_path, orientation, box, stored, size=stated(*stored[::-1]))
+    assert (found, counts) == (bright, TURNED)
+
+
 @pytest.mark.parametrize(("orientation", "stored"), [(2, (60, 90)), (3, (60, 90)), (4, (90, 60)), (6, (70, 70))])
 def test_where_both_frames_have_one_size_the_orientation_is_counted(tmp_path, orientation, stored):
     box, _, counts = turned(tmp_path, orientation, (10, 20, 45, 32), stored)

@@ -440,7 +440,7 @@ def test_a_detector_that_says_no_thresholds_has_the_boundary_of_its_svms(folder,
             ArtifactError, match=r"detector\.json: damaged, or from another version of sppnet.*threshold"
         ):
             SPPDetector.load(folder)
-    with pytest.raises(ValueError, match="one for each of the 5 classes"):
+    with pytest.raises(ValueError, match="one for each of 5 classes"):
         replace(detector, thresholds=[1, 2])
 
 

@@ -226,7 +226,7 @@ def test_no_objects_at_all_have_no_mean(truth):
     result = evaluate_voc({}, truth, ["cat"])
     assert math.isnan(result.map)
     assert json.loads(json.dumps(result.to_dict()))["map"] is None
-    assert "over 0 of 1 classes" in result.table()
+    assert "over 0 of 1 class" in result.table()
 
 
 def test_a_class_without_detections_has_ap_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +132,14 @@ def test_imported_windows_are_slices_of_one_array(tmp_path: Path) -> None:
         ({"boxes": np.array([["a"] * 4] * 3)}, r"boxes must be \(total, 4\) numbers, got <U1"),
         ({"boxes": np.array([[0, 0, 9, 9], [0, 0, np.nan, 9], [0, 0, 9, 9]])}, "not finite"),
         ({"boxes": np.full((3, 4), 1e300)}, "not finite"),  # in float32
-        ({"boxes": np.array([[0, 0, 200, 9]] * 3).astype(np.int8)}, "3 boxes end before they begin"),  # overflown
+        ({"boxes": np.array([[0, 0, 200, 9]] * 3).astype(np.int8)}, "3 boxes with x2 < x1 or y2 < y1"),  # overflown
         ({"boxes": np.zeros((3, 4), complex)}, r"boxes must be \(total, 4\) numbers, got complex128"),
         ({"boxes": np.zeros((3, 4), object)}, "not a readable .npz file .*allow_pickle"),
         (
             {"ids": np.array([b"a", b"b"])},
             r"ids must be \(N,\) strings, got \|S1 .* write numpy\.array\(ids, dtype=str\)",
         ),
-        ({"boxes": np.array([[0, 0, 9, 9], [5, 5, 2, 9], [0, 0, 9, 9]])}, "1 boxes end before they begin"),
+        ({"boxes": np.array([[0, 0, 9, 9], [5, 5, 2, 9], [0, 0, 9, 9]])}, "1 box with x2 < x1 or y2 < y1"),
     ],
 )
 def test_an_npz_of_another_layout_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -295,7 +296,7 @@ def test_windows_outside_are_counted_and_exchanged_corners_are_named(tmp_path: P
         ([[0, 0, 800, 900], [0, 0, 600, 5]], "were the windows computed on this image"),
     ):
         export_windows(tmp_path / "w.npz", ["5", "6", "7"], [rows, rows, [[0, 0, 9, 9]]])
-        message = rf"w\.npz: a window of A/5 lies \d+ px .* in all 4 windows of 2 images do so; {hint}"
+        message = rf"w\.npz: a window of A/5 lies \d+ px .* in all 4 windows of 2 images; {hint}"
         with pytest.raises(SppnetError, match=message):
             match_records([record("A/5"), record("A/6"), record("A/7")], [tmp_path / "w.npz"])
 
@@ -308,3 +309,21 @@ def test_the_shared_proposals_are_read(shared: Path, year: str) -> None:
     assert len(windows) == {"VOC2007": 1038, "VOC2012": 1512}[year]
     total = sum(map(len, windows.values()))
     assert total / len(windows) == pytest.approx({"VOC2007": 1344, "VOC2012": 920}[year], abs=1)
+
+
+@pytest.mark.parametrize("held", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+def test_ids_are_one_in_either_form_of_unicode(tmp_path, held, asked, suffix):
+    names = [unicodedata.normalize(held, name) for name in ("é1", "A/Å.jpg")]
+    export_windows(tmp_path / f"w{suffix}", names, [[[0, 0, 5, 5]], [[1, 1, 4, 4]]])
+    ids = [unicodedata.normalize(asked, name) for name in ("A/é1", "A/Å")]
+    records = [ImageRecord(name, Path("x.jpg"), (10, 10), "0") for name in ids]
+    found = match_records(records, [tmp_path / f"w{suffix}"])
+    assert {name: rows.tolist() for name, rows in found.items()} == {ids[0]: [[0, 0, 5, 5]], ids[1]: [[1, 1, 4, 4]]}
+
+
+def test_two_forms_of_one_id_are_an_error(tmp_path):
+    export_windows(tmp_path / "w.npz", [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")], [[], []])
+    with pytest.raises(SppnetError, match="image é occurs more than once"):
+        import_windows(tmp_path / "w.npz")

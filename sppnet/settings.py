@@ -1,0 +1,101 @@
+"""What all settings have in common: they are frozen, closed to slips, and refused in words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+
+from sppnet.errors import SppnetError
+
+# Where pydantic's words are those of another program, by the beginning of its kind of error.
+EXPECTED = {
+    "tuple_type": "expected a list in square brackets, e.g. [a, b]",
+    "too_short": "expected a list with something in it",
+    "model_type": "expected a section of settings",
+    "bool": "expected true or false",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text",
+    "string_pattern": "expected a name without slashes and control characters, not of dots alone",
+    "path_type": "expected a path",
+}
+
+UNKNOWN = ("extra_forbidden", "invalid_key", "unexpected_keyword_argument")  # the second of a key that is no text
+
+# Settings of earlier versions -> what to write now.
+RENAMED = {
+    "trunk": "it is now called backbone",
+    "compress": "it is now called low_rank, with fc6, fc7, steps and learning_rates",
+    "backbone.stride": "layers beyond stride 16 are always dilated; leave it out",
+    "maps.compute": "the setting precision now holds for the whole run",
+    "finetune.precision": "the setting precision now holds for the whole run",
+    "detect.precision": "the setting precision now holds for the whole run",
+    "svm.solver": "there is one solver now; leave it out",
+    "svm.epochs": "mining is one pass; leave it out",
+}
+
+
+class SettingError(SppnetError):
+    """A setting that cannot be; `key` names it, or the section in which two do not go together."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and closed to unknown keys and to numbers that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _in_words(type(self), error) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # or sections would be made by it one by one
+
+    @classmethod
+    def model_validate(cls, *values: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate(*values, **options)
+        except ValidationError as error:
+            raise _in_words(cls, error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        number = re.search(r"\b(int|float)\b", str(cls.model_fields[str(info.field_name)].annotation))
+        if number and any(isinstance(one, bool) for one in (value if isinstance(value, list | tuple) else [value])):
+            raise PydanticKnownError("int_type" if number[1] == "int" else "float_type")
+        return value
+
+
+def _in_words(kind: type[Settings], failure: ValidationError) -> SettingError:
+    errors = failure.errors()
+    error = next((one for one in errors if one["type"] in UNKNOWN), errors[0])
+    key, fault, given = ".".join(map(str, error["loc"])), error["type"], error["input"]
+    if fault in UNKNOWN:
+        return SettingError(key, f"unknown setting {key}; {_remedy(kind, key, error['loc'])}")
+    if fault == "value_error":  # settings that do not go together: the message names them
+        return SettingError(key, ": ".join(filter(None, (key, str(error["ctx"]["error"])))))
+    message = next((words for start, words in EXPECTED.items() if fault.startswith(start)), error["msg"])
+    quotes = fault == "string_type" and not isinstance(given, list | dict | None)
+    hint = "; write it in quotes" if quotes else ""  # YAML reads on as true and 2024 as a number
+    return SettingError(key, ": ".join(filter(None, (key, f"{message}, got {given!r}{hint}"))))
+
+
+def _remedy(kind: type[Settings], key: str, place: tuple[int | str, ...]) -> str:
+    """What to write instead of a setting that does not exist."""
+    section: Any = kind
+    for name in place[:-1]:
+        section = section.model_fields[name].annotation
+    known, prefix = section.model_fields, key.removesuffix(str(place[-1]))
+    near = difflib.get_close_matches(str(place[-1]), known, n=1)
+    return RENAMED.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")
