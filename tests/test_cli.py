@@ -507,19 +507,30 @@ def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_that_ends_detect_leaves_the_lists_of_what_is_done(run, tmp_path, monkeypatch, number, status):
-    def read(path):
-        if path.name == "test_00002.jpg":
-            os.kill(os.getpid(), number)
-        return read_image(path)
+INTERRUPTED = """
+import os, sys
+from sppnet import cli
+from sppnet.pipeline import prediction
 
-    monkeypatch.setattr("sppnet.pipeline.prediction.read_image", read)
-    before = signal.getsignal(number)
-    pattern = run.devkit / "SHAPES/JPEGImages/test*"
-    result = run_command("detect", run.root, pattern, "--out", tmp_path / "out")
-    assert (result.status, signal.getsignal(number)) == (status, before)
-    assert "interrupted; what is complete is kept, the same command starts again" in result.err
+read_image = prediction.read_image
+
+def read(path):
+    if path.name == "test_00002.jpg":
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return read_image(path)
+
+prediction.read_image = read
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_ends_detect_leaves_the_lists_of_what_is_done(run, tmp_path, number, status):
+    words = ["detect", run.root, run.devkit / "SHAPES/JPEGImages/test*", "--out", tmp_path / "out"]
+    command = [sys.executable, "-c", INTERRUPTED, str(int(number)), *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == status, ended.stderr
+    assert "interrupted; what is complete is kept, the same command starts again" in ended.stderr
     entries = json.loads((tmp_path / "out/detections.json").read_text())
     assert [entry["picture"] for entry in entries] == ["test_00000.jpg", "test_00001.jpg"]
 

@@ -240,9 +240,12 @@ def test_the_line_about_the_data_counts_images_without_objects_of_the_classes(sm
         assert note in str(data)
 
 
-def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path):
-    with pytest.raises(SppnetError, match=r"none: no such data folder; fetch .* with scripts/fetch_voc, or set"):
+def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path, monkeypatch):
+    with pytest.raises(SppnetError, match=r"none: no such data folder; set data.root to your own folder"):
         load_run_data(changed(small_run, data__root=str(tmp_path / "none")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SppnetError, match=r"no such data folder; fetch .* with scripts/fetch_voc, or set"):
+        load_run_data(Config())
     with pytest.raises(SppnetError, match=r"none: no such data folder; name the one .* with --data"):
         load_test_data(small_run.config, tmp_path / "none")
 
