@@ -52,6 +52,7 @@ class WindowScores:
     scores: NDArray[np.float32]
     maps: FeatureMaps
     projected: ProjectedWindows  # (R,)
+    head: FrozenHead | None = None  # what scored them, so that a change is not looked for twice an image
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class SPPDetector:
         boxes, scores = windows[kept], scored.scores[kept, label]
         if self.regressors is not None and len(kept):
             distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
-            features = self._frozen_head().features(scored.maps, distinct, self.config.boxes.layer)
+            head = scored.head or self._frozen_head()
+            features = head.features(scored.maps, distinct, self.config.boxes.layer)
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
@@ -277,11 +279,12 @@ class SPPDetector:
             )
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
-        features = self._frozen_head().features(maps, distinct, config.svm.layer)
+        head = self._frozen_head()
+        features = head.features(maps, distinct, config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
             raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
-        return WindowScores(scores, maps, projected)
+        return WindowScores(scores, maps, projected, head)
 
     def _frozen_head(self) -> FrozenHead:
         levels, precision = self.config.pyramid.levels, self.precision

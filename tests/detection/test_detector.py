@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -14,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from doubles import refused_by_us
+from doubles import TORCH_STATES, refused_by_us
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import random_windows
@@ -283,30 +282,10 @@ def test_evaluation_says_of_which_classes_the_maximum_left_some_out(detector, im
 # ---- whatever the caller has set -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def default_dtype(kind):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-MODES = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "inference": torch.inference_mode,
-    "no gradients": torch.no_grad,
-    "another device": lambda: torch.device("meta"),
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TORCH_STATES)
 def test_modes_of_the_caller_change_nothing(small_run, detector, image, windows, mode):
     expected, scores = detector.detect(image, windows, threshold=-2), detector.score(detector.embed(image), windows)
-    with MODES[mode]():
+    with TORCH_STATES[mode]():
         loaded = SPPDetector.load(small_run.root)
         for own in (detector, loaded, replace(detector)):
             assert own.detect(image, windows, threshold=-2) == expected
@@ -325,7 +304,7 @@ def test_modes_of_the_caller_change_nothing_with_openvino(detector, image, windo
     asked = detector.config.maps.model_copy(update={"runtime": "openvino"})
     detector = replace(detector, config=detector.config.model_copy(update={"maps": asked}))
     expected = detector.detect(image, windows, threshold=-2)
-    with MODES[mode]():
+    with TORCH_STATES[mode]():
         assert replace(detector).detect(image, windows, threshold=-2) == expected
 
 

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
-from doubles import refused_by_us
+from doubles import TORCH_STATES, refused_by_us
 
 from sppnet import SPPDetector, fit_box_regressor, mine_detectors, nms
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.torch_state import as_device
 
-
-@contextlib.contextmanager
-def default_dtype(kind):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-MODES = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "inference": torch.inference_mode,
-    "another device": lambda: torch.device("meta"),
-    "float64": lambda: default_dtype(torch.float64),
-    "float16": lambda: default_dtype(torch.float16),
-}
 RNG = np.random.default_rng(0)
 IMAGES = [(RNG.normal(size=(41, 16)), np.eye(41, 2)) for _ in range(3)]
 FEATURES, WINDOWS = RNG.normal(size=(30, 16)).astype(np.float32), np.tile([10.0, 10, 50, 40], (30, 1))
@@ -47,10 +27,10 @@ def results() -> list[np.ndarray]:
     return [*(tensor.numpy() for tensor in found), *refined, kept, nms(torch.from_numpy(BOXES), FEATURES[:, 0], 0.5)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TORCH_STATES)
 def test_modes_of_the_caller_change_nothing(mode):
     expected = results()
-    with MODES[mode]():
+    with TORCH_STATES[mode]():
         found = results()
     for own, other in zip(found, expected, strict=True):
         assert own.dtype == other.dtype
