@@ -111,7 +111,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise SppnetError(f"--set {override}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")
     for parent in parents:
-        inner = values[parent] = values.get(parent) or {}  # an empty section is None
+        inner = values[parent] = {} if values.get(parent) is None else values[parent]  # an empty section
         if not isinstance(inner, dict):
             raise SppnetError(f"--set {override}: {parent} is not a section")
         values = inner

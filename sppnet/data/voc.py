@@ -86,7 +86,8 @@ def _is_unturned(
 ) -> bool | None:
     """Whether boxes were drawn before the EXIF orientation turned the image; None where that cannot be told.
 
-    The stated size tells, unless the boxes fit the other frame alone; where it is none of the two, the boxes tell.
+    The stated size tells, unless a box lies beyond that frame and all fit the other; where it is none of the two, the
+    boxes tell.
     """
     stored = size[::-1]
     if not 2 <= orientation <= 8 or not len(boxes):
@@ -95,7 +96,7 @@ def _is_unturned(
         return None
     fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
     if stated == size:  # perhaps a program's, which read the picture upright and wrote boxes as they came
-        return fits_stored and not fits
+        return fits_stored and bool((boxes[:, :2] >= size[::-1]).any())  # one that only overshoots is clipped
     if stated == stored:
         return fits_stored or not fits
     return fits_stored if fits_stored != fits else None

@@ -81,7 +81,7 @@ def detect_files(
     finally:
         found = {path: one for path in names if isinstance(one := results.get(path), Detections)}  # ordered by name
         skipped = {path: why for path, why in sorted(results.items()) if isinstance(why, str)}
-        places = set(map(_place, found))
+        places = set(map(_place, results))  # of one that is skipped now nothing is kept
         others = [value for place, value in earlier.items() if place not in places]
         kept = [entry for entry, picture in others if picture]
         if results:

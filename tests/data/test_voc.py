@@ -213,6 +213,12 @@ def test_boxes_that_fit_the_stored_picture_alone_are_turned_though_the_size_is_u
     assert (found, counts) == (bright, TURNED)
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_box_that_only_overshoots_the_upright_picture_is_clipped_and_turns_none(tmp_path, orientation):
+    found, _, counts = turned(tmp_path, orientation, (30, 20, 65, 32), (60, 90), size=stated(90, 60))
+    assert (found, counts) == ([30, 20, 60, 32], {"box clipped to the image": 1})
+
+
 @pytest.mark.parametrize(("orientation", "stored"), [(2, (60, 90)), (3, (60, 90)), (4, (90, 60)), (6, (70, 70))])
 def test_where_both_frames_have_one_size_the_orientation_is_counted(tmp_path, orientation, stored):
     box, _, counts = turned(tmp_path, orientation, (10, 20, 45, 32), stored)
