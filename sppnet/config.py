@@ -295,6 +295,13 @@ class DetectSettings(Settings):
     score_threshold: float = -1.5  # release
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
+    refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too; their scores are averaged
+    vote: bool = False  # ours: a box becomes a mean of those of its class that overlap it by 0.5 or more
+
+    @property
+    def off(self) -> set[str]:
+        """The settings of later versions that change nothing: they are no part of a digest."""
+        return {name for name in ("refine", "vote") if not getattr(self, name)}
 
 
 class EvaluateSettings(Settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,7 +31,8 @@ from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, Detecto
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import nms_per_class
-from sppnet.detection.torch_state import as_device, undisturbed
+from sppnet.detection.refinement import LOOSE, LOWEST, vote
+from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import ImageInput, read_pixels
@@ -41,7 +41,6 @@ from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
-_PLAIN = (bool, int, float, str, tuple, list, type(None))  # settings of layers
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
 
 
@@ -179,7 +178,11 @@ class SPPDetector:
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with undisturbed():
             scored = self._score(maps, windows)
-            return self.select(windows, scored, passes(scored.scores), overlap, limit)
+            lowest = self.config.detect.score_threshold if self.config.detect.refine else np.inf
+            passing = passes(scored.scores) | (scored.scores > lowest)  # refined scores differ: see in the end
+            found, cut = self.select(windows, scored, passing, overlap, limit)
+            last = passes(np.repeat(found.scores[:, None], len(self.classes), axis=1))
+            return found[np.flatnonzero(last[np.arange(len(found)), found.labels])], cut
 
     def select(
         self,
@@ -191,14 +194,37 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
 
-        At most `limit` of a class; also returns the classes of which it left some out.
+        detect.refine and detect.vote change scores before and boxes after the second NMS (ours). At most `limit` of a
+        class; also returns the classes of which it left some out.
         """
         most = len(windows) if limit is None else limit
         kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
         rank = (label[:, None] == np.arange(len(self.classes))).cumsum(axis=0)[np.arange(len(label)), label]
         cut = tuple(self.classes[own] for own in np.unique(label[rank > most]))
         kept, label = kept[rank <= most], label[rank <= most]
-        boxes, scores = windows[kept], scored.scores[kept, label]
+        boxes, solid = self._regress(windows, scored, kept, label)
+        scores, label = scored.scores[kept[solid], label[solid]], label[solid]
+        for past in range(1, self.config.detect.refine + 1):
+            again = self._score(scored.maps, boxes, scored.head)
+            scores = (past * scores + again.scores[np.arange(len(boxes)), label]) / np.float32(past + 1)
+            if past < self.config.detect.refine:
+                boxes, solid = self._regress(boxes, again, np.arange(len(boxes)), label)
+                scores, label = scores[solid], label[solid]
+        table = np.full((len(boxes), len(self.classes)), -np.inf)
+        table[np.arange(len(boxes)), label] = scores
+        last = nms_per_class(boxes, table, overlap)[0]
+        boxes, scores, label = boxes[last], scores[last], label[last]
+        if self.config.detect.vote:
+            votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
+            others, solid = self._regress(windows, scored, votes, of)
+            boxes = vote(boxes, label, others, of[solid], scored.scores[votes, of][solid])
+        return Detections(boxes, scores, label, self.classes), cut
+
+    def _regress(
+        self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
+    ) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
+        """Of those kept (S,), by the regressors of their labels and clipped: boxes with extent, and which are (S,)."""
+        boxes = windows[kept]
         if self.regressors is not None and len(kept):
             distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
             head = scored.head or self._frozen_head()
@@ -206,12 +232,8 @@ class SPPDetector:
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
-        solid = (corners[:, 2:] > corners[:, :2]).all(axis=1)
-        boxes, scores, label = boxes[solid], scores[solid], label[solid]
-        table = np.full((len(boxes), len(self.classes)), -np.inf)
-        table[np.arange(len(boxes)), label] = scores
-        last = nms_per_class(boxes, table, overlap)[0]
-        return Detections(boxes[last], scores[last], label[last], self.classes), cut
+        solid: NDArray[np.bool_] = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        return boxes[solid], solid
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
@@ -270,7 +292,7 @@ class SPPDetector:
         linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear)
 
-    def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
+    def _score(self, maps: FeatureMaps, windows: NDArray[np.floating], head: FrozenHead | None = None) -> WindowScores:
         config, channels = self.config, self.backbone.channels
         if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
             found = f"{len(maps.maps[0])}" if isinstance(maps, FeatureMaps) else type(maps).__name__
@@ -279,7 +301,7 @@ class SPPDetector:
             )
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
-        head = self._frozen_head()
+        head = head or self._frozen_head()
         features = head.features(maps, distinct, config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
@@ -299,34 +321,12 @@ class SPPDetector:
 
     def _kept(self, name: str, network: nn.Module, make: Callable[[], T]) -> T:
         """What `make` gives of a network, made again when that has changed."""
-        tensors = [_fingerprint(tensor) for tensor in (*network.parameters(), *network.buffers())]
-        state = (tensors, [_setting(path, layer) for path, layer in network.named_modules()])
+        state = network_state(network)
         kept = self.__dict__.setdefault("_made", {})
         found = kept.get(name)
         if found is None or found[0] != state:
             found = kept[name] = (state, make())
         return found[1]
-
-
-def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs after a change of a tensor: ``.data`` changes no version, so its bits count.
-
-    They are laid in rows of 1024 and summed along rows and columns, which sees their order too, on their own device;
-    25 ms for the 210 MB of fc6.
-    """
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    own = tensor.detach()
-    bits = (own.permute(0, 2, 3, 1) if own.ndim == 4 else own).reshape(-1).view(kind)  # channels last: no copy
-    whole, rest = bits.tensor_split([len(bits) // 1024 * 1024])
-    sums = [whole.view(-1, 1024).sum(dim, dtype=kind) for dim in (0, 1)]  # of this type: 20 times as fast
-    digest = hashlib.sha256(torch.cat([*sums, rest]).cpu().numpy().tobytes()).digest()
-    return digest, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
-
-
-def _setting(path: str, layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer computes with besides its tensors: numbers, texts and flags that it holds, and its hooks."""
-    held = {name: repr(value) for name, value in vars(layer).items() if isinstance(value, _PLAIN)}
-    return path, type(layer), held, vars(layer).get("forward"), *layer._forward_hooks, *layer._forward_pre_hooks
 
 
 def _check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:

@@ -66,7 +66,7 @@ class DetectorDescription:
     def digest(self, device: str | torch.device) -> str:
         """Content key of what decides the detections, given windows: weights, test settings and precision."""
         sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
-        values = [section.model_dump(mode="json", exclude={"runtime"}) for section in sections]
+        values = [section.model_dump(mode="json", exclude={"runtime", *self.config.detect.off}) for section in sections]
         return digest_of(self.parts, values, resolve_precision(self.config.precision, device))
 
 

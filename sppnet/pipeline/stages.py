@@ -164,6 +164,8 @@ class StageGraph:
             if key in FILES:
                 paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
                 section[last] = [file_digest(path) for path in paths if path.is_file()]
+        for name in self.config.detect.off:
+            del values["detect"][name]
         if self.config.backbone.module is None:
             del values["backbone"]["module"]
         else:
