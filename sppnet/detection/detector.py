@@ -232,7 +232,7 @@ class SPPDetector:
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
-        solid: NDArray[np.bool_] = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        solid = np.all(corners[:, 2:] > corners[:, :2], axis=1)
         return boxes[solid], solid
 
     def save(self, folder: Path) -> None:

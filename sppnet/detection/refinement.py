@@ -23,7 +23,7 @@ def vote(
     candidate_scores: ArrayLike,
     overlap: float = 0.5,
 ) -> NDArray[Any]:
-    """Boxes (R, 4), each the mean of the candidates (S, 4) of its label whose IoU with it is at least `overlap`: float64 (R, 4).
+    """Boxes (R, 4), each the mean of the candidates (S, 4) of its label with an IoU of at least `overlap`: (R, 4).
 
     A box has a vote of its own where it is among the candidates; one without any vote stays as it is. Scores (S,) of
     SVMs may be negative, so a candidate weighs exp(2 · score), the odds that boosting reads from a margin (Friedman et
