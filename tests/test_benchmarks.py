@@ -7,8 +7,16 @@ import re
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from small_run import SmallRun
+
+from sppnet.data.splits import load_splits
+from sppnet.detection.detector import SPPDetector
+from sppnet.evaluation.voc import evaluate_voc
+from sppnet.pipeline.stages import windows_folder
+from sppnet.proposals.search import read_windows
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "argparse" in path.read_text())
@@ -48,3 +56,23 @@ def test_a_cheap_benchmark_prints_a_ratio(name: str, capsys: pytest.CaptureFixtu
     assert importlib.import_module(name).main(TINY[name]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\d+\.\d\d \(\d+\.\d\d – \d+\.\d\d\)", printed), printed
+
+
+def test_refinement_is_measured_on_a_run(small_run: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its bootstrap counts as VOC does where every image is drawn once, and as copies of an image where it is twice."""
+    refine = importlib.import_module("refine")
+    split = ["--data", str(small_run.devkit), "--split", "SHAPES/train"]
+    assert refine.main([str(small_run.root), *split, "--resamples", "2", "--images", "4"]) == 0
+    assert set(re.findall(r"^\| (.+?) \| +[\d.]+ \|", capsys.readouterr().out, re.MULTILINE)) == set(refine.VARIANTS)
+    detector = SPPDetector.load(small_run.root)
+    records, _ = load_splits(small_run.devkit, ["SHAPES/train"])
+    windows = windows_folder(small_run.root, detector.config)
+    found = {r.id: detector.detect_for_evaluation(r.path, read_windows(windows, r))[0] for r in records}
+    truth = {r.id: r.annotation for r in records}
+    counts = np.array([1] * (len(records) - 2) + [2, 0])
+    twice, last = [*truth][-2:]
+    copied = [{**own, last: own[twice]} for own in (found, truth)]
+    for own, draw in (((found, truth), np.ones(len(records), int)), (copied, counts)):
+        drawn = refine.resample(found, truth, detector.classes, 0.5, draw[None])
+        assert drawn[0] == pytest.approx(evaluate_voc(*own, detector.classes).map, abs=1e-9)
+        assert drawn[0] > 0

@@ -1,0 +1,203 @@
+"""Voting, and the selection with detect.refine and detect.vote, against naive loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_run import random_windows
+
+import sppnet
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.detector_description import DetectorDescription
+from sppnet.detection.nms import nms
+from sppnet.detection.refinement import LOOSE, LOWEST, vote
+from sppnet.detection.window_features import project_to_maps
+from sppnet.errors import SppnetError
+from sppnet.pipeline.run_data import RunData
+from sppnet.pipeline.stages import StageGraph
+from sppnet.records import pairwise_iou
+
+
+@pytest.fixture(scope="module")
+def detector(small_run):
+    return SPPDetector.load(small_run.root)
+
+
+@pytest.fixture(scope="module")
+def image(small_run):
+    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+
+
+@pytest.fixture(scope="module")
+def windows(image):
+    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
+
+
+def with_settings(detector, **values):
+    own = detector.config.detect.model_copy(update=values)
+    return replace(detector, config=detector.config.model_copy(update={"detect": own}))
+
+
+def naive_vote(boxes, labels, candidates, candidate_labels, scores, overlap):
+    voted = []
+    for box, label in zip(boxes.tolist(), labels, strict=True):
+        total, corners = 0.0, [0.0] * 4
+        for other, of, score in zip(candidates.tolist(), candidate_labels, scores, strict=True):
+            if of == label and pairwise_iou(np.array([box]), np.array([other]))[0, 0] >= overlap:
+                weight = math.exp(2 * score)
+                total += weight
+                corners = [own + weight * corner for own, corner in zip(corners, other, strict=True)]
+        voted.append([own / total for own in corners] if total else box)
+    return np.array(voted)
+
+
+def cluttered(rng, count):
+    corner = rng.uniform(0, 60, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(20, 60, (count, 2))], axis=1)
+
+
+# ---- voting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [0.3, 0.5, 0.9])
+def test_a_box_becomes_the_weighted_mean_of_the_candidates_of_its_class(overlap):
+    rng = np.random.default_rng(0)
+    boxes, candidates = cluttered(rng, 12), cluttered(rng, 60)
+    labels, of, scores = rng.integers(0, 3, 12), rng.integers(0, 3, 60), rng.normal(-0.5, 1, 60)
+    before = boxes.copy()
+    found = vote(boxes, labels, candidates, of, scores, overlap)
+    expected = naive_vote(boxes, labels, candidates, of, scores.astype(np.float32), overlap)
+    assert np.allclose(found, expected, rtol=1e-12)
+    assert np.array_equal(boxes, before)
+    assert (found == boxes).all(axis=1).any() or overlap < 0.9
+    assert (found != boxes).any() or overlap == 0.9
+
+
+def test_equal_scores_give_the_plain_mean_however_low_or_high():
+    boxes, candidates = np.array([[0.0, 0, 10, 10]]), np.array([[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]])
+    for score in (-1e4, -0.5, 0, 1e4):
+        assert vote(boxes, [0], candidates, [0, 0, 0], [score] * 3).tolist() == [[1, 0, 11, 10]]
+
+
+def test_a_box_alone_in_its_class_and_no_boxes_stay():
+    boxes = np.array([[1.5, 2, 30.25, 40]])
+    assert np.array_equal(vote(boxes, [1], boxes, [1], [-0.3]), boxes)
+    assert np.array_equal(vote(boxes, [1], boxes, [0], [9.0]), boxes)
+    assert np.array_equal(vote(boxes, [1], np.zeros((0, 4)), [], []), boxes)
+    assert vote(np.zeros((0, 4)), [], boxes, [1], [0.5]).shape == (0, 4)
+
+
+def test_votes_that_cannot_be_are_refused():
+    box = [[0, 0, 9, 9]]
+    for arguments, message in (
+        ((box, [0, 1], box, [0], [1.0]), "1 boxes, 2 labels; 1 candidates, 1 labels, 1 scores"),
+        ((box, [0], box, [0], [1.0, 2.0]), "1 candidates, 1 labels, 2 scores"),
+        ((box, [0], box, [0], [np.nan]), "candidate_scores"),
+        (([[5, 0, 4, 9]], [0], box, [0], [1.0]), "boxes must be finite"),
+        ((box, [0], box, [0], [1.0], 2), "overlap"),
+    ):
+        with pytest.raises(SppnetError, match=message):
+            vote(*arguments)
+
+
+# ---- the selection ---------------------------------------------------------------------------------------------------
+
+
+def naive_select(detector, image, windows, rounds, votes):
+    """Sec. 4.1 class by class and box by box, with every box scored again and regressed by itself."""
+    maps, own, config = detector.embed(image), detector.config.detect, detector.config
+    height, width = image.shape[:2]
+
+    def regress(boxes, label):
+        moved = []
+        for box in boxes:
+            projected = project_to_maps(maps, box[None], detector.backbone.geometry, config.pyramid, config.maps)
+            features = detector._frozen_head().features(maps, projected, config.boxes.layer)
+            box = detector.regressors.single().refine(features, box[None], label)[0]
+            moved.append(np.clip(box, 0, [width, height, width, height]))
+        return np.reshape(moved, (-1, 4))
+
+    scores, boxes, labels, values = detector.score(maps, windows), [], [], []
+    for label in range(len(detector.classes)):
+        passing = np.flatnonzero(scores[:, label] > own.score_threshold)
+        kept = passing[nms(windows[passing], scores[passing, label], own.nms_overlap)]
+        found, history = regress(windows[kept], label), [scores[kept, label]]
+        for count in range(rounds):
+            history.append(detector.score(maps, found)[:, label])
+            found = regress(found, label) if count < rounds - 1 else found
+        score = np.mean(history, axis=0)
+        last = nms(found, score, own.nms_overlap)
+        found, score = found[last], score[last]
+        if votes:
+            voters = np.flatnonzero(scores[:, label] > LOWEST)
+            voters = voters[nms(windows[voters], scores[voters, label], LOOSE)]
+            others, same = regress(windows[voters], label), np.zeros(len(voters), int)
+            found = naive_vote(found, [0] * len(found), others, same, scores[voters, label], 0.5)
+        boxes, labels, values = [*boxes, *found], [*labels, *[label] * len(found)], [*values, *score]
+    return np.array(boxes), np.array(labels), np.array(values)
+
+
+@pytest.mark.parametrize(("rounds", "votes"), [(0, False), (0, True), (1, False), (2, False), (2, True)])
+def test_the_selection_agrees_with_loops(detector, image, windows, rounds, votes):
+    own = with_settings(detector, refine=rounds, vote=votes, score_threshold=-2.0)
+    found = own.detect_for_evaluation(image, windows)[0]
+    boxes, labels, scores = naive_select(own, image, windows, rounds, votes)
+    keep = scores > -2  # an average may fall below the threshold
+    order = np.argsort(-scores[keep], kind="stable")
+    assert len(found) == keep.sum() > 3
+    assert np.allclose(found.scores, scores[keep][order], atol=1e-5)
+    assert np.array_equal(found.labels, labels[keep][order])
+    assert np.allclose(found.boxes, boxes[keep][order], atol=1e-3)
+    assert (np.diff(found.scores) <= 0).all()
+    assert found.boxes.min() >= 0
+    assert (found.boxes[:, 2:] <= image.shape[1::-1]).all()
+    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+
+
+def test_maps_and_image_give_the_same(detector, image, windows):
+    own = with_settings(detector, refine=1, vote=True)
+    assert own.detect_for_evaluation(own.embed(image), windows) == own.detect_for_evaluation(image, windows)
+
+
+def test_what_is_shown_does_not_depend_on_what_else_passes(detector, image, windows):
+    """Refined scores decide what passes, and votes are those of all windows."""
+    own = with_settings(detector, refine=1, vote=True, score_threshold=-2.0)
+    every = own.detect(image, windows, threshold=-2)
+    middle = float(np.median(every.scores))
+    assert own.detect(image, windows, threshold=middle) == every.above(middle)
+    assert 0 < len(every.above(middle)) < len(every)
+
+
+def test_votes_move_boxes_alone_and_one_window_stays(detector, image, windows):
+    plain, voted = (with_settings(detector, vote=on).detect(image, windows, threshold=-2) for on in (False, True))
+    assert np.array_equal(plain.scores, voted.scores)
+    assert np.array_equal(plain.labels, voted.labels)
+    assert not np.array_equal(plain.boxes, voted.boxes)
+    alone = [with_settings(detector, vote=on).detect(image, windows[:1], threshold=-5) for on in (False, True)]
+    assert len(alone[0]) > 0
+    assert alone[0] == alone[1]
+
+
+def test_equal_scores_and_no_regressors_are_no_matter(detector, image, windows):
+    own = replace(with_settings(detector, refine=2, vote=True, score_threshold=-9.0), regressors=None)
+    flat = replace(own, svms=replace(own.svms, weight=own.svms.weight * 0, bias=own.svms.bias * 0))
+    found = flat.detect_for_evaluation(image, windows)[0]
+    assert set(found.scores) == {0}
+    plain = with_settings(flat, refine=0, vote=False).detect_for_evaluation(image, windows)[0]
+    assert np.array_equal(found.labels, plain.labels)
+    assert not np.array_equal(found.boxes, plain.boxes)
+
+
+def test_no_digest_knows_the_settings_while_they_are_off(detector, small_run, tmp_path):
+    """Runs and detections of before stay what they are."""
+    description = DetectorDescription.read(small_run.root)
+    changed = {"refine": 1}, {"vote": True}, {"nms_overlap": 0.31}
+    configs = [description.config, *(with_settings(detector, **values).config for values in changed)]
+    assert len({replace(description, config=config).digest("cpu") for config in configs}) == 4
+    graphs = [StageGraph(tmp_path, config, RunData()).digests for config in configs]
+    assert len({own["thresholds"] for own in graphs}) == 4
+    assert len({own["svm"] for own in graphs}) == 1
+    assert "refine" not in StageGraph(tmp_path, configs[0], RunData())._values["detect"]
