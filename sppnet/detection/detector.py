@@ -213,12 +213,12 @@ class SPPDetector:
         table = np.full((len(boxes), len(self.classes)), -np.inf)
         table[np.arange(len(boxes)), label] = scores
         last = nms_per_class(boxes, table, overlap)[0]
-        boxes, scores, label = boxes[last], scores[last], label[last]
+        found = Detections(boxes[last], scores[last], label[last], self.classes)
         if self.config.detect.vote:
             votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
-            boxes = vote(boxes, label, others, of[solid], scored.scores[votes, of][solid])
-        return Detections(boxes, scores, label, self.classes), cut
+            found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
+        return found, cut
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from sppnet.checks import as_column, check_boxes, check_overlap, check_scores
+from sppnet.checks import check_overlap
 from sppnet.errors import SppnetError
-from sppnet.records import pairwise_iou
+from sppnet.records import Detections, pairwise_iou
 
 LOOSE = 0.6  # NMS overlap of those that vote: nearly the same proposals have one vote
 LOWEST = -1.0  # the margin: what scores less is background to the SVM and has no vote
 
 
-def vote(
-    boxes: ArrayLike,
-    labels: ArrayLike,
-    candidates: ArrayLike,
-    candidate_labels: ArrayLike,
-    candidate_scores: ArrayLike,
-    overlap: float = 0.5,
-) -> NDArray[Any]:
-    """Boxes (R, 4), each the mean of the candidates (S, 4) of its label with an IoU of at least `overlap`: (R, 4).
+def vote(found: Detections, candidates: Detections, overlap: float = 0.5) -> Detections:
+    """Each box found becomes the mean of the candidates of its class whose IoU with it is at least `overlap`.
 
-    A box has a vote of its own where it is among the candidates; one without any vote stays as it is. Scores (S,) of
-    SVMs may be negative, so a candidate weighs exp(2 · score), the odds that boosting reads from a margin (Friedman et
-    al. 2000): only differences of scores count. SppnetError for what is no box or score, and lengths that differ.
+    A box has a vote of its own where it is among the candidates; one without any vote stays as it is. Scores of SVMs
+    may be negative, so a candidate weighs exp(2 · score), the odds that boosting reads from a margin (Friedman et al.
+    2000): only differences of scores count. SppnetError for candidates of other classes.
     """
-    moved, others = check_boxes(boxes, "boxes"), check_boxes(candidates, "candidates")
-    own, of = as_column(labels, "labels", "iu"), as_column(candidate_labels, "candidate_labels", "iu")
-    scores = check_scores(candidate_scores, "candidate_scores").astype(np.float64)
-    if len(own) != len(moved) or not len(of) == len(scores) == len(others):
-        counts = (
-            f"{len(moved)} boxes, {len(own)} labels; {len(others)} candidates, {len(of)} labels, {len(scores)} scores"
-        )
-        raise SppnetError(f"expected a label for each box, a label and a score for each candidate, got {counts}")
-    for label in np.unique(own):
-        mine, theirs = np.flatnonzero(own == label), np.flatnonzero(of == label)
-        near = pairwise_iou(moved[mine], others[theirs]) >= check_overlap(overlap, "overlap")
+    if found.classes != candidates.classes:
+        raise SppnetError(f"candidates: expected the classes {found.classes}, got {candidates.classes}")
+    boxes, others = found.boxes.astype(np.float64), candidates.boxes.astype(np.float64)
+    for label in np.unique(found.labels):
+        mine, theirs = np.flatnonzero(found.labels == label), np.flatnonzero(candidates.labels == label)
+        near = pairwise_iou(boxes[mine], others[theirs]) >= check_overlap(overlap, "overlap")
         mine, near = mine[near.any(axis=1)], near[near.any(axis=1)]
-        exponents = np.where(near, 2 * scores[theirs], -np.inf)
+        exponents = np.where(near, 2 * candidates.scores[theirs].astype(np.float64), -np.inf)
         weights = np.exp(exponents - exponents.max(axis=1, initial=-np.inf, keepdims=True))  # the best weighs 1
-        moved[mine] = (weights / weights.sum(axis=1, keepdims=True)) @ others[theirs]
-    return moved
+        boxes[mine] = (weights / weights.sum(axis=1, keepdims=True)) @ others[theirs]
+    return replace(found, boxes=boxes.astype(np.float32))

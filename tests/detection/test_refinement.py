@@ -18,7 +18,7 @@ from sppnet.detection.window_features import project_to_maps
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stages import StageGraph
-from sppnet.records import pairwise_iou
+from sppnet.records import Detections, pairwise_iou
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def with_settings(detector, **values):
 
 def naive_vote(boxes, labels, candidates, candidate_labels, scores, overlap):
     voted = []
+    boxes, candidates = (own.astype(np.float64) for own in (boxes, candidates))
     for box, label in zip(boxes.tolist(), labels, strict=True):
         total, corners = 0.0, [0.0] * 4
         for other, of, score in zip(candidates.tolist(), candidate_labels, scores, strict=True):
@@ -62,45 +63,46 @@ def cluttered(rng, count):
 # ---- voting ----------------------------------------------------------------------------------------------------------
 
 
+def detections(boxes, scores, labels):
+    return Detections(boxes, scores, labels, ("a", "b", "c"))
+
+
 @pytest.mark.parametrize("overlap", [0.3, 0.5, 0.9])
 def test_a_box_becomes_the_weighted_mean_of_the_candidates_of_its_class(overlap):
     rng = np.random.default_rng(0)
-    boxes, candidates = cluttered(rng, 12), cluttered(rng, 60)
-    labels, of, scores = rng.integers(0, 3, 12), rng.integers(0, 3, 60), rng.normal(-0.5, 1, 60)
-    before = boxes.copy()
-    found = vote(boxes, labels, candidates, of, scores, overlap)
-    expected = naive_vote(boxes, labels, candidates, of, scores.astype(np.float32), overlap)
-    assert np.allclose(found, expected, rtol=1e-12)
-    assert np.array_equal(boxes, before)
-    assert (found == boxes).all(axis=1).any() or overlap < 0.9
-    assert (found != boxes).any() or overlap == 0.9
+    found = detections(cluttered(rng, 12), rng.normal(0, 1, 12), rng.integers(0, 3, 12))
+    others = detections(cluttered(rng, 60), rng.normal(-0.5, 1, 60), rng.integers(0, 3, 60))
+    before = found.boxes.copy()
+    voted = vote(found, others, overlap)
+    expected = naive_vote(found.boxes, found.labels, others.boxes, others.labels, others.scores, overlap)
+    assert np.allclose(voted.boxes, expected, rtol=1e-6)
+    assert np.array_equal(found.boxes, before)
+    assert np.array_equal(voted.scores, found.scores)
+    assert np.array_equal(voted.labels, found.labels)
+    assert (voted.boxes == before).all() == (overlap == 0.9)
 
 
 def test_equal_scores_give_the_plain_mean_however_low_or_high():
-    boxes, candidates = np.array([[0.0, 0, 10, 10]]), np.array([[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]])
+    found = detections([[0.0, 0, 10, 10]], [0.0], [0])
     for score in (-1e4, -0.5, 0, 1e4):
-        assert vote(boxes, [0], candidates, [0, 0, 0], [score] * 3).tolist() == [[1, 0, 11, 10]]
+        others = detections([[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]], [score] * 3, [0, 0, 0])
+        assert vote(found, others).boxes.tolist() == [[1, 0, 11, 10]]
 
 
 def test_a_box_alone_in_its_class_and_no_boxes_stay():
-    boxes = np.array([[1.5, 2, 30.25, 40]])
-    assert np.array_equal(vote(boxes, [1], boxes, [1], [-0.3]), boxes)
-    assert np.array_equal(vote(boxes, [1], boxes, [0], [9.0]), boxes)
-    assert np.array_equal(vote(boxes, [1], np.zeros((0, 4)), [], []), boxes)
-    assert vote(np.zeros((0, 4)), [], boxes, [1], [0.5]).shape == (0, 4)
+    found, none = detections([[1.5, 2, 30.25, 40]], [-0.3], [1]), detections([], [], [])
+    assert vote(found, found) == found
+    assert vote(found, detections(found.boxes + 1, [9.0], [0])) == found
+    assert vote(found, none) == found
+    assert vote(none, found) == none
 
 
 def test_votes_that_cannot_be_are_refused():
-    box = [[0, 0, 9, 9]]
-    for arguments, message in (
-        ((box, [0, 1], box, [0], [1.0]), "1 boxes, 2 labels; 1 candidates, 1 labels, 1 scores"),
-        ((box, [0], box, [0], [1.0, 2.0]), "1 candidates, 1 labels, 2 scores"),
-        ((box, [0], box, [0], [np.nan]), "candidate_scores"),
-        (([[5, 0, 4, 9]], [0], box, [0], [1.0]), "boxes must be finite"),
-        ((box, [0], box, [0], [1.0], 2), "overlap"),
-    ):
-        with pytest.raises(SppnetError, match=message):
-            vote(*arguments)
+    found = detections([[0, 0, 9, 9]], [0.0], [1])
+    with pytest.raises(SppnetError, match=r"candidates: expected the classes \('a', 'b', 'c'\), got \('a', 'b'\)"):
+        vote(found, Detections([[0, 0, 9, 9]], [0.0], [1], ("a", "b")))
+    with pytest.raises(SppnetError, match="overlap must be"):
+        vote(found, found, 2)
 
 
 # ---- the selection ---------------------------------------------------------------------------------------------------
