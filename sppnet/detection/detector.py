@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sppnet.artifacts import tensors_digest, write_json, write_tensors
+from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import (
     Kind,
@@ -31,8 +30,8 @@ from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import nms_per_class
-from sppnet.detection.torch_state import as_device, undisturbed
+from sppnet.detection.nms import nms_per_class, pool_detections
+from sppnet.detection.torch_state import as_device, fingerprint, layer_settings, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import ImageInput, read_pixels
@@ -41,7 +40,6 @@ from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
-_PLAIN = (bool, int, float, str, tuple, list, type(None))  # settings of layers
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
 
 
@@ -61,7 +59,8 @@ class SPPDetector:
 
     Weights, layers, their plain settings and hooks may be changed between calls: those of the moment are used. Neither
     autocast, gradient and inference modes, nor the default device or dtype of the caller change a result. Threads may
-    share a detector.
+    share a detector. With `others` (`sppnet.detection.combination`), `detect` gives what all of them find; the rest
+    is of this one alone.
     """
 
     backbone: Backbone
@@ -71,11 +70,14 @@ class SPPDetector:
     proposer: Proposer
     config: Config
     thresholds: tuple[float, ...] = ()  # the lowest score that `detect` shows, of each class; 0 where not given
+    others: tuple[SPPDetector, ...] = ()  # combined with this one; detect settings are this one's
 
     def __post_init__(self) -> None:
         given: Any = self.thresholds
         values = check_thresholds(0 if isinstance(given, tuple) and not given else given, self.classes)
         object.__setattr__(self, "thresholds", tuple(values.tolist()))
+        if any({*own.classes} != {*self.classes} for own in self.others):
+            raise SppnetError("others: expected detectors of the same classes; combine_detectors says which differ")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -119,14 +121,20 @@ class SPPDetector:
             if not isinstance(each, list | tuple) or len(each) != len(image):
                 raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
             return _one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
-        lowest = check_thresholds(self.thresholds if threshold is None else threshold, self.classes)
+        lowest = None if threshold is None else check_thresholds(threshold, self.classes)
         overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
         if top is not None and not (is_whole(top) and top > 0):
             raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
         pixels = read_pixels(image)
         found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
+
+        def passes(own: SPPDetector, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+            if lowest is None:
+                return scores >= check_thresholds(own.thresholds, own.classes)
+            return scores >= lowest[[self.classes.index(name) for name in own.classes]]
+
         try:
-            return self._search(pixels, found, lambda scores: scores >= lowest, overlap)[0][:top]
+            return self._search(pixels, found, passes, overlap)[0][:top]
         except BackboneError as error:
             raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
 
@@ -161,25 +169,29 @@ class SPPDetector:
         own = self.config.detect
         boxes = as_boxes(windows, "windows")
         return self._search(
-            image, boxes, lambda scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
+            image, boxes, lambda _, scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
         )
 
     def _search(
         self,
         image: FeatureMaps | ImageInput,
         windows: NDArray[np.floating],
-        passes: Callable[[NDArray[np.float32]], NDArray[np.bool_]],
+        passes: Callable[[SPPDetector, NDArray[np.float32]], NDArray[np.bool_]],
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """The whole way of sec. 4.1, from an image or its maps on."""
+        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4."""
         if len(windows) == 0:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
+        if self.others and isinstance(image, FeatureMaps):
+            raise SppnetError("maps: each of several combined detectors has its own; pass the image")
+        found = [own._search(image, windows, passes, overlap, limit) for own in self.others]
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with undisturbed():
             scored = self._score(maps, windows)
-            return self.select(windows, scored, passes(scored.scores), overlap, limit)
+            own = self.select(windows, scored, passes(self, scored.scores), overlap, limit)
+        return pool_detections([own, *found], overlap, limit) if found else own
 
     def select(
         self,
@@ -220,6 +232,9 @@ class SPPDetector:
             parts["boxes"] = self.regressors.to_tensors()
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
+        others = [folder / "others" / str(place) for place in range(len(self.others))]
+        for own, place in zip(self.others, others, strict=True):
+            own.save(place)
         description: dict[str, Any] = {
             "format": FORMAT,
             "classes": list(self.classes),
@@ -227,6 +242,7 @@ class SPPDetector:
             "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
             "ranks": self.head.ranks,
             "thresholds": list(self.thresholds),
+            "others": [file_digest(place / "detector.json") for place in others],
         }
         write_json(folder / "detector.json", description)
 
@@ -245,7 +261,9 @@ class SPPDetector:
         description, device = DetectorDescription.read(run), as_device(device)
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
-        search = make_proposer(config.proposals) if proposer is None else proposer
+        others = tuple(cls.load(own.folder, device) for own in description.others)
+        settings = [config.proposals, *(own.config.proposals for own in others)]
+        search = make_proposer(*settings) if proposer is None else proposer
         try:
             with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()
@@ -256,7 +274,7 @@ class SPPDetector:
                 head.load_state_dict(tensors["head"])
                 svms = LinearSVMs.from_tensors(tensors["svm"])
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
-                detector = cls(network, head, svms, boxes, search, config, description.thresholds)
+                detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
@@ -268,7 +286,8 @@ class SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
         device = as_device(device)
         linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
-        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear)
+        others = tuple(own.to(device) for own in self.others)
+        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear, others=others)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating]) -> WindowScores:
         config, channels = self.config, self.backbone.channels
@@ -299,34 +318,13 @@ class SPPDetector:
 
     def _kept(self, name: str, network: nn.Module, make: Callable[[], T]) -> T:
         """What `make` gives of a network, made again when that has changed."""
-        tensors = [_fingerprint(tensor) for tensor in (*network.parameters(), *network.buffers())]
-        state = (tensors, [_setting(path, layer) for path, layer in network.named_modules()])
+        tensors = [fingerprint(tensor) for tensor in (*network.parameters(), *network.buffers())]
+        state = (tensors, [layer_settings(path, layer) for path, layer in network.named_modules()])
         kept = self.__dict__.setdefault("_made", {})
         found = kept.get(name)
         if found is None or found[0] != state:
             found = kept[name] = (state, make())
         return found[1]
-
-
-def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs after a change of a tensor: ``.data`` changes no version, so its bits count.
-
-    They are laid in rows of 1024 and summed along rows and columns, which sees their order too, on their own device;
-    25 ms for the 210 MB of fc6.
-    """
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    own = tensor.detach()
-    bits = (own.permute(0, 2, 3, 1) if own.ndim == 4 else own).reshape(-1).view(kind)  # channels last: no copy
-    whole, rest = bits.tensor_split([len(bits) // 1024 * 1024])
-    sums = [whole.view(-1, 1024).sum(dim, dtype=kind) for dim in (0, 1)]  # of this type: 20 times as fast
-    digest = hashlib.sha256(torch.cat([*sums, rest]).cpu().numpy().tobytes()).digest()
-    return digest, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
-
-
-def _setting(path: str, layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer computes with besides its tensors: numbers, texts and flags that it holds, and its hooks."""
-    held = {name: repr(value) for name, value in vars(layer).items() if isinstance(value, _PLAIN)}
-    return path, type(layer), held, vars(layer).get("forward"), *layer._forward_hooks, *layer._forward_pre_hooks
 
 
 def _check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:

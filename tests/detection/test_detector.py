@@ -22,7 +22,8 @@ import sppnet
 from sppnet.backbones import backbone as backbones
 from sppnet.backbones import runtime
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
-from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores, _fingerprint
+from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores
+from sppnet.detection.torch_state import fingerprint
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.errors import ArtifactError, BackboneError, ImageError
 from sppnet.records import pairwise_iou
@@ -542,7 +543,7 @@ def test_a_detector_of_another_version_is_refused(folder):
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3]])
 def test_rows_and_columns_in_another_order_are_a_change(order):
     weight = torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))
-    assert _fingerprint(weight.clone()) == _fingerprint(weight)
-    assert _fingerprint(weight[order]) != _fingerprint(weight)
+    assert fingerprint(weight.clone()) == fingerprint(weight)
+    assert fingerprint(weight[order]) != fingerprint(weight)
     columns = weight.view(4, 4, 256)[:, order].reshape(4, 1024)
-    assert _fingerprint(columns) != _fingerprint(weight)
+    assert fingerprint(columns) != fingerprint(weight)
