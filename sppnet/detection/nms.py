@@ -72,10 +72,9 @@ def pool_detections(
     labels = np.array([classes.index(name) for own, _ in each for name in own.class_names], np.int64)
     table = np.where(labels[:, None] == np.arange(len(classes)), scores[:, None], -np.inf)
     kept, pooled = nms_per_class(boxes, table, overlap, limit)
-    more = np.bincount(nms_per_class(boxes, table, overlap)[1], minlength=len(classes)) > np.bincount(
-        pooled, minlength=len(classes)
-    )
-    cut = {name for _, names in each for name in names} | {classes[place] for place in np.flatnonzero(more)}
+    every = nms_per_class(boxes, table, overlap)[1]
+    more = [name for place, name in enumerate(classes) if (every == place).sum() > (pooled == place).sum()]
+    cut = {*more, *(name for _, names in each for name in names)}
     return Detections(boxes[kept], scores[kept], pooled, classes), tuple(name for name in classes if name in cut)
 
 
