@@ -247,9 +247,9 @@ def load_test_data(
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
     if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(
-            "which images were held out is not known: the detector keeps none in split.json (it is of an earlier "
-            "version, was put together elsewhere, or of several combined each was trained on what others held out); "
-            "name images with --split, or train again"
+            "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
+            "was put together elsewhere), or is combined of some that were trained on what others held out; name "
+            "images with --split, or train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:
