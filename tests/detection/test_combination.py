@@ -134,7 +134,7 @@ def test_the_windows_are_those_of_all_searches_each_once(detector, another, imag
     assert both.detect(image, threshold=-2) == both.detect(image, found, threshold=-2)
 
 
-def test_one_search_serves_detectors_of_equal_settings(detector, another, image, monkeypatch):
+def test_one_search_serves_detectors_of_equal_settings(detector, another, image):
     """Where the windows of training came from and who computed them is no difference."""
     assert detector.config.proposals != another.config.proposals
     assert np.array_equal(combine_detectors([detector, another]).proposer(image), detector.proposer(image))
