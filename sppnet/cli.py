@@ -154,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
             test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
         _add_device(test)
 
+    combine = _command(commands, "combine", "make one run of several: their detections are pooled, class by class")
+    combine.add_argument("runs", nargs="+", type=PATH, metavar="RUN", help="the folders of two trained runs or more")
+    combine.add_argument("--out", type=PATH, required=True, metavar="DIR", help="the folder of the new run")
+
     detect = _command(commands, "detect", "detect in images: pictures, detections.json, detections.csv")
     detect.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
     detect.add_argument("images", nargs="+", type=PATH, metavar="IMAGE", help="files, folders or patterns")

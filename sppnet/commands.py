@@ -33,6 +33,7 @@ from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
 from sppnet.jobs import ran_out_of_memory
+from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.training import Training, train_detector
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         if not ran_out_of_memory(error):
             print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
             raise
-        trains = options.command not in ("eval", "test", "detect", "score")
+        trains = options.command not in ("eval", "test", "combine", "detect", "score")
         hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
         reason = f"not enough memory ({error}); {hint}, or take another --device"
         print(f"sppnet {options.command}: error: {reason}", file=sys.stderr)
@@ -155,6 +156,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _combine(options: argparse.Namespace) -> int:
+    if distributed.is_main():
+        count = 1 + len(combine_runs(options.runs, options.out).others)
+        print(f"{counted(count, 'detector')} combined in {options.out / 'detector'}; next: sppnet eval {options.out}")
+    return 0
+
+
 def _detect(options: argparse.Namespace) -> int:
     device = _device(options)
     description = DetectorDescription.read(options.run)  # before pictures are looked for
@@ -162,7 +170,8 @@ def _detect(options: argparse.Namespace) -> int:
     with _ended_as_by_ctrl_c():
         result = detect_files(load, options.images, options.out, options.threshold, workers)
     count = sum(map(len, result.detections.values()))
-    lowest = description.thresholds if options.threshold is None else (options.threshold,)
+    own = [score for each in (description, *description.others) for score in each.thresholds]
+    lowest = own if options.threshold is None else [options.threshold]
     used = " to ".join(f"{round(score, 2) + 0.0:.2f}" for score in sorted({min(lowest), max(lowest)}))  # no -0.00
     found = f"{counted(count, 'detection')} in {counted(len(result.detections), 'image')}"
     print(f"{found}, threshold{'s' if ' to ' in used else ''} {used}, written to {options.out}")
@@ -272,6 +281,7 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "eval": _evaluate,
     "test": _evaluate,
+    "combine": _combine,
     "detect": _detect,
     "score": _score,
     "demo": _demo,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from sppnet.errors import BackboneError, ImageError
+from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.jpeg import open_jpeg
+
+T = TypeVar("T")
 
 MAX_PIXELS = 178_000_000  # ours: about 0.5 GB as RGB; a larger header is taken for damage or an attack
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
@@ -271,3 +273,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def one_by_one(do: Callable[..., T], *lists: Sequence[Any], **options: Any) -> list[T]:
+    """The results of the images of a list; an error says which image it was."""
+    results = []
+    for place, own in enumerate(zip(*lists, strict=True)):
+        try:
+            results.append(do(*own, **options))
+        except SppnetError as error:
+            raise type(error)(f"image {place} of the list: {error}") from None
+    return results

@@ -106,6 +106,15 @@ def train_small(folder: Path) -> SmallRun:
     return SmallRun(folder / "run", config, devkit)
 
 
+def train_another(run: SmallRun, folder: Path, **changes: Any) -> SmallRun:
+    """Another detector of the same data: other windows, scale and weights, the classes in another order."""
+    windows = write_windows(run.devkit, folder / "windows.npz", seed=1)
+    other = {"data__classes": ["triangle", "star", "square", "disc", "cross"], "maps__scales": [96]}
+    config = small_config(run.devkit, windows, **{**other, "finetune__seed": 1, "boxes__ridge": 100.0, **changes})
+    assert train_detector(config, folder / "run", progress=False) is not None
+    return SmallRun(folder / "run", config, run.devkit)
+
+
 def copied(run: SmallRun, folder: Path) -> SmallRun:
     """The same run in a folder of its own, for tests that change it; the data are shared."""
     shutil.copytree(run.root, folder)

@@ -10,6 +10,7 @@
     box_regression    class-wise corrections of boxes
     nms               suppression, per class
     detector          all of it at test time; detector_description: what a saved one says of itself
+    combination       several detectors as one
 
 Boxes and windows are numpy arrays, features are torch tensors.
 """

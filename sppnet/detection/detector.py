@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -11,9 +11,9 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from sppnet.artifacts import tensors_digest, write_json, write_tensors
+from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.runtime import (
     Kind,
@@ -27,15 +27,15 @@ from sppnet.backbones.runtime import (
 from sppnet.checks import as_boxes, check_boxes, check_overlap, check_thresholds, is_whole
 from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
-from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, read_part
+from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import nms_per_class
+from sppnet.detection.nms import nms_per_class, pool_detections
 from sppnet.detection.refinement import LOOSE, LOWEST, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
-from sppnet.images import ImageInput, read_pixels
+from sppnet.images import ImageInput, one_by_one, read_pixels
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.proposals.search import Proposer, make_proposer
 from sppnet.records import Detections, clip_boxes
@@ -60,7 +60,8 @@ class SPPDetector:
 
     Weights, layers, their plain settings and hooks may be changed between calls: those of the moment are used. Neither
     autocast, gradient and inference modes, nor the default device or dtype of the caller change a result. Threads may
-    share a detector.
+    share a detector. With `others` (`sppnet.detection.combination`), `detect` gives what all of them find; the rest
+    is of this one alone.
     """
 
     backbone: Backbone
@@ -70,11 +71,14 @@ class SPPDetector:
     proposer: Proposer
     config: Config
     thresholds: tuple[float, ...] = ()  # the lowest score that `detect` shows, of each class; 0 where not given
+    others: tuple[SPPDetector, ...] = ()  # combined with this one; detect settings are this one's
 
     def __post_init__(self) -> None:
         given: Any = self.thresholds
         values = check_thresholds(0 if isinstance(given, tuple) and not given else given, self.classes)
         object.__setattr__(self, "thresholds", tuple(values.tolist()))
+        if any({*own.classes} != {*self.classes} for own in self.others):
+            raise SppnetError("others: expected detectors of the same classes; combine_detectors says which differ")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -117,15 +121,21 @@ class SPPDetector:
             each = [None] * len(image) if windows is None else windows
             if not isinstance(each, list | tuple) or len(each) != len(image):
                 raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
-            return _one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
-        lowest = check_thresholds(self.thresholds if threshold is None else threshold, self.classes)
+            return one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
+        lowest = None if threshold is None else check_thresholds(threshold, self.classes)
         overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
         if top is not None and not (is_whole(top) and top > 0):
             raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
         pixels = read_pixels(image)
         found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
+
+        def passes(own: SPPDetector, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+            if lowest is None:
+                return scores >= check_thresholds(own.thresholds, own.classes)
+            return scores >= lowest[[self.classes.index(name) for name in own.classes]]
+
         try:
-            return self._search(pixels, found, lambda scores: scores >= lowest, overlap)[0][:top]
+            return self._search(pixels, found, passes, overlap)[0][:top]
         except BackboneError as error:
             raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
 
@@ -139,7 +149,7 @@ class SPPDetector:
         They are ordinary tensors without gradients; of a list of images a list.
         """
         if isinstance(image, list | tuple):
-            return _one_by_one(self.embed, image)
+            return one_by_one(self.embed, image)
         with undisturbed():
             found = compute_maps(self._runtime(), read_pixels(image), self.config.maps)
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
@@ -160,29 +170,33 @@ class SPPDetector:
         own = self.config.detect
         boxes = as_boxes(windows, "windows")
         return self._search(
-            image, boxes, lambda scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
+            image, boxes, lambda _, scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
         )
 
     def _search(
         self,
         image: FeatureMaps | ImageInput,
         windows: NDArray[np.floating],
-        passes: Callable[[NDArray[np.float32]], NDArray[np.bool_]],
+        passes: Callable[[SPPDetector, NDArray[np.float32]], NDArray[np.bool_]],
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """The whole way of sec. 4.1, from an image or its maps on."""
+        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4."""
         if len(windows) == 0:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
+        if self.others and isinstance(image, FeatureMaps):
+            raise SppnetError("maps: each of several combined detectors has its own; pass the image")
+        found = [own._search(image, windows, passes, overlap, limit) for own in self.others]
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with undisturbed():
             scored = self._score(maps, windows)
             lowest = self.config.detect.score_threshold if self.config.detect.refine else np.inf
-            passing = passes(scored.scores) | (scored.scores > lowest)  # refined scores differ: see in the end
-            found, cut = self.select(windows, scored, passing, overlap, limit)
-            last = passes(np.repeat(found.scores[:, None], len(self.classes), axis=1))
-            return found[np.flatnonzero(last[np.arange(len(found)), found.labels])], cut
+            passing = passes(self, scored.scores) | (scored.scores > lowest)  # refined scores differ: see in the end
+            every, cut = self.select(windows, scored, passing, overlap, limit)
+            last = passes(self, np.repeat(every.scores[:, None], len(self.classes), axis=1))
+            own = every[np.flatnonzero(last[np.arange(len(every)), every.labels])], cut
+        return pool_detections([own, *found], overlap, limit) if found else own
 
     def select(
         self,
@@ -242,6 +256,9 @@ class SPPDetector:
             parts["boxes"] = self.regressors.to_tensors()
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
+        others = [folder / "others" / str(place) for place in range(len(self.others))]
+        for own, place in zip(self.others, others, strict=True):
+            own.save(place)
         description: dict[str, Any] = {
             "format": FORMAT,
             "classes": list(self.classes),
@@ -249,6 +266,7 @@ class SPPDetector:
             "parts": {name: tensors_digest(tensors) for name, tensors in parts.items()},
             "ranks": self.head.ranks,
             "thresholds": list(self.thresholds),
+            "others": [file_digest(place / "detector.json") for place in others],
         }
         write_json(folder / "detector.json", description)
 
@@ -267,18 +285,20 @@ class SPPDetector:
         description, device = DetectorDescription.read(run), as_device(device)
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
-        search = make_proposer(config.proposals) if proposer is None else proposer
+        others = tuple(cls.load(own.folder, device) for own in description.others)
+        settings = [config.proposals, *(own.config.proposals for own in others)]
+        search = make_proposer(*settings) if proposer is None else proposer
         try:
             with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()
-                _check_fit(network, tensors["backbone"], f"{folder / 'backbone.safetensors'}: the weights")
+                check_fit(network, tensors["backbone"], f"{folder / 'backbone.safetensors'}: the weights")
                 network.load_state_dict(tensors["backbone"])
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
                 head.load_state_dict(tensors["head"])
                 svms = LinearSVMs.from_tensors(tensors["svm"])
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
-                detector = cls(network, head, svms, boxes, search, config, description.thresholds)
+                detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
@@ -290,7 +310,8 @@ class SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
         device = as_device(device)
         linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
-        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear)
+        others = tuple(own.to(device) for own in self.others)
+        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear, others=others)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating], head: FrozenHead | None = None) -> WindowScores:
         config, channels = self.config, self.backbone.channels
@@ -327,24 +348,3 @@ class SPPDetector:
         if found is None or found[0] != state:
             found = kept[name] = (state, make())
         return found[1]
-
-
-def _check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:
-    """BackboneError with the first names where the tensors are not those of the network."""
-    own = network.state_dict()
-    wrong = [name for name in {**own, **saved} if name not in own or name not in saved]
-    wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
-    if wrong:
-        names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
-        raise BackboneError(f"{what} do not fit this network, at {names}; give the one that was trained")
-
-
-def _one_by_one(do: Callable[..., T], *lists: Sequence[Any], **options: Any) -> list[T]:
-    """The results of the images of a list; an error says which image it was."""
-    results = []
-    for place, own in enumerate(zip(*lists, strict=True)):
-        try:
-            results.append(do(*own, **options))
-        except SppnetError as error:
-            raise type(error)(f"image {place} of the list: {error}") from None
-    return results

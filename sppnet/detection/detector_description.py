@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sppnet.artifacts import digest_of, read_json, read_tensors, tensors_digest
+from sppnet.artifacts import digest_of, file_digest, read_json, read_tensors, tensors_digest
 from sppnet.backbones.runtime import resolve_precision
 from sppnet.checks import check_thresholds
 from sppnet.config import Config
 from sppnet.config_files import parse_config
-from sppnet.errors import ArtifactError, SppnetError
+from sppnet.errors import ArtifactError, BackboneError, SppnetError
 
 FORMAT = 2  # of the detector folder
 _PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
 _FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
-_TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages"
+_TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages, or `sppnet combine`"
 OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
 
 
@@ -32,6 +32,7 @@ class DetectorDescription:
     parts: dict[str, str]  # file stem -> digest of its tensors
     ranks: dict[str, int]  # of the low-rank layers of the head; empty for a whole head
     thresholds: tuple[float, ...]  # by class; 0 for all in a detector of a version that chose none
+    others: tuple[DetectorDescription, ...] = ()  # in others/0, 1, …: those combined with it
 
     @classmethod
     def read(cls, run: Path | str) -> DetectorDescription:
@@ -61,13 +62,21 @@ class DetectorDescription:
             thresholds = check_thresholds(values.get("thresholds", 0), values["classes"])
         except SppnetError as error:
             raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
-        return cls(folder, config, tuple(values["classes"]), values["parts"], ranks, tuple(thresholds.tolist()))
+        digests = values.get("others", [])
+        count = len(digests) if isinstance(digests, list) else 0
+        files = [folder / "others" / str(place) / "detector.json" for place in range(count)]
+        if [file_digest(file) for file in files if file.is_file()] != digests:
+            raise ArtifactError(f"{path}: does not name the detectors in {folder / 'others'}; {OTHER_VERSION}")
+        others = tuple(cls.read(file.parent) for file in files)
+        classes = tuple(values["classes"])
+        return cls(folder, config, classes, values["parts"], ranks, tuple(thresholds.tolist()), others)
 
     def digest(self, device: str | torch.device) -> str:
         """Content key of what decides the detections, given windows: weights, test settings and precision."""
         sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
         values = [section.model_dump(mode="json", exclude={"runtime", *self.config.detect.off}) for section in sections]
-        return digest_of(self.parts, values, resolve_precision(self.config.precision, device))
+        others = [own.digest(device) for own in self.others]
+        return digest_of(self.parts, values, resolve_precision(self.config.precision, device), *others)
 
 
 def _missing(run: Path, folder: Path) -> str:
@@ -77,7 +86,8 @@ def _missing(run: Path, folder: Path) -> str:
     if all((folder / f"{part}.safetensors").is_file() for part in _PARTS):
         return (
             f"{run}: its detector is not complete (no detector/detector.json): saving was interrupted or training with "
-            "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted"
+            "other settings or from scratch has begun; run `sppnet train` to the end, with the settings wanted, or the "
+            "same `sppnet combine`"
         )
     return f"{run}: holds no trained detector (detector/detector.json); run `sppnet train` to the end first"
 
@@ -92,3 +102,13 @@ def read_part(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     if tensors_digest(tensors) != digest:
         raise ArtifactError(f"{path}: is not the file this detector was saved with; {_TRAIN_AGAIN}")
     return tensors
+
+
+def check_fit(network: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+    """BackboneError with the first names where the tensors are not those of the network."""
+    own = network.state_dict()
+    wrong = [name for name in {**own, **saved} if name not in own or name not in saved]
+    wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    if wrong:
+        names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        raise BackboneError(f"{what} do not fit this network, at {names}; give the one that was trained")

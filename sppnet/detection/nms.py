@@ -7,6 +7,7 @@ the CPU: the kept boxes then do not depend on the device or on the precision in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.ops import nms as suppress
 
 from sppnet.checks import as_boxes, as_column, check_boxes, check_overlap, is_whole
 from sppnet.errors import SppnetError
+from sppnet.records import Detections
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
 
@@ -56,6 +58,24 @@ def nms_per_class(
     index, label_of = np.concatenate(indices), np.concatenate(labels)
     order = np.argsort(-scores[index, label_of], kind="stable")
     return index[order], label_of[order]
+
+
+def pool_detections(
+    each: Sequence[tuple[Detections, tuple[str, ...]]], overlap: float, limit: int | None
+) -> tuple[Detections, tuple[str, ...]]:
+    """What several detectors found, suppressed by class together, and the classes of which a maximum left some out.
+
+    The classes are in the order of the first; at most `limit` of a class stay.
+    """
+    classes = each[0][0].classes
+    boxes, scores = (np.concatenate([getattr(own, name) for own, _ in each]) for name in ("boxes", "scores"))
+    labels = np.array([classes.index(name) for own, _ in each for name in own.class_names], np.int64)
+    table = np.where(labels[:, None] == np.arange(len(classes)), scores[:, None], -np.inf)
+    kept, pooled = nms_per_class(boxes, table, overlap, limit)
+    every = nms_per_class(boxes, table, overlap)[1]
+    more = [name for place, name in enumerate(classes) if (every == place).sum() > (pooled == place).sum()]
+    cut = {*more, *(name for _, names in each for name in names)}
+    return Detections(boxes[kept], scores[kept], pooled, classes), tuple(name for name in classes if name in cut)
 
 
 def _nms(

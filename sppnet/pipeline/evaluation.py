@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from sppnet.jobs import map_in_workers
 from sppnet.paths import LONGEST_NAME, fitting_name
 from sppnet.pipeline.run_data import Split, load_test_data
 from sppnet.pipeline.stages import windows_folder
-from sppnet.proposals.search import propose_images, read_windows
+from sppnet.proposals.search import Windows, propose_images, read_windows, unite_windows
 from sppnet.records import Detections, ImageRecord, spread
 from sppnet.report.drawing import Picture, contact_sheet, save_image
 from sppnet.report.plots import draw_precision_recall
@@ -63,22 +63,27 @@ def detect_split(
     device: torch.device | str = "cpu",
     evaluate: bool = True,
     backbone: nn.Module | None = None,
+    others: Sequence[Config] | None = None,
 ) -> SplitResult:
     """Detect in every record with the detector of a run, under `config`; with `evaluate`, evaluate what is annotated.
 
     Windows and detections of each image are kept in the run, in folders named by their content, so an interrupted
     call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
+    `others`: the settings for the detectors that are combined with it, by default as they were saved.
     """
     description = replace(DetectorDescription.read(run), config=config)
-    network = build_backbone(config.backbone.without_weights(), module=backbone)
-    check_sizes(records, network, config.maps)  # before hours of work
-    windows = windows_folder(run, config)
-    propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
-    folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"
-    own = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
-    make = partial(_searcher, run, config, device, windows, folder, backbone)
+    configs = [config, *(others or [own.config for own in description.others])]
+    for own in configs:
+        network = build_backbone(own.backbone.without_weights(), module=backbone if own is config else None)
+        check_sizes(records, network, own.maps)  # before hours of work
+    windows = {windows_folder(run, own): own.proposals for own in configs}
+    for place, settings in windows.items():
+        propose_images(records, settings, place, imports_needed=False)  # they may be those of training
+    folder = run / f"detections-{digest_of(description.digest(device), *(place.name for place in windows))}"
+    missing = [replace(r, annotation=None) for r in distributed.shard(records) if not r.path_in(folder).exists()]
+    make = partial(_searcher, run, config, device, tuple(windows), folder, backbone)
     workers = 0 if torch.device(device).type == "cpu" else 1
-    done = map_in_workers(make, own, "detect", "image", workers)
+    done = map_in_workers(make, missing, "detect", "image", workers)
     seconds = sum(each for _, each in done) / len(done) if done else None
     distributed.barrier()
     detections, cut = dict[str, Detections](), list[str]()
@@ -98,7 +103,7 @@ def detect_split(
         rules = (config.evaluate.metric, config.evaluate.iou, config.evaluate.use_difficult)
         found = {image: detections[image] for image in annotations}
         evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
-        quality = proposal_recall({r.id: read_windows(windows, r) for r in known}, annotations)
+        quality = proposal_recall({r.id: _read_all(windows, r) for r in known}, annotations)
     else:
         log.info(
             "no annotation for any of %s: detections are written, but not evaluated", counted(len(records), "image")
@@ -106,8 +111,17 @@ def detect_split(
     return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
 
 
+def _read_all(windows: Iterable[Path], record: ImageRecord) -> Windows:
+    return unite_windows([read_windows(folder, record) for folder in windows])
+
+
 def _searcher(
-    run: Path, config: Config, device: torch.device | str, windows: Path, folder: Path, backbone: nn.Module | None
+    run: Path,
+    config: Config,
+    device: torch.device | str,
+    windows: Sequence[Path],
+    folder: Path,
+    backbone: nn.Module | None,
 ) -> Callable[[ImageRecord], float]:
     """Detects in one image after the other and writes what it finds."""
     detector = replace(SPPDetector.load(run, device, backbone=backbone), config=config)
@@ -115,7 +129,7 @@ def _searcher(
     def search(record: ImageRecord) -> float:
         start = time.monotonic()
         try:
-            found, cut = detector.detect_for_evaluation(read_image(record.path), read_windows(windows, record))
+            found, cut = detector.detect_for_evaluation(read_image(record.path), _read_all(windows, record))
         except BackboneError as error:  # an image too narrow for the network: say which
             raise BackboneError(f"{record.path}: {error}") from None
         write_arrays(
@@ -151,15 +165,18 @@ def evaluate_run(
     run, data = Path(run), None if data is None else Path(data)
     splits = (splits,) if isinstance(splits, str) else splits
     # Loaded whole: a damaged one is refused before windows are searched.
-    detector = SPPDetector.load(run, backbone=backbone)
-    config = detector.config
+    SPPDetector.load(run, backbone=backbone)
+    description = DetectorDescription.read(run)
+    config, classes = description.config, description.classes
     if metric is not None:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
-    other = data is not None and data.resolve() != config.data.root.resolve()
+    place = (data or config.data.root).resolve()
+    other = place != config.data.root.resolve()
     config = _drop_imports(config, other)
-    found = load_test_data(config, data, splits, Split.read(DetectorDescription.read(run).folder))
+    others = [_drop_imports(own.config, place != own.config.data.root.resolve()) for own in description.others]
+    found = load_test_data(config, data, splits, Split.read(description.folder))
     records, names = found.records, found.splits or (HELD_OUT,)
-    _check_comp4_names(names, detector.classes)
+    _check_comp4_names(names, classes)
     for line in found.skips.lines():
         log.info("%s", line)
     for reason, images in found.skips.images.items():
@@ -169,7 +186,7 @@ def evaluate_run(
             f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
             "alone"
         )
-    result = detect_split(run, config, records, device, evaluate, backbone)
+    result = detect_split(run, config, records, device, evaluate, backbone, others)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
         if evaluate or not _describe(folder, result, names):

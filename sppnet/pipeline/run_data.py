@@ -245,10 +245,11 @@ def load_test_data(
     other = folder.resolve() != settings.root.resolve()
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
-    if not names and kept is None and not other:
+    if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(
             "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
-            "was put together elsewhere); name images with --split, or train again"
+            "was put together elsewhere), or is combined of some that were trained on what others held out; name "
+            "images with --split, or train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False)
     if not names:

@@ -91,6 +91,8 @@ class Training:
     def __init__(
         self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
     ) -> None:
+        if (root / "detector" / "others").exists():
+            raise SppnetError(f"{root}: holds several detectors combined, which are not trained; choose another --run")
         if module is not None:
             config = config.model_copy(update={"backbone": config.backbone.of_object()})
         self.asked, self.device, self.progress, self.module = config, device, progress, module

@@ -47,9 +47,21 @@ class ProposeSummary:
     mean_windows: float  # per image, over all three; 0 without images
 
 
-def make_proposer(settings: ProposalSettings) -> Proposer:
-    """The search that the settings name, as a function of the image alone."""
-    return partial(METHODS[settings.method], settings=settings)
+def make_proposer(*settings: ProposalSettings) -> Proposer:
+    """The search that the settings name, as a function of the image alone; of several, the windows of all."""
+    distinct = dict.fromkeys(own.model_copy(update={"import_from": (), "workers": 0}) for own in settings)
+    searches = [partial(METHODS[own.method], settings=own) for own in distinct]
+    return searches[0] if len(searches) == 1 else partial(_search_all, searches)
+
+
+def unite_windows(sources: Sequence[Windows]) -> Windows:
+    """The windows (R, 4) of several searches in their order, each once; those of one as they are."""
+    every = np.concatenate(sources)
+    return every if len(sources) == 1 else every[np.sort(np.unique(every, axis=0, return_index=True)[1])]
+
+
+def _search_all(searches: Sequence[Proposer], image: NDArray[np.uint8]) -> Windows:
+    return unite_windows([search(image) for search in searches])
 
 
 def propose_images(
