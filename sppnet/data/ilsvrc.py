@@ -11,6 +11,7 @@ lists of all classes together, unless there is a train.txt.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -81,7 +82,8 @@ def find_files(root: Path, split: str) -> SplitFiles:
         raise SppnetError(f"{lists[0]}: lists no image; write one name per line")
     kind = re.findall(KINDS, lists[0].stem)[0]
     images = {f"DET/{kind}/{name}": root / "Data/DET" / kind / f"{name}.JPEG" for name in positive}
-    missing = [(path, line) for path, line in zip(images.values(), line_of.values(), strict=True) if not path.is_file()]
+    each = zip(images.values(), line_of.values(), strict=True)
+    missing = [one for one in each if not os.path.isfile(one[0])]  # noqa: PTH113 - pathlib raises for too long a name
     if missing:
         first = f"{missing[0][0]}: no such image, named in {missing[0][1]}"
         which = f"{len(missing)} of {counted(len(images), 'image')} of {split} missing"
