@@ -288,7 +288,8 @@ def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp
     settings = load_config(path)
     root = tmp_path / "VOCdevkit"
     names = list(settings.data.classes or VOC)
-    for split in dict.fromkeys([*settings.data.train, *settings.data.val, *settings.data.test]):
+    data = settings.data
+    for split in dict.fromkeys([*data.train, *data.val, *data.test, *data.objects_only]):
         year, image_set = split.split("/")
         for stem in (stems := [f"{image_set}_{number}" for number in range(3)]):
             (root / year / "JPEGImages").mkdir(parents=True, exist_ok=True)
