@@ -13,6 +13,7 @@ from det_tree import EXTRA, SYNSETS, add_image, make_det, square, train_name, va
 from PIL import Image
 from small_run import SmallRun, copied, merged, refused, run_command, small_settings, write_config, write_windows
 
+from sppnet.artifacts import read_tensors
 from sppnet.config import Config
 from sppnet.config_files import parse_config
 from sppnet.errors import SppnetError
@@ -118,6 +119,20 @@ def test_objects_that_are_added_redo_fine_tuning_and_svms_alone(det_run):
     graph = Training(config_of(det_run, **pool), det_run.root, torch.device("cpu")).graph
     other = Training(config_of(det_run, svm__layer="pool"), det_run.root, torch.device("cpu")).graph
     assert {name for name in graph.digests if graph.digests[name] != other.digests[name]} >= {"svm", "thresholds"}
+
+
+def test_their_objects_train_the_head_and_the_svms(det_run, tmp_path):
+    run, results = copied(det_run, tmp_path / "run"), {"finetune": [], "svm": []}
+    for objects in (OBJECTS, []):
+        for stage, layer in (("finetune", "fc7"), ("svm", "pool")):
+            config = config_of(det_run, data__objects_only=objects, svm__layer=layer)
+            train_detector(config, run.root, only=(stage,), progress=False)
+            folder = Training(config, run.root, torch.device("cpu")).graph.folder(stage)
+            results[stage].append(read_tensors(next(folder.glob("*.safetensors"))))
+    assert not torch.equal(*(head["fc6.weight"] for head in results["finetune"]))
+    with_objects, without = results["svm"]
+    assert torch.equal(with_objects["scale"], without["scale"])  # of windows, which these images have none of
+    assert not torch.equal(with_objects["weight"], without["weight"])
 
 
 def test_an_object_that_moves_redoes_what_trains_on_it(det_run, tmp_path):
