@@ -23,6 +23,7 @@ from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
 
 T = TypeVar("T")
+METRICS = ("11point", "area", "ilsvrc")
 
 # Commands that run one stage alone; low_rank goes with `train`.
 VERBS = {"proposals": "propose", "maps": "extract"}
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         test.add_argument("--data", type=PATH, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
         test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
         if name == "eval":
-            test.add_argument("--metric", choices=("11point", "area"), help="default: evaluate.metric")
+            test.add_argument("--metric", choices=METRICS, help="default: evaluate.metric")
         _add_device(test)
 
     combine = _command(commands, "combine", "make one run of several: their detections are pooled, class by class")
@@ -172,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--detections", type=PATH, required=True, metavar="PATTERN", help='comp4 files, "{}" for the class'
     )
     score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
-    score.add_argument("--metric", choices=("11point", "area"), default="11point")
+    score.add_argument("--metric", choices=METRICS, default="11point")
     score.add_argument("--iou", type=OVERLAP, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

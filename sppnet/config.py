@@ -52,12 +52,13 @@ def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
 
 
 class DataSettings(Settings):
-    """Which images, of which classes, for which purpose. Splits are ``<year folder>/<image set>``."""
+    """Which images, of which classes, for which purpose. Splits are ``<year folder>/<set>``, ILSVRC's ``DET/<set>``."""
 
     root: FilePath = Path("data/VOCdevkit")
     train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
+    objects_only: tuple[str, ...] = ()  # sec. 4.4: splits of which the objects alone train, as positives
     classes: tuple[ClassName, ...] | None = None  # None = discovered in the training annotations
     holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty
     train_on_difficult: bool = True  # release: the shipped script trains with them
@@ -305,9 +306,9 @@ class DetectSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """The measures of PASCAL VOC."""
+    """The measures of PASCAL VOC and ILSVRC."""
 
-    metric: Literal["11point", "area"] = "11point"  # VOC07; "area" from VOC10 on
+    metric: Literal["11point", "area", "ilsvrc"] = "11point"  # VOC07; "area" from VOC10 on; sec. 4.4
     iou: float = Field(0.5, gt=0, le=1)
     use_difficult: bool = False  # VOC: difficult objects are neither found nor missed
 

@@ -288,7 +288,8 @@ def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp
     settings = load_config(path)
     root = tmp_path / "VOCdevkit"
     names = list(settings.data.classes or VOC)
-    for split in dict.fromkeys([*settings.data.train, *settings.data.val, *settings.data.test]):
+    data = settings.data
+    for split in dict.fromkeys([*data.train, *data.val, *data.test, *data.objects_only]):
         year, image_set = split.split("/")
         for stem in (stems := [f"{image_set}_{number}" for number in range(3)]):
             (root / year / "JPEGImages").mkdir(parents=True, exist_ok=True)
@@ -611,7 +612,7 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
         (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz; --zzzzzzzzzzzz is an unknown option"),
         (("eval", "RUN", "another"), "unrecognized arguments: another"),
         (("eval", "--split"), "argument --split: expected at least one argument"),
-        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area')"),
+        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area', 'ilsvrc')"),
     ],
 )
 def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_one(capsys, arguments, said):

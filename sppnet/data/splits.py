@@ -1,4 +1,4 @@
-"""Splits of a data set in PASCAL VOC's layout, read from disk.
+"""Splits of a data set in PASCAL VOC's layout, or in that of ILSVRC's detection data (`ilsvrc`), read from disk.
 
     <root>/<year folder>/ImageSets/Main/<set>.txt     one image id per line
     <root>/<year folder>/JPEGImages/<id>.jpg          or .jpeg, .png, .bmp, .webp, in upper or lower case
@@ -9,17 +9,21 @@ A split is named ``<year folder>/<set>``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from sppnet.artifacts import file_digest
+from sppnet.data import ilsvrc
 from sppnet.data.voc import normalise, read_annotation, read_lines
 from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
-from sppnet.records import ImageRecord, SkipCounts
+from sppnet.records import Annotation, ImageRecord, SkipCounts
 
 FLAGS = ("-1", "0", "1")  # second column of the per-class sets
+NOTHING = Annotation(np.zeros((0, 4), np.float32), ())
 
 
 def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str]:
@@ -67,19 +71,18 @@ def load_split(root: Path | str, split: str, require_annotations: bool = True) -
     record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
     header and all of `read_annotation`.
     """
-    set_file = find_set(Path(root), split)
-    folder, records, skipped = set_file.parents[2], list[ImageRecord](), dict[str, list[str]]()
-    images = _find_images(set_file)
-    annotations = find_annotations(folder / "Annotations", images)
-    for name, path in images.items():
+    files, records, skipped = _find_files(Path(root), split), list[ImageRecord](), dict[str, list[str]]()
+    for image_id, path in files.images.items():
         try:
             size, orientation = image_header(path)
-            record = ImageRecord(f"{normalise(folder.name)}/{name}", path, size, file_digest(path))
+            record = ImageRecord(image_id, path, size, file_digest(path))
         except (ImageError, OSError) as error:
             raise SppnetError(f"an image of the data set cannot be used: {error}") from None
-        counts = {"image without annotation, not evaluated": 1}
-        if require_annotations or annotations[name].exists():
-            annotation, skips = read_annotation(annotations[name], size, orientation)
+        counts: Mapping[str, int] = {"image without annotation, not evaluated": 1}
+        if image_id in files.bare:
+            record, counts = replace(record, annotation=NOTHING), files.bare[image_id]
+        elif require_annotations or files.annotations[image_id].exists():
+            annotation, skips = files.read(files.annotations[image_id], size, orientation)
             record, counts = replace(record, annotation=annotation), skips.counts
         for reason, count in counts.items():
             skipped.setdefault(reason, []).extend([record.id] * count)
@@ -95,9 +98,7 @@ def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def split_digests(root: Path | str, split: str) -> dict[str, str]:
     """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
-    set_file = find_set(Path(root), split)
-    year = normalise(set_file.parents[2].name)
-    return {f"{year}/{name}": file_digest(path) for name, path in _find_images(set_file).items()}
+    return {image_id: file_digest(path) for image_id, path in _find_files(Path(root), split).images.items()}
 
 
 def load_splits(
@@ -117,8 +118,10 @@ def load_splits(
     return records, skips
 
 
-def find_set(root: Path, split: str) -> Path:
-    """The file of an image set ``<year folder>/<set>``; SppnetError, with those that there are, for one that is not."""
+def find_set(root: Path, split: str) -> list[Path]:
+    """The files of a split, one but for ILSVRC's; SppnetError, with those that there are, for one that is not."""
+    if ilsvrc.is_det(root, split):
+        return ilsvrc.find_lists(root, split)
     parts = split.split("/")
     if len(parts) != 2 or not all(parts) or ".." in parts:
         raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
@@ -129,15 +132,27 @@ def find_set(root: Path, split: str) -> Path:
         found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob("*/ImageSets/Main/*.txt"))}
         alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
         if len(alike) == 1:
-            return alike[0]
-        nested, hint = root / "VOCdevkit", f"splits here: {', '.join([*found][:20]) or 'none'}"
-        if nested.is_dir():
+            return alike
+        nested = next((root / name for name in ("VOCdevkit", "ILSVRC") if (root / name).is_dir()), None)
+        hint = f"splits here: {', '.join([*found][:20]) or 'none'}"
+        if nested is not None:
             hint = f"set data.root={nested}"
         elif (root / "ImageSets").is_dir():
             year = root.resolve()
             hint = f"this is a year folder; set data.root={year.parent} and name splits {year.name}/…"
         raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
-    return path
+    return [path]
+
+
+def _find_files(root: Path, split: str) -> ilsvrc.SplitFiles:
+    if ilsvrc.is_det(root, split):
+        return ilsvrc.find_files(root, split)
+    (set_file,) = find_set(root, split)
+    folder, images = set_file.parents[2], _find_images(set_file)
+    annotations = find_annotations(folder / "Annotations", images)
+    year = normalise(folder.name)
+    files, xml = ({f"{year}/{name}": path for name, path in paths.items()} for paths in (images, annotations))
+    return ilsvrc.SplitFiles(files, xml, read_annotation, {})
 
 
 def _find_images(set_file: Path) -> dict[str, Path]:

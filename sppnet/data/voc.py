@@ -32,9 +32,11 @@ INWARD = np.array([1, 1, 0, 0], dtype=np.float64)  # 1-based inclusive corners m
 
 
 def read_annotation(
-    path: Path, size: tuple[int, int] | None = None, orientation: int = 1
+    path: Path, size: tuple[int, int] | None = None, orientation: int = 1, inward: NDArray[np.float64] = INWARD
 ) -> tuple[Annotation, SkipCounts]:
     """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
+
+    `inward` is what the corners of the file exceed half-open ones by; those of VOC are 1-based and inclusive.
 
     Documented skips, counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1
     ("reversed corners"), boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object
@@ -47,7 +49,7 @@ def read_annotation(
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
     corners = as_boxes([own for _, own, _ in objects])
-    drawn = corners - INWARD
+    drawn = corners - inward
     boxes: NDArray[Any] = drawn
     faults = {"box with reversed corners": (drawn[:, 2:] <= drawn[:, :2]).any(axis=1)}
     notes: dict[str, bool] = {}

@@ -214,6 +214,20 @@ def draw_batch(
     return np.array(rows, np.int64).reshape(-1, 3).T
 
 
+def choose_images(
+    images: NDArray[np.int64], objects_only: NDArray[np.bool_], count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """At most `count` of the images (N,) for a batch: half of them such as show objects alone, where there are any.
+
+    The others, at least one, have the negatives.
+    """
+    others = images[~objects_only]
+    half = min(count // 2, len(images) - len(others))
+    chosen = [rng.choice(others, min(count - half, len(others)), replace=False)]
+    chosen += [rng.choice(images[objects_only], half, replace=False)] if half else []
+    return np.concatenate(chosen)
+
+
 def validation_windows(source: FinetuneWindows, background: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
     """(pooled, labels) of windows drawn once from all images of the source."""
     # Seeds are padded with zeros: (seed, 1) would be the stream of training step 1.
@@ -253,9 +267,10 @@ def _batches(
     """(pooled, labels) of every step, in order; windows of so many further steps are pooled meanwhile."""
     own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
     waiting: list[tuple[Iterator[Tensor], Tensor]] = []
+    alone = np.array([source.labelled[i].objects_only for i in images], dtype=bool)
     for step in steps:
         rng = np.random.default_rng((settings.seed, step, distributed.rank()))
-        chosen = rng.choice(images, min(settings.images_per_batch, len(images)), replace=False)
+        chosen = choose_images(images, alone, settings.images_per_batch, rng)
         drawn, labels = _draw(source, chosen, background, own, rng)
         waiting.append((loaders.map(source.pool, *zip(*drawn, strict=True)), labels))
         if len(waiting) > ahead:

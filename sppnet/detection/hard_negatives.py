@@ -74,7 +74,8 @@ def mine_detectors(
     scale = as_scale(scale)
     positives = _collect_positives(source, len(names), settings, scale, progress)
     miner = _Miner(source, names, settings, scale, positives)
-    for index in progress_bar(range(len(source)), "mining", "image", shown=progress):
+    mined = getattr(source, "mined", len(source))
+    for index in progress_bar(range(mined), "mining", "image", shown=progress):
         miner.visit(index)
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
         miner.fit(int(label))

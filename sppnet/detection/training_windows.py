@@ -7,7 +7,7 @@ number of images beyond the rows of the windows that may be drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class LabelledWindows:
     positives: NDArray[np.int64]
     labels: NDArray[np.int64]
     negatives: NDArray[np.int64]
+    objects_only: bool = False  # of an image that has no proposals
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class TrainingWindows:
     backbone: Backbone
     config: Config
     device: torch.device
+    objects_only: int = 0  # how many of the records, the last, have no proposals: nothing but their objects trains
+
+    @property
+    def searched(self) -> int:
+        """How many of the records, the first, have proposals."""
+        return len(self.records) - self.objects_only
 
     def annotation(self, index: int) -> Annotation:
         """The objects that count in training: of these classes, difficult ones as data.train_on_difficult says."""
@@ -85,6 +92,8 @@ class TrainingWindows:
 
     def windows(self, index: int) -> NDArray[np.float32]:
         """The objects of an image, then its proposals: (G + R, 4)."""
+        if index >= self.searched:
+            return self.annotation(index).boxes
         return np.concatenate([self.annotation(index).boxes, read_windows(self.windows_folder, self.records[index])])
 
     def image_windows(self, index: int) -> ImageWindows:
@@ -137,6 +146,7 @@ class FinetuneWindows:
         settings = source.config.finetune
         images = enumerate(map(source.image_windows, range(len(source.records))))
         own = [label_windows(found.overlaps, settings, source.ignored(i, found.windows)) for i, found in images]
+        own[source.searched :] = [replace(found, objects_only=True) for found in own[source.searched :]]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -161,6 +171,11 @@ class MiningWindows:
 
     def __len__(self) -> int:
         return len(self._source.records)
+
+    @property
+    def mined(self) -> int:
+        """How many of the images, the first, have negatives; the others show objects alone."""
+        return self._source.searched
 
     def read(self, index: int) -> tuple[ImageWindows, Tensor]:
         """The windows of an image and their features (R, D), unscaled, on any device."""

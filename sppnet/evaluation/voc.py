@@ -1,16 +1,20 @@
-"""Average precision of detections, by the rules of the PASCAL VOC devkit.
+"""Average precision of detections, by the rules of the PASCAL VOC devkit, or by that of ILSVRC's.
 
 A detection, in order of descending score, is compared with the object of its class and image that it overlaps most,
 difficult and already found objects included. Below the IoU threshold it is a false positive; on a difficult object it
 is ignored; on an object that a better detection found before it is a false positive; otherwise it is a true positive.
 Only objects that are not difficult count as missed. Boxes are half-open, so plain IoU is the devkit's plus-one IoU.
+
+By the rule "ilsvrc" a detection finds the object that it overlaps most among those that none found before it and that
+it overlaps enough: by the IoU threshold, or by less where an object is so small that a border of 5 pixels around it is
+more. No object is difficult. AP is "area".
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +26,7 @@ from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
-Metric = Literal["11point", "area"]
+Metric = Literal["11point", "area", "ilsvrc"]
 Floats = NDArray[np.float64]
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
 
@@ -155,6 +159,7 @@ def evaluate_flat(
     missing = [name for name in names if name not in detections]
     if missing:
         raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
+    use_difficult = use_difficult or metric == "ilsvrc"
     results = {name: evaluate_class(*detections[name], truth_of, name, metric, iou, use_difficult) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
 
@@ -182,15 +187,19 @@ def evaluate_class(
             f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
         )
     order = np.argsort(-values, kind="stable")
-    overlaps, objects, difficult = _best_objects([image_ids[row] for row in order], rows[order], annotations, name)
-    if use_difficult:
-        difficult = np.zeros_like(difficult)
-    hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
-    on_difficult = difficult[objects[hits]]
-    ignored, positive = np.zeros(len(values), dtype=bool), np.zeros(len(values), dtype=bool)
-    ignored[hits[on_difficult]] = True
-    claims = hits[~on_difficult]
-    positive[claims[np.unique(objects[claims], return_index=True)[1]]] = True  # the best of each object
+    found = [image_ids[row] for row in order], rows[order], annotations, name
+    ignored = np.zeros(len(values), dtype=bool)
+    if metric == "ilsvrc":
+        positive, difficult = _first_free(*found, iou)
+    else:
+        overlaps, objects, difficult = _best_objects(*found)
+        if use_difficult:
+            difficult = np.zeros_like(difficult)
+        hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
+        on_difficult = difficult[objects[hits]]
+        ignored[hits[on_difficult]] = True
+        claims, positive = hits[~on_difficult], np.zeros(len(values), dtype=bool)
+        positive[claims[np.unique(objects[claims], return_index=True)[1]]] = True  # the best of each object
     total = int((~difficult).sum())
     true = np.cumsum(positive[~ignored], dtype=np.float64)
     curve = PRCurve(true / max(total, 1), true / np.arange(1, len(true) + 1), values[order][~ignored])
@@ -214,9 +223,9 @@ def best_threshold(curve: PRCurve) -> tuple[float, float]:
 
 
 def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = "11point") -> float:
-    """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on); 0 for an empty curve.
+    """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on, ILSVRC); 0 for an empty curve.
 
-    11point: mean over recall 0, 0.1, ... 1 of the best precision at that recall or more. area: the area under
+    11point: mean over recall 0, 0.1, ... 1 of the best precision at that recall or more. area, ilsvrc: the area under
     the precision made monotone from the right.
     """
     reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
@@ -224,15 +233,15 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
         raise SppnetError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
     _check_metric(metric)
     envelope = np.maximum.accumulate(exact[::-1])[::-1]
-    if metric == "area":
+    if metric != "11point":
         return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
     first = np.searchsorted(reached, np.arange(11) / 10 - RECALL_TOLERANCE)
     return float(np.append(envelope, 0.0)[first].sum() / 11)
 
 
 def _check_metric(metric: object) -> None:
-    if metric not in ("11point", "area"):
-        raise SppnetError(f"metric must be '11point' (VOC07) or 'area' (VOC10 on), got {metric!r}")
+    if metric not in ("11point", "area", "ilsvrc"):
+        raise SppnetError(f"metric must be '11point' (VOC07), 'area' (VOC10 on) or 'ilsvrc', got {metric!r}")
 
 
 def _check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
@@ -270,24 +279,45 @@ def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Ann
         raise SppnetError(f"{what} for image {unknown[0]}{others}, which has no annotation; {advice}")
 
 
+def _scenes(
+    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str
+) -> Iterator[tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]]:
+    """Of every image with objects of the class: these (G), the rows of its detections (r,), and the IoU (r, G)."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, image_id in enumerate(image_ids):
+        rows_of[image_id].append(row)
+    for image_id, annotation in annotations.items():
+        if name in annotation.names:
+            objects, rows = annotation.of((name,)), np.array(rows_of.get(image_id, ()), dtype=np.int64)
+            yield objects, rows, pairwise_iou(boxes[rows], as_boxes(objects.boxes))
+
+
 def _best_objects(
     image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
     """Per detection the best IoU (R,) and the number of that object (R,); per object of the class: difficult?"""
     overlaps, best = np.zeros(len(boxes)), np.zeros(len(boxes), dtype=np.int64)
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, image_id in enumerate(image_ids):
-        rows_of[image_id].append(row)
     flags: list[bool] = []
-    for image_id, annotation in annotations.items():
-        if name not in annotation.names:
-            continue
-        objects, rows = annotation.of((name,)), rows_of.get(image_id)
-        if rows:
-            table = pairwise_iou(boxes[rows], as_boxes(objects.boxes))
-            overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
+    for objects, rows, table in _scenes(image_ids, boxes, annotations, name):
+        overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
         flags += objects.difficult.tolist()
     return overlaps, best, np.array(flags, dtype=bool)
+
+
+def _first_free(
+    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str, iou: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which detections find an object by the rule of ILSVRC (R,), best first; per object of the class: False."""
+    positive, total = np.zeros(len(boxes), dtype=bool), 0
+    for objects, rows, table in _scenes(image_ids, boxes, annotations, name):
+        width, height = (objects.boxes[:, 2:].astype(np.float64) - objects.boxes[:, :2]).T
+        free = np.where(table >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), table, 0)
+        for row in np.flatnonzero(free.any(axis=1)):
+            if free[row].any():  # still
+                positive[rows[row]] = True
+                free[:, free[row].argmax()] = 0
+        total += len(objects)
+    return positive, np.zeros(total, dtype=bool)
 
 
 def _row(result: ClassResult) -> str:

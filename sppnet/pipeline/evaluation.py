@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import check_sizes
 from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
-from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
+from sppnet.evaluation.voc import Metric, VOCEvaluation, evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
 from sppnet.paths import LONGEST_NAME, fitting_name
@@ -153,7 +153,7 @@ def evaluate_run(
     device: torch.device | str = "cpu",
     data: str | Path | None = None,
     splits: str | Sequence[str] = (),
-    metric: Literal["11point", "area"] | None = None,
+    metric: Metric | None = None,
     evaluate: bool = True,
     backbone: nn.Module | None = None,
 ) -> RunEvaluation:

@@ -124,12 +124,16 @@ class TrainingNetworks:
             raise SppnetError("no training image has a window; check proposals.min_side and the images")
         return mean_norm_scale(norms, target)
 
-    def windows(self, train: bool) -> TrainingWindows:
-        """The windows of the training or of the validation images, on the maps of the backbone."""
-        graph = self.graph
-        records = graph.data.train if train else graph.data.validation
+    def windows(self, train: bool, objects: bool = False) -> TrainingWindows:
+        """The windows of the training or of the validation images, on the maps of the backbone.
+
+        With `objects` the images of data.objects_only follow, whose objects are all their windows.
+        """
+        graph, more = self.graph, self.graph.data.objects if objects else []
+        records = [*(graph.data.train if train else graph.data.validation), *more]
         folders = graph.folder("proposals"), graph.folder("maps")
-        return TrainingWindows(records, graph.data.classes, *folders, self.backbone, self.config, self.device)
+        classes, backbone = graph.data.classes, self.backbone
+        return TrainingWindows(records, classes, *folders, backbone, self.config, self.device, len(more))
 
     @torch.inference_mode()
     def activations(self, head: SPPHead, progress: bool = True) -> Tensor:
@@ -179,7 +183,7 @@ class TrainingNetworks:
                     inputs = pooled_size(layers.channels, config.pyramid.levels) if fc6 else config.head.fc6
                     check_rank(name, inputs, config.head.fc6 if fc6 else config.head.fc7, rank)
                 if "maps" in used and not self.graph.status("maps").complete:
-                    check_sizes(data.images, layers, config.maps)
+                    check_sizes([*data.images, *data.objects], layers, config.maps)
         except SppnetError as error:
             found.append(str(error))
         return found

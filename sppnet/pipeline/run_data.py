@@ -34,9 +34,11 @@ class Split:
     settings: Mapping[str, Any]
     train: Mapping[str, str]  # id -> ImageRecord.digest
     held_out: Mapping[str, str]
+    objects: Mapping[str, str] = field(default_factory=dict)  # of data.objects_only, which were not divided
 
     def write(self, folder: Path) -> None:
-        write_json(folder / "split.json", {name: getattr(self, name) for name in ("settings", "train", "held_out")})
+        values = {name: value for name, value in vars(self).items() if name != "objects" or value}
+        write_json(folder / "split.json", values)
 
     @classmethod
     def read(cls, folder: Path) -> Split | None:
@@ -45,9 +47,10 @@ class Split:
         if not path.exists():
             return None
         values = read_json(path)
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in cls.__annotations__):
+        parts = [{"objects": {}, **values}.get(key) for key in cls.__annotations__] if isinstance(values, dict) else [0]
+        if not all(isinstance(part, dict) for part in parts):
             raise ArtifactError(f"{path}: expected the ids of a split, got something else; delete it to draw a new one")
-        return cls(values["settings"], values["train"], values["held_out"])
+        return cls(*parts)
 
     def divide(self, records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
         """(train, held out) of today's images: held out as before, known by id or content; others are trained on."""
@@ -68,6 +71,7 @@ class RunData:
     difficult: bool = True  # whether difficult objects train
     settings: Mapping[str, Any] = field(default_factory=dict)  # that decided the split
     notes: tuple[str, ...] = ()  # about classes and the split
+    objects: list[ImageRecord] = field(default_factory=list)  # of data.objects_only: their objects train, nothing else
 
     @property
     def validation(self) -> list[ImageRecord]:
@@ -76,21 +80,21 @@ class RunData:
 
     @property
     def images(self) -> list[ImageRecord]:
-        """All that stages read: training images, then those of `validation`."""
+        """All that have windows: training images, then those of `validation`."""
         return [*self.train, *self.validation]
 
     @property
     def split(self) -> Split:
-        train, held_out = ({r.id: r.digest for r in records} for records in (self.train, self.held_out))
-        return Split(self.settings, train, held_out)
+        return Split(self.settings, *map(_contents, (self.train, self.held_out, self.objects)))
 
     def digest(self, split: str) -> str:
-        """Content key of the annotated images of "train" or "validation"."""
-        return annotations_digest(self.train if split == "train" else self.validation, self.classes)
+        """Content key of the annotated images of "train", "validation" or "objects"."""
+        return annotations_digest(getattr(self, split), self.classes)
 
     def __str__(self) -> str:
         """One line: images, classes, then all that was skipped or is remarkable, each with an image."""
         images = f"{len(self.train)} training and {counted(len(self.held_out), 'validation image')}"
+        images += f", the objects of {counted(len(self.objects), 'more image')}" if self.objects else ""
         head = f"data: {images}, {counted(len(self.classes), 'class')} ({', '.join(self.classes)})"
         return "; ".join([head, *self.notes, *self.skips.lines()])
 
@@ -118,16 +122,19 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         records, more = load_splits(settings.root, settings.val)
         skips, others = skips.plus(more), [*others, *_count_others(records, classes, "validation")]
         held_out = restrict(records, classes)
-        _check_apart({r.id: r.digest for r in train}, {r.id: r.digest for r in held_out}, "data.val")
+        _check_apart(_contents(train), _contents(held_out), "data.val")
     else:
         drawn |= {"holdout": settings.holdout, "seed": settings.seed, "train_on_difficult": difficult}
         train, held_out, notes = _hold_out(train, drawn, kept)
+    objects, more = _load_objects(settings, classes)
+    skips = skips.plus(more)
+    _check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
     for split in settings.test:
         try:
             digests = split_digests(settings.root, split)
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
-        _check_apart({r.id: r.digest for r in train}, digests, "data.test")
+        _check_apart(_contents([*train, *objects]), digests, "data.test")
         ids, contents = {r.id for r in held_out}, {r.digest for r in held_out}
         both = [name for name, digest in digests.items() if name in ids or digest in contents]
         if both:
@@ -142,9 +149,23 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         skips = skips.plus(SkipCounts({reason: names for reason, names in remarkable.items() if names}))
     for reason, names in skips.images.items():
         log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
-    notes = [*others, *notes, *_classes_amiss(train, held_out, classes, difficult)]
+    notes = [*others, *notes, *_classes_amiss([*train, *objects], held_out, classes, difficult)]
     validate = config.finetune.validate_images
-    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes))
+    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects)
+
+
+def _load_objects(settings: DataSettings, classes: tuple[str, ...]) -> tuple[list[ImageRecord], SkipCounts]:
+    """The images of data.objects_only that show an object to train on; the others are counted."""
+    records, skips = load_splits(settings.root, settings.objects_only)
+    shown = {r.id for r in restrict(records, classes) if shown_classes(r, settings.train_on_difficult)}
+    bare = [r.id for r in records if r.id not in shown]
+    reason = "image of data.objects_only without objects to train on, left out"
+    skips = skips.plus(SkipCounts({reason: bare} if bare else {}))
+    return [r for r in restrict(records, classes) if r.id in shown], skips
+
+
+def _contents(records: Sequence[ImageRecord]) -> dict[str, str]:
+    return {r.id: r.digest for r in records}
 
 
 def _hold_out(
@@ -203,14 +224,16 @@ def _classes_amiss(
 
 
 def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
-    """Raise where images of another set are training images too, under any name."""
+    """Raise where images of another set are among those to train on (or, for objects_only, to validate on)."""
     of_content = {digest: name for name, digest in train.items()}
     pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
     shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
     if shared:
+        what = "images of data.train or data.val" if setting == "data.objects_only" else "training images"
+        why = "objects would count twice or " if setting == "data.objects_only" else ""
         raise SppnetError(
-            f"{setting}: training images are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
-            f"{', '.join(shared[:3])}, so figures would look too good; take them out of one of the sets"
+            f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
+            f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
             + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
         )
 
@@ -269,11 +292,12 @@ def load_test_data(
             own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
             skips = SkipCounts({why: images for why, images in own.items() if images})
     of_run = Split({}, {}, {}) if kept is None else kept
-    known = {**of_run.train, **of_run.held_out}
+    train = {**of_run.train, **of_run.objects}
+    known = {**train, **of_run.held_out}
     alike = not other or 2 * sum(r.id in known for r in records) > min(len(records), len(known))
     trained, validation = (
         [r.id for r in records if r.digest in contents or (alike and r.id in side)]
-        for side, contents in ((side, set(side.values())) for side in (of_run.train, of_run.held_out))
+        for side, contents in ((side, set(side.values())) for side in (train, of_run.held_out))
     )
     if validation:
         what = f"{len(validation)} of {counted(len(records), 'image')}, e.g. {validation[0]}"
@@ -284,7 +308,7 @@ def load_test_data(
         )
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
-        saved_anew = not {r.digest for r in records} & set(of_run.train.values())
+        saved_anew = not {r.digest for r in records} & set(train.values())
         if other and saved_anew:
             what += " (by their names: other files, but most here have names of the run's images)"
         elif not splits:

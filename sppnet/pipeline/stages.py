@@ -35,8 +35,8 @@ class Stage:
     """One step of training whose result is kept.
 
     `settings` are sections or ``section.key``; `reads` are other stages, of which only those count that are not
-    skipped; `data` names the annotated images that it sees ("train", "validation"). `outputs` gives its files, relative
-    to its folder. `version` changes with the algorithm, so that a fix invalidates exactly its results.
+    skipped; `data` names the annotated images that it sees ("train", "validation", "objects"). `outputs` gives its
+    files, relative to its folder. `version` changes with the algorithm, so that a fix invalidates exactly its results.
     """
 
     name: str
@@ -148,7 +148,7 @@ class StageGraph:
             stage = GRAPH[name]
             keys = sorted(stage.settings(self.config))
             settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
-            data = [self.data.digest(split) for split in stage.data]
+            data = [self.data.digest(split) for split in stage.data if split != "objects" or self.data.objects]
             version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
             digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])
         return digests
@@ -178,7 +178,7 @@ class StageGraph:
     def flipped(self) -> list[ImageRecord]:
         """The training images whose mirror images fine-tuning needs too."""
         wanted = not GRAPH["finetune"].skipped(self.config) and self.config.finetune.flip
-        return self.data.train if wanted else []
+        return [*self.data.train, *self.data.objects] if wanted else []
 
 
 def windows_folder(root: Path, config: Config) -> Path:
@@ -258,7 +258,7 @@ GRAPH: dict[str, Stage] = {
             settings=lambda _: ["maps", "backbone", "precision"],
             reads=lambda _: ["pretrain"],
             outputs=lambda graph: [
-                *(record.path_in(Path()) for record in graph.data.images),
+                *(record.path_in(Path()) for record in [*graph.data.images, *graph.data.objects]),
                 *(record.path_in(Path(), flip=True) for record in graph.flipped),
             ],
         ),
@@ -268,7 +268,7 @@ GRAPH: dict[str, Stage] = {
             settings=lambda config: ["finetune", "data.train_on_difficult", *HEAD],
             reads=lambda _: ["proposals", "pretrain", "maps"],
             outputs=lambda _: [Path("head.safetensors")],
-            data=["train", "validation"],
+            data=["train", "validation", "objects"],
             skipped=_skip_finetune,
         ),
         Stage(
@@ -286,7 +286,7 @@ GRAPH: dict[str, Stage] = {
             settings=lambda config: _settings_on("svm", config.svm.layer),
             reads=lambda config: _features(config.svm.layer),
             outputs=lambda _: [Path("svm.safetensors")],
-            data=["train"],
+            data=["train", "objects"],
         ),
         Stage(
             "boxes",

@@ -177,7 +177,8 @@ class Training:
         load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.module)
         workers = 0 if self.device.type == "cpu" else 1
         folder, flipped = self.graph.folder("maps"), self.graph.flipped
-        done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)
+        images = [*data.images, *data.objects]
+        done = extract_images(images, load, config.maps, folder, flipped, workers, self.progress)
         return f"{counted(done.computed, 'map')} computed, {done.reused} reused, {done.gigabytes:.2f} GB"
 
     # 3. fc6 and fc7
@@ -211,7 +212,8 @@ class Training:
     def _train_head(self, stage: str, head: SPPHead, settings: FinetuneSettings) -> str:
         """Fine-tune a head; it becomes the result of `stage`."""
         folder, windows = self.graph.folder(stage), self.networks.windows
-        train, validation = FinetuneWindows(windows(train=True), settings.flip), FinetuneWindows(windows(False), False)
+        train = FinetuneWindows(windows(train=True, objects=True), settings.flip)
+        validation = FinetuneWindows(windows(train=False), False)
         done = finetune_head(
             head, train, validation, len(self.classes), settings, folder, self.progress, stage, self.config.precision
         )
@@ -227,13 +229,14 @@ class Training:
         target = self.graph.folder("svm") / "svm.safetensors"
         if distributed.is_main():
             settings, networks = self.config.svm, self.networks
-            source, features = networks.windows(train=True), networks.features(settings.layer)
+            source, features = networks.windows(train=True, objects=True), networks.features(settings.layer)
             scale = networks.scale(features, settings.feature_norm, settings)
             mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale, self.progress)
             write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.svms.to_tensors())
         distributed.barrier()
-        images = counted(len(self.graph.data.train), "image")
+        images, objects = counted(len(self.graph.data.train), "image"), self.graph.data.objects
+        images += f" and the objects of {len(objects)} more" if objects else ""
         done = f"{counted(len(self.classes), 'class')} on {self.config.svm.layer} features of {images}"
         silent = [f"{name} ({why})" for name, why in read_json(target.with_name("summary.json"))["untrained"].items()]
         return f"{done}; never fires: {', '.join(silent)}" if silent else done

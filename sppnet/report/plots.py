@@ -18,7 +18,7 @@ DOTS_PER_INCH = 120
 MAIN, PALE = "#1f5fa8", "#9aa3ad"
 MOST_PANELS = 48  # of a figure that is drawn in seconds and can be looked at
 LONGEST_TITLE = 18
-METRIC_NAMES = {"11point": "11-point AP", "area": "area AP"}
+METRIC_NAMES = {"11point": "11-point AP", "area": "area AP", "ilsvrc": "ILSVRC AP"}
 
 
 def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:

@@ -12,7 +12,7 @@ from doubles import ToyWindows
 
 from sppnet.artifacts import read_tensors
 from sppnet.config import FinetuneSettings, HeadSettings
-from sppnet.detection.finetuning import draw_batch, finetune_head, validation_windows
+from sppnet.detection.finetuning import choose_images, draw_batch, finetune_head, validation_windows
 from sppnet.detection.training_windows import LabelledWindows
 from sppnet.errors import SppnetError
 from sppnet.models.sppnet import build_head
@@ -268,6 +268,32 @@ def labelled(positives=(), labels=None, negatives=()):
     return LabelledWindows(
         own, np.zeros(len(own), np.int64) if labels is None else np.array(labels), np.array(negatives, np.int64)
     )
+
+
+@pytest.mark.parametrize(
+    ("searched", "alone", "count", "expected"),
+    [(20, 30, 8, (4, 4)), (20, 30, 7, (4, 3)), (20, 3, 8, (5, 3)), (2, 30, 8, (2, 4)), (20, 30, 1, (1, 0))],
+)
+def test_half_of_the_images_of_a_batch_show_objects_alone_and_the_others_have_negatives(
+    searched, alone, count, expected
+):
+    images = np.arange(100, 100 + searched + alone)
+    marks = np.random.default_rng(0).permutation(np.arange(len(images)) < alone)
+    drawn = Counter()
+    for seed in range(200):
+        found = choose_images(images, marks, count, np.random.default_rng(seed))
+        kinds = marks[found - 100]
+        assert (int((~kinds).sum()), int(kinds.sum())) == expected
+        assert len(set(found.tolist())) == len(found)
+        drawn.update(found.tolist())
+    assert len(drawn) == sum(n for n, own in zip((searched, alone), expected, strict=True) if own)
+
+
+def test_without_such_images_they_are_drawn_as_ever():
+    images, none = np.arange(3, 40), np.zeros(37, bool)
+    for count in (5, 37, 50):
+        expected = np.random.default_rng(1).choice(images, min(count, 37), replace=False)
+        assert choose_images(images, none, count, np.random.default_rng(1)).tolist() == expected.tolist()
 
 
 def test_a_batch_holds_its_share_of_positives_with_their_labels():

@@ -9,8 +9,9 @@ from doubles import NO_WINDOWS, random_backbone, random_maps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppnet.config import Config, FinetuneSettings
+from sppnet.config import Config, FinetuneSettings, SVMSettings
 from sppnet.detection import training_windows
+from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.training_windows import (
     FinetuneWindows,
     MiningWindows,
@@ -114,6 +115,63 @@ def test_mining_reads_the_objects_and_one_proposal_of_each_window_of_cells(sourc
     proposals = features[2:]
     assert len(torch.unique(proposals, dim=0)) == len(proposals) < 5
     assert image.overlaps.shape == (len(features), 2)
+
+
+# ---- images whose objects alone train ------------------------------------------------------------------------------
+
+
+MORE = np.array([[30, 10, 90, 70], [5, 60, 60, 118]], np.float32)  # a dog, then a cat
+
+
+@pytest.fixture
+def with_more(source):
+    """An image with proposals, then one of whose objects alone are used."""
+
+    def make(overlap=1):
+        own = source(overlap)
+        annotation = replace(own.records[0].annotation, boxes=MORE)
+        return replace(
+            own, records=[*own.records, replace(own.records[0], id="b", annotation=annotation)], objects_only=1
+        )
+
+    return make
+
+
+def test_of_an_image_whose_objects_alone_train_no_proposal_is_read(with_more, monkeypatch):
+    own = with_more()
+    read = training_windows.read_windows
+    monkeypatch.setattr(training_windows, "read_windows", lambda folder, record: {"a": read}[record.id](folder, record))
+    assert own.windows(1).tolist() == MORE.tolist()
+    assert len(own.windows(0)) == 7
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_fine_tuning_takes_such_objects_as_positives_and_nothing_as_a_negative(with_more, flips):
+    found = FinetuneWindows(with_more(), flips).labelled
+    assert [image.objects_only for image in found] == [False, True] * (1 + flips)
+    for image in found[1::2]:
+        assert (image.positives.tolist(), image.labels.tolist(), image.negatives.tolist()) == ([0, 1], [1, 0], [])
+    assert all(len(image.negatives) for image in found[::2])
+
+
+@pytest.mark.parametrize("overlap", [1, 0.7])
+def test_such_objects_are_positives_of_their_classes_and_negatives_of_none(with_more, source, overlap):
+    settings = SVMSettings(positive_overlap=overlap, tolerance=1e-8, negative_overlap=0.3)
+    images = mining(with_more(overlap))
+    assert (len(images), images.mined) == (2, 1)
+    assert images.positives(1).labels.tolist() == [1, 0]
+    found = mine_detectors(images, CLASSES, settings, scale=1.0, progress=False)
+    first, features = mining(source(overlap)).read(0)
+    first.overlaps[np.arange(2), first.objects] = 1
+    between = np.array([[0.5, 1], [1, 0.5]], np.float32)  # a positive of one class, nothing of the other
+    more = images.features(1, MORE)
+
+    def weights_of(*pairs):
+        return mine_detectors(pairs, CLASSES, settings, scale=1.0, progress=False).svms.weight
+
+    assert torch.allclose(found.svms.weight, weights_of((features, first.overlaps), (more, between)), atol=1e-5)
+    for other in ([], [(more, np.eye(2)[::-1])]):  # without them, or as negatives of the other class
+        assert (found.svms.weight - weights_of((features, first.overlaps), *other)).abs().max() > 1e-3
 
 
 # ---- difficult objects that do not train ---------------------------------------------------------------------------

@@ -128,6 +128,79 @@ def test_random_scenes_with_ties_agree_with_the_naive_loop(objects, found, metri
     assert (result.ap is None) if total == 0 else (result.ap == pytest.approx(naive_ap(curve, metric), abs=1e-12))
 
 
+def naive_ilsvrc_curve(ids, scores, boxes, annotations, name, iou):
+    """Recall and precision after every detection by the rule of ILSVRC."""
+    claimed, true, curve = set(), 0, []
+    total = sum(other == name for a in annotations.values() for other in a.names)
+    for count, row in enumerate(sorted(range(len(ids)), key=lambda r: -scores[r]), start=1):
+        best, where = 0.0, None
+        for index, other in enumerate(annotations[ids[row]].names):
+            x1, y1, x2, y2 = annotations[ids[row]].boxes[index].tolist()
+            needed = min(iou, (x2 - x1) * (y2 - y1) / ((x2 - x1 + 10) * (y2 - y1 + 10)))
+            overlap = naive_overlap(boxes[row], (x1, y1, x2, y2))
+            if other == name and (ids[row], index) not in claimed and overlap >= needed and overlap > best:
+                best, where = overlap, index
+        if where is not None:
+            claimed.add((ids[row], where))
+            true += 1
+        curve.append((true / total if total else 0.0, true / count))
+    return curve, total
+
+
+@given(a_truth, a_search, st.sampled_from([0.3, 0.5, 1]), st.integers(1, 4))
+def test_ilsvrcs_rule_agrees_with_its_naive_loop(objects, found, iou, size):
+    """`size` enlarges the scenes: small objects are found at less than `iou`, large ones are not."""
+    truth = {
+        key: annotation(
+            *((o[1], *(size * c for c in (o[2], o[3], o[2] + o[4], o[3] + o[5])), o[6]) for o in objects if o[0] == key)
+        )
+        for key in "abc"
+    }
+    ids, scores = [f[0] for f in found], np.array([f[1] / 2 for f in found])
+    boxes = size * np.array([[x, y, x + w, y + h] for _, _, x, y, w, h in found], dtype=np.float64).reshape(-1, 4)
+    result = evaluate_class(ids, scores, boxes, truth, "cat", "ilsvrc", iou)
+    curve, total = naive_ilsvrc_curve(ids, scores, boxes, truth, "cat", iou)
+    assert (result.objects, result.detections) == (total, len(ids))
+    assert np.stack([result.curve.recall, result.curve.precision], axis=1) == pytest.approx(
+        np.array(curve).reshape(-1, 2)
+    )
+    assert (result.ap is None) if total == 0 else (result.ap == pytest.approx(naive_ap(curve, "area"), abs=1e-12))
+
+
+def by_ilsvrc(objects, *boxes, iou=0.5):
+    """Precision after each of these detections, of falling scores, in an image with these cats."""
+    truth = {"a": annotation(*(("cat", *box) for box in objects))}
+    scores = np.arange(len(boxes), 0, -1)
+    return evaluate_class(["a"] * len(boxes), scores, boxes, truth, "cat", "ilsvrc", iou).curve.precision.tolist()
+
+
+def test_by_ilsvrcs_rule_a_small_object_is_found_at_less_than_half():
+    small, large = (0, 0, 10, 10), (0, 0, 100, 100)  # 100 / 400 is enough for the first
+    assert by_ilsvrc([small], (0, 0, 3, 10)) == [1]  # IoU 0.3
+    assert by_ilsvrc([small], (0, 0, 5, 5)) == [1]  # exactly enough
+    assert by_ilsvrc([small], (0, 0, 2.4, 10)) == [0]
+    assert by_ilsvrc([large], (0, 0, 49, 100)) == [0]
+    assert by_ilsvrc([large], (0, 0, 50, 100)) == [1]  # exactly a half
+    assert by_ilsvrc([large], (0, 0, 40, 100), iou=0.4) == [1]
+
+
+def test_by_ilsvrcs_rule_a_detection_takes_the_best_object_that_is_free_and_duplicates_are_false():
+    objects = (0, 0, 100, 100), (0, 20, 100, 120)
+    between = (0, 5, 100, 105)  # nearer to the first
+    assert by_ilsvrc(objects, between, between) == [1, 1]
+    assert by_ilsvrc(objects, between, between, between) == [1, 1, pytest.approx(2 / 3)]
+    assert by_ilsvrc(objects[:1], between, between) == [1, 0.5]
+    truth = {"a": annotation(*(("cat", *box) for box in objects))}
+    found = evaluate_class(["a", "a"], [2, 1], [between, between], truth, "cat", "area").curve.precision
+    assert found.tolist() == [1, 0.5]  # VOC's rule looks at the best object alone
+
+
+def test_by_ilsvrcs_rule_no_object_is_difficult():
+    truth = {"a": annotation(("cat", 0, 0, 50, 50, True), ("cat", 60, 60, 90, 90))}
+    found = evaluate_flat({"cat": (["a"], [1], [[0, 0, 50, 50]])}, truth, ["cat"], "ilsvrc")
+    assert (found.objects["cat"], found.ap["cat"], found.use_difficult) == (2, 0.5, True)
+
+
 @pytest.mark.parametrize("found", [3, 6, 7])
 def test_a_recall_of_exactly_k_tenths_reaches_its_threshold(found):
     recall = np.cumsum(np.full(found, 1.0)) / 10
@@ -287,7 +360,7 @@ def test_a_class_without_an_entry_is_an_error():
 
 
 def test_an_unknown_metric_is_an_error():
-    with pytest.raises(ValueError, match=r"metric must be '11point' \(VOC07\) or 'area' \(VOC10 on\), got 'coco'"):
+    with pytest.raises(ValueError, match=r"metric must be '11point' .*'area' .* or 'ilsvrc', got 'coco'"):
         average_precision([1.0], [1.0], "coco")
 
 

@@ -90,6 +90,17 @@ def test_a_class_of_difficult_objects_alone_is_said_not_to_train(root):
     assert message not in str(load_run_data(settings(root)))
 
 
+def test_a_class_whose_easy_objects_are_of_objects_only_trains(root):
+    add(root, "p01", DOG, HARD)
+    listed(root, "more", add(root, "m0", thing("owl", 5, 5, 30, 30), thing("cow", 1, 1, 9, 9)), add(root, "m1", HARD))
+    data = load_run_data(settings(root, train_on_difficult=False, objects_only=["MINE/more"]))
+    assert [r.id for r in data.objects] == ["MINE/m0"]
+    assert data.objects[0].annotation.names == ("owl",)  # classes are those of data.train
+    assert data.classes == ("cat", "dog", "owl")
+    assert "never fires" not in str(data)
+    assert "1 × image of data.objects_only without objects to train on, left out, e.g. MINE/m1" in str(data)
+
+
 def test_classes_are_found_in_either_form_of_unicode(root):
     add(root, "p02", thing("ba\u0308r", 1, 1, 9, 9))
     assert load_run_data(settings(root, classes=["b\u00e4r ", "cat"])).classes == ("b\u00e4r", "cat")

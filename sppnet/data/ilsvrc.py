@@ -1,0 +1,145 @@
+"""Splits of the detection data of ILSVRC (2013 to 2017), read from disk (sec. 4.4).
+
+    <root>/ImageSets/DET/train_1.txt … train_200.txt, val.txt, test.txt    a name and a number a line
+    <root>/Data/DET/<train, val, test>/<name>.JPEG
+    <root>/Annotations/DET/<train, val>/<name>.xml                         0-based inclusive corners, synsets
+    <root>/devkit/data/map_det.txt, or <root>/map_det.txt                  synset, number, English name
+
+A split is named ``DET/<set>``; the name of a set begins with that of the folder its images lie in. ``DET/train`` is the
+lists of all classes together, unless there is a train.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.errors import SppnetError, counted
+from sppnet.records import Annotation, SkipCounts
+
+LISTS = "ImageSets/DET"
+KINDS = "train|val|test"
+NAMES = ("devkit/data/map_det.txt", "map_det.txt")
+OF_CLASS = re.compile(r"train_\d+")  # its second column says whether an image shows the class: 1, 0 (in part) or -1
+INWARD = np.array([0, 0, -1, -1], dtype=np.float64)  # 0-based inclusive corners minus half-open ones
+BARE = "image listed as positive that has no annotation, taken as one without objects"
+
+Reader = Callable[[Path, tuple[int, int], int], tuple[Annotation, SkipCounts]]
+
+
+class SplitFiles(NamedTuple):
+    """By the ids of the images of a split: their files, their annotation files, there or not, and what reads these.
+
+    `bare` are those that need none, having no objects, with what is to be counted of them.
+    """
+
+    images: dict[str, Path]
+    annotations: dict[str, Path]
+    read: Reader
+    bare: dict[str, dict[str, int]]
+
+
+def is_det(root: Path, split: str) -> bool:
+    """Whether a split of the data folder is one of ILSVRC's, by what lies there."""
+    return (root / LISTS).is_dir() and not (root / split.partition("/")[0] / "ImageSets").is_dir()
+
+
+def find_lists(root: Path, split: str) -> list[Path]:
+    """The file of a set, or those that are ``DET/train`` together; SppnetError, with the sets there are, for others."""
+    known = {path.stem: path for path in sorted((root / LISTS).glob("*.txt"))}
+    of_classes = sorted((name for name in known if OF_CLASS.fullmatch(name)), key=lambda name: int(name[6:]))
+    together = {"train": [known[name] for name in of_classes]} if of_classes else {}
+    sets = {**together, **{name: [path] for name, path in known.items() if re.match(KINDS, name)}}
+    folder, _, name = split.partition("/")
+    if folder != "DET" or name not in sets:
+        expected = "expected DET/<set>, the set being a list whose name begins with train, val or test"
+        here = ", ".join(f"DET/{name}" for name in sets if name not in of_classes)
+        more = f" and {counted(len(of_classes), 'list')} DET/train_<number>" if of_classes else ""
+        raise SppnetError(f"{root / LISTS}: no list for split {split!r}; {expected}; here are {here or 'none'}{more}")
+    return sets[name]
+
+
+def find_files(root: Path, split: str) -> SplitFiles:
+    """The files of a split, by ids ``DET/<train, val or test>/<name>``; an image in several lists counts once.
+
+    Images of train that have no annotation show no object.
+    """
+    lists = find_lists(root, split)
+    positive, line_of = dict[str, bool](), dict[str, str]()
+    for path in lists:
+        for name, (line, shown) in read_list(path).items():
+            positive[name] = positive.get(name, False) or shown
+            line_of.setdefault(name, f"{path}:{line}")
+    if not positive:
+        raise SppnetError(f"{lists[0]}: lists no image; write one name per line")
+    kind = re.findall(KINDS, lists[0].stem)[0]
+    images = {f"DET/{kind}/{name}": root / "Data/DET" / kind / f"{name}.JPEG" for name in positive}
+    each = zip(images.values(), line_of.values(), strict=True)
+    missing = [one for one in each if not os.path.isfile(one[0])]  # noqa: PTH113 - pathlib raises for too long a name
+    if missing:
+        first = f"{missing[0][0]}: no such image, named in {missing[0][1]}"
+        which = f"{len(missing)} of {counted(len(images), 'image')} of {split} missing"
+        raise SppnetError(f"{first}; {which}; add them, or take their lines out of the lists")
+    annotations = {f"DET/{kind}/{name}": root / "Annotations/DET" / kind / f"{name}.xml" for name in positive}
+    bare = {
+        image: {BARE: 1} if shown else {}
+        for image, shown in zip(images, positive.values(), strict=True)
+        if kind == "train" and not annotations[image].exists()
+    }
+    return SplitFiles(images, annotations, _reader(root), bare)
+
+
+def read_list(path: Path) -> dict[str, tuple[int, bool]]:
+    """Name -> its line, counted from 1, and whether it is the list of a class that calls the image a positive.
+
+    Names may lie in folders. Raises SppnetError for a name listed twice and for lines of another form.
+    """
+    found: dict[str, tuple[int, bool]] = {}
+    of_class = OF_CLASS.fullmatch(path.stem) is not None
+    column, meaning = ("-1|0|1", "1, 0 or -1") if of_class else (r"\d+", "a number")
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        name, _, label = " ".join(normalise(line).split()).partition(" ")
+        name = name.removesuffix(".JPEG")
+        if not re.fullmatch(rf"({column})?", label) or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+            expected = f"expected a name, such as ILSVRC2012_val_00000001, and {meaning}"
+            raise SppnetError(f"{path}:{number}: {expected}, got {line!r}; correct the line")
+        if name in found:
+            raise SppnetError(f"{path}:{number}: {name!r} is already on line {found[name][0]}; remove one of them")
+        found[name] = number, of_class and label == "1"
+    return found
+
+
+def read_names(root: Path) -> dict[str, str]:
+    """Synset -> English name, as map_det.txt has them; synsets that share a name are left out: they stay apart."""
+    path = next((root / name for name in NAMES if (root / name).is_file()), None)
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path) if path is not None else [], start=1):
+        synset, *rest = normalise(line).split(maxsplit=2) or [""]
+        if synset and (len(rest) != 2 or not rest[0].isdecimal() or synset in names):
+            expected = "expected 'synset number name', each synset once"
+            raise SppnetError(f"{path}:{number}: {expected}, got {line!r}; correct the line, or remove the file")
+        if synset:
+            names[synset] = " ".join(rest[1].split())
+    counts = Counter(names.values())
+    return {synset: name for synset, name in names.items() if counts[name] == 1}
+
+
+def _reader(root: Path) -> Reader:
+    """Reads annotations, with English names where there are some."""
+    names = read_names(root)
+
+    def read(path: Path, size: tuple[int, int], orientation: int) -> tuple[Annotation, SkipCounts]:
+        found, skips = read_annotation(path, size, orientation, INWARD)
+        return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips
+
+    return read
