@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sppnet.detection.hard_negatives import NegativeCache
+from sppnet.detection.negative_cache import NegativeCache
 from sppnet.errors import SppnetError
 
 WIDTH, CLASSES = 3, 2
@@ -56,7 +56,7 @@ def test_a_slot_that_nobody_holds_is_used_again_before_new_ones(capacity):
     cache.add(features(3), all_of(3, 0), scores(0, 0, 0))
     assert cache.rescore(0, np.array([0, -5, 0], np.float32), evict_below=-1) == 1
     cache.add(features(1, 1), all_of(1, 0), scores(0))
-    assert held(cache) == [(0, 0), (1, 0), (0, 2)]
+    assert held(cache) == [(0, 0), (0, 2), (1, 0)]  # as they came, not as they lie
     assert cache.dropped == 0
 
 
