@@ -84,3 +84,26 @@ def test_thresholds_are_reused_and_chosen_again_where_they_are_gone(small_run, t
     file.unlink()
     assert train_detector(run.config, run.root, progress=False).thresholds == before
     assert SPPDetector.load(run.root).thresholds == before
+
+
+def test_an_interrupted_choice_goes_on_and_leaves_no_detections(small_run, tmp_path, graph, monkeypatch):
+    run = copied(small_run, tmp_path / "run")
+    folder = run.root / graph.folder("thresholds").name
+    before = (folder / "thresholds.json").read_bytes()
+    (folder / "thresholds.json").unlink()
+    detect, seen = SPPDetector.detect_for_evaluation, []
+
+    def interrupted(*arguments):
+        seen.append(0)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return detect(*arguments)
+
+    monkeypatch.setattr(SPPDetector, "detect_for_evaluation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(run.config, run.root, progress=False)
+    assert len([path for path in (folder / "detections").rglob("*") if path.is_file()]) == 1
+    assert train_detector(run.config, run.root, progress=False) is not None
+    assert len(seen) == 1 + len(graph.data.validation)  # the first image was not searched again
+    assert (folder / "thresholds.json").read_bytes() == before
+    assert [path.name for path in folder.iterdir()] == ["thresholds.json"]
