@@ -31,7 +31,6 @@ ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last on
 QUIET = 10  # seconds of waiting for the others without a word
 PATIENCE = timedelta(days=7)  # the longest that one process may need alone; torchrun ends all where one fails
 KINDS = (torch.float32, torch.float64, torch.int64, torch.bool)  # of the tensors that are shared
-MOST = 8  # tensors shared at once
 
 
 def start() -> None:
@@ -122,41 +121,36 @@ def in_order(compute: Callable[[int], Iterable[Any]], count: int) -> Iterator[li
     """compute(index), a few tensors, arrays or numbers, of every index below `count`: in order, in every process.
 
     One process computes it, that whose `shard` holds the index, and all get the very values as tensors; as many indices
-    as there are processes are computed at a time. All processes must iterate, and to the end.
+    as there are processes are computed at a time. All processes must iterate; none comes to the end before all do.
     """
     for first in range(0, count, world_size()):
         own = compute(first + rank()) if first + rank() < count else ()
         found = [v if isinstance(v, Tensor) else torch.tensor(np.asarray(v), device="cpu") for v in own]
         for source in range(min(world_size(), count - first)):
             yield found if world_size() == 1 else _broadcast(found, source)
+    barrier()
 
 
 @torch.inference_mode()
 def _broadcast(own: list[Tensor], source: int) -> list[Tensor]:
     """The tensors that `source` has, in every process: on a GPU where they are on one there."""
-    header = torch.full((MOST, 5), -1, device="cpu")  # kind, whether on a GPU, dimensions, shape
+    header = torch.full((8, 5), -1, device="cpu")  # of at most 8: kind, whether on a GPU, dimensions, shape
     if rank() == source:
         own = [tensor.contiguous() for tensor in own]
         for row, tensor in zip(header[: len(own)], own, strict=True):
-            values = KINDS.index(tensor.dtype), tensor.is_cuda, tensor.ndim, *tensor.shape
-            row[: len(values)] = torch.tensor(values, device="cpu")
+            kind = KINDS.index(tensor.dtype), tensor.is_cuda, tensor.ndim
+            row[: 3 + tensor.ndim] = torch.tensor([*kind, *tensor.shape], device="cpu")
     dist.broadcast(header, source)
     if rank() != source:
-        rows = [row for row in header.tolist() if row[0] >= 0]
-        own = [
-            torch.empty(shape[:dimensions], dtype=KINDS[kind], device="cuda" if on_gpu else "cpu")
-            for kind, on_gpu, dimensions, *shape in rows
-        ]
+        rows, places = header[header[:, 0] >= 0].tolist(), ("cpu", "cuda")
+        own = [torch.empty(shape[:n], dtype=KINDS[k], device=places[gpu]) for k, gpu, n, *shape in rows]
     for tensor in own:
         dist.broadcast(tensor, source)
     return own
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """The module whose backward pass averages gradients over the processes; the module itself in one.
-
-    All processes start with the weights of the first. Unused parameters get no gradient, as in one process.
-    """
+    """The module, its gradients averaged over the processes by every backward pass; unused parameters get none."""
     if world_size() == 1:
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)

@@ -56,15 +56,12 @@ def finetune_head(
     names it in progress and errors; `precision` is that of the products ("float32" or "bfloat16").
     Losses go to folder/log.csv. The state is saved at every validation, and a later call with the same folder goes on
     from there, with the same result as without the interruption. Under torchrun the processes share the windows of a
-    batch; only dropout, and the scales of windows of an image that two of them share, are drawn otherwise than in one.
-    Raises SppnetError where no window is a positive, for a loss that is not finite, and for less than one window of a
-    batch for each process.
+    batch, which are those of one process; only dropout, and scales in an image that two of them share, differ.
+    Raises SppnetError where no window is a positive, for a loss that is not finite, and for a batch smaller than that.
     """
     if settings.batch < distributed.world_size():
-        short = (
-            f"finetune.batch={settings.batch} is less than a window for each of {distributed.world_size()} processes"
-        )
-        raise SppnetError(f"{short}; raise it, or start fewer")
+        few = f"finetune.batch={settings.batch}, less than a window for each of {distributed.world_size()} processes"
+        raise SppnetError(f"{few}; raise it, or start fewer")
     with_positives = _with_positives(train, "training")
     trainer = _Trainer(head, settings, folder, stage, precision)
     done = trainer.restore()

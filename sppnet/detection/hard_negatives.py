@@ -3,10 +3,8 @@
 Objects are the positives, and proposals close to them where the settings say so. Negatives of a class are the windows
 whose overlap with all its objects is below 0.3. All negatives of the first image train the first SVM; later only those
 that score above −1.0001 enter the cache. A class is fitted again after 2,000 new negatives and at the end. After each
-fit the cached negatives that score below −1.2 leave. Features are computed image by image.
-
-Under torchrun a class belongs to one process, which alone keeps its examples and fits it, and an image to another,
-which alone computes its features: all see them in the same order, so that the SVMs are those of one process.
+fit the cached negatives that score below −1.2 leave. Features are computed image by image. Under torchrun a process
+keeps and fits its classes alone; all see the same features in the same order, so that the SVMs are those of one.
 """
 
 from __future__ import annotations
@@ -93,11 +91,8 @@ def mine_detectors(
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
         miner.fit(int(label))
     dropped = miner.gather()
-    untrained = {
-        name: "no negatives" if counts[label] else "no positives"
-        for label, name in enumerate(names)
-        if miner.retrains[label] == 0
-    }
+    each = zip(names, counts, miner.retrains, strict=True)
+    untrained = {name: f"no {'negatives' if count else 'positives'}" for name, count, fits in each if not fits}
     for name, reason in untrained.items() if is_main() else ():
         logger.warning("svm %s has %s in the training images; it never fires", name, reason)
     if dropped and is_main():
@@ -223,10 +218,10 @@ class _Miner:
 
     def gather(self) -> int:
         """Take over the SVMs of the other processes' classes; returns how many negatives all caches dropped."""
-        svms, retrains = self.svms, self.retrains
-        fitted = in_order(lambda label: (svms.weight[label], svms.bias[label], retrains[label]), len(retrains))
-        for label, (weight, bias, fits) in enumerate(fitted):
-            svms.weight[label], svms.bias[label], retrains[label] = weight, bias, int(fits)
+        every = [self.svms.weight, self.svms.bias, torch.from_numpy(self.retrains)]
+        for label, fitted in enumerate(in_order(lambda label: [part[label] for part in every], len(self.retrains))):
+            for part, own in zip(every, fitted, strict=True):
+                part[label] = own
         return sum(int(dropped) for (dropped,) in in_order(lambda _: [self.cache.dropped], world_size()))
 
 
@@ -235,10 +230,9 @@ def _collect_positives(
 ) -> tuple[list[Tensor], list[int]]:
     """Scaled features of the positives of each class of this process: K tensors (P, D) float32 on the CPU.
 
-    Those of other processes' classes are empty; after them the number of positives of every class.
-
-    Objects come first, at most ``max_positives`` of a class; then as many proposals, which over all classes take no
-    more bytes than the cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
+    Those of other processes' classes are empty; after them the number of positives of every class. Objects come first,
+    at most ``max_positives`` of a class; then as many proposals, which over all classes take no more bytes than the
+    cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
     """
     own_classes, every = shard(range(classes)), in_order(lambda i: vars(images.positives(i)).values(), len(images))
     found = [

@@ -141,8 +141,7 @@ class FinetuneWindows:
             found = source.image_windows(index)
             return vars(label_windows(found.overlaps, settings, source.ignored(index, found.windows))).values()
 
-        every = in_order(label, len(source.records))
-        own = [LabelledWindows(*(part.numpy() for part in parts)) for parts in every]
+        own = [LabelledWindows(*(part.numpy() for part in parts)) for parts in in_order(label, len(source.records))]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:

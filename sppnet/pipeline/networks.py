@@ -149,13 +149,10 @@ class TrainingNetworks:
             near = order[image.overlaps.max(axis=1, initial=0)[order] >= NEAR][: each // 2]
             others = order[~np.isin(order, near)][: each - len(near)]
             drawn.append(image.windows[np.concatenate([near, others])])
-
-        def compute(place: int) -> list[Tensor]:
-            maps = source.maps(chosen[place])
-            return [fc6_activations(head, source.pool(maps, source.project(maps, drawn[place]))).cpu()]
-
-        found = progress_bar(in_order(compute, len(chosen)), "activations", "image", len(chosen), shown=progress)
-        return torch.cat([torch.empty(0, head.fc6.out_features), *(part for (part,) in found)])
+        pool, count = self.features("pool"), len(chosen)
+        every = in_order(lambda i: [fc6_activations(head, source.features(chosen[i], drawn[i], pool)).cpu()], count)
+        found = [part for (part,) in progress_bar(every, "activations", "image", count, shown=progress)]
+        return torch.cat([torch.empty(0, head.fc6.out_features), *found])
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""

@@ -22,9 +22,8 @@ def choose_thresholds(
 ) -> dict[str, dict[str, float]]:
     """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
 
-    `windows` and `maps` are the folders that hold those of the records; the detections of each image go to `kept`, from
-    which an interrupted call goes on. A class of which no object is there, or none is found, keeps 0, the SVM's
-    boundary.
+    `windows` and `maps` are the folders that hold those of the records; an interrupted call goes on from the detections
+    in `kept`. A class of which no object is there, or none is found, keeps 0, the SVM's boundary.
     """
     missing = [record for record in shard(records) if not record.path_in(kept).exists()]
     for record in progress_bar(missing, "thresholds", "image", shown=progress):
@@ -33,10 +32,9 @@ def choose_thresholds(
         write_arrays(record.path_in(kept), boxes=own.boxes, scores=own.scores, labels=own.labels)
     barrier()
     truth = {record.id: record.annotation for record in records if record.annotation is not None}
-    found = {record.id: read_arrays(record.path_in(kept)) for record in records if record.id in truth}
-    known = {image: Detections(**arrays, classes=detector.classes) for image, arrays in found.items()}
+    found = {r.id: Detections(**read_arrays(r.path_in(kept)), classes=detector.classes) for r in records}
     chosen = {}
-    for name, result in evaluate_voc(known, truth, detector.classes).results.items():
+    for name, result in evaluate_voc({i: found[i] for i in truth}, truth, detector.classes).results.items():
         threshold, f1 = best_threshold(result.curve) if result.objects else (0.0, 0.0)
         chosen[name] = {"threshold": threshold if f1 else 0.0, "f1": f1, "objects": result.objects}
     return chosen

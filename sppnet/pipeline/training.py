@@ -147,9 +147,9 @@ class Training:
 
     # 1. windows of every image
     def proposals(self) -> str:
-        records = self.graph.data.images
-        folder = self.graph.folder("proposals")
+        records, folder = self.graph.data.images, self.graph.folder("proposals")
         done = propose_images(records, self.config.proposals, folder, self.progress)
+        records = distributed.shard(records)
         windows = {r.id: read_windows(folder, r) for r in records}
         bare = [name for name, found in windows.items() if not len(found)]
         log.debug("images without windows: %s", ", ".join(bare) or "none")
@@ -253,8 +253,8 @@ class Training:
             scale = float(read_tensors(done)["scale"]) if done else networks.scale(features, settings.feature_norm)
             examples = find_box_examples(source)
             windows = sum(len(examples[label].windows) for label in missing)
-            own_labels = [label for label in distributed.shard(range(len(paths))) if label in missing]
-            for label in progress_bar(own_labels, "box regression", "class", shown=self.progress):
+            todo = [label for label in distributed.shard(range(len(paths))) if label in missing]
+            for label in progress_bar(todo, "box regression", "class", shown=self.progress):
                 own = examples[label]
                 rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
