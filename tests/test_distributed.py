@@ -16,8 +16,10 @@ from small_run import copied
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors
+from sppnet.config import LowRankSettings
 from sppnet.errors import SppnetError
 from sppnet.pipeline.evaluation import evaluate_run
+from sppnet.pipeline.training import train_detector
 
 TESTS = Path(__file__).parent
 
@@ -153,12 +155,13 @@ def contents(folder):
 @pytest.mark.slow
 def test_a_killed_process_ends_training_and_two_go_on_to_the_run_of_one(small_run, tmp_path):
     """All but fine-tuning, whose dropout differs: from the same head every file is that of one process, bit by bit."""
-    alone = copied(small_run, tmp_path / "alone").root
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(alone / "config.yaml", run)
+    alone, run = copied(small_run, tmp_path / "alone").root, tmp_path / "run"
+    low_rank = LowRankSettings(fc6=4, steps=(), learning_rates=())  # not fine-tuned again
+    config = small_run.config.model_copy(update={"low_rank": low_rank})
+    assert train_detector(config, alone, progress=False) is not None
     finetuned = next(alone.glob("finetune-*"))
     shutil.copytree(finetuned, run / finetuned.name)
+    shutil.copy(alone / "config.yaml", run)
     (lines, errors), _ = run_processes(tmp_path, "dying", (0, -signal.SIGKILL))
     assert lines[-1] == ["2"]
     assert errors.splitlines()[-1].startswith("sppnet train: error: another process of this job ended")
@@ -166,9 +169,9 @@ def test_a_killed_process_ends_training_and_two_go_on_to_the_run_of_one(small_ru
     assert not list(run.glob("svm-*/svm.safetensors"))
     (first, _), (second, _) = run_processes(tmp_path, "pipeline")
     evaluated = evaluate_run(alone)
-    for stage in ("proposals", "maps", "svm", "boxes", "thresholds"):
-        folder = next(alone.glob(f"{stage}-*"))
-        assert contents(folder) == contents(run / folder.name) != {}, stage
+    for stage in ("proposals", "maps", "low_rank", "svm", "boxes", "thresholds"):
+        (folder,) = run.glob(f"{stage}-*")
+        assert contents(alone / folder.name) == contents(folder) != {}, stage
     assert first == second == [[str(evaluated.result.evaluation.map)]]
     assert contents(alone / "detector") == contents(run / "detector")
     assert contents(alone / evaluated.result.origin) == contents(run / evaluated.result.origin) != {}

@@ -149,11 +149,11 @@ class Training:
     def proposals(self) -> str:
         records, folder = self.graph.data.images, self.graph.folder("proposals")
         done = propose_images(records, self.config.proposals, folder, self.progress)
-        records = distributed.shard(records)
-        windows = {r.id: read_windows(folder, r) for r in records}
+        own = distributed.shard(records)
+        windows = {r.id: read_windows(folder, r) for r in own}
         bare = [name for name, found in windows.items() if not len(found)]
         log.debug("images without windows: %s", ", ".join(bare) or "none")
-        quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
+        quality = proposal_recall(windows, {r.id: r.annotation for r in own if r.annotation is not None})
         return (
             f"{counted(done.computed, 'image')} searched, {done.imported} imported, {done.reused} reused; "
             f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
