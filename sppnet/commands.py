@@ -76,6 +76,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 128 + (ending.args[0] if ending.args else signal.SIGINT)
     except Exception as error:
+        if distributed.lost_another(error):
+            why = "another process of this job ended (its message or torchrun's says why)"
+            print(f"sppnet {options.command}: error: {why}; the same command goes on from there", file=sys.stderr)
+            return 2
         if not ran_out_of_memory(error):
             print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
             raise

@@ -260,7 +260,7 @@ class SVMSettings(Settings):
     mine_above: Score = -1.0001  # release: negatives that score above enter the cache
     evict_below: Score = -1.2  # release: cached negatives that score below leave it
     retrain_after: int = Field(2000, ge=1)  # release: new negatives before the next fit
-    cache_gigabytes: Rate = 2.0  # ours: bound on the negatives, and on the proposals that are positives
+    cache_gigabytes: Rate = 2.0  # ours: bound on a process's negatives, and on its proposals that are positives
     max_positives: int = Field(20_000, ge=1)  # ours: bound on a class's objects, and on its proposals
     tolerance: Rate = 1e-3  # ours: liblinear (release) stops at 0.1, up to 1 % above the optimum
     max_iterations: int = Field(1000, ge=1)  # liblinear's own default

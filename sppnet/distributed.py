@@ -1,7 +1,7 @@
-"""Rank, shares and averages over torch.distributed; a no-op in one process.
+"""Rank, shares and what is shared over torch.distributed; a no-op in one process.
 
 Start several processes with ``torchrun --nproc-per-node=N -m -- sppnet …``: every process takes its share of
-the images, and gradients are averaged. Nothing here launches processes.
+the images or classes, and gradients are averaged. Nothing here launches processes, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sppnet.errors import SppnetError
 
@@ -26,7 +29,8 @@ log = logging.getLogger("sppnet")
 LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside WORLD_SIZE
 ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last one's; nodes of a cluster take their time
 QUIET = 10  # seconds of waiting for the others without a word
-PATIENCE = timedelta(days=7)  # the others wait while the first process mines; torchrun ends them where it fails
+PATIENCE = timedelta(days=7)  # the longest that one process may need alone; torchrun ends all where one fails
+KINDS = (torch.float32, torch.float64, torch.int64, torch.bool)  # of the tensors that are shared
 
 
 def start() -> None:
@@ -64,7 +68,7 @@ def start() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
         store, rank, _ = next(dist.rendezvous("env://", timeout=ARRIVAL))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -110,12 +114,48 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1, device="cpu"))  # not dist.barrier(), which needs a GPU where there are any
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes."""
-    for parameter in parameters if world_size() > 1 else ():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+def in_order(compute: Callable[[int], Iterable[Any]], count: int) -> Iterator[list[Tensor]]:
+    """compute(index), a few tensors, arrays or numbers, of every index below `count`: in order, in every process.
+
+    One process computes it, that whose `shard` holds the index, and all get the very values as tensors; as many indices
+    as there are processes are computed at a time. All processes must iterate; none comes to the end before all do.
+    """
+    for first in range(0, count, world_size()):
+        own = compute(first + rank()) if first + rank() < count else ()
+        found = [v if isinstance(v, Tensor) else torch.tensor(np.asarray(v), device="cpu") for v in own]
+        for source in range(min(world_size(), count - first)):
+            yield found if world_size() == 1 else _broadcast(found, source)
+    barrier()
+
+
+@torch.inference_mode()
+def _broadcast(own: list[Tensor], source: int) -> list[Tensor]:
+    """The tensors that `source` has, in every process: on a GPU where they are on one there."""
+    header = torch.full((8, 5), -1, device="cpu")  # of at most 8: kind, whether on a GPU, dimensions, shape
+    if rank() == source:
+        own = [tensor.contiguous() for tensor in own]
+        for row, tensor in zip(header[: len(own)], own, strict=True):
+            kind = KINDS.index(tensor.dtype), tensor.is_cuda, tensor.ndim
+            row[: 3 + tensor.ndim] = torch.tensor([*kind, *tensor.shape], device="cpu")
+    dist.broadcast(header, source)
+    if rank() != source:
+        rows, places = header[header[:, 0] >= 0].tolist(), ("cpu", "cuda")
+        own = [torch.empty(shape[:n], dtype=KINDS[k], device=places[gpu]) for k, gpu, n, *shape in rows]
+    for tensor in own:
+        dist.broadcast(tensor, source)
+    return own
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module, its gradients averaged over the processes by every backward pass; unused parameters get none."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether this says that another process of the job has ended. (Errors of gloo have no type of their own.)"""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

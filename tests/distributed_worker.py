@@ -2,42 +2,166 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
-from doubles import ToyWindows
+from doubles import ToyWindows, annotated, picture, picture_record, random_backbone
+from torch import nn
 
-from sppnet import distributed
-from sppnet.artifacts import tensors_digest
-from sppnet.config import FinetuneSettings, HeadSettings
+from sppnet import cli, distributed
+from sppnet.artifacts import tensors_digest, write_tensors
+from sppnet.classification.pretraining import pretrain_network
+from sppnet.config import FinetuneSettings, HeadSettings, SVMSettings
+from sppnet.config_files import load_config, parse_config
+from sppnet.detection import hard_negatives
 from sppnet.detection.finetuning import finetune_head
-from sppnet.models.sppnet import build_head
+from sppnet.detection.hard_negatives import MinedSVMs, mine_detectors
+from sppnet.models.sppnet import SPPHead, build_head
+from sppnet.pipeline.evaluation import evaluate_run
+from sppnet.pipeline.training import train_detector
+
+
+class PartlyUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def forward(self, factor: float) -> torch.Tensor:
+        return (self.used * factor).sum()
 
 
 def basics(folder: Path) -> list[str]:
     (folder / f"rank{distributed.rank()}").touch()
     distributed.barrier()
     assert len(list(folder.iterdir())) == 2, "a process left the barrier before the other one came"
-    given, untouched = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    given.grad = torch.full((2,), 1.0 + 2.0 * distributed.rank())
-    distributed.average_gradients([given, untouched])
     share = ",".join(map(str, distributed.shard(range(5))))
-    own = [distributed.rank(), distributed.world_size(), distributed.is_main(), share]
-    return [*map(str, own), f"{given.grad[0].item()},{untouched.grad}"]
+    return [*map(str, [distributed.rank(), distributed.world_size(), distributed.is_main(), share])]
+
+
+def gradients(_: Path) -> list[str]:
+    """The mean of 1 and 3, three times; then the second process dies and the first must say so."""
+    module = PartlyUsed()
+    shared = distributed.data_parallel(module)
+    found = []
+    for _ in range(3):
+        shared(1.0 + 2.0 * distributed.rank()).backward()
+        found.append(f"{module.used.grad.tolist()},{module.unused.grad}")
+        module.zero_grad()
+    distributed.barrier()
+    if distributed.rank() == 1:
+        print(*found, flush=True)
+        os._exit(0)
+    for call in (
+        lambda: shared(1.0).backward(),
+        distributed.barrier,
+        lambda: list(distributed.in_order(lambda i: [i], 2)),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            found.append(str(distributed.lost_another(error)))
+    return [*found, str(distributed.lost_another(RuntimeError("of another kind")))]
+
+
+def shared_values(index: int) -> list[object]:
+    """Tensors, an array and a number, of other shapes for each index."""
+    assert index % distributed.world_size() == distributed.rank(), "computed by another process too"
+    values = np.random.default_rng(index)
+    with torch.inference_mode():
+        frozen = torch.from_numpy(values.normal(size=(index, 3)))
+    return [frozen, values.normal(size=(4, 2)).astype(np.float32).T, values.random(index) < 0.5, index]
+
+
+def in_order(_: Path) -> list[str]:
+    found = distributed.in_order(shared_values, 5)
+    return [tensors_digest({str(i): tensor for i, tensor in enumerate(tensors)}) for tensors in found]
+
+
+def toy_head(folder: Path) -> tuple[SPPHead, list[str]]:
+    """Without dropout, whose draws differ from process to process; 9 windows that two processes cannot halve."""
+    settings = FinetuneSettings(
+        steps=(6,), learning_rates=(0.01,), batch=9, images_per_batch=3, validate_every=2, validate_windows=16
+    )
+    head = build_head(12, (1,), 3, HeadSettings(fc6=8, fc7=8, dropout=0))
+    train, validation = ToyWindows(4, 2, 0), ToyWindows(2, 2, 1)
+    done = finetune_head(head, train, validation, 2, settings, folder / "finetune", False)
+    return head, [tensors_digest(head.state_dict()), str(done.best_step)]
 
 
 def finetune(folder: Path) -> list[str]:
-    settings = FinetuneSettings(
-        steps=(6,), learning_rates=(0.01,), batch=8, images_per_batch=2, validate_every=2, validate_windows=16
-    )
-    head = build_head(12, (1,), 3, HeadSettings(fc6=8, fc7=8))
-    done = finetune_head(head, ToyWindows(4, 2, 0), ToyWindows(2, 2, 1), 2, settings, folder / "finetune", False)
-    return [tensors_digest(head.state_dict()), str(done.best_step)]
+    head, found = toy_head(folder)
+    if distributed.is_main():
+        write_tensors(folder / "head.safetensors", head.state_dict())
+    return found
 
+
+def toy_pairs() -> tuple[list[tuple[np.ndarray, np.ndarray]], SVMSettings]:
+    """Images whose negatives enter and leave the cache again and again."""
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(15):
+        overlaps = np.where(rng.random((60, 3)) < 0.7, 0.1, rng.random((60, 3))).astype(np.float32)
+        overlaps[np.arange(3), np.arange(3)] = 1
+        pairs.append((rng.normal(size=(60, 8)) + 2 * overlaps @ rng.normal(size=(3, 8)), overlaps))
+    return pairs, SVMSettings(C=0.01, retrain_after=30, evict_below=-1.01)
+
+
+def mined_parts(mined: MinedSVMs) -> list[str]:
+    return [tensors_digest(mined.svms.to_tensors()), *map(str, mined.retrains), str(mined.dropped), *mined.untrained]
+
+
+def mining(_: Path) -> list[str]:
+    pairs, settings = toy_pairs()
+    return mined_parts(mine_detectors(pairs, ("a", "b", "c"), settings, progress=False))
+
+
+def pretrain(folder: Path) -> list[str]:
+    """Two steps at each of two sizes."""
+    own = folder / f"pictures{distributed.rank()}"
+    own.mkdir()
+    objects = annotated(("cat", (5, 5, 40, 40)), ("dog", (50, 20, 90, 70)))
+    records = [picture_record(own, str(i), picture(80, 100, i), objects) for i in range(4)]
+    settings = {"steps": 4, "batch": 8, "sizes": [32, 48]}
+    config = parse_config({"pretrain": settings, "pyramid": {"levels": [1]}, "head": {"fc6": 8, "fc7": 8}}, "test")
+    network, _ = pretrain_network(random_backbone(), records, ("cat", "dog"), config, progress=False)
+    return [tensors_digest(dict(network.named_parameters()))]
+
+
+def pipeline(folder: Path) -> list[str]:
+    """The stages that are missing in the run, and the evaluation."""
+    config = load_config(folder / "run/config.yaml")
+    assert train_detector(config, folder / "run", progress=False) is not None
+    return [str(evaluate_run(folder / "run").result.evaluation.map)]
+
+
+def dying(folder: Path) -> list[str]:
+    """`sppnet train`, whose second process is killed at its third image of mining."""
+    visit, seen = hard_negatives._Miner.visit, []
+
+    def deadly(*arguments: object) -> None:
+        seen.append(0)
+        if distributed.rank() == 1 and len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        visit(*arguments)
+
+    hard_negatives._Miner.visit = deadly
+    return [str(cli.main(["train", str(folder / "run/config.yaml"), "--run", str(folder / "run")]))]
+
+
+TASKS = (basics, in_order, finetune, mining, pretrain, gradients)
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
-    distributed.start()
-    print(*{"basics": basics, "finetune": finetune}[sys.argv[1]](Path(sys.argv[2])))
-    distributed.stop()
+    task, place = sys.argv[1], Path(sys.argv[2])
+    if task == "dying":
+        print(*dying(place))
+    else:
+        distributed.start()
+        for do in (pipeline,) if task == "pipeline" else TASKS:
+            print(*do(place), flush=True)
+        distributed.stop()

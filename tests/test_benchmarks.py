@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_every_benchmark_answers_help(name: str, capsys: pytest.CaptureFixture[s
         importlib.import_module(name).main(["--help"])
     assert ended.value.code == 0
     assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+def test_the_projected_table_is_the_one_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module("projection").main([]) == 0
+    assert capsys.readouterr().out in (FOLDER.parent / "docs/cluster.md").read_text()
+
+
+def test_a_projection_divides_the_work_of_images_and_adds_what_is_exchanged() -> None:
+    projection = importlib.import_module("projection")
+    defaults = {name[2:].replace("-", "_"): default for name, (default, _) in projection.COSTS.items()}
+    costs = argparse.Namespace(**defaults)
+    one, eight = (projection.project(costs, devices) for devices in (1, 8))
+    assert one["maps"] == pytest.approx(2 * 118_287 * 270 / 4304 / 3600) == 8 * eight["maps"]
+    gradients = 4 * (16_000 * 1024 + 1024 * 1024 + 1024 * 81)  # bytes
+    exchange = 90_000 * 2 * 7 / 8 * gradients / 1.25e9 / 3600
+    assert eight["finetune"] == pytest.approx(one["finetune"] / 8 + exchange)
+    assert one["boxes"] == 8 * eight["boxes"]
 
 
 @pytest.mark.parametrize("name", TINY)

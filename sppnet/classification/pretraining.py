@@ -133,6 +133,7 @@ class _Trainer:
 
     def __init__(self, network: SPPNet, settings: PretrainSettings) -> None:
         self.network, self.settings = network, settings
+        self.shared = distributed.data_parallel(network)
         self.parameters = list(network.parameters())
         self.device = self.parameters[0].device
         rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
@@ -144,11 +145,10 @@ class _Trainer:
         self.optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (weights.mean, weights.std))
         pixels = views.flip(1) if weights.channel_order == "bgr" else views
-        logits, labels = self.network(((pixels - mean) / std).to(self.device)), labels.to(self.device)
+        logits, labels = self.shared(((pixels - mean) / std).to(self.device)), labels.to(self.device)
         self.optimiser.zero_grad()
         loss = F.cross_entropy(logits, labels)
         loss.backward()
-        distributed.average_gradients(self.parameters)
         self.optimiser.step()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         self.sums += torch.stack([loss.detach(), accuracy * (step >= settings.steps * 3 // 4)])

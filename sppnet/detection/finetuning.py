@@ -55,9 +55,13 @@ def finetune_head(
     The weights that it starts with are no candidate. `background` is the index of the background class, K. `stage`
     names it in progress and errors; `precision` is that of the products ("float32" or "bfloat16").
     Losses go to folder/log.csv. The state is saved at every validation, and a later call with the same folder goes on
-    from there, with the same result as without the interruption. Under torchrun a batch is shared by the processes.
-    Raises SppnetError where no window is a positive, and for a loss that is not finite.
+    from there, with the same result as without the interruption. Under torchrun the processes share the windows of a
+    batch, which are those of one process; only dropout, and scales in an image that two of them share, differ.
+    Raises SppnetError where no window is a positive, for a loss that is not finite, and for a batch smaller than that.
     """
+    if settings.batch < distributed.world_size():
+        few = f"finetune.batch={settings.batch}, less than a window for each of {distributed.world_size()} processes"
+        raise SppnetError(f"{few}; raise it, or start fewer")
     with_positives = _with_positives(train, "training")
     trainer = _Trainer(head, settings, folder, stage, precision)
     done = trainer.restore()
@@ -102,6 +106,7 @@ class _Trainer:
 
     def __init__(self, head: SPPHead, settings: FinetuneSettings, folder: Path, stage: str, precision: str) -> None:
         self.head, self.settings, self.folder, self.stage = head.train(), settings, folder, stage
+        self.shared = distributed.data_parallel(head)
         self.device = head.fc6.weight.device
         self.half = precision == "bfloat16"
         weights = [p for name, p in head.named_parameters() if not name.endswith("bias")]
@@ -122,11 +127,11 @@ class _Trainer:
         seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
         pooled, labels = pooled.to(self.device), labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.head(pooled).float()
+            logits = self.shared(pooled).float()
         loss = F.cross_entropy(logits, labels)
         self.optimiser.zero_grad()
-        loss.backward()
-        distributed.average_gradients(self.parameters)
+        # The mean over processes is that over windows, whatever their shares.
+        (loss * (len(labels) * distributed.world_size() / self.settings.batch)).backward()
         self.optimiser.step()
         right = (logits.detach().argmax(1) == labels).float().sum()
         self.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
@@ -265,13 +270,12 @@ def _batches(
     ahead: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pooled, labels) of every step, in order; windows of so many further steps are pooled meanwhile."""
-    own = settings.model_copy(update={"batch": max(1, settings.batch // distributed.world_size())})
     waiting: list[tuple[Iterator[Tensor], Tensor]] = []
     alone = np.array([source.labelled[i].objects_only for i in images], dtype=bool)
     for step in steps:
-        rng = np.random.default_rng((settings.seed, step, distributed.rank()))
+        rng = np.random.default_rng((settings.seed, step))
         chosen = choose_images(images, alone, settings.images_per_batch, rng)
-        drawn, labels = _draw(source, chosen, background, own, rng)
+        drawn, labels = _draw(source, chosen, background, settings, rng, distributed.world_size())
         waiting.append((loaders.map(source.pool, *zip(*drawn, strict=True)), labels))
         if len(waiting) > ahead:
             parts, labels = waiting.pop(0)
@@ -285,11 +289,12 @@ def _draw(
     background: int,
     settings: FinetuneSettings,
     rng: np.random.Generator,
+    parts: int = 1,
 ) -> tuple[list[tuple[int, NDArray[np.int64], np.random.Generator]], Tensor]:
-    """What `source.pool` takes of each image, and the labels of all windows in that order."""
+    """What `source.pool` takes of each image, and the labels of all windows in that order; of `parts` its own."""
     position, row, label = draw_batch([source.labelled[i] for i in images], background, settings, rng)
-    order = np.argsort(position, kind="stable")
-    drawn, starts = np.unique(position[order], return_index=True)
-    rows = np.split(row[order], starts[1:])
-    own = [(int(images[i]), part, each) for i, part, each in zip(drawn, rows, rng.spawn(len(drawn)), strict=True)]
-    return own, torch.from_numpy(label[order])
+    own = np.array_split(np.argsort(position, kind="stable"), parts)[distributed.rank() % parts]
+    drawn = np.unique(position)
+    rows = [row[own[position[own] == i]] for i in drawn]
+    each = zip(images[drawn].tolist(), rows, rng.spawn(len(drawn)), strict=True)
+    return [one for one in each if len(one[1])], torch.from_numpy(label[own])

@@ -3,7 +3,8 @@
 Objects are the positives, and proposals close to them where the settings say so. Negatives of a class are the windows
 whose overlap with all its objects is below 0.3. All negatives of the first image train the first SVM; later only those
 that score above −1.0001 enter the cache. A class is fitted again after 2,000 new negatives and at the end. After each
-fit the cached negatives that score below −1.2 leave. Features are computed image by image.
+fit the cached negatives that score below −1.2 leave. Features are computed image by image. Under torchrun a process
+keeps and fits its classes alone; all see the same features in the same order, so that the SVMs are those of one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
 from sppnet.config import SVMSettings, checked_settings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
+from sppnet.detection.negative_cache import NegativeCache
 from sppnet.detection.torch_state import undisturbed
 from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows
+from sppnet.distributed import in_order, is_main, shard, world_size
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.records import pairwise_iou
@@ -59,7 +62,7 @@ def mine_detectors(
     is 1 for images read from disk (see `mean_norm_scale`). A class without positives or negatives is reported and never
     fires.
     Memory: the cache, the positives (at most ``max_positives`` objects of a class, and proposals in as many bytes as
-    the cache), one image, and one fit.
+    the cache), one image, and one fit; under torchrun in every process, for its share of the classes.
     Raises SppnetError for no images, features that are not finite, and pairs that do not fit each other or the classes.
     """
     settings = checked_settings(SVMSettings, settings)
@@ -72,26 +75,31 @@ def mine_detectors(
     if scale is None:
         scale = source.scale(settings.feature_norm) if isinstance(source, _Pairs) else 1.0
     scale = as_scale(scale)
-    positives = _collect_positives(source, len(names), settings, scale, progress)
-    miner = _Miner(source, names, settings, scale, positives)
-    mined = getattr(source, "mined", len(source))
-    for index in progress_bar(range(mined), "mining", "image", shown=progress):
-        miner.visit(index)
+    positives, counts = _collect_positives(source, len(names), settings, scale, progress)
+    miner, mined = _Miner(names, settings, scale, positives), getattr(source, "mined", len(source))
+    shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    logger.info(f"svm mining {mined} images; positives {shown}; cache for {miner.cache.capacity} windows")
+
+    def read(index: int) -> tuple[Any, ...]:
+        image, features = source.read(index)
+        _check_finite(f"image {index}", features)
+        return *vars(image).values(), features.detach()
+
+    for *parts, features in progress_bar(in_order(read, mined), "mining", "image", mined, shown=progress):
+        miner.visit(ImageWindows(*(part.numpy() for part in parts)), features)
     for label in np.flatnonzero(miner.active & (miner.cache.counts() > 0)):
         miner.fit(int(label))
-    untrained = {
-        name: "no negatives" if miner.active[label] else "no positives"
-        for label, name in enumerate(names)
-        if miner.retrains[label] == 0
-    }
-    for name, reason in untrained.items():
+    dropped = miner.gather()
+    each = zip(names, counts, miner.retrains, strict=True)
+    untrained = {name: f"no {'negatives' if count else 'positives'}" for name, count, fits in each if not fits}
+    for name, reason in untrained.items() if is_main() else ():
         logger.warning("svm %s has %s in the training images; it never fires", name, reason)
-    if miner.cache.dropped:
+    if dropped and is_main():
         logger.warning(
-            f"the cache of {miner.settings.cache_gigabytes:g} GB was full and dropped {miner.cache.dropped} negatives, "
+            f"the cache of {settings.cache_gigabytes:g} GB was full and dropped {dropped} negatives, "
             "the lowest scores of the largest classes first; svm.cache_gigabytes raises it"
         )
-    return MinedSVMs(miner.svms, untrained, tuple(miner.retrains.tolist()), miner.cache.dropped)
+    return MinedSVMs(miner.svms, untrained, tuple(miner.retrains.tolist()), dropped)
 
 
 def distinct_negatives(
@@ -166,12 +174,10 @@ def _checked_pair(name: str, pair: tuple[ArrayLike, ArrayLike], classes: int) ->
 
 
 class _Miner:
-    """The SVMs so far, and the examples of each class."""
+    """The SVMs so far, and the examples of each class of this process."""
 
-    def __init__(
-        self, images: Any, classes: tuple[str, ...], settings: SVMSettings, scale: float, positives: list[Tensor]
-    ) -> None:
-        self.images, self.settings, self.positives = images, settings, positives
+    def __init__(self, classes: tuple[str, ...], settings: SVMSettings, scale: float, positives: list[Tensor]) -> None:
+        self.settings, self.positives = settings, positives
         width = positives[0].shape[1]
         self.active = np.array([len(rows) > 0 for rows in positives])
         weight = torch.zeros(len(classes), width, dtype=torch.float32)
@@ -179,21 +185,17 @@ class _Miner:
         self.retrains = np.zeros(len(classes), np.int64)
         self.fresh = np.zeros(len(classes), np.int64)  # negatives since the last fit
         self.cache = NegativeCache(width, len(classes), settings.cache_gigabytes)
-        counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(classes, positives, strict=True))
-        logger.info(f"svm mining {len(images)} images; positives {counts}; cache for {self.cache.capacity} windows")
 
-    def visit(self, index: int) -> None:
+    def visit(self, image: ImageWindows, features: Tensor) -> None:
         """Let the hard negatives of one image enter the cache; fit the classes that are due."""
-        image, features = self.images.read(index)
-        _check_finite(f"image {index}", features)
-        scores = self.svms.score(features.detach()).cpu().numpy()
+        scores = self.svms.score(features).cpu().numpy()
         scores[:, self.retrains == 0] = np.inf  # all negatives enter the first fit of a class
         negatives = (image.overlaps < self.settings.negative_overlap) & self.active
         negatives[np.arange(len(image.objects)), image.objects] = False  # an object is no negative of its own class
         if self.settings.duplicates == "overlap":
             negatives = distinct_negatives(image.windows, negatives, self.settings.duplicate_overlap)
         wanted = negatives & (scores > self.settings.mine_above)
-        self.fresh += self.cache.add(features.detach(), wanted, scores, self.svms.scale)
+        self.fresh += self.cache.add(features, wanted, scores, self.svms.scale)
         first = (self.retrains == 0) & (self.cache.counts() > 0)
         for label in np.flatnonzero(first | (self.fresh >= self.settings.retrain_after)):
             self.fit(int(label))
@@ -213,122 +215,61 @@ class _Miner:
         kept = f"cache {positives} pos {negatives - evicted} neg, evicted {evicted}"
         logger.info(f"svm {self.svms.classes[label]} retrain {self.retrains[label]}: {objective} | {kept}")
 
-
-class NegativeCache:
-    """Features (D wide, float32) of negatives of K classes, in at most `gigabytes` (10⁹ bytes).
-
-    A window that is a negative of several classes is kept once, in a slot, with its score in each; a slot is free once
-    no class holds it. A window stays in its slot, because the result of a fit depends, within its tolerance, on the
-    order of the examples.
-    Where the cache is full, the window is dropped that is furthest down the list of scores of every class that holds
-    it: so the largest classes give way, and none loses its hardest negatives. (Scores of two classes do not compare.)
-    """
-
-    def __init__(self, width: int, classes: int, gigabytes: float) -> None:
-        bytes_per_slot = 4 * width + 5 * classes
-        self.capacity = int(gigabytes * 1e9 // bytes_per_slot)
-        if self.capacity < 1:
-            raise SppnetError(f"svm.cache_gigabytes={gigabytes} holds no window of {bytes_per_slot} bytes; raise it")
-        # Pages are touched only as slots fill. (torch.empty would fill them under deterministic algorithms.)
-        self._features = torch.from_numpy(np.empty((self.capacity, width), np.float32))
-        self._members = np.zeros((self.capacity, classes), np.bool_)
-        self._scores = np.zeros((self.capacity, classes), np.float32)  # meaningless outside `_members`
-        self._used = 0  # slots from here on were never filled
-        self.dropped = 0  # windows that the full cache gave up or did not take
-
-    def counts(self) -> NDArray[np.int64]:
-        """Negatives of each class, (K,)."""
-        return self._members[: self._used].sum(axis=0)
-
-    def add(
-        self, features: Tensor, wanted: NDArray[np.bool_], scores: NDArray[np.float32], scale: float = 1.0
-    ) -> NDArray[np.int64]:
-        """Features (R, D), times `scale`, enter where wanted (R, K), with scores (R, K); returns how many did, (K,)."""
-        entering = self._free_slots(np.flatnonzero(wanted.any(axis=1)), wanted, scores)
-        free = np.flatnonzero(~self._members[: self._used].any(axis=1))
-        fresh = np.arange(self._used, min(self.capacity, self._used + len(entering)))
-        slots = np.concatenate([free, fresh])[: len(entering)]
-        chosen = features[torch.from_numpy(entering).to(features.device)]
-        self._features[torch.from_numpy(slots)] = chosen.float().mul(scale).cpu()
-        self._members[slots], self._scores[slots] = wanted[entering], scores[entering]
-        self._used = max(self._used, int(slots.max(initial=-1)) + 1)
-        return wanted[entering].sum(axis=0)
-
-    def features_of(self, label: int, first: Tensor) -> Tensor:
-        """The rows of `first` (P, D), then the negatives of a class in the order of their slots: (P + N, D) float32."""
-        slots = torch.from_numpy(np.flatnonzero(self._members[: self._used, label]))
-        rows = torch.from_numpy(np.empty((len(first) + len(slots), self._features.shape[1]), np.float32))
-        rows[: len(first)] = first
-        torch.index_select(self._features, 0, slots, out=rows[len(first) :])
-        return rows
-
-    def rescore(self, label: int, scores: NDArray[np.float32], evict_below: float) -> int:
-        """Scores (N,) of the negatives of a class by its new SVM; those below the limit leave it: returns how many."""
-        slots = np.flatnonzero(self._members[: self._used, label])
-        self._scores[slots, label] = scores
-        leaving = scores < evict_below
-        self._members[slots[leaving], label] = False
-        return int(leaving.sum())
-
-    def _free_slots(
-        self, entering: NDArray[np.int64], wanted: NDArray[np.bool_], scores: NDArray[np.float32]
-    ) -> NDArray[np.int64]:
-        """Make slots free for the entering rows; returns those rows that do enter."""
-        held = np.flatnonzero(self._members[: self._used].any(axis=1))
-        excess = len(held) + len(entering) - self.capacity
-        if excess <= 0:
-            return entering
-        members = np.concatenate([self._members[held], wanted[entering]])
-        places = _best_places(np.concatenate([self._scores[held], scores[entering]]), members)
-        leaving = np.argsort(-places, kind="stable")[:excess]
-        self._members[held[leaving[leaving < len(held)]]] = False
-        self.dropped += excess
-        return np.delete(entering, leaving[leaving >= len(held)] - len(held))
-
-
-def _best_places(scores: NDArray[np.float32], members: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(M,): the place of each window in the list of scores, highest first, of the class where it stands highest."""
-    places = np.full(len(scores), len(scores))
-    for label in range(members.shape[1]):
-        own = np.flatnonzero(members[:, label])
-        order = own[np.argsort(-scores[own, label], kind="stable")]
-        places[order] = np.minimum(places[order], np.arange(len(own)))
-    return places
+    def gather(self) -> int:
+        """Take over the SVMs of the other processes' classes; returns how many negatives all caches dropped."""
+        every = [self.svms.weight, self.svms.bias, torch.from_numpy(self.retrains)]
+        for label, fitted in enumerate(in_order(lambda label: [part[label] for part in every], len(self.retrains))):
+            for part, own in zip(every, fitted, strict=True):
+                part[label] = own
+        return sum(int(dropped) for (dropped,) in in_order(lambda _: [self.cache.dropped], world_size()))
 
 
 def _collect_positives(
     images: MiningWindows | _Pairs, classes: int, settings: SVMSettings, scale: float, progress: bool
-) -> list[Tensor]:
-    """Scaled features of the positives of each class: K tensors (P, D) float32 on the CPU.
+) -> tuple[list[Tensor], list[int]]:
+    """Scaled features of the positives of each class of this process: K tensors (P, D) float32 on the CPU.
 
-    Objects come first, at most ``max_positives`` of a class; then as many proposals, which over all classes take no
-    more bytes than the cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
+    Those of other processes' classes are empty; after them the number of positives of every class. Objects come first,
+    at most ``max_positives`` of a class; then as many proposals, which over all classes take no more bytes than the
+    cache of negatives. Where there are more they are drawn evenly, before any feature is computed.
     """
-    every = progress_bar(range(len(images)), "positives", "image", shown=progress)
-    found = [images.positives(index) for index in every]
+    own_classes, every = shard(range(classes)), in_order(lambda i: vars(images.positives(i)).values(), len(images))
+    found = [
+        PositiveWindows(windows.numpy(), labels.numpy(), int(objects))
+        for windows, labels, objects in progress_bar(every, "positives", "image", len(images), shown=progress)
+    ]
     labels = np.concatenate([image.labels for image in found])
     is_object = np.concatenate([np.arange(len(image.labels)) < image.objects for image in found])
     width = images.features(0, np.zeros((0, 4), np.float32)).shape[1]
     most = max(1, int(settings.cache_gigabytes * 1e9 // (4 * width * classes)))
     rng = np.random.default_rng(settings.seed)
     places = np.full(len(labels), -1)  # row of each positive that is kept among those of its class
-    kept = []
+    kept, counts = [], []
     for label in range(classes):
         objects = draw_rows(np.flatnonzero((labels == label) & is_object), settings.max_positives, rng)
         close = draw_rows(np.flatnonzero((labels == label) & ~is_object), min(settings.max_positives, most), rng)
         rows = np.concatenate([objects, close])
         places[rows] = np.arange(len(rows))
-        kept.append(torch.empty(len(rows), width, dtype=torch.float32))
+        counts.append(len(rows))
+        kept.append(torch.empty(len(rows) if label in own_classes else 0, width, dtype=torch.float32))
     parts = np.split(places, np.cumsum([len(image.labels) for image in found])[:-1])
-    for index, own in enumerate(progress_bar(parts, "features of positives", "image", shown=progress)):
-        chosen = np.flatnonzero(own >= 0)
-        if len(chosen):
-            features = images.features(index, found[index].windows[chosen])
-            _check_finite(f"positives of image {index}", features)
-            features = features.detach().float().mul(scale).cpu()
-            for row, place, label in zip(features, own[chosen], found[index].labels[chosen], strict=True):
-                kept[label][place] = row
-    return kept
+
+    def read(index: int) -> tuple[Tensor, ...]:
+        windows = found[index].windows[parts[index] >= 0]
+        if not len(windows):
+            return ()
+        features = images.features(index, windows)
+        _check_finite(f"positives of image {index}", features)
+        return (features.detach().float().mul(scale).cpu(),)
+
+    rows_of = progress_bar(in_order(read, len(images)), "features of positives", "image", len(images), shown=progress)
+    for image, own, shared in zip(found, parts, rows_of, strict=True):
+        chosen = own >= 0
+        for features in shared:
+            for row, place, label in zip(features, own[chosen], image.labels[chosen], strict=True):
+                if label in own_classes:
+                    kept[label][place] = row
+    return kept, counts
 
 
 def _check_finite(what: str, features: Tensor) -> None:

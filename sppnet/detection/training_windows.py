@@ -6,8 +6,8 @@ number of images beyond the rows of the windows that may be drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
 from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_to_maps
+from sppnet.distributed import in_order
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
 from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
@@ -144,9 +145,14 @@ class FinetuneWindows:
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
         settings = source.config.finetune
-        images = enumerate(map(source.image_windows, range(len(source.records))))
-        own = [label_windows(found.overlaps, settings, source.ignored(i, found.windows)) for i, found in images]
-        own[source.searched :] = [replace(found, objects_only=True) for found in own[source.searched :]]
+
+        def label(index: int) -> Iterable[NDArray[np.int64]]:
+            found = source.image_windows(index)
+            own = label_windows(found.overlaps, settings, source.ignored(index, found.windows))
+            return own.positives, own.labels, own.negatives
+
+        each = enumerate(in_order(label, len(source.records)))
+        own = [LabelledWindows(a.numpy(), b.numpy(), c.numpy(), i >= source.searched) for i, (a, b, c) in each]
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -247,12 +253,14 @@ def draw_rows(rows: NDArray[np.int64], limit: int, rng: np.random.Generator) -> 
 
 def sample_norms(source: TrainingWindows, features: Features, images: int, windows: int) -> NDArray[np.float32]:
     """Norms of the features of the first `windows` proposals of `images` images, spread over all; (0,) without any."""
-    norms = [np.zeros(0, np.float32)]
-    for index in spread(range(len(source.records)), images):
-        proposals = read_windows(source.windows_folder, source.records[index])[:windows]
-        if len(proposals):
-            norms.append(source.features(index, proposals, features).norm(dim=1).cpu().numpy())
-    return np.concatenate(norms)
+    chosen = spread(range(len(source.records)), images)
+
+    def norms(place: int) -> list[Tensor]:
+        proposals = read_windows(source.windows_folder, source.records[chosen[place]])[:windows]
+        return [source.features(chosen[place], proposals, features).norm(dim=1).cpu()] if len(proposals) else []
+
+    found = [norm.numpy() for parts in in_order(norms, len(chosen)) for norm in parts]
+    return np.concatenate([np.zeros(0, np.float32), *found])
 
 
 def find_box_examples(source: TrainingWindows) -> list[BoxExamples]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sppnet.artifacts import read_tensors
@@ -21,6 +22,7 @@ from sppnet.detection.feature_maps import check_sizes
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
+from sppnet.distributed import in_order
 from sppnet.errors import BackboneError, SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
@@ -144,16 +146,17 @@ class TrainingNetworks:
         """
         source, rng = self.windows(train=True), np.random.default_rng(self.config.finetune.seed)
         chosen = spread(range(len(source.records)), ACTIVATION_IMAGES)
-        each, found = -(-ACTIVATIONS // len(chosen)), [torch.empty(0, head.fc6.out_features)]
-        for index in progress_bar(chosen, "activations", "image", shown=progress):
+        each, drawn = -(-ACTIVATIONS // len(chosen)), list[NDArray[np.float32]]()
+        for index in chosen:
             image = source.image_windows(index)
             order = rng.permutation(len(image.windows))
             near = order[image.overlaps.max(axis=1, initial=0)[order] >= NEAR][: each // 2]
             others = order[~np.isin(order, near)][: each - len(near)]
-            maps = source.maps(index)
-            projected = source.project(maps, image.windows[np.concatenate([near, others])])
-            found.append(fc6_activations(head, source.pool(maps, projected)).cpu())
-        return torch.cat(found)
+            drawn.append(image.windows[np.concatenate([near, others])])
+        pool, count = self.features("pool"), len(chosen)
+        every = in_order(lambda i: [fc6_activations(head, source.features(chosen[i], drawn[i], pool)).cpu()], count)
+        found = [part for (part,) in progress_bar(every, "activations", "image", count, shown=progress)]
+        return torch.cat([torch.empty(0, head.fc6.out_features), *found])
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""

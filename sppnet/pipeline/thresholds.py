@@ -6,31 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sppnet.artifacts import read_arrays, write_arrays
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.feature_maps import read_maps
+from sppnet.distributed import barrier, shard
 from sppnet.errors import counted
 from sppnet.evaluation.voc import best_threshold, evaluate_voc
 from sppnet.jobs import progress_bar
 from sppnet.proposals.search import read_windows
-from sppnet.records import ImageRecord
+from sppnet.records import Detections, ImageRecord
 
 
 def choose_thresholds(
-    detector: SPPDetector, records: Sequence[ImageRecord], windows: Path, maps: Path, progress: bool = True
+    detector: SPPDetector, records: Sequence[ImageRecord], windows: Path, maps: Path, kept: Path, progress: bool = True
 ) -> dict[str, dict[str, float]]:
     """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
 
-    `windows` and `maps` are the folders that hold those of the records. A class of which no object is there, or none is
-    found, keeps 0, the SVM's boundary.
+    `windows` and `maps` are the folders that hold those of the records; an interrupted call goes on from the detections
+    in `kept`. A class of which no object is there, or none is found, keeps 0, the SVM's boundary.
     """
-    found = {}
-    for record in progress_bar(records, "thresholds", "image", shown=progress):
+    missing = [record for record in shard(records) if not record.path_in(kept).exists()]
+    for record in progress_bar(missing, "thresholds", "image", shown=progress):
         stored = read_maps(maps, record).to(detector.device)
-        found[record.id] = detector.detect_for_evaluation(stored, read_windows(windows, record))[0]
+        own = detector.detect_for_evaluation(stored, read_windows(windows, record))[0]
+        write_arrays(record.path_in(kept), boxes=own.boxes, scores=own.scores, labels=own.labels)
+    barrier()
     truth = {record.id: record.annotation for record in records if record.annotation is not None}
-    known = {image: found[image] for image in truth}
+    found = {r.id: Detections(**read_arrays(r.path_in(kept)), classes=detector.classes) for r in records}
     chosen = {}
-    for name, result in evaluate_voc(known, truth, detector.classes).results.items():
+    for name, result in evaluate_voc({i: found[i] for i in truth}, truth, detector.classes).results.items():
         threshold, f1 = best_threshold(result.curve) if result.objects else (0.0, 0.0)
         chosen[name] = {"threshold": threshold if f1 else 0.0, "f1": f1, "objects": result.objects}
     return chosen

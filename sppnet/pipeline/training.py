@@ -6,6 +6,7 @@ proposals -> (pretrain) -> maps -> finetune -> (low_rank) -> svm -> boxes -> thr
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ from sppnet.proposals.search import make_proposer, propose_images, read_windows
 log = logging.getLogger("sppnet")
 
 START = "start.safetensors"  # a head of low rank before it is fine-tuned
+DETECTIONS = "detections"  # in the validation images, until the thresholds are chosen
 
 
 def train_detector(
@@ -117,6 +119,7 @@ class Training:
         if distributed.is_main():  # only the making of a result needed them
             for left in (CHECKPOINT, START):
                 (status.folder / left).unlink(missing_ok=True)
+            shutil.rmtree(status.folder / DETECTIONS, ignore_errors=True)
         distributed.barrier()
         seconds = time.monotonic() - start
         duration = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
@@ -146,13 +149,13 @@ class Training:
 
     # 1. windows of every image
     def proposals(self) -> str:
-        records = self.graph.data.images
-        folder = self.graph.folder("proposals")
+        records, folder = self.graph.data.images, self.graph.folder("proposals")
         done = propose_images(records, self.config.proposals, folder, self.progress)
-        windows = {r.id: read_windows(folder, r) for r in records}
+        own = distributed.shard(records)
+        windows = {r.id: read_windows(folder, r) for r in own}
         bare = [name for name, found in windows.items() if not len(found)]
         log.debug("images without windows: %s", ", ".join(bare) or "none")
-        quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
+        quality = proposal_recall(windows, {r.id: r.annotation for r in own if r.annotation is not None})
         return (
             f"{counted(done.computed, 'image')} searched, {done.imported} imported, {done.reused} reused; "
             f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
@@ -190,14 +193,15 @@ class Training:
         start = self.graph.folder("low_rank") / START
         if start.exists():
             log.info("low_rank: %s is reused", start)
-        elif distributed.is_main():
+        else:
             wanted, whole = ranks(self.config), self.networks.whole_head()
             activations = self.networks.activations(whole, self.progress)
-            reduced = low_rank_head(whole, wanted, activations)
-            kept = variance_kept(whole, reduced, activations)
-            lines = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
-            write_json(start.with_name("summary.json"), ", ".join(lines))
-            write_tensors(start, reduced.state_dict())
+            if distributed.is_main():
+                reduced = low_rank_head(whole, wanted, activations)
+                kept = variance_kept(whole, reduced, activations)
+                of = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
+                write_json(start.with_name("summary.json"), ", ".join(of))
+                write_tensors(start, reduced.state_dict())
         distributed.barrier()
         summary = str(read_json(start.with_name("summary.json")))
         head = self.networks.saved_head(start, ranks(self.config))
@@ -227,48 +231,50 @@ class Training:
     # 4. one linear SVM per class, with hard-negative mining
     def svm(self) -> str:
         target = self.graph.folder("svm") / "svm.safetensors"
+        settings, networks = self.config.svm, self.networks
+        source, features = networks.windows(train=True, objects=True), networks.features(settings.layer)
+        scale = networks.scale(features, settings.feature_norm, settings)
+        mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale, self.progress)
         if distributed.is_main():
-            settings, networks = self.config.svm, self.networks
-            source, features = networks.windows(train=True, objects=True), networks.features(settings.layer)
-            scale = networks.scale(features, settings.feature_norm, settings)
-            mined = mine_detectors(MiningWindows(source, features), self.classes, settings, scale, self.progress)
             write_json(target.with_name("summary.json"), {"retrains": mined.retrains, "untrained": mined.untrained})
             write_tensors(target, mined.svms.to_tensors())
         distributed.barrier()
         images, objects = counted(len(self.graph.data.train), "image"), self.graph.data.objects
         images += f" and the objects of {len(objects)} more" if objects else ""
-        done = f"{counted(len(self.classes), 'class')} on {self.config.svm.layer} features of {images}"
-        silent = [f"{name} ({why})" for name, why in read_json(target.with_name("summary.json"))["untrained"].items()]
+        done = f"{counted(len(self.classes), 'class')} on {settings.layer} features of {images}"
+        silent = [f"{name} ({why})" for name, why in mined.untrained.items()]
         return f"{done}; never fires: {', '.join(silent)}" if silent else done
 
-    # 5. class-wise box regression
+    # 5. class-wise box regression; no other process writes the classes of this one
     def boxes(self) -> str:
         paths = [self.graph.folder("boxes") / regressor_path(label) for label in range(len(self.classes))]
         missing = [label for label, path in enumerate(paths) if not path.exists()]
         done = next((path for path in paths if path.exists()), None)
-        counts = []
-        if distributed.is_main() and missing:
+        windows = 0
+        if missing:
             settings, networks = self.config.boxes, self.networks
             source, features = networks.windows(train=True), networks.features(settings.layer)
-            # On a GPU the mean norm may differ in its last digits, but all classes must have the same.
+            # All classes must have the same, and on a GPU the mean norm may differ in its last digits.
             scale = float(read_tensors(done)["scale"]) if done else networks.scale(features, settings.feature_norm)
             examples = find_box_examples(source)
-            for label in progress_bar(missing, "box regression", "class", shown=self.progress):
+            windows = sum(len(examples[label].windows) for label in missing)
+            todo = [label for label in distributed.shard(range(len(paths))) if label in missing]
+            for label in progress_bar(todo, "box regression", "class", shown=self.progress):
                 own = examples[label]
                 rows = pool_box_examples(source, own, networks.width(settings.layer), features)
                 regressor = fit_box_regressor(rows, own.windows, own.boxes, settings, scale, self.device)
                 write_tensors(paths[label], BoxRegressors.stack({self.classes[label]: regressor}).to_tensors())
-                counts.append(len(rows))
-        fitted = f"{counted(len(missing), 'class')} fitted on {counted(sum(counts), 'window')}"
+        fitted = f"{counted(len(missing), 'class')} fitted on {counted(windows, 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
-        if distributed.is_main() and not path.exists():
-            windows, maps = self.graph.folder("proposals"), self.graph.folder("maps")
-            records = self.graph.data.validation
-            write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
+        if not path.exists():
+            folders = self.graph.folder("proposals"), self.graph.folder("maps"), path.with_name(DETECTIONS)
+            chosen = choose_thresholds(self._detector(), self.graph.data.validation, *folders, self.progress)
+            if distributed.is_main():
+                write_json(path, chosen)
         distributed.barrier()
         return describe_thresholds(read_json(path))
 

@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(records, tmp_path, monkeypatch
 def test_processes_share_a_batch(records, monkeypatch, processes, share):
     counts = []
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(distributed, "average_gradients", lambda parameters: None)
+    monkeypatch.setattr(distributed, "data_parallel", lambda module: module)
     monkeypatch.setattr(distributed, "barrier", lambda: None)
     monkeypatch.setattr(pretraining, "random_views", lambda crops, *rest: counts.append(len(crops)) or crops.float())
     pretrain_network(random_backbone(), records, CLASSES, config_of(steps=2), progress=False)

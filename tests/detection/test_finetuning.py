@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from doubles import ToyWindows
 
+from sppnet import distributed
 from sppnet.artifacts import read_tensors
 from sppnet.config import FinetuneSettings, HeadSettings
 from sppnet.detection.finetuning import choose_images, draw_batch, finetune_head, validation_windows
@@ -410,3 +411,11 @@ def test_every_parameter_gets_the_gradient_that_autograd_gives(tmp_path, ranks, 
         gradient = old.detach() - moved.detach()
         assert gradient.abs().max() > 0, name
         assert (gradient - old.grad).norm() <= tolerance * old.grad.norm(), name
+
+
+def test_a_batch_with_less_than_a_window_for_each_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 9)
+    head, windows = build_head(12, (1,), 3, HeadSettings(fc6=8, fc7=8)), ToyWindows(2, 2, 0)
+    with pytest.raises(SppnetError, match=r"finetune\.batch=8, less than a window for each of 9 processes; raise it"):
+        finetune_head(head, windows, windows, 2, FinetuneSettings(batch=8), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []

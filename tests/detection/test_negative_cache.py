@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sppnet.detection.hard_negatives import NegativeCache
+from sppnet.detection.negative_cache import NegativeCache
 from sppnet.errors import SppnetError
 
 WIDTH, CLASSES = 3, 2
@@ -56,8 +56,23 @@ def test_a_slot_that_nobody_holds_is_used_again_before_new_ones(capacity):
     cache.add(features(3), all_of(3, 0), scores(0, 0, 0))
     assert cache.rescore(0, np.array([0, -5, 0], np.float32), evict_below=-1) == 1
     cache.add(features(1, 1), all_of(1, 0), scores(0))
-    assert held(cache) == [(0, 0), (1, 0), (0, 2)]
+    assert held(cache) == [(0, 0), (0, 2), (1, 0)]  # as they came, not as they lie
     assert cache.dropped == 0
+
+
+def test_the_order_of_a_class_is_the_same_whatever_other_classes_hold():
+    """So that a process which holds the negatives of this class alone fits the same SVM."""
+    orders = []
+    for others in (False, True):
+        cache = NegativeCache(WIDTH, CLASSES, 50 * ONE)
+        wanted = np.array([[True, others], [True, False], [False, others], [True, others]])
+        for image in range(3):
+            cache.add(features(4, image), wanted, scores(0, 0, 0, 0))
+            low = np.where(np.arange(len(held(cache))) < 2, -5, 0).astype(np.float32)
+            cache.rescore(0, low, evict_below=-1)
+        orders.append(held(cache))
+    assert orders[0] == orders[1] == sorted(orders[0])
+    assert len(orders[0]) > 2
 
 
 def test_the_negatives_of_a_class_come_after_the_rows_given_first():

@@ -22,8 +22,8 @@ def graph(small_run):
     return Training(small_run.config, small_run.root, torch.device("cpu")).graph
 
 
-def chosen_by(detector, graph, records):
-    return choose_thresholds(detector, records, graph.folder("proposals"), graph.folder("maps"), progress=False)
+def chosen_by(detector, graph, records, kept):
+    return choose_thresholds(detector, records, graph.folder("proposals"), graph.folder("maps"), kept, progress=False)
 
 
 def test_the_detector_has_the_thresholds_of_the_best_f1_on_the_validation_images(small_run, graph):
@@ -57,15 +57,15 @@ def test_the_detector_has_the_thresholds_of_the_best_f1_on_the_validation_images
             assert values["threshold"] == 0
 
 
-def test_a_class_without_an_object_or_a_hit_keeps_the_boundary_and_that_is_said(small_run, graph):
+def test_a_class_without_an_object_or_a_hit_keeps_the_boundary_and_that_is_said(small_run, graph, tmp_path):
     detector, records = SPPDetector.load(small_run.root), list(graph.data.validation)
     far = annotated(("disc", (0, 0, 1, 1)), ("star", (0, 0, 1, 1)), difficult=(False, True))
-    chosen = chosen_by(detector, graph, [replace(record, annotation=far) for record in records])
+    chosen = chosen_by(detector, graph, [replace(record, annotation=far) for record in records], tmp_path)
     assert {values["threshold"] for values in chosen.values()} == {0}
     text = describe_thresholds(chosen)
     assert "disc 0.00 (no object was found)" in text
     assert "star 0.00 (no validation object)" in text  # difficult ones do not count
-    assert chosen_by(detector, graph, []) == {
+    assert chosen_by(detector, graph, [], tmp_path) == {
         name: {"threshold": 0, "f1": 0, "objects": 0} for name in detector.classes
     }
     assert (
@@ -84,3 +84,26 @@ def test_thresholds_are_reused_and_chosen_again_where_they_are_gone(small_run, t
     file.unlink()
     assert train_detector(run.config, run.root, progress=False).thresholds == before
     assert SPPDetector.load(run.root).thresholds == before
+
+
+def test_an_interrupted_choice_goes_on_and_leaves_no_detections(small_run, tmp_path, graph, monkeypatch):
+    run = copied(small_run, tmp_path / "run")
+    folder = run.root / graph.folder("thresholds").name
+    before = (folder / "thresholds.json").read_bytes()
+    (folder / "thresholds.json").unlink()
+    detect, seen = SPPDetector.detect_for_evaluation, []
+
+    def interrupted(*arguments):
+        seen.append(0)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return detect(*arguments)
+
+    monkeypatch.setattr(SPPDetector, "detect_for_evaluation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(run.config, run.root, progress=False)
+    assert len([path for path in (folder / "detections").rglob("*") if path.is_file()]) == 1
+    assert train_detector(run.config, run.root, progress=False) is not None
+    assert len(seen) == 1 + len(graph.data.validation)  # the first image was not searched again
+    assert (folder / "thresholds.json").read_bytes() == before
+    assert [path.name for path in folder.iterdir()] == ["thresholds.json"]
