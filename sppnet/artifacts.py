@@ -155,6 +155,21 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return {name: archive[name] for name in archive.files}
 
 
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of `write_arrays` without reading them: what is used of them is read from the disk."""
+    with _reading(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        arrays = {}
+        for member in archive.infolist():
+            with archive.open(member) as content:  # leaves the file at the values
+                np.lib.format.read_magic(content)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+                header = content.tell()
+            file.seek(member.header_offset + 26)  # of the entry, which two lengths end, then the name and what is extra
+            start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()) + header
+            arrays[member.filename.removesuffix(".npy")] = np.memmap(path, dtype, "c", start, shape)
+        return arrays
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Named tensors as .safetensors."""
     # Copies: tensors that share memory, as tied weights do, are refused by safetensors.

@@ -18,7 +18,7 @@ from torch import Tensor
 from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, read_maps
-from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_to_maps
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, pool_projected, project_to_maps
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
 from sppnet.records import Annotation, ImageRecord, flip_boxes, pairwise_iou, spread
@@ -140,14 +140,14 @@ class FinetuneWindows:
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-        """Pyramid vectors (R, D) float32 of these windows of an image, each from a random scale (release)."""
+        """Pyramid vectors (R, D) float32, on the CPU, of these windows of an image, each from a random scale (release)."""
         source = self._source
         index, flip = image % len(source.records), image >= len(source.records)
-        windows = source.windows(index)[rows]
-        maps = source.maps(index, flip)
+        record, windows = source.records[index], source.windows(index)[rows]
+        maps = read_maps(source.maps_folder, record, flip, mapped=True)  # few windows: a fraction of the cells
         scales = rng.integers(len(maps.maps), size=len(rows))
-        windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
-        return source.pool(maps, source.project(maps, windows, scales))
+        windows = flip_boxes(windows, record.size[1]) if flip else windows
+        return pool_crops(maps, source.project(maps, windows, scales), source.config.pyramid.levels)
 
 
 class MiningWindows:

@@ -80,6 +80,15 @@ def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple
     return pooled
 
 
+def pool_crops(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple[int, ...]) -> Tensor:
+    """The same on the CPU, window by window: of maps on the disk no more is read than the cells of the windows."""
+    rows = [maps.maps[0].new_zeros(0, pooled_size(len(maps.maps[0]), levels), dtype=torch.float32)]
+    for scale, (x1, y1, x2, y2) in zip(projected.scale_index, projected.cells, strict=True):
+        crop = maps.maps[scale][:, y1:y2, x1:x2].float()
+        rows.append(pool_windows(crop, np.array([[0, 0, x2 - x1, y2 - y1]]), levels))
+    return torch.cat(rows)
+
+
 class FrozenHead:
     """fc6 and fc7 ready for many windows, in `precision` once and for all; a copy that later changes do not reach."""
 
