@@ -35,7 +35,7 @@ def test_the_defaults_are_the_paper_s_and_the_release_s_numbers():
     config = Config()
     assert config.pyramid.levels == (1, 2, 3, 6)
     assert config.maps.scales == (688,)
-    assert config.maps.target_side == 208
+    assert (config.maps.scale_choice, config.maps.target_side) == ("release", None)  # 208
     assert (config.head.fc6, config.head.fc7, config.head.dropout) == (4096, 4096, 0.5)
     assert (config.finetune.positive_share, config.finetune.positive_overlap) == (0.25, 0.5)
     assert config.finetune.negative_overlap == (0.1, 0.5)

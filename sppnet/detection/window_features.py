@@ -58,7 +58,8 @@ def project_to_maps(
 ) -> ProjectedWindows:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, unless it is given (R,), and its cells."""
     if scale_index is None:
-        scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side).astype(np.int64)
+        side, rule = settings.target_side, settings.scale_choice
+        scale_index = choose_scales(windows, maps.image_size, maps.sides, side, rule).astype(np.int64)
     cells = np.zeros((len(windows), 4), np.int64)
     for index, (feature_map, side) in enumerate(zip(maps.maps, maps.sides, strict=True)):
         chosen = scale_index == index

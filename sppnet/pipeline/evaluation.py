@@ -22,7 +22,7 @@ from sppnet.config import Config
 from sppnet.data.comp4 import write_comp4
 from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
-from sppnet.detection.feature_maps import check_sizes
+from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_voc
@@ -71,7 +71,7 @@ def detect_split(
     """
     description = replace(DetectorDescription.read(run), config=config)
     network = build_backbone(config.backbone.without_weights(), module=backbone)
-    check_sizes(records, network, config.maps)  # before hours of work
+    count_cells(records, network, config.maps)  # before hours of work
     windows = windows_folder(run, config)
     propose_images(records, config.proposals, windows, imports_needed=False)  # they may be those of training
     folder = run / f"detections-{digest_of(description.digest(device), windows.name)}"

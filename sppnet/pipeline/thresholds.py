@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.feature_maps import read_maps
+from sppnet.detection.training_windows import TrainingWindows
 from sppnet.errors import counted
 from sppnet.evaluation.voc import best_threshold, evaluate_voc
 from sppnet.jobs import progress_bar
 from sppnet.proposals.search import read_windows
-from sppnet.records import ImageRecord
 
 
 def choose_thresholds(
-    detector: SPPDetector, records: Sequence[ImageRecord], windows: Path, maps: Path, progress: bool = True
+    detector: SPPDetector, source: TrainingWindows, progress: bool = True
 ) -> dict[str, dict[str, float]]:
     """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
 
-    `windows` and `maps` are the folders that hold those of the records. A class of which no object is there, or none is
-    found, keeps 0, the SVM's boundary.
+    A class of which no object is in the images of `source`, or none is found, keeps 0, the SVM's boundary.
     """
-    found = {}
-    for record in progress_bar(records, "thresholds", "image", shown=progress):
-        stored = read_maps(maps, record).to(detector.device)
-        found[record.id] = detector.detect_for_evaluation(stored, read_windows(windows, record))[0]
+    found, records = {}, source.records
+    for index, record in enumerate(progress_bar(records, "thresholds", "image", shown=progress)):
+        windows = read_windows(source.windows_folder, record)
+        found[record.id] = detector.detect_for_evaluation(source.maps(index), windows)[0]
     truth = {record.id: record.annotation for record in records if record.annotation is not None}
     known = {image: found[image] for image in truth}
     chosen = {}

@@ -93,13 +93,13 @@ class Training:
     ) -> None:
         if module is not None:
             config = config.model_copy(update={"backbone": config.backbone.of_object()})
-        self.asked, self.device, self.progress, self.module = config, device, progress, module
+        self.asked, self.device, self.progress = config, device, progress
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
         digest = own_digest(self.config.backbone, module)
-        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest)
+        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest, module)
         self.classes = self.graph.data.classes
-        self.networks = TrainingNetworks(self.graph, device, module)
+        self.networks = TrainingNetworks(self.graph, device)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What would end one of these stages, found without reading a weight: a line for each."""
@@ -161,7 +161,7 @@ class Training:
     # A backbone without pretrained weights learns from crops of the objects
     def pretrain(self) -> str:
         folder = self.graph.folder("pretrain")
-        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
+        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.graph.own).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
@@ -170,12 +170,14 @@ class Training:
 
     # 2. the map of every image, and of its mirror image for fine-tuning
     def maps(self) -> str:
-        config, data = self.config, self.graph.data
+        config = self.config
         pretrained, kind = self.networks.pretrained_path, config.maps.runtime
-        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.module)
+        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.graph.own)
         workers = 0 if self.device.type == "cpu" else 1
-        folder, flipped = self.graph.folder("maps"), self.graph.flipped
-        done = extract_images(data.images, load, config.maps, folder, flipped, workers, self.progress)
+        if self.networks.map_costs:
+            log.info("%s", self.networks.map_costs)
+        folder = self.graph.folder("maps")
+        done = extract_images(self.graph.stored, load, config.maps, folder, workers, self.progress)
         return f"{counted(done.computed, 'map')} computed, {done.reused} reused, {done.gigabytes:.2f} GB"
 
     # 3. fc6 and fc7
@@ -261,9 +263,7 @@ class Training:
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
         if distributed.is_main() and not path.exists():
-            windows, maps = self.graph.folder("proposals"), self.graph.folder("maps")
-            records = self.graph.data.validation
-            write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
+            write_json(path, choose_thresholds(self._detector(), self.networks.windows(train=False), self.progress))
         distributed.barrier()
         return describe_thresholds(read_json(path))
 
