@@ -168,11 +168,12 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
         for member in archive.infolist():
             with archive.open(member) as content:  # leaves the file at the values
                 np.lib.format.read_magic(content)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+                shape, columns, dtype = np.lib.format.read_array_header_1_0(content)
                 header = content.tell()
             file.seek(member.header_offset + 26)  # of the entry, which two lengths end, then the name and what is extra
             start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()) + header
-            arrays[member.filename.removesuffix(".npy")] = np.memmap(path, dtype, "c", start, shape)
+            own = np.memmap(path, dtype, "c", start, shape, "F" if columns else "C")
+            arrays[member.filename.removesuffix(".npy")] = own
         return arrays
 
 

@@ -190,7 +190,7 @@ class TrainingNetworks:
     def map_costs(self) -> str:
         """What the maps take of disk, memory and time; "" where all are there. SppnetError where the disk is too small.
 
-        The time is that of an image of the first one's size, by random weights.
+        They are those of an image of the first one's size, the time by random weights at the smallest scale.
         """
         graph, config, settings, folder = self.graph, self.config, self.config.maps, self.graph.folder("maps")
         there = np.array([record.path_in(folder, flip).exists() for record, flip in graph.stored], bool)
@@ -198,7 +198,7 @@ class TrainingNetworks:
         if there.all() and not others:
             return ""
         sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
-        line = f"maps of {counted(len(graph.images), 'image')}, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
+        line = f"the maps of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
         free = shutil.disk_usage(next(one for one in folder.absolute().parents if one.exists())).free / 1e9
         if sizes[~there].sum() > free:
             room = f"{sizes[there].sum():.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
@@ -206,12 +206,13 @@ class TrainingNetworks:
             raise SppnetError(f"{line}, {room}; {hint}, fewer maps.scales, or another disk with --run")
         precision = resolve_precision(config.precision, self.device)
         runtime, start = make_runtime(graph.layers.to(self.device), settings.runtime, precision), time.monotonic()
-        maps = compute_maps(runtime, np.zeros((*graph.images[0][0].size, 3), np.uint8), settings)
-        seconds = time.monotonic() - start
+        smallest = settings.model_copy(update={"scales": (min(settings.scales),)})
+        measured = compute_maps(runtime, np.zeros((*graph.images[0][0].size, 3), np.uint8), smallest).maps[0]
+        values = graph.gigabytes[0] * 1e9 / (2 if settings.storage == "float16" else 4)  # time grows with them
+        seconds = (time.monotonic() - start) * values / measured.numel()
         cores = min(1, torch.get_num_threads() / available_cores()) if self.device.type == "cpu" else 1
         took = timedelta(seconds=round(seconds * (~there).sum() * cores / distributed.world_size()))
-        memory = sum(m.nbytes for m in maps.maps) / 1e6
-        line += f" on disk, {memory:.3g} MB of memory and {seconds:.2f} s an image, {took} for those that are missing"
+        line += f" on disk, {4e-6 * values:.3g} MB of memory and {seconds:.2f} s an image, {took} for those missing"
         if others:
             steps = [*config.finetune.steps, *(config.low_rank.steps if ranks(config) else ())]
             share = others / len(graph.images) if not GRAPH["finetune"].skipped(config) else 0
