@@ -178,8 +178,7 @@ class StageGraph:
             if key in FILES:
                 paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
                 section[last] = [file_digest(path) for path in paths if path.is_file()]
-        own = self.config.maps
-        values["maps"]["target_side"] = own.target_side or TARGET_SIDES[own.scale_choice]
+        values["maps"]["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         if self.config.backbone.module is None:
             del values["backbone"]["module"]
         else:
