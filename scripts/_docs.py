@@ -41,7 +41,8 @@ SETTINGS = """\
 
 A YAML file holds only what differs from the defaults below. `--set section.key=value` (values in YAML) overrides both.
 An unknown key is an error that names the nearest known one. The complete settings of a run are written to
-`RUN/config.yaml`, which is a configuration itself, and travel with the detector.
+`RUN/config.yaml`, which is a configuration itself, and travel with the detector. A file may change another one:
+`base: other.yaml` names it, relative to the file itself.
 
 "sec." and "app." are sections of the paper, "release" is the authors' published detector, "ours" is neither.
 Settings that do not go together are refused with a message that names them.

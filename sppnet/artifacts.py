@@ -9,6 +9,7 @@ half of one; only what is not `durable` does not wait for the disk. Nothing here
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ def write_json(path: Path, value: Any) -> None:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except MemoryError:  # the file is not to blame
+    except (MemoryError, ArtifactError):  # the file is not to blame, or has been
         raise
     except Exception as error:  # damaged files raise whatever json, zip, zlib, numpy and safetensors stumble over
         raise ArtifactError(f"{path}: cannot read this artifact ({error}); delete it and run the stage again") from None
@@ -153,6 +154,27 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     # numpy leaves a damaged file open
     with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+# A file is read once in a process, which compares it with its checksums, and again where it was changed.
+_check_once = functools.cache(lambda path, modified: bool(read_arrays(path)))
+
+
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of `write_arrays` where they lie: what is used of them is read from the disk."""
+    with _reading(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        _check_once(path, path.stat().st_mtime_ns)
+        arrays: dict[str, NDArray[Any]] = {}
+        for member in archive.infolist():
+            with archive.open(member) as content:  # leaves the file at the values
+                np.lib.format.read_magic(content)
+                shape, columns, dtype = np.lib.format.read_array_header_1_0(content)
+                header = content.tell()
+            file.seek(member.header_offset + 26)  # of the entry, which two lengths end, then the name and what is extra
+            start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()) + header
+            own = np.memmap(path, dtype, "c", start, shape, "F" if columns else "C")
+            arrays[member.filename.removesuffix(".npy")] = own
+        return arrays
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -103,6 +103,8 @@ def _train(options: argparse.Namespace) -> int:
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
     missing = [f"{reason}; training would end there" for reason in training.missing_inputs(only)]
+    if not missing and "maps" in only and training.networks.map_costs:
+        print(training.networks.map_costs)
     for split in config.data.test:
         try:
             find_set(config.data.root, split)

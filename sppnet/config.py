@@ -150,7 +150,9 @@ class MapSettings(Settings):
     scales: tuple[Side, ...] = Field((688,), min_length=1)  # sec. 4.1: shorter side s; five: 480 576 688 864 1200
     max_side: int | None = Field(None, ge=16)  # ours: bound on the longer side, shrinks the scale
     storage: Literal["float32", "float16"] = "float16"  # ours: precision of the stored maps
-    target_side: Rate = 208  # release: 13 cells of 16 px; the paper: area nearest to 224²
+    budget_gigabytes: Rate | None = None  # ours: of disk; maps beyond it are computed whenever they are read
+    scale_choice: Literal["release", "paper"] = "release"  # paper: area nearest to 224²; release: side nearest to 208
+    target_side: Rate | None = None  # None = 208 (release: 13 cells of 16 px) or 224 (sec. 4.1), as scale_choice says
     runtime: Literal["auto", "torch", "openvino"] = "auto"  # ours: auto = OpenVINO on a CPU where it is installed
 
 

@@ -65,17 +65,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     if not isinstance(path, str | Path):
         raise SppnetError(f"expected the path of a YAML file, got {path!r}; without a file take Config()")
-    path = Path(path)
-    try:
-        values = _read_yaml(path.read_bytes())
-    except OSError as error:
-        reason = f"cannot read the configuration ({error.strerror})"
-        raise SppnetError(f"{path}: {reason}; give an existing YAML file") from None
-    except ValueError as error:
-        raise SppnetError(f"{path}: not valid YAML: {error}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    values = _read_settings(Path(path))
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -86,6 +76,31 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         near = [name for name, key in keys.items() if not error.key or key.startswith(f"{error.key}.")]
         origin = own[-1] if own else " with ".join([str(path), *near])
         raise SppnetError(f"{origin}: {error}") from None
+
+
+def _read_settings(path: Path, named_by: str = "", above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The values of a file, over those of the file that it names as ``base``, relative to itself."""
+    if path.resolve() in above:
+        raise SppnetError(f"{named_by}{path} is its own base; leave one of them out")
+    try:
+        values = _read_yaml(path.read_bytes())
+    except OSError as error:
+        reason = f"cannot read the configuration ({error.strerror})"
+        raise SppnetError(f"{named_by}{path}: {reason}; give an existing YAML file") from None
+    except ValueError as error:
+        raise SppnetError(f"{path}: not valid YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merged(_read_settings(path.parent / str(base), f"{path}: base: ", (*above, path.resolve())), values)
+
+
+def _merged(base: Any, own: Any) -> Any:
+    both = isinstance(base, dict) and isinstance(own, dict)
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()} if both else own
 
 
 def parse_config(values: Mapping[str, Any], origin: str, expand: bool = False) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,14 @@ def expected_scale(box: Sequence[float], image_size: tuple[int, int], target_sid
     """The release's wish for a scale: round(208 · min(h, w) / √area)."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     return math.floor(target_side * min(image_size) / math.sqrt(area) + 0.5)
+
+
+def nearest_area(box: Sequence[float], image_size: tuple[int, int], scales: Sequence[float], side: float) -> int:
+    """The scale s at which the box has the area nearest to side² in the image scaled by s / min(h, w) (sec. 4.1)."""
+    width, height = (Fraction(high) - Fraction(low) for low, high in zip(box[:2], box[2:], strict=True))
+    factors = [Fraction(scale) / min(image_size) for scale in scales]
+    distances = [abs((width * factor) * (height * factor) - Fraction(side) ** 2) for factor in factors]
+    return distances.index(min(distances))
 
 
 def release_window(

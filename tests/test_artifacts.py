@@ -16,6 +16,7 @@ from sppnet.artifacts import (
     digest_of,
     file_digest,
     has_arrays,
+    map_arrays,
     read_arrays,
     read_json,
     read_tensors,
@@ -189,18 +190,71 @@ def test_a_pickle_in_an_archive_is_refused(tmp_path):
         read_arrays(tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize("read", [read_arrays, map_arrays])
 @pytest.mark.parametrize("length", [0, 1, 3, 30, 100, 300, -1])
-def test_a_truncated_archive_is_reported_with_the_next_step(tmp_path, length):
+def test_a_truncated_archive_is_reported_with_the_next_step(tmp_path, length, read):
     path = tmp_path / "x.npz"
     write_arrays(path, **ARRAYS)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(
         ArtifactError, match=r"x\.npz: cannot read this artifact \(.*\); delete it and run the stage again"
-    ):
-        read_arrays(path)
+    ) as raised:
+        read(path)
+    assert str(raised.value).count("cannot read") == 1
 
 
-def test_a_damaged_archive_gives_an_error_of_ours_or_the_same_arrays(tmp_path):
+@pytest.mark.parametrize(
+    "dtype", ["float16", "float32", "float64", "int8", "uint8", "int64", "bool", "complex64", "<U7"]
+)
+def test_mapped_arrays_are_those_that_are_read(tmp_path, dtype):
+    """Of every shape, also of one number, which is no array of a line, and in both orders of memory."""
+    values = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(dtype)
+    arrays = {
+        "one": values[0, 0, 0],
+        "line": values[0, 0],
+        "block": values,
+        "turned": values.T,
+        "wide": values[:, :1, ::2],
+    }
+    write_arrays(tmp_path / "x.npz", **arrays, ä=["name"])
+    mapped, read = map_arrays(tmp_path / "x.npz"), read_arrays(tmp_path / "x.npz")
+    assert list(mapped) == list(read) == [*arrays, "ä"]
+    for name, array in read.items():
+        assert (mapped[name].dtype, mapped[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(mapped[name], array)
+
+
+def test_an_empty_array_is_mapped_as_one(tmp_path):
+    write_arrays(tmp_path / "x.npz", **ARRAYS)
+    assert map_arrays(tmp_path / "x.npz")["none"].shape == (0, 4)
+
+
+def test_what_is_done_to_mapped_arrays_does_not_reach_the_file(tmp_path):
+    write_arrays(tmp_path / "x.npz", a=np.arange(5))
+    map_arrays(tmp_path / "x.npz")["a"][:] = 7
+    assert map_arrays(tmp_path / "x.npz")["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_mapped_arrays_are_compared_with_their_checksums_once_and_after_a_change(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    write_arrays(path, a=np.arange(1000))
+    reads = []
+    monkeypatch.setattr(
+        np, "load", lambda *arguments, load=np.load, **options: reads.append(1) or load(*arguments, **options)
+    )
+    for _ in range(3):
+        map_arrays(path)
+    assert len(reads) == 1
+    content = bytearray(path.read_bytes())
+    content[4000] ^= 0xFF
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ArtifactError, match=r"^[^(]*x\.npz: cannot read this artifact \(Bad CRC-32 [^(]*\); delete it"):
+        map_arrays(path)
+
+
+@pytest.mark.parametrize("read", [read_arrays, map_arrays])
+def test_a_damaged_archive_gives_an_error_of_ours_or_the_same_arrays(tmp_path, read):
     path = tmp_path / "x.npz"
     write_arrays(path, **ARRAYS)
     whole = path.read_bytes()
@@ -209,8 +263,9 @@ def test_a_damaged_archive_gives_an_error_of_ours_or_the_same_arrays(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
+        os.utime(path, ns=(position, position))
         try:
-            found = read_arrays(path)
+            found = read(path)
         except ArtifactError:
             refused += 1
         else:
@@ -228,7 +283,7 @@ def test_damaged_tensors_and_json_are_reported_with_the_next_step(tmp_path, cont
 
 
 def test_a_missing_artifact_is_reported(tmp_path):
-    for read in (read_json, read_arrays, read_tensors):
+    for read in (read_json, read_arrays, map_arrays, read_tensors):
         with pytest.raises(ArtifactError, match=r"none: cannot read this artifact"):
             read(tmp_path / "none")
 

@@ -70,7 +70,7 @@ def run(small_run, tmp_path):
 
 def plan_of(out: str) -> dict[str, tuple[str, str]]:
     """Stage -> (action, reason) of a dry run."""
-    rows = [line.split(maxsplit=2) for line in out.splitlines()[1:]]
+    rows = [line.split(maxsplit=2) for line in out.splitlines()[1:] if line.split()[0] in STAGES]
     return {stage: (action, why) for stage, action, why in rows}
 
 
@@ -176,6 +176,10 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, t
     assert plan["pretrain"] == ("skip", "pretrain.enabled is false")
     assert {plan[stage][0] for stage in STAGES if stage not in ("pretrain", "low_rank")} == {"run"}
     assert plan["maps"][1].startswith("nothing there yet; 19 to do in maps-")
+    costs = (
+        r"the maps of 19 images, mirrored ones too, at 1 scale: [\d.e-]+ GB on disk, [\d.]+ MB of memory and [\d.]+ s"
+    )
+    assert re.search(rf"^{costs} an image, 0:00:\d\d for those missing$", result.out, re.MULTILINE)
     assert modified(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
 
@@ -184,6 +188,7 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
     before = modified(tmp_path)
     plan = plan_of(run_command("train", config, "--run", run.root, "--dry-run").out)
     assert {action for action, _ in plan.values()} == {"reuse", "skip"}
+    assert len(run_command("train", config, "--run", run.root, "--dry-run").out.splitlines()) == 1 + len(STAGES)
     changed = plan_of(run_command("train", config, "--run", run.root, "--dry-run", "--set", "svm.C=1").out)
     assert {stage for stage, (action, _) in changed.items() if action == "run"} == {"svm", "thresholds"}
     assert changed["svm"][1].startswith("settings or inputs are not those of svm-")

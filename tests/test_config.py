@@ -27,6 +27,59 @@ def file(tmp_path):
     return write
 
 
+def write_all(folder, **texts):
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_file_may_name_one_whose_settings_it_changes(tmp_path):
+    write_all(
+        tmp_path,
+        sub__first="name: first\nmaps: {scales: [480, 688], storage: float32}\n"
+        "backbone: {weights: {source: random, std: [1, 1, 1]}}",
+        sub__second="base: first.yaml\nname: second\nmaps: {scales: [576]}",
+        third="base: sub/second.yaml\nname: third\nbackbone: {weights: {mean: [2, 2, 2]}}\nsvm: {C: 3}\n",
+    )
+    config = load_config(tmp_path / "third.yaml", ["svm.C=4"])
+    assert config.name == "third"
+    assert (config.maps.scales, config.maps.storage) == ((576,), "float32")
+    weights = config.backbone.weights
+    assert (weights.source, weights.std, weights.mean) == ("random", (1, 1, 1), (2, 2, 2))
+    assert config.svm.C == 4
+    assert load_config(tmp_path / "sub/first.yaml").maps.scales == (480, 688)
+    (tmp_path / "all.yaml").write_text(dump_config(config))
+    assert "base" not in (tmp_path / "all.yaml").read_text()
+    assert load_config(tmp_path / "all.yaml") == config
+
+
+def test_the_base_of_a_file_may_be_anywhere(tmp_path):
+    write_all(tmp_path, one__a="svm: {C: 7}", two__b=f"base: {tmp_path}/one/a.yaml")
+    assert load_config(tmp_path / "two/b.yaml").svm.C == 7
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"a": "base: no.yaml"}, r"a\.yaml: base: .*no\.yaml: cannot read the configuration \(No such .*; give an"),
+        ({"a": "base: a.yaml"}, r"a\.yaml: base: .*a\.yaml is its own base; leave one of them out"),
+        ({"a": "base: b.yaml", "b": "base: ./c.yaml", "c": "base: a.yaml"}, r"c\.yaml: base: .*a\.yaml is its own"),
+        ({"a": "base: b.yaml", "b": "- x"}, r"b\.yaml: expected a mapping of settings, got list"),
+        ({"a": "base: b.yaml", "b": "x: ["}, r"b\.yaml: not valid YAML"),
+        ({"a": "base: 3"}, r"a\.yaml: base: .*3: cannot read the configuration"),
+        ({"a": "base: [b.yaml]"}, r"a\.yaml: base: .*: cannot read the configuration"),
+        ({"a": "base: b.yaml\nsvm: {D: 1}", "b": "svm: {C: 1}"}, r"a\.yaml: unknown setting svm\.D"),
+        ({"a": "base: b.yaml\nsvm: 3", "b": "svm: {C: 1}"}, r"a\.yaml: svm: expected a section of settings"),
+        ({"a": "svm: {base: b.yaml}"}, r"a\.yaml: unknown setting svm\.base"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_is_refused(tmp_path, texts, message):
+    write_all(tmp_path, **texts)
+    with pytest.raises(SppnetError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_an_empty_file_gives_the_defaults(file):
     assert load_config(file("")) == Config()
 
@@ -35,7 +88,7 @@ def test_the_defaults_are_the_paper_s_and_the_release_s_numbers():
     config = Config()
     assert config.pyramid.levels == (1, 2, 3, 6)
     assert config.maps.scales == (688,)
-    assert config.maps.target_side == 208
+    assert (config.maps.scale_choice, config.maps.target_side) == ("release", None)  # 208
     assert (config.head.fc6, config.head.fc7, config.head.dropout) == (4096, 4096, 0.5)
     assert (config.finetune.positive_share, config.finetune.positive_overlap) == (0.25, 0.5)
     assert config.finetune.negative_overlap == (0.1, 0.5)
@@ -156,6 +209,18 @@ def test_a_dumped_configuration_reads_back_equal(file):
 def test_any_values_read_back_equal(rate, scales, classes):
     config = parse_config({"svm": {"C": rate}, "maps": {"scales": scales}, "data": {"classes": classes}}, "test")
     assert parse_config(yaml.safe_load(dump_config(config)), "test") == config
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "_5scale" in path.stem], ids=lambda path: path.stem)
+def test_five_scales_differ_from_one_in_name_and_scales_alone(path):
+    five = load_config(path)
+    one = next(load_config(p) for p in CONFIGS if p.stem in (path.stem[:-7], path.stem.replace("_5scale", "_1scale")))
+    maps = one.maps.model_copy(update={"scales": five.maps.scales})
+    assert five == one.model_copy(update={"name": five.name, "maps": maps})
+    nearest = [
+        min(range(1, 2000, 32), key=lambda own, side=side: abs(own - side)) for side in (480, 576, 688, 864, 1200)
+    ]
+    assert list(five.maps.scales) == (nearest if "mobilenet" in path.stem else [480, 576, 688, 864, 1200])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from sppnet.backbones.runtime import resolve_precision
 from sppnet.checks import check_thresholds
 from sppnet.config import Config
 from sppnet.config_files import parse_config
+from sppnet.detection.windows import TARGET_SIDES
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 
 FORMAT = 2  # of the detector folder
@@ -74,7 +75,10 @@ class DetectorDescription:
     def digest(self, device: str | torch.device) -> str:
         """Content key of what decides the detections, given windows: weights, test settings and precision."""
         sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
-        values = [section.model_dump(mode="json", exclude={"runtime", *self.config.detect.off}) for section in sections]
+        without = {"runtime", "budget_gigabytes", "scale_choice", *self.config.detect.off}
+        values = [section.model_dump(mode="json", exclude=without) for section in sections]
+        side = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
+        values[0]["target_side"] = side if self.config.maps.scale_choice == "release" else ["paper", side]
         others = [own.digest(device) for own in self.others]
         return digest_of(self.parts, values, resolve_precision(self.config.precision, device), *others)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.artifacts import has_arrays, read_arrays, write_arrays
+from sppnet.artifacts import has_arrays, map_arrays, read_arrays, write_arrays
 from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
@@ -31,8 +31,8 @@ class FeatureMaps:
     sides: tuple[float, ...]
     image_size: tuple[int, int]  # (height, width) of the original image
 
-    def to(self, device: torch.device | str) -> FeatureMaps:
-        return FeatureMaps(tuple(m.to(device) for m in self.maps), self.sides, self.image_size)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FeatureMaps:
+        return FeatureMaps(tuple(m.to(device, dtype) for m in self.maps), self.sides, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,40 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
     return FeatureMaps(tuple(maps), tuple(sides), (height, width))
 
 
-def check_sizes(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> None:
-    """Raise BackboneError, with their names, where images have no map at one of the scales: they are too narrow."""
-    found: dict[str, str] = {}
+def count_cells(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> NDArray[np.int64]:
+    """Cells of the maps of each image, of all scales together: (N,), known from the layers.
+
+    Raise BackboneError, with their names, where images have no map at one of the scales: they are too narrow.
+    """
+    found, cells = dict[str, str](), list[int]()
     for record in records:
-        for scale in settings.scales:
-            try:
-                backbone.map_size(scaled_size(record.size, scale, settings.max_side)[0])
-            except BackboneError as error:
-                size = f"{record.size[1]} × {record.size[0]} pixels"
-                found.setdefault(record.id, f"{record.path}: an image of {size} has no map: {error}, or leave it out")
+        try:
+            scaled = [scaled_size(record.size, scale, settings.max_side)[0] for scale in settings.scales]
+            cells.append(sum(height * width for height, width in map(backbone.map_size, scaled)))
+        except BackboneError as error:
+            size = f"{record.size[1]} × {record.size[0]} pixels"
+            found.setdefault(record.id, f"{record.path}: an image of {size} has no map: {error}, or leave it out")
     if found:
         first, *others = found
         more = f"; {len(others)} more: {', '.join(others[:3])}" if others else ""
         raise BackboneError(f"{found[first]}{more}")
+    return np.array(cells, np.int64)
 
 
 def extract_images(
-    records: Sequence[ImageRecord],
+    images: Sequence[tuple[ImageRecord, bool]],
     load: Callable[[], Runtime],
     settings: MapSettings,
     folder: Path,
-    flipped: Sequence[ImageRecord] = (),
     workers: int = 0,
     progress: bool = True,
 ) -> ExtractSummary:
-    """Write the maps of `records`, and of the mirror images of `flipped`, to `folder`; complete ones stay.
+    """Write the maps of (image, whether it is mirrored) to `folder`; complete ones stay.
 
     Images are shared by `workers` processes (0 = one a core), each with a runtime of its own from `load`, which must be
     picklable. Under torchrun every process does its share of the records.
     """
-    jobs = [(record, False) for record in shard(records)] + [(record, True) for record in shard(flipped)]
+    jobs = shard(images)
     missing = [(record, flip) for record, flip in jobs if not has_arrays(record.path_in(folder, flip))]
     map_in_workers(partial(_extractor, load, settings, folder), missing, "maps", "map", workers, progress)
     barrier()
@@ -110,33 +113,43 @@ def _extractor(
 
     def extract(job: tuple[ImageRecord, bool]) -> None:
         record, flip = job
-        image = read_image(record.path)
-        try:
-            maps = compute_maps(runtime, flip_image(image) if flip else image, settings)
-        except BackboneError as error:
-            raise BackboneError(f"{record.path}: {error}") from None
-        write_maps(record.path_in(folder, flip), maps, settings)
+        write_maps(record.path_in(folder, flip), image_maps(runtime, record, flip, settings), settings)
 
     return extract
 
 
+def image_maps(runtime: Runtime, record: ImageRecord, flip: bool, settings: MapSettings) -> FeatureMaps:
+    """The maps of an image, or of its mirror image, as `rounded` has them."""
+    image = read_image(record.path)
+    try:
+        return rounded(compute_maps(runtime, flip_image(image) if flip else image, settings), settings)
+    except BackboneError as error:
+        raise BackboneError(f"{record.path}: {error}") from None
+
+
+def rounded(maps: FeatureMaps, settings: MapSettings) -> FeatureMaps:
+    """On the CPU, in the precision of maps.storage; a value beyond it becomes its largest number, not infinity."""
+    dtype = torch.float16 if settings.storage == "float16" else torch.float32
+    limit = torch.finfo(dtype).max
+    return replace(maps, maps=tuple(m.cpu().clamp(-limit, limit).to(dtype) for m in maps.maps))
+
+
 def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
     """Maps as (H, W, C) arrays in the precision of the settings, so that a window is one run of memory a row."""
-    dtype = np.float16 if settings.storage == "float16" else np.float32
-    limit = np.finfo(dtype).max  # a value beyond half precision becomes its largest number, not infinity
-    arrays = {
-        f"map_{i}": m.permute(1, 2, 0).cpu().numpy().clip(-limit, limit).astype(dtype) for i, m in enumerate(maps.maps)
-    }
+    arrays = {f"map_{i}": m.permute(1, 2, 0).numpy() for i, m in enumerate(rounded(maps, settings).maps)}
     write_arrays(path, durable=False, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
 
 
-def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureMaps:
-    """The maps that `extract_images` wrote for a record, as float32 (C, H, W) in channels-last memory."""
+def read_maps(folder: Path, record: ImageRecord, flip: bool = False, mapped: bool = False) -> FeatureMaps:
+    """The maps that `extract_images` wrote for a record, as float32 (C, H, W) in channels-last memory.
+
+    `mapped`: as they are on the disk, from where only those cells are read that are used (`pool_crops`).
+    """
     path = record.path_in(folder, flip)
     if not path.exists():
         raise ArtifactError(f"{path}: no maps for image {record.id}; run extract first")
-    arrays = read_arrays(path)
+    arrays = map_arrays(path) if mapped else read_arrays(path)
     sides = tuple(float(side) for side in arrays["sides"])
     height, width = (int(side) for side in arrays["image_size"])
-    maps = tuple(torch.from_numpy(arrays[f"map_{i}"]).float().permute(2, 0, 1) for i in range(len(sides)))
-    return FeatureMaps(maps, sides, (height, width))
+    stored = (torch.from_numpy(arrays[f"map_{i}"]).permute(2, 0, 1) for i in range(len(sides)))
+    return FeatureMaps(tuple(stored if mapped else (one.float() for one in stored)), sides, (height, width))

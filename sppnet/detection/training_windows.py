@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.backbones.backbone import Backbone
+from sppnet.backbones.runtime import Runtime, make_runtime, resolve_precision
 from sppnet.config import Config, FinetuneSettings
-from sppnet.detection.feature_maps import FeatureMaps, read_maps
-from sppnet.detection.window_features import Features, ProjectedWindows, pool_projected, project_to_maps
+from sppnet.detection.feature_maps import FeatureMaps, image_maps, read_maps
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, pool_projected, project_to_maps
 from sppnet.distributed import in_order
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
@@ -116,7 +118,20 @@ class TrainingWindows:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
 
     def maps(self, index: int, flip: bool = False) -> FeatureMaps:
-        return read_maps(self.maps_folder, self.records[index], flip).to(self.device)
+        return self.stored_maps(index, flip, mapped=False).to(self.device, torch.float32)
+
+    def stored_maps(self, index: int, flip: bool = False, mapped: bool = True) -> FeatureMaps:
+        """Those of the file; with maps.budget_gigabytes they are computed, the same, where there is none."""
+        record, settings = self.records[index], self.config.maps
+        if settings.budget_gigabytes is None or record.path_in(self.maps_folder, flip).exists():
+            return read_maps(self.maps_folder, record, flip, mapped)
+        return image_maps(self.runtime, record, flip, settings)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What computes maps that are not stored."""
+        precision = resolve_precision(self.config.precision, self.device)
+        return make_runtime(self.backbone, self.config.maps.runtime, precision)
 
     def empty_maps(self, index: int) -> FeatureMaps:
         """Maps of the right sizes without values, for `project`; nothing is read."""
@@ -144,6 +159,8 @@ class FinetuneWindows:
 
     def __init__(self, source: TrainingWindows, flips: bool) -> None:
         self._source = source
+        if source.config.maps.budget_gigabytes is not None:
+            _ = source.runtime  # not in `pool`: threads would make it at once, each for one thread of the processor
         settings = source.config.finetune
 
         def label(index: int) -> Iterable[NDArray[np.int64]]:
@@ -156,14 +173,14 @@ class FinetuneWindows:
         self.labelled: Sequence[LabelledWindows] = own + own if flips else own
 
     def pool(self, image: int, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-        """Pyramid vectors (R, D) float32 of these windows of an image, each from a random scale (release)."""
+        """Pyramid vectors (R, D) float32, on the CPU, of windows of an image, each from a random scale (release)."""
         source = self._source
         index, flip = image % len(source.records), image >= len(source.records)
-        windows = source.windows(index)[rows]
-        maps = source.maps(index, flip)
+        record, windows = source.records[index], source.windows(index)[rows]
+        maps = source.stored_maps(index, flip)  # few windows: a fraction of the cells
         scales = rng.integers(len(maps.maps), size=len(rows))
-        windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
-        return source.pool(maps, source.project(maps, windows, scales))
+        windows = flip_boxes(windows, record.size[1]) if flip else windows
+        return pool_crops(maps, source.project(maps, windows, scales), source.config.pyramid.levels)
 
 
 class MiningWindows:

@@ -58,7 +58,8 @@ def project_to_maps(
 ) -> ProjectedWindows:
     """Boxes (R, 4) of the original image -> the scale each is pooled from, unless it is given (R,), and its cells."""
     if scale_index is None:
-        scale_index = choose_scales(windows, maps.image_size, maps.sides, settings.target_side).astype(np.int64)
+        side, rule = settings.target_side, settings.scale_choice
+        scale_index = choose_scales(windows, maps.image_size, maps.sides, side, rule).astype(np.int64)
     cells = np.zeros((len(windows), 4), np.int64)
     for index, (feature_map, side) in enumerate(zip(maps.maps, maps.sides, strict=True)):
         chosen = scale_index == index
@@ -78,6 +79,15 @@ def pool_projected(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple
         if len(rows):
             pooled[torch.from_numpy(rows).to(first.device)] = pool_windows(feature_map, projected.cells[rows], levels)
     return pooled
+
+
+def pool_crops(maps: FeatureMaps, projected: ProjectedWindows, levels: tuple[int, ...]) -> Tensor:
+    """The same on the CPU, window by window: of maps on the disk no more is read than the cells of the windows."""
+    rows = [maps.maps[0].new_zeros(0, pooled_size(len(maps.maps[0]), levels), dtype=torch.float32)]
+    for scale, (x1, y1, x2, y2) in zip(projected.scale_index, projected.cells, strict=True):
+        crop = maps.maps[scale][:, y1:y2, x1:x2].float()
+        rows.append(pool_windows(crop, np.array([[0, 0, x2 - x1, y2 - y1]]), levels))
+    return torch.cat(rows)
 
 
 class FrozenHead:

@@ -21,29 +21,41 @@ from sppnet.records import areas
 
 Array = TypeVar("Array", NDArray[np.generic], torch.Tensor)
 
+TARGET_SIDES = {"release": 208.0, "paper": 224.0}  # px that a window should have at its scale
 SPARE = 2  # cells by which a map may differ from what stride and first centre say: every layer rounds its size
 PADDED = 128  # px: images may be padded to multiples of it, and of what divides it (torchvision's detectors: 32)
 
 
 def choose_scales(
-    boxes: Array, image_size: tuple[int, int], scales: Sequence[float], target_side: float = 208
+    boxes: Array,
+    image_size: tuple[int, int],
+    scales: Sequence[float],
+    target_side: float | None = None,
+    rule: Literal["release", "paper"] = "release",
 ) -> Array:
     """The scale at which each box is nearest to `target_side`² pixels: (R, 4) -> (R,) int64 index into `scales`.
 
-    Release: expected = round(208 · min(h, w) / √area), 208 being the span of 13 cells; then the scale nearest to it,
-    the first one on a tie. The paper (sec. 4.1) takes the scale whose window has the area nearest to 224²; a target of
-    224 is close to that, but takes the nearest side, not the nearest area. SppnetError as in `project_windows`.
+    "release": expected = round(208 · min(h, w) / √area), 208 being the span of 13 cells; then the scale nearest to it.
+    "paper" (sec. 4.1): the scale s at which the box covers an area nearest to 224², area · (s / min(h, w))²: the whole
+    image is scaled by that factor, and an area with it. The first scale on a tie; `target_side` replaces 208 or 224.
+    SppnetError as in `project_windows`.
     """
     height, width = _whole_size("image_size", image_size)
     sides = _as_array(scales)
     if sides is None or sides.ndim != 1 or not len(sides) or not (np.isfinite(sides) & (sides > 0)).all():
         raise SppnetError(f"scales must be shorter sides in pixels, at least one, e.g. (688,), got {scales!r}")
-    if not is_number(target_side) or target_side <= 0:
+    if not isinstance(rule, str) or rule not in TARGET_SIDES:
+        raise SppnetError(f"rule must be one of release, paper, got {rule!r}")
+    target = TARGET_SIDES[rule] if target_side is None else target_side
+    if not is_number(target) or target <= 0:
         raise SppnetError(f"target_side must be pixels > 0, e.g. 208, got {target_side!r}")
+    target = float(target) * min(height, width)
     with np.errstate(over="ignore"):  # boxes of any extent
         area = np.maximum(areas(check_boxes(boxes, extent=False)), 1e-9)  # a box without area goes to the largest scale
-    expected = np.floor(float(target_side) * min(height, width) / np.sqrt(area) + 0.5)
-    distances = np.abs(sides[None, :] - expected[:, None])
+    if rule == "release":
+        distances = np.abs(sides[None, :] - np.floor(target / np.sqrt(area) + 0.5)[:, None])
+    else:  # times min(h, w)²: of whole numbers exact, so that a tie is one
+        distances = np.abs(np.clip(area, 1e-3, 1e100)[:, None] * sides[None, :] ** 2 - target**2)
     return _like(boxes, distances.argmin(axis=1))
 
 

@@ -22,7 +22,7 @@ from sppnet.config import Config
 from sppnet.data.comp4 import write_comp4
 from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
-from sppnet.detection.feature_maps import check_sizes
+from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.voc import Metric, VOCEvaluation, evaluate_voc
@@ -75,7 +75,7 @@ def detect_split(
     configs = [config, *(others or [own.config for own in description.others])]
     for own in configs:
         network = build_backbone(own.backbone.without_weights(), module=backbone if own is config else None)
-        check_sizes(records, network, own.maps)  # before hours of work
+        count_cells(records, network, own.maps)  # before hours of work
     windows = {windows_folder(run, own): own.proposals for own in configs}
     for place, settings in windows.items():
         propose_images(records, settings, place, imports_needed=False)  # they may be those of training

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -11,20 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sppnet import distributed
 from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.own import content_digest
-from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_runtime
+from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_precision, resolve_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
-from sppnet.detection.feature_maps import check_sizes
+from sppnet.detection.feature_maps import compute_maps
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
 from sppnet.distributed import in_order
-from sppnet.errors import BackboneError, SppnetError
-from sppnet.jobs import progress_bar
+from sppnet.errors import BackboneError, SppnetError, counted
+from sppnet.jobs import available_cores, progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
     Layer,
@@ -49,13 +53,12 @@ class TrainingNetworks:
     A stage that is wanted but not complete is a SppnetError that names it.
     """
 
-    def __init__(self, graph: StageGraph, device: torch.device, module: nn.Module | None = None) -> None:
+    def __init__(self, graph: StageGraph, device: torch.device) -> None:
         self.graph, self.config, self.device = graph, graph.config, device
-        self.module = module  # the backbone, where it was given in Python
 
     @cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.config.backbone, self.pretrained_path, self.module).to(self.device)
+        return load_backbone(self.config.backbone, self.pretrained_path, self.graph.own).to(self.device)
 
     def head(self) -> SPPHead:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
@@ -180,16 +183,50 @@ class TrainingNetworks:
         try:
             if more:
                 resolve_runtime(config.maps.runtime, self.device)
-                layers = build_backbone(config.backbone.without_weights(), module=self.module)
                 for name, rank in ranks(config).items():
                     fc6 = name == "fc6"
-                    inputs = pooled_size(layers.channels, config.pyramid.levels) if fc6 else config.head.fc6
+                    inputs = pooled_size(self.graph.layers.channels, config.pyramid.levels) if fc6 else config.head.fc6
                     check_rank(name, inputs, config.head.fc6 if fc6 else config.head.fc7, rank)
-                if "maps" in used and not self.graph.status("maps").complete:
-                    check_sizes([*data.images, *data.objects], layers, config.maps)
+                if "maps" in used:
+                    _ = self.map_costs
         except SppnetError as error:
             found.append(str(error))
         return found
+
+    @cached_property
+    def map_costs(self) -> str:
+        """What the maps take of disk, memory and time; "" where all are there. SppnetError where the disk is too small.
+
+        They are those of an image of the first one's size, the time by random weights at the smallest scale.
+        """
+        graph, config, settings, folder = self.graph, self.config, self.config.maps, self.graph.folder("maps")
+        there = np.array([record.path_in(folder, flip).exists() for record, flip in graph.stored], bool)
+        others = len(graph.images) - len(there)
+        if there.all() and not others:
+            return ""
+        sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
+        line = f"the maps of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
+        free = shutil.disk_usage(next(one for one in folder.absolute().parents if one.exists())).free / 1e9
+        if sizes[~there].sum() > free:
+            room = f"{sizes[there].sum():.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
+            hint = f"set maps.budget_gigabytes={sizes[there].sum() + 0.9 * free:.3g} to compute the others when read"
+            raise SppnetError(f"{line}, {room}; {hint}, fewer maps.scales, or another disk with --run")
+        precision = resolve_precision(config.precision, self.device)
+        runtime, start = make_runtime(graph.layers.to(self.device), settings.runtime, precision), time.monotonic()
+        smallest = settings.model_copy(update={"scales": (min(settings.scales),)})
+        measured = compute_maps(runtime, np.zeros((*graph.images[0][0].size, 3), np.uint8), smallest).maps[0]
+        values = graph.gigabytes[0] * 1e9 / (2 if settings.storage == "float16" else 4)  # time grows with them
+        seconds = (time.monotonic() - start) * values / measured.numel()
+        cores = min(1, torch.get_num_threads() / available_cores()) if self.device.type == "cpu" else 1
+        took = timedelta(seconds=round(seconds * (~there).sum() * cores / distributed.world_size()))
+        line += f" on disk, {4e-6 * values:.3g} MB of memory and {seconds:.2f} s an image, {took} for those missing"
+        if others:
+            steps = [*config.finetune.steps, *(config.low_rank.steps if ranks(config) else ())]
+            share = others / len(graph.images) if not GRAPH["finetune"].skipped(config) else 0
+            reads = round(sum(steps) * config.finetune.images_per_batch * share)
+            again = f"in fine-tuning {reads:,} times, {timedelta(seconds=round(reads * seconds))}"
+            line += f"; the maps of {others} images are not stored but computed when they are read, {again}"
+        return line
 
     def check_inputs(self, stages: Sequence[str]) -> None:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
@@ -199,7 +236,7 @@ class TrainingNetworks:
             if not self.config.pretrain.enabled:
                 _ = self.backbone
             elif self._needs_start_of("pretrain"):
-                build_backbone(self.config.backbone, module=self.module)
+                build_backbone(self.config.backbone, module=self.graph.own)
             if self.config.head.init != "random" and self._needs_start_of("finetune"):
                 self.started_head()
 

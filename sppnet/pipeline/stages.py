@@ -16,17 +16,28 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
 from sppnet.artifacts import digest_of, file_digest
+from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.config import STAGES, Config
+from sppnet.detection.feature_maps import count_cells
+from sppnet.detection.windows import TARGET_SIDES
+from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result beyond rounding
+# Settings that change no result beyond rounding.
+NO_RESULT = ("proposals.workers", "maps.runtime", "maps.budget_gigabytes")
 FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
 # One version more where difficult objects do not train: since windows on them are left alone.
 LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
+# What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
+CHOOSES_SCALE = ("low_rank", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -95,6 +106,7 @@ class StageGraph:
     config: Config
     data: RunData
     module: str = ""  # digest of the backbone that backbone.module names
+    own: nn.Module | None = None  # that backbone, where it was given in Python
 
     def folder(self, name: str) -> Path:
         """Where the results of a stage lie."""
@@ -146,7 +158,9 @@ class StageGraph:
         digests: dict[str, str] = {}
         for name in STAGES:
             stage = GRAPH[name]
-            keys = sorted(stage.settings(self.config))
+            chooses = name in CHOOSES_SCALE or (name == "finetune" and self.config.head.input_norm is not None)
+            choice = ["maps.scale_choice", "maps.target_side"] if chooses and len(self.config.maps.scales) > 1 else []
+            keys = sorted([*stage.settings(self.config), *choice])
             settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data if split != "objects" or self.data.objects]
             version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
@@ -166,6 +180,7 @@ class StageGraph:
                 section[last] = [file_digest(path) for path in paths if path.is_file()]
         for name in self.config.detect.off:
             del values["detect"][name]
+        values["maps"]["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         if self.config.backbone.module is None:
             del values["backbone"]["module"]
         else:
@@ -175,10 +190,35 @@ class StageGraph:
         return values
 
     @property
-    def flipped(self) -> list[ImageRecord]:
-        """The training images whose mirror images fine-tuning needs too."""
+    def images(self) -> list[tuple[ImageRecord, bool]]:
+        """Those that have maps, (image, mirrored): all, then the mirror images that fine-tuning needs."""
         wanted = not GRAPH["finetune"].skipped(self.config) and self.config.finetune.flip
-        return [*self.data.train, *self.data.objects] if wanted else []
+        every = [*self.data.images, *self.data.objects]
+        mirrored = [*self.data.train, *self.data.objects] if wanted else []
+        return [(record, False) for record in every] + [(record, True) for record in mirrored]
+
+    @cached_property
+    def gigabytes(self) -> NDArray[np.floating]:
+        """What the maps of each of `images` take on the disk."""
+        cells = count_cells([record for record, _ in self.images], self.layers, self.config.maps)
+        return cells * self.layers.channels * (2 if self.config.maps.storage == "float16" else 4) / 1e9
+
+    @cached_property
+    def stored(self) -> list[tuple[ImageRecord, bool]]:
+        """Those of `images` whose maps are stored: as many, from the first on, as maps.budget_gigabytes holds."""
+        budget = self.config.maps.budget_gigabytes
+        if budget is None or not self.images:
+            return self.images
+        if self.gigabytes[0] > budget:
+            (height, width), path = self.images[0][0].size, self.images[0][0].path
+            own = f"those of {path}, {width} × {height} pixels, take {self.gigabytes[0]:.3g} GB; set that or more"
+            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}")
+        return self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
+
+    @cached_property
+    def layers(self) -> Backbone:
+        """The backbone with random weights, for the shapes of its maps and its times."""
+        return build_backbone(self.config.backbone.without_weights(), module=self.own)
 
 
 def windows_folder(root: Path, config: Config) -> Path:
@@ -255,12 +295,9 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "maps",
-            settings=lambda _: ["maps", "backbone", "precision"],
+            settings=lambda _: ["maps.scales", "maps.max_side", "maps.storage", "backbone", "precision"],
             reads=lambda _: ["pretrain"],
-            outputs=lambda graph: [
-                *(record.path_in(Path()) for record in [*graph.data.images, *graph.data.objects]),
-                *(record.path_in(Path(), flip=True) for record in graph.flipped),
-            ],
+            outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.stored],
         ),
         Stage(
             "finetune",

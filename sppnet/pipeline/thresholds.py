@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import read_arrays, write_arrays
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.feature_maps import read_maps
+from sppnet.detection.training_windows import TrainingWindows
 from sppnet.distributed import barrier, shard
 from sppnet.errors import counted
 from sppnet.evaluation.voc import best_threshold, evaluate_voc
 from sppnet.jobs import progress_bar
 from sppnet.proposals.search import read_windows
-from sppnet.records import Detections, ImageRecord
+from sppnet.records import Detections
 
 
 def choose_thresholds(
-    detector: SPPDetector, records: Sequence[ImageRecord], windows: Path, maps: Path, kept: Path, progress: bool = True
+    detector: SPPDetector, source: TrainingWindows, windows: Path, kept: Path, progress: bool = True
 ) -> dict[str, dict[str, float]]:
     """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
 
-    `windows` and `maps` are the folders that hold those of the records; an interrupted call goes on from the detections
-    in `kept`. A class of which no object is there, or none is found, keeps 0, the SVM's boundary.
+    `source` has the images and their maps, the folder `windows` the windows that are searched; an interrupted call goes
+    on from the detections in `kept`. A class without an object, or with none found, keeps 0, the SVM's boundary.
     """
-    missing = [record for record in shard(records) if not record.path_in(kept).exists()]
-    for record in progress_bar(missing, "thresholds", "image", shown=progress):
-        stored = read_maps(maps, record).to(detector.device)
-        own = detector.detect_for_evaluation(stored, read_windows(windows, record))[0]
-        write_arrays(record.path_in(kept), boxes=own.boxes, scores=own.scores, labels=own.labels)
+    records = source.records
+    missing = [index for index in shard(range(len(records))) if not records[index].path_in(kept).exists()]
+    for index in progress_bar(missing, "thresholds", "image", shown=progress):
+        own = detector.detect_for_evaluation(source.maps(index), read_windows(windows, records[index]))[0]
+        write_arrays(records[index].path_in(kept), boxes=own.boxes, scores=own.scores, labels=own.labels)
     barrier()
     truth = {record.id: record.annotation for record in records if record.annotation is not None}
     found = {r.id: Detections(**read_arrays(r.path_in(kept)), classes=detector.classes) for r in records}

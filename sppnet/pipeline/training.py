@@ -97,13 +97,13 @@ class Training:
             raise SppnetError(f"{root}: holds several detectors combined, which are not trained; choose another --run")
         if module is not None:
             config = config.model_copy(update={"backbone": config.backbone.of_object()})
-        self.asked, self.device, self.progress, self.module = config, device, progress, module
+        self.asked, self.device, self.progress = config, device, progress
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
         digest = own_digest(self.config.backbone, module)
-        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest)
+        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest, module)
         self.classes = self.graph.data.classes
-        self.networks = TrainingNetworks(self.graph, device, module)
+        self.networks = TrainingNetworks(self.graph, device)
 
     def missing_inputs(self, stages: Sequence[str]) -> list[str]:
         """What would end one of these stages, found without reading a weight: a line for each."""
@@ -166,7 +166,7 @@ class Training:
     # A backbone without pretrained weights learns from crops of the objects
     def pretrain(self) -> str:
         folder = self.graph.folder("pretrain")
-        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.module).to(self.device)
+        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.graph.own).to(self.device)
         data, checkpoint = self.graph.data, folder / CHECKPOINT
         network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
         if distributed.is_main():
@@ -175,13 +175,14 @@ class Training:
 
     # 2. the map of every image, and of its mirror image for fine-tuning
     def maps(self) -> str:
-        config, data = self.config, self.graph.data
+        config = self.config
         pretrained, kind = self.networks.pretrained_path, config.maps.runtime
-        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.module)
+        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.graph.own)
         workers = 0 if self.device.type == "cpu" else 1
-        folder, flipped = self.graph.folder("maps"), self.graph.flipped
-        images = [*data.images, *data.objects]
-        done = extract_images(images, load, config.maps, folder, flipped, workers, self.progress)
+        if self.networks.map_costs:
+            log.info("%s", self.networks.map_costs)
+        folder = self.graph.folder("maps")
+        done = extract_images(self.graph.stored, load, config.maps, folder, workers, self.progress)
         return f"{counted(done.computed, 'map')} computed, {done.reused} reused, {done.gigabytes:.2f} GB"
 
     # 3. fc6 and fc7
@@ -271,8 +272,8 @@ class Training:
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
         if not path.exists():
-            folders = self.graph.folder("proposals"), self.graph.folder("maps"), path.with_name(DETECTIONS)
-            chosen = choose_thresholds(self._detector(), self.graph.data.validation, *folders, self.progress)
+            source, windows = self.networks.windows(train=False), self.graph.folder("proposals")
+            chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
         distributed.barrier()

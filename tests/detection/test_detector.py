@@ -455,9 +455,14 @@ def test_the_digest_covers_weights_settings_of_the_test_and_precision(detector, 
     ]
     digests = [saved_digest(other, tmp_path / str(number)) for number, other in enumerate([detector, *others])]
     assert len(set(digests)) == 5
-    runtime = detector.config.maps.model_copy(update={"runtime": "auto"})
-    same = replace(detector, config=detector.config.model_copy(update={"maps": runtime}))
-    assert saved_digest(same, tmp_path / "same") == digests[0]
+    own = detector.config.maps
+    for change in ({"runtime": "auto"}, {"budget_gigabytes": 1.0}, {"target_side": 208.0}):
+        same = replace(detector, config=detector.config.model_copy(update={"maps": own.model_copy(update=change)}))
+        assert saved_digest(same, tmp_path / "same") == digests[0]
+    for change in ({"scale_choice": "paper"}, {"target_side": 224.0}, {"scale_choice": "paper", "target_side": 208.0}):
+        other = replace(detector, config=detector.config.model_copy(update={"maps": own.model_copy(update=change)}))
+        digests.append(saved_digest(other, tmp_path / "other"))
+    assert len(set(digests)) == 8
     assert saved_digest(replace(detector, thresholds=9), tmp_path / "nine") == digests[0]  # of detect alone
 
 

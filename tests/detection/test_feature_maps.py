@@ -10,7 +10,7 @@ from doubles import picture, picture_record, random_backbone
 from sppnet.backbones.runtime import make_runtime
 from sppnet.config import BackboneSettings, MapSettings
 from sppnet.detection import feature_maps
-from sppnet.detection.feature_maps import compute_maps, extract_images, read_maps, write_maps
+from sppnet.detection.feature_maps import compute_maps, extract_images, read_maps, rounded, write_maps
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare
 from sppnet.pipeline.networks import load_runtime
@@ -24,6 +24,15 @@ FULL = MapSettings(scales=(64, 96), storage="float32")
 def records(tmp_path):
     sizes = [(60, 90), (80, 50), (70, 70)]
     return [picture_record(tmp_path, f"{i}", picture(*size, seed=i)) for i, size in enumerate(sizes)]
+
+
+def upright(records):
+    return [(record, False) for record in records]
+
+
+def both(records):
+    """Of every record the image, then its mirror image."""
+    return [*upright(records), *((record, True) for record in records)]
 
 
 def test_there_is_one_map_a_scale_of_the_resized_image():
@@ -86,6 +95,20 @@ def test_maps_in_half_precision_come_back_rounded_and_as_float32(tmp_path, recor
         assert torch.equal(own, expected.half().float())
 
 
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_mapped_maps_are_those_that_are_read_in_the_precision_of_the_file(tmp_path, records, storage):
+    settings = FULL.model_copy(update={"storage": storage})
+    maps = compute_maps(RUNTIME, picture(60, 90), settings)
+    write_maps(records[0].path_in(tmp_path, False), maps, settings)
+    read, mapped = read_maps(tmp_path, records[0]), read_maps(tmp_path, records[0], mapped=True)
+    assert (mapped.sides, mapped.image_size) == (read.sides, read.image_size)
+    for own, stored, expected in zip(mapped.maps, rounded(maps, settings).maps, read.maps, strict=True):
+        assert own.dtype == stored.dtype == getattr(torch, storage)
+        assert own.permute(1, 2, 0).is_contiguous()
+        assert torch.equal(own, stored)
+        assert torch.equal(own.float(), expected)
+
+
 def test_values_beyond_half_precision_become_its_largest_number(tmp_path, records):
     huge = feature_maps.FeatureMaps((torch.tensor([[[1e6]], [[-1e6]]]),), (64.0,), (10, 10))
     write_maps(records[0].path_in(tmp_path, False), huge, MapSettings(storage="float16"))
@@ -93,7 +116,7 @@ def test_values_beyond_half_precision_become_its_largest_number(tmp_path, record
 
 
 def test_every_record_gets_the_maps_of_its_image_and_of_the_mirror_image(tmp_path, records):
-    done = extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", flipped=records, progress=False)
+    done = extract_images(both(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
     assert (done.computed, done.reused) == (6, 0)
     for index, record in enumerate(records):
         image = picture(*record.size, seed=index)
@@ -105,16 +128,16 @@ def test_every_record_gets_the_maps_of_its_image_and_of_the_mirror_image(tmp_pat
 
 
 def test_the_size_on_disk_is_reported(tmp_path, records):
-    done = extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
+    done = extract_images(upright(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
     assert done.gigabytes == sum(path.stat().st_size for path in (tmp_path / "maps").rglob("*.npz")) / 1e9
 
 
 def test_a_second_run_computes_only_what_is_missing(tmp_path, records):
     folder = tmp_path / "maps"
-    extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
+    extract_images(both(records), lambda: RUNTIME, FULL, folder, progress=False)
     records[1].path_in(folder, True).unlink()
     others = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.npz")}
-    done = extract_images(records, lambda: RUNTIME, FULL, folder, flipped=records, progress=False)
+    done = extract_images(both(records), lambda: RUNTIME, FULL, folder, progress=False)
     assert (done.computed, done.reused) == (1, 5)
     assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in others.items())
     assert records[1].path_in(folder, True).exists()
@@ -128,14 +151,14 @@ def test_an_interruption_leaves_whole_maps_only(tmp_path, records, monkeypatch):
 
     monkeypatch.setattr(feature_maps, "compute_maps", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
+        extract_images(upright(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
     assert list((tmp_path / "maps").rglob("*.npz")) == [records[0].path_in(tmp_path / "maps", False)]
     monkeypatch.undo()
-    assert extract_images(records, lambda: RUNTIME, FULL, tmp_path / "maps", progress=False).reused == 1
+    assert extract_images(upright(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False).reused == 1
 
 
 def test_no_records_are_no_work(tmp_path):
-    assert extract_images([], lambda: RUNTIME, FULL, tmp_path, flipped=[], progress=False).computed == 0
+    assert extract_images([], lambda: RUNTIME, FULL, tmp_path, progress=False).computed == 0
 
 
 def test_another_image_under_the_same_name_has_maps_of_its_own(tmp_path, records):
@@ -161,7 +184,7 @@ def test_worker_processes_write_the_same_maps(tmp_path):
     load = partial(
         load_runtime, BackboneSettings(name="tiny5", weights={"source": "random"}), None, "torch", "float32", "cpu"
     )
-    done = extract_images(records, load, FULL, tmp_path / "maps", workers=2, progress=False)
+    done = extract_images(upright(records), load, FULL, tmp_path / "maps", workers=2, progress=False)
     assert (done.computed, done.reused) == (34, 0)
     for index, record in enumerate(records):
         expected = compute_maps(RUNTIME, picture(60, 90, seed=index), FULL).maps

@@ -1,16 +1,19 @@
 """What mining and box regression read of the training images."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from doubles import NO_WINDOWS, random_backbone, random_maps
+from doubles import NO_WINDOWS, picture, picture_record, random_backbone, random_maps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppnet.config import Config, FinetuneSettings, SVMSettings
+from sppnet.backbones.runtime import make_runtime
+from sppnet.config import Config, FinetuneSettings, MapSettings, SVMSettings
 from sppnet.detection import training_windows
+from sppnet.detection.feature_maps import extract_images, read_maps
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.training_windows import (
     FinetuneWindows,
@@ -22,7 +25,8 @@ from sppnet.detection.training_windows import (
     label_windows,
 )
 from sppnet.detection.window_features import pool_projected
-from sppnet.records import Annotation, ImageRecord
+from sppnet.errors import ArtifactError
+from sppnet.records import Annotation, ImageRecord, flip_boxes
 
 OBJECTS = np.array([[20, 20, 100, 100], [110, 30, 170, 90]], np.float32)
 NEAR = np.array([[22, 20, 102, 100], [20.5, 20, 100, 100]], np.float32)  # the second on the cells of the object
@@ -339,3 +343,60 @@ def test_rows_are_drawn_evenly_and_in_their_order_and_all_of_them_where_they_fit
         counts[drawn] += 1
     assert counts[:10].sum() == 0
     assert np.abs(counts[10:] - 500).max() < 4.5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+# ---- maps that are stored, and maps that are not -------------------------------------------------------------------
+
+
+@pytest.fixture(params=["torch", "openvino"])
+def pictures(request, tmp_path, monkeypatch):
+    """Windows of pictures whose maps are stored, and the same where none are."""
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    monkeypatch.setattr(training_windows, "read_windows", lambda *_: np.concatenate([NEAR, FAR]))
+    annotation = Annotation(OBJECTS, NAMES, np.zeros(2, bool))
+    records = [picture_record(tmp_path, f"{i}", picture(120, 180, seed=i), annotation) for i in range(3)]
+    backbone, settings = random_backbone(), {"scales": [96, 128], "runtime": request.param}
+    jobs = [(record, flip) for record in records for flip in (False, True)]
+    runtime = make_runtime(backbone, request.param)
+    extract_images(jobs, lambda: runtime, MapSettings(**settings), tmp_path / "maps", progress=False)
+
+    def windows(folder, **more):
+        values = {"pyramid": {"levels": [1, 2]}, "precision": "float32", "maps": settings | more}
+        folders = tmp_path, tmp_path / folder
+        return TrainingWindows(records, CLASSES, *folders, backbone, Config(**values), torch.device("cpu"))
+
+    return windows
+
+
+def test_fine_tuning_pools_windows_from_stored_maps_at_random_scales(pictures):
+    source = pictures("maps")
+    own, rows = FinetuneWindows(source, flips=True), np.array([0, 3, 2, 2, 5])
+    for image in range(6):
+        index, flip = image % 3, image >= 3
+        pooled = own.pool(image, rows, np.random.default_rng(image))
+        scales = np.random.default_rng(image).integers(2, size=len(rows))
+        windows = source.windows(index)[rows]
+        maps = read_maps(source.maps_folder, source.records[index], flip)
+        projected = source.project(maps, flip_boxes(windows, 180) if flip else windows, scales)
+        assert torch.equal(pooled, pool_projected(maps, projected, (1, 2)))
+
+
+def test_maps_that_are_not_stored_are_computed_the_same_from_several_threads(pictures):
+    stored, computed = pictures("maps"), pictures("none", budget_gigabytes=1)
+    for index in range(3):
+        for flip in (False, True):
+            for own, expected in zip(computed.maps(index, flip).maps, stored.maps(index, flip).maps, strict=True):
+                assert own.dtype == torch.float32
+                assert torch.equal(own, expected)
+    one, other, rows = FinetuneWindows(stored, True), FinetuneWindows(computed, True), np.arange(6)
+    jobs = list(range(6)) * 3
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda image: other.pool(image, rows, np.random.default_rng(image)), jobs))
+    for image, pooled in zip(jobs, found, strict=True):
+        assert torch.equal(pooled, one.pool(image, rows, np.random.default_rng(image)))
+
+
+def test_without_a_budget_maps_that_are_not_there_are_an_error(pictures):
+    with pytest.raises(ArtifactError, match=r"0-.*\.npz: no maps for image TOY/0; run extract first"):
+        pictures("none").maps(0)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from doubles import NO_WINDOWS, random_maps
-from reference import expected_scale, pyramid_vector, release_window
+from reference import expected_scale, nearest_area, pyramid_vector, release_window
 
 from sppnet.backbones.geometry import Geometry
 from sppnet.config import HeadSettings, MapSettings, PyramidSettings
 from sppnet.detection import window_features
-from sppnet.detection.window_features import FrozenHead, ProjectedWindows, pool_projected, project_to_maps
+from sppnet.detection.feature_maps import FeatureMaps
+from sppnet.detection.window_features import FrozenHead, ProjectedWindows, pool_crops, pool_projected, project_to_maps
 from sppnet.models.sppnet import build_head
 
 GEOMETRY = Geometry(stride=16, first_centre=7.5)
@@ -48,6 +49,39 @@ def test_every_window_is_pooled_from_its_own_cells_at_its_own_scale(maps):
         scale = naive_scale(maps, window)
         assert where.scale_index[row] == scale
         np.testing.assert_array_equal(pooled[row], naive_vector(maps, window, scale))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "side"), [({}, 208), ({"target_side": 150}, 150), ({"scale_choice": "paper"}, 224),
+                         ({"scale_choice": "paper", "target_side": 100}, 100)]
+)  # fmt: skip
+def test_the_scale_is_chosen_by_the_rule_of_the_settings_among_the_sides_that_were_used(chosen, side):
+    """A bound on the longer side may have shrunk them."""
+    maps, windows = FeatureMaps(THREE.maps, (120.5, 230.5, 460.25), SIZE), random_windows(80)
+    settings = MapSettings(scales=(128, 240, 480), **chosen)
+    where = project_to_maps(maps, windows, GEOMETRY, PYRAMID, settings)
+    if settings.scale_choice == "paper":
+        expected = [nearest_area(window.tolist(), SIZE, maps.sides, side) for window in windows]
+    else:
+        wanted = [expected_scale(window, SIZE, side) for window in windows]
+        expected = [int(np.argmin([abs(own - one) for own in maps.sides])) for one in wanted]
+    assert where.scale_index.tolist() == expected
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("maps", [ONE, THREE], ids=["one scale", "three scales"])
+def test_windows_pooled_from_crops_of_stored_maps_are_those_pooled_from_the_maps(maps, dtype):
+    stored = maps.to("cpu", dtype)
+    where = project_to_maps(maps, random_windows(40), GEOMETRY, PYRAMID, MapSettings())
+    pooled = pool_crops(stored, where, PYRAMID.levels)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, pool_projected(stored.to("cpu", torch.float32), where, PYRAMID.levels))
+    for row, (scale, cells) in enumerate(zip(where.scale_index, where.cells, strict=True)):
+        own = stored.maps[scale].float().numpy()
+        np.testing.assert_array_equal(pooled[row], pyramid_vector(own, cells, PYRAMID.levels))
+    none = pool_crops(stored, where.rows(np.zeros(0, np.int64)), PYRAMID.levels)
+    assert none.shape == (0, pooled.shape[1])
 
 
 def test_scales_may_be_given_as_fine_tuning_draws_them():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from reference import expected_scale, release_window
+from reference import expected_scale, nearest_area, release_window
 
 from sppnet import Geometry
 from sppnet.backbones.architectures import BACKBONES
@@ -154,13 +154,45 @@ def test_the_scale_is_the_one_nearest_to_the_expectation(height, width, target_s
     assert choose_scales(boxes, (height, width), FIVE, target_side).tolist() == nearest
 
 
+@given(
+    st.integers(2, 900),
+    st.integers(2, 900),
+    st.sampled_from((208, 224, 100.5)),
+    st.lists(st.integers(16, 2000), min_size=1, max_size=6),
+    st.integers(0, 9999),
+)
+@settings(deadline=None)
+def test_the_paper_s_scale_is_the_one_of_the_nearest_area(height, width, side, scales, seed):
+    boxes = random_boxes(6, height, width, seed)
+    nearest = [nearest_area(box, (height, width), scales, side) for box in boxes]
+    for given_boxes in (boxes, torch.from_numpy(boxes)):
+        assert choose_scales(given_boxes, (height, width), scales, side, "paper").tolist() == nearest
+    assert choose_scales(boxes, (height, width), scales, rule="paper").tolist() == [
+        nearest_area(box, (height, width), scales, 224) for box in boxes
+    ]
+
+
+def test_the_rules_differ_where_the_nearest_side_has_not_the_nearest_area():
+    # sides of 150 and 288 px: 74 and 64 from 224, but areas of 27,676 and 32,768 from it
+    box = np.array([[0.0, 0, 100, 100]])
+    assert choose_scales(box, (100, 100), (150, 288), 224, "release").tolist() == [1]
+    assert choose_scales(box, (100, 100), (150, 288), rule="paper").tolist() == [0]
+
+
 def test_a_tie_between_scales_goes_to_the_first():
     # expected = 208 · 208 / 208 = 208, halfway between the scales
     assert choose_scales(np.array([[0.0, 0, 208, 208]]), (208, 300), (200, 216)).tolist() == [0]
+    # areas of 1² · 7² and 1² · 1² are both 24 from 5²
+    for scales in ((7, 1), (1, 7)):
+        assert choose_scales(np.array([[0.0, 0, 1, 1]]), (1, 1), scales, 5, "paper").tolist() == [0]
+    # of a shorter side of 3 too, by which nothing here can be divided
+    assert choose_scales(np.array([[0.0, 0, 3, 3]]), (3, 9), (1, 7), 5, "paper").tolist() == [0]
 
 
-def test_a_box_without_area_takes_the_largest_scale():
-    assert choose_scales(np.array([[5.0, 5, 5, 9]]), (300, 300), FIVE).tolist() == [4]
+@pytest.mark.parametrize("rule", ["release", "paper"])
+def test_a_box_without_area_takes_the_largest_scale_and_one_beyond_measure_the_smallest(rule):
+    assert choose_scales(np.array([[5.0, 5, 5, 9]]), (300, 300), FIVE, rule=rule).tolist() == [4]
+    assert choose_scales(np.array([[0.0, 0, 1e200, 1e200]]), (300, 300), FIVE[::-1], rule=rule).tolist() == [4]
 
 
 def test_no_boxes_give_no_windows():
@@ -281,7 +313,8 @@ def test_arguments_that_cannot_be_are_refused(change, message):
         ({"scales": ((480, 688),)}, "scales must be"),
         ({"target_side": 0}, r"target_side must be pixels > 0, e\.g\. 208, got 0"),
         ({"target_side": float("inf")}, "got inf"),
-        ({"target_side": None}, "got None"),
+        ({"rule": "nearest"}, "rule must be one of release, paper, got 'nearest'"),
+        ({"rule": None}, "got None"),
         ({"image_size": (353, 0)}, "image_size must be"),
         ({"boxes": [[5, 5, 1, 9]]}, "boxes must be finite x1 y1 x2 y2"),
     ],

@@ -76,6 +76,9 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("proposals__import_from", [], "proposals finetune svm boxes thresholds"),
         ("maps__scales", [96], "maps finetune svm boxes thresholds"),
         ("maps__storage", "float32", "maps finetune svm boxes thresholds"),
+        ("maps__budget_gigabytes", 1.0, ""),
+        ("maps__scale_choice", "paper", ""),  # of one scale there is no choice
+        ("maps__target_side", 100, ""),
         ("backbone__weights__mean", [1, 2, 3], "maps finetune svm boxes thresholds"),
         ("backbone__name", "zf5", "maps finetune svm boxes thresholds"),
         ("pretrain__enabled", True, "pretrain maps finetune svm boxes thresholds"),
@@ -86,6 +89,37 @@ def test_everything_is_reused_under_the_same_settings(small_run):
 )
 def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run, setting, value, stages):
     assert invalidated(small_run, changed(small_run, **{setting: value})) == tuple(stages.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"maps__scale_choice": "paper"}, "low_rank svm boxes thresholds"),
+        ({"maps__target_side": 224}, "low_rank svm boxes thresholds"),
+        ({"maps__target_side": 208}, ""),  # the release's own
+        ({"maps__scale_choice": "release"}, ""),
+    ],
+)
+@pytest.mark.parametrize("input_norm", [30, None])
+def test_the_choice_of_a_scale_matters_where_windows_are_looked_at_in_their_own(small_run, changes, stages, input_norm):
+    """Fine-tuning draws scales at random; only the norm that its input is scaled to is of windows at their own."""
+    several = {"maps__scales": [96, 128], "low_rank__fc6": 5, "head__input_norm": input_norm}
+    data = load_run_data(small_run.config)
+    before, after = (
+        StageGraph(small_run.root, changed(small_run, **several, **more), data).digests for more in ({}, changes)
+    )
+    expected = {*stages.split(), *(["finetune"] if stages and input_norm else [])}
+    assert {name for name in STAGES if before[name] != after[name]} == expected
+
+
+def test_the_two_rules_are_told_apart_by_more_than_their_side(small_run):
+    data = load_run_data(small_run.config)
+    several = {"maps__scales": [96, 128], "maps__target_side": 224}
+    paper, own, other = (
+        StageGraph(small_run.root, changed(small_run, **several, **more), data).digests["svm"]
+        for more in ({"maps__scale_choice": "paper"}, {"maps__scale_choice": "release"}, {})
+    )
+    assert paper != own == other
 
 
 def test_the_features_of_svms_that_are_not_fine_tuned_do_not_depend_on_fine_tuning(small_run):

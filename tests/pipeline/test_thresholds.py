@@ -13,6 +13,7 @@ from small_run import copied
 
 from sppnet.detection.detector import SPPDetector
 from sppnet.evaluation.voc import evaluate_voc
+from sppnet.pipeline.networks import TrainingNetworks
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.pipeline.training import Training, train_detector
 
@@ -23,7 +24,8 @@ def graph(small_run):
 
 
 def chosen_by(detector, graph, records, kept):
-    return choose_thresholds(detector, records, graph.folder("proposals"), graph.folder("maps"), kept, progress=False)
+    source = replace(TrainingNetworks(graph, torch.device("cpu")).windows(train=False), records=records)
+    return choose_thresholds(detector, source, graph.folder("proposals"), kept, progress=False)
 
 
 def test_the_detector_has_the_thresholds_of_the_best_f1_on_the_validation_images(small_run, graph):
