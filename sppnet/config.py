@@ -67,13 +67,20 @@ class DataSettings(Settings):
 class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
-    method: Literal["selective_search", "opencv_selective_search"] = "selective_search"
-    mode: Literal["fast", "quality"] = "fast"
+    method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.4
+    mode: Literal["fast", "quality"] = "fast"  # of both selective searches
+    edge_model: FilePath | None = None  # of edge_boxes: OpenCV's structured forest; None = gradients (ours)
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
     max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never
     import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The files that decide the windows, each after its key."""
+        model = [] if self.edge_model is None or self.method != "edge_boxes" else [("edge_model", self.edge_model)]
+        return [*(("import_from", path) for path in self.import_from), *model]
 
 
 class WeightsSettings(Settings):
@@ -313,6 +320,9 @@ class Config(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
+    # Windows of training and validation images, those of all entries together; empty = as proposals, which those of
+    # test images and the thresholds always are. Keys of an entry as in proposals.
+    train_proposals: tuple[ProposalSettings, ...] = ()
     backbone: BackboneSettings = BackboneSettings()
     maps: MapSettings = MapSettings()
     pyramid: PyramidSettings = PyramidSettings()

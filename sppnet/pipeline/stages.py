@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import digest_of, file_digest
-from sppnet.config import STAGES, Config
+from sppnet.config import STAGES, Config, ProposalSettings
 from sppnet.pipeline.run_data import RunData
 from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-NO_RESULT = ("proposals.workers", "maps.runtime")  # settings that change no result beyond rounding
-FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
+NO_RESULT = ("maps.runtime",)  # settings that change no result beyond rounding
+FILES = ("backbone.weights.file", "head.checkpoint")  # their content counts, not their names
 # One version more where difficult objects do not train: since windows on them are left alone.
 LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
@@ -136,9 +136,16 @@ class StageGraph:
             if description.exists():
                 log.info("%s: of other settings or of re-run stages; deleted until training is complete", description)
                 description.unlink()
-        for name in reversed(STAGES):
-            if name in names and self.folder(name).exists():
-                shutil.rmtree(self.folder(name))
+        for name in (name for name in reversed(STAGES) if name in names):
+            searches = self.searches if name == "proposals" else []
+            for folder in (self.folder(name), *(folder for _, folder in searches)):
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+    @property
+    def searches(self) -> list[tuple[ProposalSettings, Path]]:
+        """The searches whose windows train together, with the folder of each; none where `proposals` gives them."""
+        return [(own, windows_folder(self.root, self.config, own)) for own in self.config.train_proposals]
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -164,6 +171,8 @@ class StageGraph:
             if key in FILES:
                 paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
                 section[last] = [file_digest(path) for path in paths if path.is_file()]
+        values["proposals"] = _search_values(self.config.proposals)
+        values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
         if self.config.backbone.module is None:
             del values["backbone"]["module"]
         else:
@@ -179,9 +188,18 @@ class StageGraph:
         return self.data.train if wanted else []
 
 
-def windows_folder(root: Path, config: Config) -> Path:
-    """Where the windows of these settings lie, of training and test images alike."""
-    return StageGraph(root, config, RunData()).folder("proposals")
+def windows_folder(root: Path, config: Config, search: ProposalSettings | None = None) -> Path:
+    """Where the windows of a search lie, by default of config.proposals, of training and test images alike."""
+    own = {"proposals": search or config.proposals, "train_proposals": ()}
+    return StageGraph(root, config.model_copy(update=own), RunData()).folder("proposals")
+
+
+def _search_values(settings: ProposalSettings) -> dict[str, Any]:
+    """What decides the windows: files by their content, and no model where none is used."""
+    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"}) | {"import_from": []}
+    for key, path in settings.files:
+        values.setdefault(key, []).extend([file_digest(path)] if path.is_file() else [])
+    return values
 
 
 def fc_layers(config: Config) -> tuple[str, ...]:
@@ -241,7 +259,7 @@ GRAPH: dict[str, Stage] = {
     for stage in (
         Stage(
             "proposals",
-            settings=lambda _: ["proposals"],
+            settings=lambda config: ["train_proposals" if config.train_proposals else "proposals"],
             outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
@@ -296,7 +314,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "thresholds",
-            settings=lambda _: ["detect"],
+            settings=lambda config: ["detect", *(["proposals"] if config.train_proposals else [])],
             reads=lambda config: [*_features(config.svm.layer), "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],

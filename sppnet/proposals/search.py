@@ -21,6 +21,7 @@ from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError, counted
 from sppnet.images import read_image
 from sppnet.jobs import available_cores, map_in_workers
+from sppnet.proposals.edge_boxes import edge_boxes
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
@@ -34,6 +35,7 @@ Proposer = Callable[[NDArray[np.uint8]], Windows]
 METHODS: dict[str, Callable[..., Windows]] = {  # image, settings
     "selective_search": selective_search,
     "opencv_selective_search": opencv_selective_search,
+    "edge_boxes": edge_boxes,
 }
 
 
@@ -88,9 +90,36 @@ def propose_images(
     workers = settings.workers or available_cores()  # a search holds no weights
     map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
-    counts = [len(read_windows(folder, record)) for record in mine]
-    mean = float(np.mean(counts)) if counts else 0.0
-    return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing), mean)
+    counts = len(searched), len(missing) - len(searched), len(mine) - len(missing)
+    return ProposeSummary(*counts, _mean_windows(folder, mine))
+
+
+def propose_union(
+    records: Sequence[ImageRecord],
+    searches: Sequence[tuple[ProposalSettings, Path]],
+    folder: Path,
+    progress: bool = True,
+) -> ProposeSummary:
+    """Write the windows of several searches together to `folder`: of each those that none before it has found.
+
+    Every search leaves its windows in a folder of its own, as `propose_images` does; the counts are sums over them.
+    """
+    mine = shard(records)
+    missing = not all(record.path_in(folder).exists() for record in records)  # of all, since processes wait together
+    done = [propose_images(records, settings, own, progress) for settings, own in searches if missing]
+    for record in mine:
+        if not record.path_in(folder).exists():
+            windows = np.concatenate([read_windows(own, record) for _, own in searches])
+            first = np.unique(windows, axis=0, return_index=True)[1]
+            write_arrays(record.path_in(folder), windows=windows[np.sort(first)])
+    barrier()
+    computed, imported = sum(each.computed for each in done), sum(each.imported for each in done)
+    reused = sum(each.reused for each in done) if missing else len(mine)
+    return ProposeSummary(computed, imported, reused, _mean_windows(folder, mine))
+
+
+def _mean_windows(folder: Path, records: Sequence[ImageRecord]) -> float:
+    return float(np.mean([len(read_windows(folder, record)) for record in records])) if records else 0.0
 
 
 def read_windows(folder: Path, record: ImageRecord) -> Windows:
