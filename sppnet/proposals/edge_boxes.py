@@ -15,7 +15,7 @@ from sppnet.proposals.edge_forest import forest_edges
 from sppnet.proposals.selective_search import Image, Ranked, best_windows, ximgproc
 
 # Ours, by recall at IoU 0.5 and mean best overlap on training images of VOC.
-SIGMA = 1.5  # px
+SIGMA = 2.0  # px
 STRONG = 99  # percentile of the gradients of an image from which on an edge is whole
 FAINT = 1.0  # gradients below are noise: an eighth of a grey level a pixel
 # As published: step of the search (IoU of neighbours), IoU of boxes that are kept, least score, boxes in all.

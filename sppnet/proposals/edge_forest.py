@@ -39,9 +39,12 @@ def forest_edges(image: Image, path: Path) -> tuple[NDArray[np.float32], NDArray
     height, width = image.shape[:2]
     bottom, right = (max(-side % shrink, patch - side) for side in (height, width))
     padded = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    edges = detector.detectEdges(padded.astype(np.float32) / np.float32(255))
-    orientations = detector.computeOrientation(edges)
-    thin = detector.edgesNms(edges, orientations)
+    try:
+        edges = detector.detectEdges(padded.astype(np.float32) / np.float32(255))
+        orientations = detector.computeOrientation(edges)
+        thin = detector.edgesNms(edges, orientations)
+    except cv2.error as error:  # of options that fit no image
+        raise _unusable(path, " ".join(str(error).split())) from None
     return thin[:height, :width], orientations[:height, :width]
 
 
@@ -83,7 +86,7 @@ def _read(path: Path) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
         text = file.read(LARGEST + 1).decode("ascii").replace("\r\n", "\n")
     head, *parts = re.split(r"^(\w+):", text, flags=re.MULTILINE)
     bodies = dict(zip(parts[::2], parts[1::2], strict=True))
-    if len(text) > LARGEST or not re.fullmatch(r"%YAML:1\.\d\s*(---\s*)?", head):
+    if len(text) > LARGEST or not re.fullmatch(r"%YAML[: ]1\.\d\s*(---\s*)?", head):
         raise ValueError(f"it begins with {text[:20]!r}, not with %YAML:1.0" if text else "it is empty")
     missing = [name for name in ("options", *LISTS) if name not in bodies]
     if missing or len(bodies) != len(parts) // 2:
