@@ -67,7 +67,7 @@ class DataSettings(Settings):
 class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
-    method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.4
+    method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.3
     mode: Literal["fast", "quality"] = "fast"  # of both selective searches
     edge_model: FilePath | None = None  # of edge_boxes: OpenCV's structured forest; None = gradients (ours)
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
@@ -320,8 +320,8 @@ class Config(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
-    # Windows of training and validation images, those of all entries together; empty = as proposals, which those of
-    # test images and the thresholds always are. Keys of an entry as in proposals.
+    # Sec. 4.3: windows of training and validation images, those of all entries together, each with the keys of
+    # `proposals`; empty = as `proposals`. Test images and thresholds always have those of `proposals`.
     train_proposals: tuple[ProposalSettings, ...] = ()
     backbone: BackboneSettings = BackboneSettings()
     maps: MapSettings = MapSettings()

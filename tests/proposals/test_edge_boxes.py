@@ -112,8 +112,8 @@ def test_one_colour_has_no_edges_and_no_windows() -> None:
 
 
 def opencvs(edges: NDArray[np.float32], orientations: NDArray[np.float32], area: float) -> dict[tuple[int, ...], float]:
-    """Boxes and their best scores by one call with the published parameters; xyxy half-open."""
-    search = cv2.ximgproc.createEdgeBoxes(alpha=0.65, beta=0.75, minScore=0.01, maxBoxes=10_000, minBoxArea=area)
+    """Boxes and their best scores by one call with the documented parameters; xyxy half-open."""
+    search = cv2.ximgproc.createEdgeBoxes(alpha=0.65, beta=0.7, minScore=0.01, maxBoxes=10_000, minBoxArea=area)
     scores: dict[tuple[int, ...], float] = {}
     for (x, y, w, h), score in zip(*search.getBoundingBoxes(edges, orientations), strict=True):
         box = int(x) - 1, int(y) - 1, int(x + w), int(y + h)
