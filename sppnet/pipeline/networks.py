@@ -15,7 +15,7 @@ from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_runtime
 from sppnet.backbones.weights import load_weight_file, torchvision_state
-from sppnet.config import BackboneSettings, ProposalSettings, SVMSettings
+from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
 from sppnet.detection.feature_maps import check_sizes
 from sppnet.detection.linear_svm import mean_norm_scale
@@ -156,7 +156,7 @@ class TrainingNetworks:
         """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""
         config, data, difficult = self.config, self.graph.data, self.config.data.train_on_difficult
         used, more = {name for name in stages if not GRAPH[name].skipped(config)}, set(stages) - {"proposals"}
-        files = [(f"{section}.{key}", path) for section, own in self._searches for key, path in own.files]
+        files = self._window_files
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -189,9 +189,9 @@ class TrainingNetworks:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
-        for _, own in self._searches if not self.graph.status("proposals").complete else []:
-            if own.method == "edge_boxes" and own.edge_model is not None:
-                load_forest(own.edge_model)
+        for name, path in self._window_files if not self.graph.status("proposals").complete else []:
+            if name.endswith("edge_model"):
+                load_forest(path)
         if set(stages) - {"proposals"}:
             if not self.config.pretrain.enabled:
                 _ = self.backbone
@@ -201,10 +201,11 @@ class TrainingNetworks:
                 self.started_head()
 
     @property
-    def _searches(self) -> list[tuple[str, ProposalSettings]]:
-        """The sections that say how windows are searched, by name."""
-        others = [(f"train_proposals.{place}", own) for place, own in enumerate(self.config.train_proposals)]
-        return [("proposals", self.config.proposals), *others]
+    def _window_files(self) -> list[tuple[str, Path]]:
+        """The files that decide the windows, each after its setting."""
+        entries = {f"train_proposals.{place}": own for place, own in enumerate(self.config.train_proposals)}
+        sections = {"proposals": self.config.proposals, **entries}
+        return [(f"{section}.{key}", path) for section, own in sections.items() for key, path in own.files]
 
     def _needs_start_of(self, stage: str) -> bool:
         """Whether what a stage starts from is used: the stage is skipped or not complete."""

@@ -136,16 +136,19 @@ class StageGraph:
             if description.exists():
                 log.info("%s: of other settings or of re-run stages; deleted until training is complete", description)
                 description.unlink()
-        for name in (name for name in reversed(STAGES) if name in names):
-            searches = self.searches if name == "proposals" else []
-            for folder in (self.folder(name), *(folder for _, folder in searches)):
-                if folder.exists():
-                    shutil.rmtree(folder)
+        folders = [self.folder(name) for name in reversed(STAGES) if name in names]
+        for folder in [*folders, *(self.searches if "proposals" in names else ())]:
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def windows(self, search: ProposalSettings | None = None) -> Path:
+        """Where the windows of a search lie, by default those of test images."""
+        return windows_folder(self.root, self.config, search)
 
     @property
-    def searches(self) -> list[tuple[ProposalSettings, Path]]:
-        """The searches whose windows train together, with the folder of each; none where `proposals` gives them."""
-        return [(own, windows_folder(self.root, self.config, own)) for own in self.config.train_proposals]
+    def searches(self) -> dict[Path, ProposalSettings]:
+        """The searches whose windows train together, by their folders; none where `proposals` gives them."""
+        return {self.windows(own): own for own in self.config.train_proposals}
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -36,15 +36,7 @@ from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import Split, load_run_data
-from sppnet.pipeline.stages import (
-    CHECKPOINT,
-    StageGraph,
-    StageStatus,
-    ranks,
-    regressor_path,
-    tunes_low_rank,
-    windows_folder,
-)
+from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
@@ -154,10 +146,8 @@ class Training:
     def proposals(self) -> str:
         records = self.graph.data.images
         folder = self.graph.folder("proposals")
-        if searches := self.graph.searches:
-            done = propose_union(records, searches, folder, self.progress)
-        else:
-            done = propose_images(records, self.config.proposals, folder, self.progress)
+        several = propose_union(records, self.graph.searches, folder, self.progress) if self.graph.searches else None
+        done = several or propose_images(records, self.config.proposals, folder, self.progress)
         windows = {r.id: read_windows(folder, r) for r in records}
         bare = [name for name, found in windows.items() if not len(found)]
         log.debug("images without windows: %s", ", ".join(bare) or "none")
@@ -271,12 +261,12 @@ class Training:
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path, records = self.graph.folder("thresholds") / "thresholds.json", self.graph.data.validation
-        windows = windows_folder(self.graph.root, self.config)  # as `eval` detects, not those that train
+        windows = self.graph.windows()  # as `eval` detects
         if self.config.train_proposals and not path.exists():
             propose_images(records, self.config.proposals, windows, self.progress, imports_needed=False)
         if distributed.is_main() and not path.exists():
-            detector, maps = self._detector(), self.graph.folder("maps")
-            write_json(path, choose_thresholds(detector, records, windows, maps, self.progress))
+            maps = self.graph.folder("maps")
+            write_json(path, choose_thresholds(self._detector(), records, windows, maps, self.progress))
         distributed.barrier()
         return describe_thresholds(read_json(path))
 

@@ -5,6 +5,8 @@ The edges are those of a structured forest where the settings name its file, els
 
 from __future__ import annotations
 
+from functools import partial
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -31,34 +33,29 @@ def edge_boxes(image: Image, settings: ProposalSettings | None = None) -> NDArra
     A uniform image has no edges, and no windows. SppnetError also for an edge_model that cannot be used.
     """
     own = checked_settings(ProposalSettings, settings)
-
-    def search(small: Image) -> Ranked:
-        model = own.edge_model
-        edges, orientations = gradient_edges(small) if model is None else forest_edges(small, model)
-        return _opencv_boxes(edges, orientations, float(np.clip(own.min_side**2, *AREAS)))
-
-    return best_windows(image, own, search)
+    edges_of = gradient_edges if own.edge_model is None else partial(forest_edges, path=own.edge_model)
+    area = float(np.clip(own.min_side**2, *AREAS))
+    return best_windows(image, own, lambda small: _opencv_boxes(*edges_of(small), area))
 
 
 def gradient_edges(image: Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Thinned edges (H, W) of an RGB image in [0, 1], and their orientations, those of the gradient, in [0, π).
 
-    Of each pixel the gradient of the channel of Lab that changes most; it stays where it is not smaller than those
-    a pixel further along its direction, which lie between pixels.
+    Of each pixel the gradient of the channel of Lab that changes most; it stays where it is not smaller than those one
+    pixel away along its direction.
     """
     lab = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB).astype(np.float32)
     smooth = cv2.GaussianBlur(lab, (0, 0), SIGMA)
-    dx, dy = (cv2.Sobel(smooth, cv2.CV_32F, *order) for order in ((1, 0), (0, 1)))
-    strongest = (dx * dx + dy * dy).argmax(axis=2)[..., None]
-    dx, dy = (np.take_along_axis(each, strongest, axis=2)[..., 0] for each in (dx, dy))
-    size = np.sqrt(dx * dx + dy * dy)
-    thin, length = size, np.maximum(size, np.finfo(np.float32).tiny)
-    here, step = np.indices(size.shape, dtype=np.float32), np.stack([dy, dx]) / length
-    for side in (here + step, here - step):
-        size_there = map_coordinates(size, side, order=1, mode="nearest")
-        thin = np.where(size >= size_there, thin, 0)
+    by_channel = np.stack([cv2.Sobel(smooth, cv2.CV_32F, 0, 1), cv2.Sobel(smooth, cv2.CV_32F, 1, 0)])
+    strongest = (by_channel**2).sum(axis=0).argmax(axis=2)[None, ..., None]
+    gradient = np.take_along_axis(by_channel, strongest, axis=3)[..., 0]
+    size = np.sqrt((gradient**2).sum(axis=0))
+    thin, here = size, np.indices(size.shape, dtype=np.float32)
+    step = gradient / np.maximum(size, np.finfo(np.float32).tiny)
+    for beside in (here + step, here - step):
+        thin = np.where(size >= map_coordinates(size, beside, order=1, mode="nearest"), thin, 0)
     whole = np.float32(max(np.percentile(size, STRONG), FAINT))
-    return np.minimum(thin / whole, 1), np.mod(np.arctan2(dy, dx), np.float32(np.pi))
+    return np.minimum(thin / whole, 1), np.mod(np.arctan2(*gradient), np.float32(np.pi))
 
 
 def _opencv_boxes(edges: NDArray[np.float32], orientations: NDArray[np.float32], area: float) -> Ranked:

@@ -7,7 +7,7 @@ leaves one file per image, so an interrupted run continues where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,27 +95,23 @@ def propose_images(
 
 
 def propose_union(
-    records: Sequence[ImageRecord],
-    searches: Sequence[tuple[ProposalSettings, Path]],
-    folder: Path,
-    progress: bool = True,
+    records: Sequence[ImageRecord], searches: Mapping[Path, ProposalSettings], folder: Path, progress: bool = True
 ) -> ProposeSummary:
     """Write the windows of several searches together to `folder`: of each those that none before it has found.
 
-    Every search leaves its windows in a folder of its own, as `propose_images` does; the counts are sums over them.
+    `searches`: by the folders that keep the windows of each, as `propose_images` writes them. Counts are sums over them.
     """
-    mine = shard(records)
     missing = not all(record.path_in(folder).exists() for record in records)  # of all, since processes wait together
-    done = [propose_images(records, settings, own, progress) for settings, own in searches if missing]
-    for record in mine:
+    done = [propose_images(records, own, place, progress) for place, own in searches.items() if missing]
+    for record in shard(records):
         if not record.path_in(folder).exists():
-            windows = np.concatenate([read_windows(own, record) for _, own in searches])
+            windows = np.concatenate([read_windows(place, record) for place in searches])
             first = np.unique(windows, axis=0, return_index=True)[1]
             write_arrays(record.path_in(folder), windows=windows[np.sort(first)])
     barrier()
     computed, imported = sum(each.computed for each in done), sum(each.imported for each in done)
-    reused = sum(each.reused for each in done) if missing else len(mine)
-    return ProposeSummary(computed, imported, reused, _mean_windows(folder, mine))
+    reused = len(searches) * len(shard(records)) - computed - imported
+    return ProposeSummary(computed, imported, reused, _mean_windows(folder, shard(records)))
 
 
 def _mean_windows(folder: Path, records: Sequence[ImageRecord]) -> float:

@@ -166,11 +166,11 @@ def test_windows_of_training_are_a_stage_of_their_own_searches_and_those_of_test
     config = changed(small_run, train_proposals=both)
     graph = StageGraph(small_run.root, config, data)
     alone = [changed(small_run, proposals=values).proposals for values in both]
-    assert [search for search, _ in graph.searches] == alone
-    for values, (_, folder) in zip(both, graph.searches, strict=True):
+    assert list(graph.searches.values()) == alone
+    for values, folder in zip(both, graph.searches, strict=True):
         assert folder == windows_folder(small_run.root, changed(small_run, proposals=values))
     assert windows_folder(small_run.root, config) == windows_folder(small_run.root, small_run.config)
-    names = {graph.folder("proposals"), windows_folder(small_run.root, config), *(at for _, at in graph.searches)}
+    names = {graph.folder("proposals"), windows_folder(small_run.root, config), *graph.searches}
     assert len(names) == 4
 
     def digests(**changes):

@@ -372,13 +372,13 @@ def test_windows_that_were_never_proposed_are_asked_for(tmp_path: Path) -> None:
 # several searches together
 
 
-def union_of(folder: Path) -> tuple[list[ImageRecord], list[tuple[ProposalSettings, Path]]]:
+def union_of(folder: Path) -> tuple[list[ImageRecord], dict[Path, ProposalSettings]]:
     """Three images, and searches of which the first imports windows of the second image."""
     rows = [[5, 5, 90, 90], [0, 0, 200, 150], [5, 5, 90, 90]]
     export_windows(folder / "w.npz", ["000001"], [rows])
     first = opencv(workers=1, import_from=(folder / "w.npz",))
     second = ProposalSettings(method="edge_boxes", workers=1, max_windows=40)
-    return make_records(folder), [(first, folder / "a"), (second, folder / "b")]
+    return make_records(folder), {folder / "a": first, folder / "b": second}
 
 
 def test_windows_of_several_searches_follow_each_other_each_once(tmp_path: Path) -> None:
@@ -403,13 +403,13 @@ def test_a_union_that_is_there_needs_no_search_and_one_that_is_lost_only_its_win
     before = read_windows(tmp_path / "out", records[2])
     records[2].path_in(tmp_path / "out").unlink()
     summary = propose_union(records, searches, tmp_path / "out", progress=False)
-    assert (summary.computed, summary.imported, summary.reused) == (0, 0, 6)
+    assert (summary.computed, summary.imported, summary.reused) == (0, 0, 6)  # by two searches
     np.testing.assert_array_equal(read_windows(tmp_path / "out", records[2]), before)
-    for _, folder in searches:
+    for folder in searches:
         shutil.rmtree(folder)
     summary = propose_union(records, searches, tmp_path / "out", progress=False)
-    assert (summary.computed, summary.imported, summary.reused) == (0, 0, 3)
-    assert not searches[0][1].exists()
+    assert (summary.computed, summary.imported, summary.reused) == (0, 0, 6)
+    assert not any(folder.exists() for folder in searches)
 
 
 @pytest.mark.shared_data
