@@ -76,12 +76,6 @@ class ProposalSettings(Settings):
     import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
 
-    @property
-    def files(self) -> list[tuple[str, Path]]:
-        """The files that decide the windows, each after its key."""
-        model = [] if self.edge_model is None or self.method != "edge_boxes" else [("edge_model", self.edge_model)]
-        return [*(("import_from", path) for path in self.import_from), *model]
-
 
 class WeightsSettings(Settings):
     """Pretrained weights of a backbone and the preprocessing they were trained with.

@@ -156,7 +156,10 @@ class TrainingNetworks:
         """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""
         config, data, difficult = self.config, self.graph.data, self.config.data.train_on_difficult
         used, more = {name for name in stages if not GRAPH[name].skipped(config)}, set(stages) - {"proposals"}
-        files = self._window_files
+        trained = {f"train_proposals.{place}": own for place, own in enumerate(config.train_proposals)}
+        searches = {"proposals": config.proposals, **trained}
+        files = [(f"{name}.import_from", path) for name, own in searches.items() for path in own.import_from]
+        files += [(f"{name}.edge_model", own.edge_model) for name, own in searches.items() if own.edge_model]
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -189,9 +192,9 @@ class TrainingNetworks:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
-        for name, path in self._window_files if not self.graph.status("proposals").complete else []:
-            if name.endswith("edge_model"):
-                load_forest(path)
+        for own in (self.config.proposals, *self.config.train_proposals):
+            if own.edge_model is not None:
+                load_forest(own.edge_model)
         if set(stages) - {"proposals"}:
             if not self.config.pretrain.enabled:
                 _ = self.backbone
@@ -199,13 +202,6 @@ class TrainingNetworks:
                 build_backbone(self.config.backbone, module=self.module)
             if self.config.head.init != "random" and self._needs_start_of("finetune"):
                 self.started_head()
-
-    @property
-    def _window_files(self) -> list[tuple[str, Path]]:
-        """The files that decide the windows, each after its setting."""
-        entries = {f"train_proposals.{place}": own for place, own in enumerate(self.config.train_proposals)}
-        sections = {"proposals": self.config.proposals, **entries}
-        return [(f"{section}.{key}", path) for section, own in sections.items() for key, path in own.files]
 
     def _needs_start_of(self, stage: str) -> bool:
         """Whether what a stage starts from is used: the stage is skipped or not complete."""

@@ -23,8 +23,6 @@ from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-NO_RESULT = ("maps.runtime",)  # settings that change no result beyond rounding
-FILES = ("backbone.weights.file", "head.checkpoint")  # their content counts, not their names
 # One version more where difficult objects do not train: since windows on them are left alone.
 LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
@@ -165,15 +163,11 @@ class StageGraph:
 
     @cached_property
     def _values(self) -> Any:
-        """All settings, files by their content, without those that change no result."""
+        """All settings, without those that change no result beyond rounding."""
         values: Any = self.config.model_dump(mode="json")
-        for key in (*NO_RESULT, *FILES):
-            *parents, last = key.split(".")
-            section = reduce(getitem, parents, values)
-            named = section.pop(last)
-            if key in FILES:
-                paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
-                section[last] = [file_digest(path) for path in paths if path.is_file()]
+        del values["maps"]["runtime"]
+        values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
+        values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
         if self.config.backbone.module is None:
@@ -198,11 +192,14 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 
 
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
-    """What decides the windows: files by their content, and no model where none is used."""
-    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"}) | {"import_from": []}
-    for key, path in settings.files:
-        values.setdefault(key, []).extend([file_digest(path)] if path.is_file() else [])
-    return values
+    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
+    values["import_from"] = _contents(*settings.import_from)
+    return values if settings.edge_model is None else {**values, "edge_model": _contents(settings.edge_model)}
+
+
+def _contents(*paths: Path | None) -> list[str]:
+    """Files count by their content, not by their names."""
+    return [file_digest(path) for path in paths if path is not None and path.is_file()]
 
 
 def fc_layers(config: Config) -> tuple[str, ...]:

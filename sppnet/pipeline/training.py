@@ -154,7 +154,7 @@ class Training:
         quality = proposal_recall(windows, {r.id: r.annotation for r in records if r.annotation is not None})
         return (
             f"{counted(done.computed, 'image')} searched, {done.imported} imported, {done.reused} reused; "
-            f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
+            f"{quality.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
             f"mean best overlap {quality.mean_best_overlap:.3f}"
             + (f"; {len(bare)} × image without windows (its objects alone are used), e.g. {bare[0]}" if bare else "")
         )

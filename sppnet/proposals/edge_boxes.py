@@ -5,8 +5,6 @@ The edges are those of a structured forest where the settings name its file, els
 
 from __future__ import annotations
 
-from functools import partial
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +31,22 @@ def edge_boxes(image: Image, settings: ProposalSettings | None = None) -> NDArra
     A uniform image has no edges, and no windows. SppnetError also for an edge_model that cannot be used.
     """
     own = checked_settings(ProposalSettings, settings)
-    edges_of = gradient_edges if own.edge_model is None else partial(forest_edges, path=own.edge_model)
-    area = float(np.clip(own.min_side**2, *AREAS))
-    return best_windows(image, own, lambda small: _opencv_boxes(*edges_of(small), area))
+
+    def search(small: Image) -> Ranked:
+        edges, orientations = gradient_edges(small) if own.edge_model is None else forest_edges(small, own.edge_model)
+        # It keeps what it saw: a new one for each image.
+        boxes_of = ximgproc().createEdgeBoxes(**SEARCH, minBoxArea=float(np.clip(own.min_side**2, *AREAS)))
+        found, scores = boxes_of.getBoundingBoxes(np.ascontiguousarray(edges), np.ascontiguousarray(orientations))
+        boxes = np.asarray(found if edges.any() else (), dtype=np.int64).reshape(-1, 4)
+        # As in Matlab the first pixel is 1, and a box ends with the pixel at its corner + its size.
+        corners = np.concatenate([boxes[:, :2] - 1, boxes[:, :2] + boxes[:, 2:]], axis=1)
+        return corners, -np.asarray(scores if len(boxes) else (), dtype=np.float64).reshape(-1)
+
+    return best_windows(image, own, search)
 
 
 def gradient_edges(image: Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Thinned edges (H, W) of an RGB image in [0, 1], and their orientations, those of the gradient, in [0, π).
+    """Thinned edges (H, W) of an RGB image in [0, 1], and their orientations, those of the gradient, in [0, π].
 
     Of each pixel the gradient of the channel of Lab that changes most; it stays where it is not smaller than those one
     pixel away along its direction.
@@ -56,15 +63,3 @@ def gradient_edges(image: Image) -> tuple[NDArray[np.float32], NDArray[np.float3
         thin = np.where(size >= map_coordinates(size, beside, order=1, mode="nearest"), thin, 0)
     whole = np.float32(max(np.percentile(size, STRONG), FAINT))
     return np.minimum(thin / whole, 1), np.mod(np.arctan2(*gradient), np.float32(np.pi))
-
-
-def _opencv_boxes(edges: NDArray[np.float32], orientations: NDArray[np.float32], area: float) -> Ranked:
-    """What OpenCV finds, and minus its scores."""
-    if not edges.any():
-        return np.zeros((0, 4), np.int64), np.zeros(0)
-    search = ximgproc().createEdgeBoxes(**SEARCH, minBoxArea=area)  # it keeps what it saw: a new one for each image
-    found, scores = search.getBoundingBoxes(np.ascontiguousarray(edges), np.ascontiguousarray(orientations))
-    boxes = np.asarray(found, dtype=np.int64).reshape(-1, 4)
-    # As in Matlab the first pixel is 1, and a box ends with the pixel at its corner + its size.
-    corners = np.concatenate([boxes[:, :2] - 1, boxes[:, :2] + boxes[:, 2:]], axis=1)
-    return corners, -np.asarray(() if scores is None else scores, dtype=np.float64).reshape(-1)

@@ -20,54 +20,45 @@ from numpy.typing import NDArray
 from sppnet.errors import SppnetError
 from sppnet.proposals.selective_search import Image, ximgproc
 
-OPTIONS = {  # of a model, and the values that are taken: beyond them tables of OpenCV overflow or fill the memory
-    "numberOfTrees": (1, 1000), "numberOfTreesToEvaluate": (1, 32), "selfsimilarityGridSize": (1, 16),
-    "stride": (1, 64), "shrinkNumber": (1, 64), "patchSize": (1, 256), "patchInnerSize": (1, 256),
-    "numberOfGradientOrientations": (1, 24), "gradientSmoothingRadius": (0, 64), "regFeatureSmoothingRadius": (0, 64),
-    "ssFeatureSmoothingRadius": (0, 64), "gradientNormalizationRadius": (0, 64),
-}  # fmt: skip
+OPTIONS = (
+    "numberOfTrees", "numberOfTreesToEvaluate", "selfsimilarityGridSize", "stride", "patchSize", "patchInnerSize",
+    "numberOfGradientOrientations", "gradientSmoothingRadius", "regFeatureSmoothingRadius", "ssFeatureSmoothingRadius",
+    "gradientNormalizationRadius", "shrinkNumber",
+)  # fmt: skip
+MOST = 32  # of an option; tables of OpenCV overflow or fill the memory with much larger ones
+SHRINK = 2  # the only shrinkNumber of a forest; others do not fit images of all sizes
 LISTS = ("childs", "featureIds", "thresholds", "edgeBoundaries", "edgeBins")
 
 
 def forest_edges(image: Image, path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Thinned edges (H, W) of an RGB image by the forest in a file, and their orientations; errors as `load_forest`."""
-    detector, shrink, patch = load_forest(path)
+    detector, patch = load_forest(path)
     height, width = image.shape[:2]
-    bottom, right = (max(-side % shrink, patch - side) for side in (height, width))  # else OpenCV writes beside it
+    bottom, right = (max(side % SHRINK, patch - side) for side in (height, width))  # else OpenCV writes beside it
     padded = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    try:
-        edges = detector.detectEdges(padded.astype(np.float32) / np.float32(255))
-        orientations = detector.computeOrientation(edges)
-        return detector.edgesNms(edges, orientations)[:height, :width], orientations[:height, :width]
-    except cv2.error as error:  # options that fit no image
-        raise _unusable(path, error) from None
+    edges = detector.detectEdges(padded.astype(np.float32) / np.float32(255))
+    orientations = detector.computeOrientation(edges)
+    return detector.edgesNms(edges, orientations)[:height, :width], orientations[:height, :width]
 
 
-def load_forest(path: Path) -> tuple[Any, int, int]:
-    """OpenCV's detector of a model file, its shrinkNumber and its patchSize.
+def load_forest(path: Path) -> tuple[Any, int]:
+    """OpenCV's detector of a model file, and the least side of an image, which must be even.
 
     SppnetError for a file that is gone or holds no forest that OpenCV can use.
     """
-    if not path.is_file():
-        remedy = "put the file that proposals.edge_model names there, or pass windows of your own"
-        raise SppnetError(f"{path}: no such file; {remedy}")
-    return _load(path, path.stat().st_mtime_ns)
+    return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 @lru_cache(maxsize=1)  # reading a forest takes seconds
-def _load(path: Path, _: int) -> tuple[Any, int, int]:
+def _load(path: Path, _: int) -> tuple[Any, int]:
     create = ximgproc().createStructuredEdgeDetection
     try:
         options = _read(path)
-        return create(str(path)), options["shrinkNumber"], options["patchSize"]
+        return create(str(path)), options["patchSize"]
     except (ValueError, OSError, EOFError, ZlibError, RecursionError, cv2.error) as error:
-        raise _unusable(path, error) from None
-
-
-def _unusable(path: Path, problem: Exception) -> SppnetError:
-    wanted = "expected a structured forest as OpenCV reads it (model.yml.gz, or model.yml unpacked)"
-    found = " ".join(str(problem).split())
-    return SppnetError(f"{path}: {wanted}, but {found}; name another file, or leave proposals.edge_model out")
+        wanted = "expected a structured forest as OpenCV reads it (model.yml.gz, or model.yml unpacked)"
+        found = f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())}"
+        raise SppnetError(f"{path}: {wanted}, but {found}; put one there, or leave proposals.edge_model out") from None
 
 
 def _read(path: Path) -> dict[str, int]:
@@ -105,12 +96,13 @@ def _numbers(name: str, body: str) -> NDArray[Any]:
 
 def _check(options: dict[str, int], lists: dict[str, NDArray[Any]]) -> None:
     """ValueError for what would make OpenCV read or write beside its tables, or never end."""
-    for name, (low, high) in OPTIONS.items():
-        if not low <= options.get(name, -1) <= high:
-            raise ValueError(f"{name} is {options.get(name, 'missing')}, not from {low} to {high}")
-    shrink, patch, inner = options["shrinkNumber"], options["patchSize"], options["patchInnerSize"]
-    if patch % shrink or inner % shrink or (patch - inner) % 2 or inner > patch:
-        raise ValueError(f"patchSize={patch} and patchInnerSize={inner} do not fit shrinkNumber={shrink} or each other")
+    for name in OPTIONS:
+        least = 0 if name.endswith("Radius") else 1
+        if not least <= options.get(name, -1) <= MOST:
+            raise ValueError(f"{name} is {options.get(name, 'missing')}, not from {least} to {MOST}")
+    patch, inner = options["patchSize"], options["patchInnerSize"]
+    if options["shrinkNumber"] != SHRINK or patch % SHRINK or inner % SHRINK or inner > patch:
+        raise ValueError(f"shrinkNumber is not {SHRINK}, or patchSize={patch} and patchInnerSize={inner} do not fit it")
     childs, features, thresholds, bounds, bins = lists.values()
     nodes, rest = divmod(len(childs), options["numberOfTrees"])
     if rest or not nodes or not len(childs) == len(features) == len(thresholds) < len(bounds):
@@ -118,7 +110,7 @@ def _check(options: dict[str, int], lists: dict[str, NDArray[Any]]) -> None:
         raise ValueError(f"its lists do not fit {options['numberOfTrees']} trees of one size: {sizes}")
     # `childs` holds the number of a node's left child, counted from one; the right is next. Both lie behind the node.
     leaf, place = childs == 0, np.arange(len(childs)) % nodes
-    cells, grid = (patch // shrink) ** 2, options["selfsimilarityGridSize"] ** 2
+    cells, grid = (patch // SHRINK) ** 2, options["selfsimilarityGridSize"] ** 2
     channels = 2 * options["numberOfGradientOrientations"] + 5
     good = (
         leaf | ((childs >= place + 2) & (childs < nodes)),

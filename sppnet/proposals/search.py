@@ -46,7 +46,6 @@ class ProposeSummary:
     computed: int  # searched now
     imported: int  # taken from proposals.import_from now
     reused: int  # found complete from an earlier run
-    mean_windows: float  # per image, over all three; 0 without images
 
 
 def make_proposer(settings: ProposalSettings) -> Proposer:
@@ -90,8 +89,7 @@ def propose_images(
     workers = settings.workers or available_cores()  # a search holds no weights
     map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
-    counts = len(searched), len(missing) - len(searched), len(mine) - len(missing)
-    return ProposeSummary(*counts, _mean_windows(folder, mine))
+    return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing))
 
 
 def propose_union(
@@ -99,23 +97,17 @@ def propose_union(
 ) -> ProposeSummary:
     """Write the windows of several searches together to `folder`: of each those that none before it has found.
 
-    `searches`: by the folders that keep the windows of each, as `propose_images` writes them. Counts are sums over them.
+    `searches`: by the folders that keep the windows of each, as `propose_images` does; counts are sums over them.
     """
     missing = not all(record.path_in(folder).exists() for record in records)  # of all, since processes wait together
     done = [propose_images(records, own, place, progress) for place, own in searches.items() if missing]
-    for record in shard(records):
-        if not record.path_in(folder).exists():
-            windows = np.concatenate([read_windows(place, record) for place in searches])
-            first = np.unique(windows, axis=0, return_index=True)[1]
-            write_arrays(record.path_in(folder), windows=windows[np.sort(first)])
+    for record in (record for record in shard(records) if not record.path_in(folder).exists()):
+        windows = np.concatenate([read_windows(place, record) for place in searches])
+        first = np.sort(np.unique(windows, axis=0, return_index=True)[1])
+        write_arrays(record.path_in(folder), windows=windows[first])
     barrier()
     computed, imported = sum(each.computed for each in done), sum(each.imported for each in done)
-    reused = len(searches) * len(shard(records)) - computed - imported
-    return ProposeSummary(computed, imported, reused, _mean_windows(folder, shard(records)))
-
-
-def _mean_windows(folder: Path, records: Sequence[ImageRecord]) -> float:
-    return float(np.mean([len(read_windows(folder, record)) for record in records])) if records else 0.0
+    return ProposeSummary(computed, imported, len(searches) * len(shard(records)) - computed - imported)
 
 
 def read_windows(folder: Path, record: ImageRecord) -> Windows:

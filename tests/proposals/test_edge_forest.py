@@ -101,13 +101,13 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "option_twice.yml": (forest().replace("stride: 2", "stride: 2\n    stride: 9"), "options are not a number each"),
     "text.yml": (forest({"stride": "two"}), "options are not a number each"),
     "octal.yml": (forest({"stride": "02"}), "options are not a number each"),
-    "no_option.yml": (forest({"patchSize": None}), "patchSize is missing, not from 1 to 256"),
-    "no_trees.yml": (forest({"numberOfTrees": 0}), "numberOfTrees is 0, not from 1 to 1000"),
+    "no_option.yml": (forest({"patchSize": None}), "patchSize is missing, not from 1 to 32"),
+    "no_trees.yml": (forest({"numberOfTrees": 0}), "numberOfTrees is 0, not from 1 to 32"),
     "three_trees.yml": (forest({"numberOfTrees": 4}), "its lists do not fit 4 trees of one size: 6 childs"),
-    "no_stride.yml": (forest({"stride": 0}), "stride is 0, not from 1 to 64"),
-    "huge.yml": (forest({"patchSize": 100_000}), "patchSize is 100000, not from 1 to 256"),
-    "odd.yml": (forest({"shrinkNumber": 3}), "patchSize=32 and patchInnerSize=16 do not fit shrinkNumber=3"),
-    "inner.yml": (forest({"patchInnerSize": 64}), "patchSize=32 and patchInnerSize=64 do not fit"),
+    "no_stride.yml": (forest({"stride": 0}), "stride is 0, not from 1 to 32"),
+    "huge.yml": (forest({"patchSize": 100_000}), "patchSize is 100000, not from 1 to 32"),
+    "odd.yml": (forest({"shrinkNumber": 3}), "shrinkNumber is not 2, or patchSize=32 and patchInnerSize=16 do not fit it"),
+    "inner.yml": (forest({"patchSize": 8}), "patchSize=8 and patchInnerSize=16 do not fit"),
     "flat.yml": (forest(childs=None) + "\nchilds: [2,0,0,2,0,0]\n", "childs are not rows of whole numbers in brackets"),
     "nested.yml": (forest(childs=[["[2,0,0]"], ["[2,0,0]"]]), "childs are not rows of whole numbers in brackets"),
     "words.yml": (forest(childs=[['"a"', 0, 0]] * 2), "childs are not rows of whole numbers in brackets"),
@@ -156,7 +156,7 @@ def test_a_file_that_is_no_sound_forest_is_refused_before_opencv_reads_it(name: 
     assert name in messages
     assert messages[name].startswith(KIND), messages[name]
     assert BROKEN[name][1] in messages[name]
-    assert messages[name].endswith("; name another file, or leave proposals.edge_model out")
+    assert messages[name].endswith("; put one there, or leave proposals.edge_model out")
 
 
 def test_opencv_itself_would_end_the_process(tmp_path: Path) -> None:
@@ -166,16 +166,18 @@ def test_opencv_itself_would_end_the_process(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_gone_or_a_folder_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone.yml", tmp_path):
-        with pytest.raises(SppnetError, match=r": no such file; put the file that proposals\.edge_model names there"):
+    for path, why in (tmp_path / "gone.yml", "No such file or directory"), (tmp_path, "Is a directory"):
+        with pytest.raises(SppnetError, match=rf"{path}: expected a structured forest .*, but {why}; put one there"):
             forest_edges(square(), path)
 
 
-def test_options_that_opencv_cannot_apply_are_an_error_too(tmp_path: Path) -> None:
-    tiny = {"patchSize": 1, "patchInnerSize": 1, "shrinkNumber": 1}
-    path = written(tmp_path / "m.yml", forest(tiny, featureIds=[[0, 0, 0]] * 2, edgeBins=[[0] * 80]))
-    with pytest.raises(SppnetError, match=r"m\.yml: expected a structured forest .* but OpenCV"):
-        forest_edges(square(1, 1), path)
+@pytest.mark.parametrize("side", [2, 16, 32])
+def test_the_smallest_options_are_no_danger_either(side: int, tmp_path: Path) -> None:
+    least = {name: 0 if name.endswith("Radius") else 1 for name in OPTIONS}
+    options = {**least, "shrinkNumber": 2, "patchSize": side, "patchInnerSize": 2}
+    text = forest({**options, "numberOfTrees": 2}, featureIds=[[0, 0, 0]] * 2, edgeBins=[[2 * 2 * 7 - 1] * 80])
+    edges, _ = forest_edges(square(9, 2), written(tmp_path / "m.yml", text))
+    assert edges.shape == (9, 2)
 
 
 def test_an_opencv_without_its_contributions_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
