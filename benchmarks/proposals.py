@@ -1,11 +1,12 @@
-"""Selective search, ours beside OpenCV's: time per image on one core, and how well the windows cover the objects.
+"""Selective search, ours beside OpenCV's, and EdgeBoxes: time an image on one core, and how objects are covered.
 
     python benchmarks/proposals.py [--timed 5] [--rounds 5] [--images N] [--picture docs/pictures/proposals.png]
 
 CPU seconds of the process, image by image in turn, so that a busy machine slows both; ratios are taken round by round.
-With SPPNET_SHARED set the images are VOC's; both then search all val images, or --images of them, and recall at IoU 0.5
+With SPPNET_SHARED set the images are VOC's; all then search all val images, or --images of them, and recall at IoU 0.5
 and mean best overlap with the objects of nine classes are printed, and drawn for the first 100 … 2,000 windows where
---picture names a file (OpenCV takes most of a second an image). Without it generated images are timed.
+--picture names a file (OpenCV takes most of a second an image). Without it generated images are timed. EdgeBoxes takes
+the edges of gradients, or of the structured forest that --edge-model names.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sppnet.data.selection import restrict
 from sppnet.data.splits import load_splits
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.images import read_image
+from sppnet.proposals.edge_boxes import edge_boxes
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
 
@@ -36,15 +38,18 @@ COUNTS = (100, 200, 500, 1000, 1500, 2000)
 SEARCHES: dict[str, Callable[[np.ndarray, ProposalSettings], np.ndarray]] = {
     "sppnet": selective_search,
     "OpenCV": opencv_selective_search,
+    "EdgeBoxes": edge_boxes,
 }
+OTHERS = ("OpenCV", "EdgeBoxes")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cv2.setNumThreads(1)
     print(f"{describe()}; one of them, mode {options.mode}")
+    settings = ProposalSettings(mode=options.mode, edge_model=options.edge_model)
     if options.timed:
-        time_images(options.timed, options.rounds, ProposalSettings(mode=options.mode))
+        time_images(options.timed, options.rounds, settings)
     root = shared("voc/VOCdevkit")
     if root is None:
         print("SPPNET_SHARED is not set: no recall without annotated images")
@@ -52,16 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
     records = restrict(load_splits(root, ("VOC2007/val", "VOC2012/val"))[0], CLASSES)
     records = spread(records, len(records) if options.images is None else options.images)
     for number, min_side in enumerate(options.min_sides if records else []):
-        results = compare_recall(records, ProposalSettings(mode=options.mode, min_side=min_side))
+        results = compare_recall(records, settings.model_copy(update={"min_side": min_side}))
         if number == 0 and options.picture is not None:
             draw_recall(results, options.picture)
     return 0
 
 
 def time_images(count: int, rounds: int, settings: ProposalSettings) -> None:
-    """Print CPU times and their ratio for each image, and over all."""
+    """Print CPU times and their ratios for each image, and over all."""
     everything: dict[str, list[float]] = {name: [] for name in SEARCHES}
-    print("| image | sppnet, ms | OpenCV, ms | OpenCV / sppnet |\n|---|---|---|---|")
+    names = [f"{name}, ms" for name in SEARCHES] + [f"{name} / sppnet" for name in OTHERS]
+    print(f"| image | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     with tempfile.TemporaryDirectory() as folder:
         images = {path.stem: read_image(path) for path in pictures(Path(folder), count)}
     for name, image in images.items():
@@ -75,26 +81,28 @@ def time_images(count: int, rounds: int, settings: ProposalSettings) -> None:
 
 def row(name: str, times: dict[str, list[float]]) -> str:
     medians = " | ".join(milliseconds(values) for values in times.values())
-    return f"| {name} | {medians} | {ratio(times['OpenCV'], times['sppnet'])} |"
+    ratios = " | ".join(ratio(times[other], times["sppnet"]) for other in OTHERS)
+    return f"| {name} | {medians} | {ratios} |"
 
 
 def compare_recall(records: list[ImageRecord], settings: ProposalSettings) -> dict[str, dict[int, ProposalQuality]]:
-    """Quality by number of windows of both; printed as a table."""
+    """Quality by number of windows of each search; printed as a table."""
     annotations = {record.id: record.annotation for record in records if record.annotation is not None}
     results = {}
     for name, search in SEARCHES.items():
         found = {record.id: search(read_image(record.path), settings) for record in records}
         results[name] = {count: proposal_recall(found, annotations, max_windows=count) for count in COUNTS}
-    own, peer = results["sppnet"], results["OpenCV"]
-    print(f"\n{len(records)} images, {own[COUNTS[0]].objects} objects, sides of {settings.min_side} px and more")
-    print(
-        "| first | recall at IoU 0.5: sppnet | OpenCV | mean best overlap: sppnet | OpenCV | windows: sppnet | OpenCV |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    objects = results["sppnet"][COUNTS[0]].objects
+    print(f"\n{len(records)} images, {objects} objects, sides of {settings.min_side} px and more")
+    columns = [
+        f"{value}: {name}" for value in ("recall at IoU 0.5", "mean best overlap", "windows") for name in SEARCHES
+    ]
+    print(f"| first | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for count in COUNTS:
-        a, b = own[count], peer[count]
-        overlaps = f"{a.recall:.3f} | {b.recall:.3f} | {a.mean_best_overlap:.3f} | {b.mean_best_overlap:.3f}"
-        print(f"| {count:,} | {overlaps} | {a.mean_windows:.0f} | {b.mean_windows:.0f} |", flush=True)
+        own = [of_search[count] for of_search in results.values()]
+        recalls, overlaps = ([f"{getattr(q, name):.3f}" for q in own] for name in ("recall", "mean_best_overlap"))
+        windows = [f"{quality.mean_windows:.0f}" for quality in own]
+        print(f"| {count:,} | {' | '.join([*recalls, *overlaps, *windows])} |", flush=True)
     return results
 
 
@@ -119,6 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-sides", type=int, nargs="+", default=[20, 16], help="the picture shows the first")
     parser.add_argument("--images", type=int, default=None, help="images searched for recall, default: all val images")
     parser.add_argument("--picture", type=Path, help="where recall by number of windows is drawn")
+    parser.add_argument("--edge-model", type=Path, help="a structured forest for EdgeBoxes; without it gradients")
     options = parser.parse_args(arguments)
     if options.timed < 0 or options.rounds < 1:
         parser.error("--timed must be at least 0 and --rounds at least 1")

@@ -222,6 +222,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         few = any(getattr(m, "min_length", None) for m in metadata)
         count = ("one or more" if few else "list of") if arguments[-1] is Ellipsis else str(len(arguments))
         return f"{count} × {_kind(own[0], [])}" if count != "list of" else f"list of {_kind(own[0], [])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "sections"
     name = {Path: "path", str: "text", bool: "`true` · `false`", int: "whole number", float: "number"}[annotation]
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]

@@ -118,6 +118,8 @@ def _train(options: argparse.Namespace) -> int:
 def _train_stage(options: argparse.Namespace) -> int:
     config, root = _config_and_root(options)
     imports, export = getattr(options, "imports", None), getattr(options, "export", None)
+    if imports and config.train_proposals:
+        raise SppnetError("--import: train_proposals says which windows train; set import_from in its entries")
     if imports:
         proposals = config.proposals.model_copy(update={"import_from": tuple(imports)})
         config = config.model_copy(update={"proposals": proposals})

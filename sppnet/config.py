@@ -68,8 +68,9 @@ class DataSettings(Settings):
 class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
-    method: Literal["selective_search", "opencv_selective_search"] = "selective_search"
-    mode: Literal["fast", "quality"] = "fast"
+    method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.3
+    mode: Literal["fast", "quality"] = "fast"  # of both selective searches
+    edge_model: FilePath | None = None  # of edge_boxes: OpenCV's structured forest; None = gradients (ours)
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
     max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never
@@ -323,6 +324,9 @@ class Config(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
+    # Sec. 4.3: windows of training and validation images, those of all entries together, each with the keys of
+    # `proposals`; empty = as `proposals`. Test images and thresholds always have those of `proposals`.
+    train_proposals: tuple[ProposalSettings, ...] = ()
     backbone: BackboneSettings = BackboneSettings()
     maps: MapSettings = MapSettings()
     pyramid: PyramidSettings = PyramidSettings()

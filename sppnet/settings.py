@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
@@ -94,8 +94,8 @@ def _in_words(kind: type[Settings], failure: ValidationError) -> SettingError:
 def _remedy(kind: type[Settings], key: str, place: tuple[int | str, ...]) -> str:
     """What to write instead of a setting that does not exist."""
     section: Any = kind
-    for name in place[:-1]:
-        section = section.model_fields[name].annotation
+    for name in place[:-1]:  # a number is a place in a list of sections
+        section = get_args(section)[0] if isinstance(name, int) else section.model_fields[name].annotation
     known, prefix = section.model_fields, key.removesuffix(str(place[-1]))
     near = difflib.get_close_matches(str(place[-1]), known, n=1)
     return RENAMED.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")

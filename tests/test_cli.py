@@ -162,6 +162,19 @@ def test_windows_are_imported_and_exported(config, small_run, tmp_path):
     assert all(np.array_equal(ours[name], theirs[name][:60]) for name in ours)
 
 
+def test_windows_of_several_searches_are_exported_together_and_not_imported(config, small_run, tmp_path):
+    file = small_run.config.proposals.import_from[0]
+    both = f"train_proposals=[{{import_from: [{file}], max_windows: 9}}, {{import_from: [{file}], max_windows: 30}}]"
+    options = ["propose", config, "--run", tmp_path / "run", "--set", both]
+    result = run_command(*options, "--export", tmp_path / "out.npz")
+    assert result.status == 0, result.err
+    theirs, ours = import_windows(file), import_windows(tmp_path / "out.npz")
+    assert all(len(ours[name]) == len(np.unique(theirs[name][:30], axis=0)) for name in ours)
+    assert "--import: train_proposals says which windows train; set import_from in its entries" in refused(
+        *options, "--import", file
+    )
+
+
 # ---- train: --dry-run, --from, --only, --force ---------------------------------------------------------------------
 
 
@@ -201,10 +214,12 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
 def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path):
     overrides = ["backbone.weights.source=file", "backbone.weights.file=no.npz", "proposals.import_from=[gone.npz]"]
     overrides += ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
+    overrides += ["train_proposals=[{}, {method: edge_boxes, edge_model: model.yml}]"]
     result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides)
     assert result.status == 1
     expected = [
         ("gone.npz", "proposals.import_from"),
+        ("model.yml", "train_proposals.1.edge_model"),
         ("no.npz", "backbone.weights.file"),
         ("head.safetensors", "head.checkpoint"),
     ]

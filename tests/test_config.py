@@ -114,6 +114,12 @@ def test_a_file_holds_only_what_differs(file):
         ("data.classes=[cat, dog]", lambda c: c.data.classes == ("cat", "dog")),
         ("data.classes=null", lambda c: c.data.classes is None),
         ("backbone.weights.source=random", lambda c: c.backbone.weights.source == "random"),
+        (
+            "train_proposals=[{method: selective_search}, {method: edge_boxes, min_side: 9}]",
+            lambda c: (
+                [(p.method, p.min_side) for p in c.train_proposals] == [("selective_search", 20), ("edge_boxes", 9)]
+            ),
+        ),
         ("head.checkpoint=a=b.safetensors", lambda c: c.head.checkpoint == Path("a=b.safetensors")),
     ],
 )
@@ -135,6 +141,17 @@ def test_the_last_override_counts_and_leaves_its_section_alone(file):
         ("name.x=3", r"--set name\.x=3: name is not a section"),
         ("svm.layers=fc6", r"unknown setting svm\.layers; did you mean svm\.layer\?"),
         ("svm.epochs=3", r"unknown setting svm\.epochs; mining is one pass; leave it out"),
+        (
+            "train_proposals=[{}, {max_window: 9}]",
+            r"train_proposals\.1\.max_window; did you mean train_proposals\.1\.max_windows\?",
+        ),
+        (
+            "train_proposals=[{method: sliding}]",
+            r"--set train_proposals=.*: train_proposals\.0\.method: Input should be 'sel",
+        ),
+        ("train_proposals=edge_boxes", r"train_proposals: expected a list in square brackets, .*, got 'edge_boxes'"),
+        ("train_proposals=[edge_boxes]", r"train_proposals\.0: expected a section of settings, got 'edge_boxes'"),
+        ("train_proposals=[{min_side: true}]", r"train_proposals\.0\.min_side: expected a whole number, got True"),
         ("svm.C=much", r"svm\.C: expected a number, got 'much'"),
     ],
 )

@@ -40,6 +40,7 @@ from sppnet.models.sppnet import (
     pooled_size,
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, starts_trained, tunes_low_rank
+from sppnet.proposals.edge_forest import load_forest
 from sppnet.records import spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
@@ -165,7 +166,10 @@ class TrainingNetworks:
         """What would end one of these stages, found without reading a weight: files, images, ranks or the runtime."""
         config, data, difficult = self.config, self.graph.data, self.config.data.train_on_difficult
         used, more = {name for name in stages if not GRAPH[name].skipped(config)}, set(stages) - {"proposals"}
-        files = [("proposals.import_from", path) for path in config.proposals.import_from]
+        trained = {f"train_proposals.{place}": own for place, own in enumerate(config.train_proposals)}
+        searches = {"proposals": config.proposals, **trained}
+        files = [(f"{name}.import_from", path) for name, own in searches.items() for path in own.import_from]
+        files += [(f"{name}.edge_model", own.edge_model) for name, own in searches.items() if own.edge_model]
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -232,6 +236,9 @@ class TrainingNetworks:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
+        for own in (self.config.proposals, *self.config.train_proposals):
+            if own.edge_model is not None:
+                load_forest(own.edge_model)
         if set(stages) - {"proposals"}:
             if not self.config.pretrain.enabled:
                 _ = self.backbone

@@ -22,18 +22,16 @@ from torch import nn
 
 from sppnet.artifacts import digest_of, file_digest
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.config import STAGES, Config
+from sppnet.config import STAGES, Config, ProposalSettings
 from sppnet.detection.feature_maps import count_cells
 from sppnet.detection.windows import TARGET_SIDES
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
+from sppnet.pipeline.stage_status import StageStatus
 from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-# Settings that change no result beyond rounding.
-NO_RESULT = ("proposals.workers", "maps.runtime", "maps.budget_gigabytes")
-FILES = ("proposals.import_from", "backbone.weights.file", "head.checkpoint")  # their content counts, not their names
 # One version more where difficult objects do not train: since windows on them are left alone.
 LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
@@ -57,45 +55,6 @@ class Stage:
     data: Sequence[str] = ()
     version: int = 1
     skipped: Callable[[Config], str] = lambda _: ""  # why it is not run at all
-
-
-@dataclass(frozen=True)
-class StageStatus:
-    """What is there of a stage: `done` of `total` outputs; `skipped` says why it would not run at all."""
-
-    name: str
-    folder: Path
-    done: int
-    total: int
-    skipped: str = ""
-    checkpoint: Path | None = None  # of a single output that was interrupted
-
-    @property
-    def complete(self) -> bool:
-        return bool(self.skipped) or self.done == self.total
-
-    def describe(self, only: Sequence[str] = STAGES, invalidated: Sequence[str] = ()) -> str:
-        """One line: would this stage run, and why; `invalidated` are deleted before any runs."""
-        folder, stale = self.folder.name, self.name in invalidated
-        others = sorted(path.name for path in self.folder.parent.glob(f"{self.name}-*") if path != self.folder)
-        there = f"{self.done} of {self.total} in {folder}"
-        if self.skipped:
-            action, why = "skip", self.skipped
-        elif self.name not in only:
-            gone = "; depends on re-run stages and would be deleted" if stale and self.done else ""
-            action, why = "leave", f"not selected; {there}{gone}"
-        elif stale:
-            action, why = "run", f"from scratch, as asked; {there} are there and would be deleted"
-        elif self.complete:
-            action, why = "reuse", f"all {self.total} in {folder}"
-        elif self.done:
-            action, why = "resume", there
-        elif self.checkpoint is not None:
-            action, why = "resume", f"from {folder}/{self.checkpoint.name}"
-        else:
-            why = f"settings or inputs are not those of {', '.join(others)}" if others else "nothing there yet"
-            action, why = "run", f"{why}; {self.total} to do in {folder}"
-        return f"{self.name:<10} {action:<8} {why}"
 
 
 @dataclass(frozen=True)
@@ -148,9 +107,19 @@ class StageGraph:
             if description.exists():
                 log.info("%s: of other settings or of re-run stages; deleted until training is complete", description)
                 description.unlink()
-        for name in reversed(STAGES):
-            if name in names and self.folder(name).exists():
-                shutil.rmtree(self.folder(name))
+        folders = [self.folder(name) for name in reversed(STAGES) if name in names]
+        for folder in [*folders, *(self.searches if "proposals" in names else ())]:
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def windows(self, search: ProposalSettings | None = None) -> Path:
+        """Where the windows of a search lie, by default those of test images."""
+        return windows_folder(self.root, self.config, search)
+
+    @property
+    def searches(self) -> dict[Path, ProposalSettings]:
+        """The searches whose windows train together, by their folders; none where `proposals` gives them."""
+        return {self.windows(own): own for own in self.config.train_proposals}
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -169,18 +138,17 @@ class StageGraph:
 
     @cached_property
     def _values(self) -> Any:
-        """All settings, files by their content, without those that change no result."""
+        """All settings, without those that change no result beyond rounding."""
         values: Any = self.config.model_dump(mode="json")
-        for key in (*NO_RESULT, *FILES):
-            *parents, last = key.split(".")
-            section = reduce(getitem, parents, values)
-            named = section.pop(last)
-            if key in FILES:
-                paths = [Path(path) for path in ([named] if isinstance(named, str) else named or [])]
-                section[last] = [file_digest(path) for path in paths if path.is_file()]
-        for name in self.config.detect.off:
-            del values["detect"][name]
+        for key in ("runtime", "budget_gigabytes"):
+            del values["maps"][key]
         values["maps"]["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
+        for key in self.config.detect.off:
+            del values["detect"][key]
+        values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
+        values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
+        values["proposals"] = _search_values(self.config.proposals)
+        values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
         if self.config.backbone.module is None:
             del values["backbone"]["module"]
         else:
@@ -221,9 +189,21 @@ class StageGraph:
         return build_backbone(self.config.backbone.without_weights(), module=self.own)
 
 
-def windows_folder(root: Path, config: Config) -> Path:
-    """Where the windows of these settings lie, of training and test images alike."""
-    return StageGraph(root, config, RunData()).folder("proposals")
+def windows_folder(root: Path, config: Config, search: ProposalSettings | None = None) -> Path:
+    """Where the windows of a search lie, by default of config.proposals, of training and test images alike."""
+    own = {"proposals": search or config.proposals, "train_proposals": ()}
+    return StageGraph(root, config.model_copy(update=own), RunData()).folder("proposals")
+
+
+def _search_values(settings: ProposalSettings) -> dict[str, Any]:
+    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
+    values["import_from"] = _contents(*settings.import_from)
+    return values if settings.edge_model is None else {**values, "edge_model": _contents(settings.edge_model)}
+
+
+def _contents(*paths: Path | None) -> list[str]:
+    """Files count by their content, not by their names."""
+    return [file_digest(path) for path in paths if path is not None and path.is_file()]
 
 
 def fc_layers(config: Config) -> tuple[str, ...]:
@@ -283,7 +263,7 @@ GRAPH: dict[str, Stage] = {
     for stage in (
         Stage(
             "proposals",
-            settings=lambda _: ["proposals"],
+            settings=lambda config: ["train_proposals" if config.train_proposals else "proposals"],
             outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
@@ -335,7 +315,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "thresholds",
-            settings=lambda _: ["detect"],
+            settings=lambda config: ["detect", *(["proposals"] if config.train_proposals else [])],
             reads=lambda config: [*_features(config.svm.layer), "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],

@@ -37,9 +37,10 @@ from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import Split, load_run_data
-from sppnet.pipeline.stages import CHECKPOINT, StageGraph, StageStatus, ranks, regressor_path, tunes_low_rank
+from sppnet.pipeline.stage_status import StageStatus
+from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
-from sppnet.proposals.search import make_proposer, propose_images, read_windows
+from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
 log = logging.getLogger("sppnet")
 
@@ -150,7 +151,8 @@ class Training:
     # 1. windows of every image
     def proposals(self) -> str:
         records, folder = self.graph.data.images, self.graph.folder("proposals")
-        done = propose_images(records, self.config.proposals, folder, self.progress)
+        several = propose_union(records, self.graph.searches, folder, self.progress) if self.graph.searches else None
+        done = several or propose_images(records, self.config.proposals, folder, self.progress)
         own = distributed.shard(records)
         windows = {r.id: read_windows(folder, r) for r in own}
         bare = [name for name, found in windows.items() if not len(found)]
@@ -158,7 +160,7 @@ class Training:
         quality = proposal_recall(windows, {r.id: r.annotation for r in own if r.annotation is not None})
         return (
             f"{counted(done.computed, 'image')} searched, {done.imported} imported, {done.reused} reused; "
-            f"{done.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
+            f"{quality.mean_windows:.0f} windows an image, recall at IoU 0.5 {quality.recall:.3f}, "
             f"mean best overlap {quality.mean_best_overlap:.3f}"
             + (f"; {len(bare)} × image without windows (its objects alone are used), e.g. {bare[0]}" if bare else "")
         )
@@ -270,9 +272,11 @@ class Training:
 
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
-        path = self.graph.folder("thresholds") / "thresholds.json"
+        path, windows = self.graph.folder("thresholds") / "thresholds.json", self.graph.windows()  # as `eval` detects
         if not path.exists():
-            source, windows = self.networks.windows(train=False), self.graph.folder("proposals")
+            source = self.networks.windows(train=False)
+            if self.config.train_proposals:
+                propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
             chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
             if distributed.is_main():
                 write_json(path, chosen)

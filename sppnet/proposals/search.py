@@ -7,7 +7,7 @@ leaves one file per image, so an interrupted run continues where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, SppnetError, counted
 from sppnet.images import read_image
 from sppnet.jobs import available_cores, map_in_workers
+from sppnet.proposals.edge_boxes import edge_boxes
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import ImageRecord
@@ -34,6 +35,7 @@ Proposer = Callable[[NDArray[np.uint8]], Windows]
 METHODS: dict[str, Callable[..., Windows]] = {  # image, settings
     "selective_search": selective_search,
     "opencv_selective_search": opencv_selective_search,
+    "edge_boxes": edge_boxes,
 }
 
 
@@ -44,7 +46,6 @@ class ProposeSummary:
     computed: int  # searched now
     imported: int  # taken from proposals.import_from now
     reused: int  # found complete from an earlier run
-    mean_windows: float  # per image, over all three; 0 without images
 
 
 def make_proposer(*settings: ProposalSettings) -> Proposer:
@@ -100,9 +101,25 @@ def propose_images(
     workers = settings.workers or available_cores()  # a search holds no weights
     map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()
-    counts = [len(read_windows(folder, record)) for record in mine]
-    mean = float(np.mean(counts)) if counts else 0.0
-    return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing), mean)
+    return ProposeSummary(len(searched), len(missing) - len(searched), len(mine) - len(missing))
+
+
+def propose_union(
+    records: Sequence[ImageRecord], searches: Mapping[Path, ProposalSettings], folder: Path, progress: bool = True
+) -> ProposeSummary:
+    """Write the windows of several searches together to `folder`: of each those that none before it has found.
+
+    `searches`: by the folders that keep the windows of each, as `propose_images` does; counts are sums over them.
+    """
+    missing = not all(record.path_in(folder).exists() for record in records)  # of all, since processes wait together
+    done = [propose_images(records, own, place, progress) for place, own in searches.items() if missing]
+    for record in (record for record in shard(records) if not record.path_in(folder).exists()):
+        windows = np.concatenate([read_windows(place, record) for place in searches])
+        first = np.sort(np.unique(windows, axis=0, return_index=True)[1])
+        write_arrays(record.path_in(folder), windows=windows[first])
+    barrier()
+    computed, imported = sum(each.computed for each in done), sum(each.imported for each in done)
+    return ProposeSummary(computed, imported, len(searches) * len(shard(records)) - computed - imported)
 
 
 def read_windows(folder: Path, record: ImageRecord) -> Windows:

@@ -9,7 +9,7 @@ on one core (``benchmarks/proposals.py``), and in the same order on every machin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -62,13 +62,13 @@ def selective_search(
 ) -> NDArray[np.float32]:
     """At most max_windows distinct windows with both sides >= min_side pixels, best first.
 
-    Image uint8, (H, W, 3) RGB or (H, W) grey, or a PIL image of these -> (R, 4) float32 xyxy half-open, whole pixels
-    inside the image, the same every time. What is given by name replaces the setting of that name. Images with a side
-    above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below min_side
-    gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
+    Image uint8 or uint16, (H, W, 3) RGB or (H, W) grey, or a PIL image of these -> (R, 4) float32 xyxy half-open, whole
+    pixels inside the image, the same every time. What is given by name replaces the setting of that name. Images with a
+    side above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below
+    min_side gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
     """
     own = checked_settings(ProposalSettings, settings, mode=mode, max_windows=max_windows, min_side=min_side)
-    return _search(image, own, lambda small: _prioritised(hierarchies(small, MODES[own.mode])))
+    return best_windows(image, own, lambda small: _prioritised(hierarchies(small, MODES[own.mode])))
 
 
 def opencv_selective_search(image: Image, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
@@ -78,10 +78,11 @@ def opencv_selective_search(image: Image, settings: ProposalSettings | None = No
     sample of all sizes and places: as good a recall as the random order, where orders by size or shape lose much of it.
     """
     own = checked_settings(ProposalSettings, settings)
-    return _search(image, own, lambda small: (_opencv_boxes(small, own.mode), None))
+    return best_windows(image, own, lambda small: (_opencv_boxes(small, own.mode), None))
 
 
-def _search(image: Image, settings: ProposalSettings, search: Callable[[Image], Ranked]) -> NDArray[np.float32]:
+def best_windows(image: Image, settings: ProposalSettings, search: Callable[[Image], Ranked]) -> NDArray[np.float32]:
+    """What every search has in common: the image it sees, and which of the boxes it finds are windows."""
     pixels = _as_rgb(image)
     if min(pixels.shape[:2]) < settings.min_side:
         return np.zeros((0, 4), np.float32)
@@ -95,13 +96,16 @@ def _search(image: Image, settings: ProposalSettings, search: Callable[[Image], 
 
 def _as_rgb(image: Image) -> Image:
     mode = getattr(image, "mode", "RGB")  # of a PIL image
-    if isinstance(mode, str) and mode not in ("RGB", "L"):
+    if isinstance(mode, str) and mode not in ("RGB", "L", "I;16"):
         raise SppnetError(f'image must be RGB or grey, got a PIL image of mode {mode}; pass image.convert("RGB")')
     pixels = as_numbers(image, "image")
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.dtype == np.uint16:
+        most = max(255, 2 ** int(pixels.max(initial=0)).bit_length() - 1)  # of as many bits as there are in use
+        pixels = ((pixels.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
         found = f"{pixels.dtype} of shape {pixels.shape}"
-        raise SppnetError(f"image must be (H, W, 3) uint8 RGB, got {found}; read it with read_image")
+        raise SppnetError(f"image must be (H, W, 3) uint8 or uint16 RGB, got {found}; read it with read_image")
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
@@ -185,12 +189,17 @@ def _distinct(boxes: NDArray[np.int64], priorities: Priorities) -> NDArray[np.in
     return boxes[np.sort(first)]
 
 
-def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
-    """All boxes that OpenCV finds, xyxy half-open."""
+def ximgproc() -> Any:
+    """OpenCV's contributed image processing; SppnetError where another OpenCV hides it."""
     if not hasattr(cv2, "ximgproc"):
         advice = "uninstall the other opencv-* packages and install opencv-contrib-python-headless"
         raise SppnetError(f"this OpenCV has no ximgproc; {advice}")
-    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    return cv2.ximgproc
+
+
+def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
+    """All boxes that OpenCV finds, xyxy half-open."""
+    search = ximgproc().segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
     (search.switchToSelectiveSearchFast if mode == "fast" else search.switchToSelectiveSearchQuality)()
     corner_and_size = np.asarray(search.process(), dtype=np.int64).reshape(-1, 4)

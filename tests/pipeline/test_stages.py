@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small_run import merged, small_settings
 
+from sppnet.artifacts import digest_of, file_digest
 from sppnet.config import STAGES, Config
 from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
@@ -74,6 +75,9 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("data__classes", ["star", "cross"], "finetune svm boxes thresholds"),
         ("proposals__min_side", 30, "proposals finetune svm boxes thresholds"),
         ("proposals__import_from", [], "proposals finetune svm boxes thresholds"),
+        ("proposals__method", "edge_boxes", "proposals finetune svm boxes thresholds"),
+        ("proposals__edge_model", "model.yml", "proposals finetune svm boxes thresholds"),
+        ("train_proposals", [{}], "proposals finetune svm boxes thresholds"),
         ("maps__scales", [96], "maps finetune svm boxes thresholds"),
         ("maps__storage", "float32", "maps finetune svm boxes thresholds"),
         ("maps__budget_gigabytes", 1.0, ""),
@@ -178,6 +182,53 @@ def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(
     for place, name in enumerate(STAGES):
         assert hasattr(small_run.config, name) or name == "thresholds"
         assert set(GRAPH[name].reads(small_run.config)) <= set(STAGES[:place])
+
+
+def test_settings_without_an_edge_model_or_windows_of_training_have_the_digests_they_had(tmp_path):
+    windows = tmp_path / "w.npz"
+    windows.write_bytes(b"windows")
+    known = {"method": "selective_search", "mode": "fast", "max_windows": 2000, "min_side": 20, "max_side": 640}
+    for imports, contents in ((), []), ((windows, tmp_path / "gone.npz"), [file_digest(windows)]):
+        values = {"proposals": {**known, "import_from": contents}}
+        config = parse_config({"proposals": {"import_from": list(map(str, imports))}}, "test")
+        assert windows_folder(tmp_path, config).name == f"proposals-{digest_of('proposals', 1, values, [], [])}"
+
+
+def test_windows_of_training_are_a_stage_of_their_own_searches_and_those_of_tests_stay(small_run):
+    data = load_run_data(small_run.config)
+    both = [{"method": "selective_search"}, {"method": "edge_boxes", "min_side": 30}]
+    config = changed(small_run, train_proposals=both)
+    graph = StageGraph(small_run.root, config, data)
+    alone = [changed(small_run, proposals=values).proposals for values in both]
+    assert list(graph.searches.values()) == alone
+    for values, folder in zip(both, graph.searches, strict=True):
+        assert folder == windows_folder(small_run.root, changed(small_run, proposals=values))
+    assert windows_folder(small_run.root, config) == windows_folder(small_run.root, small_run.config)
+    names = {graph.folder("proposals"), windows_folder(small_run.root, config), *graph.searches}
+    assert len(names) == 4
+
+    def digests(**changes):
+        return StageGraph(small_run.root, changed(small_run, train_proposals=both, **changes), data).digests
+
+    assert digests() == graph.digests == digests(proposals__workers=7)
+    other = digests(proposals__min_side=50)  # of the windows to test on, on which thresholds are chosen
+    assert {name for name in STAGES if other[name] != graph.digests[name]} == {"thresholds"}
+    turned = StageGraph(small_run.root, changed(small_run, train_proposals=both[::-1]), data)
+    assert turned.digests["proposals"] != graph.digests["proposals"]
+
+
+def test_the_content_of_an_edge_model_counts_and_that_it_is_gone(small_run, tmp_path):
+    def folder(name: str = "", section: str = "proposals") -> str:
+        search = {"method": "edge_boxes", **({"edge_model": str(tmp_path / name)} if name else {})}
+        config = changed(small_run, **{section: search if section == "proposals" else [search]})
+        return StageGraph(small_run.root, config, load_run_data(small_run.config)).folder("proposals").name
+
+    for name, content in {"a.yml": "a", "same.yml": "a", "b.yml": "b"}.items():
+        (tmp_path / name).write_text(content)
+    for section in ("proposals", "train_proposals"):
+        one, same, other, gone, none = (folder(n, section) for n in ("a.yml", "same.yml", "b.yml", "gone.yml", ""))
+        assert one == same
+        assert len({one, other, gone, none}) == 4
 
 
 def test_the_content_of_imported_windows_counts_and_not_their_path(small_run, tmp_path):

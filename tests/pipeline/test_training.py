@@ -27,7 +27,8 @@ from sppnet.images import read_image
 from sppnet.pipeline import networks as training_networks
 from sppnet.pipeline import training
 from sppnet.pipeline.run_data import Split
-from sppnet.pipeline.stages import STAGES, StageStatus
+from sppnet.pipeline.stage_status import StageStatus
+from sppnet.pipeline.stages import STAGES, windows_folder
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals import search as proposals
 
@@ -499,6 +500,80 @@ def test_imagenets_fc_layers_come_from_the_file_only_where_the_backbone_does(sma
         networks.backbone = Training(small_run.config, tmp_path, torch.device("cpu")).networks.backbone
         networks.started_head()
     assert asked == ["tiny5", tmp_path / "own.npz"]
+
+
+TWO_SEARCHES = [
+    {"method": "edge_boxes", "max_windows": 30, "max_side": 96, "workers": 1},
+    {"max_windows": 30, "max_side": 96, "workers": 1},
+]
+
+
+def test_a_detector_is_trained_on_windows_of_several_searches_and_thresholds_are_of_the_tests(
+    small_run, tmp_path, monkeypatch, caplog
+):
+    config = changed(small_run, train_proposals=TWO_SEARCHES)
+    seen = {}
+
+    def keep(detector, records, windows, maps, progress):
+        seen[windows] = [record.id for record in records]
+        return {name: {"threshold": 0.0, "f1": 0.0, "objects": 0} for name in detector.classes}
+
+    monkeypatch.setattr(training, "choose_thresholds", keep)
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        detector = train(config, tmp_path / "run")
+    assert detector is not None
+    assert detector.config.train_proposals == config.train_proposals
+    graph = Training(config, tmp_path / "run", torch.device("cpu")).graph
+    assert "22 images searched, 0 imported, 0 reused" in caplog.text
+    for record in graph.data.images:
+        parts = [set(map(tuple, proposals.read_windows(folder, record).tolist())) for folder in graph.searches]
+        assert (
+            set(map(tuple, proposals.read_windows(graph.folder("proposals"), record).tolist())) == parts[0] | parts[1]
+        )
+    tests = windows_folder(tmp_path / "run", config)
+    assert seen == {tests: [record.id for record in graph.data.validation]}
+    stored = np.load(small_run.config.proposals.import_from[0])
+    record = graph.data.validation[0]
+    row = stored["ids"].tolist().index(record.id)
+    own = stored["boxes"][stored["offsets"][row] : stored["offsets"][row + 1]][: config.proposals.max_windows]
+    np.testing.assert_array_equal(proposals.read_windows(tests, record), own)
+    assert not graph.data.train[0].path_in(tests).exists()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="sppnet"):
+        train(config, tmp_path / "run", "proposals", force=("proposals",))  # from scratch: the searches too
+    assert "0 reused" in caplog.text
+
+
+def test_the_windows_of_an_entry_serve_a_run_that_tests_on_them(small_run, tmp_path):
+    train(changed(small_run, train_proposals=TWO_SEARCHES), tmp_path, "proposals")
+    alone = Training(changed(small_run, proposals=TWO_SEARCHES[0]), tmp_path, torch.device("cpu")).graph
+    assert alone.status("proposals").complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"proposals": {"method": "edge_boxes", "edge_model": "gone.yml"}},
+            "gone.yml: no such file; check proposals.edge_model",
+        ),
+        (
+            {"train_proposals": [{}, {"method": "edge_boxes", "edge_model": "gone.yml"}]},
+            "gone.yml: no such file; check train_proposals.1.edge_model",
+        ),
+        ({"train_proposals": [{"import_from": ["a.npz"]}]}, "a.npz: no such file; check train_proposals.0.import_from"),
+        (
+            {"proposals": {"method": "edge_boxes", "edge_model": __file__}},
+            "expected a structured forest as OpenCV reads it",
+        ),
+    ],
+)
+def test_files_of_searches_that_are_missing_or_wrong_are_an_error_before_anything_is_written(
+    small_run, tmp_path, changes, message
+):
+    with pytest.raises(SppnetError, match=message):
+        train(changed(small_run, **changes), tmp_path / "run", "proposals")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_of_windows_that_are_missing_are_an_error_before_the_first_stage(small_run, tmp_path):
