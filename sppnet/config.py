@@ -58,7 +58,7 @@ class DataSettings(Settings):
     train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
-    objects_only: tuple[str, ...] = ()  # sec. 4.4: splits of which the objects alone train, as positives
+    objects_only: tuple[str, ...] = ()  # sec. 4.5: splits of which the objects alone train, as positives
     classes: tuple[ClassName, ...] | None = None  # None = discovered in the training annotations
     holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty
     train_on_difficult: bool = True  # release: the shipped script trains with them
@@ -311,7 +311,7 @@ class DetectSettings(Settings):
 class EvaluateSettings(Settings):
     """The measures of PASCAL VOC and ILSVRC."""
 
-    metric: Literal["11point", "area", "ilsvrc"] = "11point"  # VOC07; "area" from VOC10 on; sec. 4.4
+    metric: Literal["11point", "area", "ilsvrc"] = "11point"  # VOC07; "area" from VOC10 on; sec. 4.5
     iou: float = Field(0.5, gt=0, le=1)
     use_difficult: bool = False  # VOC: difficult objects are neither found nor missed
 

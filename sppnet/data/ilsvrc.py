@@ -1,4 +1,4 @@
-"""Splits of the detection data of ILSVRC (2013 to 2017), read from disk (sec. 4.4).
+"""Splits of the detection data of ILSVRC (2013 to 2017), read from disk (sec. 4.5).
 
     <root>/ImageSets/DET/train_1.txt … train_200.txt, val.txt, test.txt    a name and a number a line
     <root>/Data/DET/<train, val, test>/<name>.JPEG

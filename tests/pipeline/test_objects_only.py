@@ -1,4 +1,4 @@
-"""A detector in the manner of the paper's for ILSVRC: val trains, and of train the objects alone (sec. 4.4)."""
+"""A detector in the manner of the paper's for ILSVRC: val trains, and of train the objects alone (sec. 4.5)."""
 
 from __future__ import annotations
 
