@@ -113,7 +113,7 @@ def _extractor(
 
     def extract(job: tuple[ImageRecord, bool]) -> None:
         record, flip = job
-        write_maps(record.path_in(folder, flip), image_maps(runtime, record, flip, settings), settings)
+        write_maps(record.path_in(folder, flip), image_maps(runtime, record, flip, settings))
 
     return extract
 
@@ -134,9 +134,9 @@ def rounded(maps: FeatureMaps, settings: MapSettings) -> FeatureMaps:
     return replace(maps, maps=tuple(m.cpu().clamp(-limit, limit).to(dtype) for m in maps.maps))
 
 
-def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
-    """Maps as (H, W, C) arrays in the precision of the settings, so that a window is one run of memory a row."""
-    arrays = {f"map_{i}": m.permute(1, 2, 0).numpy() for i, m in enumerate(rounded(maps, settings).maps)}
+def write_maps(path: Path, maps: FeatureMaps) -> None:
+    """Maps as (H, W, C) arrays, as `rounded` gives them, so that a window is one run of memory a row."""
+    arrays = {f"map_{i}": m.permute(1, 2, 0).numpy() for i, m in enumerate(maps.maps)}
     write_arrays(path, durable=False, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
 
 

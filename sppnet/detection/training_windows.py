@@ -20,7 +20,7 @@ from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime, make_runtime, resolve_precision
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, image_maps, read_maps
-from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, pool_projected, project_to_maps
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, project_to_maps
 from sppnet.distributed import in_order
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
@@ -149,9 +149,6 @@ class TrainingWindows:
         """`features` (R, D), unscaled, of windows (R, 4) of an image."""
         maps = self.maps(index)
         return features(maps, self.project(maps, windows))
-
-    def pool(self, maps: FeatureMaps, projected: ProjectedWindows) -> Tensor:
-        return pool_projected(maps, projected, self.config.pyramid.levels)
 
 
 class FinetuneWindows:

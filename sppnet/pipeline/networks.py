@@ -169,7 +169,7 @@ class TrainingNetworks:
         trained = {f"train_proposals.{place}": own for place, own in enumerate(config.train_proposals)}
         searches = {"proposals": config.proposals, **trained}
         files = [(f"{name}.import_from", path) for name, own in searches.items() for path in own.import_from]
-        files += [(f"{name}.edge_model", own.edge_model) for name, own in searches.items() if own.edge_model]
+        files += [(f"{name}.edge_model", own.forest) for name, own in searches.items() if own.forest]
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -185,6 +185,9 @@ class TrainingNetworks:
                 f"name images with objects in data.val, or {other}"
             )
         try:
+            for forest in (own.forest for own in searches.values()):
+                if forest is not None and forest.is_file():
+                    load_forest(forest)
             if more:
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
@@ -236,9 +239,6 @@ class TrainingNetworks:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
-        for own in (self.config.proposals, *self.config.train_proposals):
-            if own.edge_model is not None:
-                load_forest(own.edge_model)
         if set(stages) - {"proposals"}:
             if not self.config.pretrain.enabled:
                 _ = self.backbone

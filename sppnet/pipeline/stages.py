@@ -177,10 +177,11 @@ class StageGraph:
         budget = self.config.maps.budget_gigabytes
         if budget is None or not self.images:
             return self.images
-        if self.gigabytes[0] > budget:
-            (height, width), path = self.images[0][0].size, self.images[0][0].path
-            own = f"those of {path}, {width} × {height} pixels, take {self.gigabytes[0]:.3g} GB; set that or more"
-            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}")
+        first, (record, _) = self.gigabytes[0], self.images[0]
+        if first > budget:
+            own = f"those of {record.path}, {record.size[1]} × {record.size[0]} pixels, take {first:.3g} GB"
+            reason = f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}"
+            raise SppnetError(f"{reason}; set {1.01 * first:.3g} or more")  # not what is rounded down
         return self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
 
     @cached_property
@@ -198,7 +199,7 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
     values["import_from"] = _contents(*settings.import_from)
-    return values if settings.edge_model is None else {**values, "edge_model": _contents(settings.edge_model)}
+    return values if settings.forest is None else {**values, "edge_model": _contents(settings.forest)}
 
 
 def _contents(*paths: Path | None) -> list[str]:
