@@ -77,11 +77,6 @@ class ProposalSettings(Settings):
     import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
 
-    @property
-    def forest(self) -> Path | None:
-        """The edge_model, where the method reads it."""
-        return self.edge_model if self.method == "edge_boxes" else None
-
 
 class WeightsSettings(Settings):
     """Pretrained weights of a backbone and the preprocessing they were trained with.

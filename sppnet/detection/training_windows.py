@@ -118,13 +118,13 @@ class TrainingWindows:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
 
     def maps(self, index: int, flip: bool = False) -> FeatureMaps:
-        return self.stored_maps(index, flip, mapped=False).to(self.device, torch.float32)
+        return self.stored_maps(index, flip).to(self.device, torch.float32)
 
-    def stored_maps(self, index: int, flip: bool = False, mapped: bool = True) -> FeatureMaps:
+    def stored_maps(self, index: int, flip: bool = False) -> FeatureMaps:
         """Those of the file; with maps.budget_gigabytes they are computed, the same, where there is none."""
         record, settings = self.records[index], self.config.maps
         if settings.budget_gigabytes is None or record.path_in(self.maps_folder, flip).exists():
-            return read_maps(self.maps_folder, record, flip, mapped)
+            return read_maps(self.maps_folder, record, flip)
         return image_maps(self.runtime, record, flip, settings)
 
     @cached_property
