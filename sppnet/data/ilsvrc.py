@@ -55,9 +55,9 @@ def is_det(root: Path, split: str) -> bool:
 def find_lists(root: Path, split: str) -> list[Path]:
     """The file of a set, or those that are ``DET/train`` together; SppnetError, with the sets there are, for others."""
     known = {path.stem: path for path in sorted((root / LISTS).glob("*.txt"))}
-    of_classes = sorted((name for name in known if OF_CLASS.fullmatch(name)), key=lambda name: int(name[6:]))
-    together = {"train": [known[name] for name in of_classes]} if of_classes else {}
-    sets = {**together, **{name: [path] for name, path in known.items() if re.match(KINDS, name)}}
+    of_classes = sorted(filter(OF_CLASS.fullmatch, known), key=lambda name: int(name[6:]))
+    sets = {"train": [known[name] for name in of_classes]} if of_classes else {}
+    sets |= {name: [path] for name, path in known.items() if re.match(KINDS, name)}
     folder, _, name = split.partition("/")
     if folder != "DET" or name not in sets:
         expected = "expected DET/<set>, the set being a list whose name begins with train, val or test"
