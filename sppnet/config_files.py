@@ -14,6 +14,7 @@ import yaml
 
 from sppnet.config import Config
 from sppnet.errors import SppnetError
+from sppnet.paths import expand_path
 from sppnet.settings import SettingError
 
 # Numbers as YAML 1.2 has them; 1.1, which PyYAML reads, takes 010 for eight and 1:30 for ninety.
@@ -80,8 +81,6 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def _read_settings(path: Path, named_by: str = "", above: Sequence[Path] = ()) -> dict[str, Any]:
     """The values of a file, over those of the file that it names as ``base``, relative to itself."""
-    if path.resolve() in above:
-        raise SppnetError(f"{named_by}{path} is its own base; leave one of them out")
     try:
         values = _read_yaml(path.read_bytes())
     except OSError as error:
@@ -89,13 +88,16 @@ def _read_settings(path: Path, named_by: str = "", above: Sequence[Path] = ()) -
         raise SppnetError(f"{named_by}{path}: {reason}; give an existing YAML file") from None
     except ValueError as error:
         raise SppnetError(f"{path}: not valid YAML: {error}") from None
+    if path.resolve() in above:
+        raise SppnetError(f"{named_by}{path} is its own base; leave one of them out")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise SppnetError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merged(_read_settings(path.parent / str(base), f"{path}: base: ", (*above, path.resolve())), values)
+    above, below = (*above, path.resolve()), path.parent / expand_path(str(base))
+    return _merged(_read_settings(below, f"{path}: base: ", above), values)
 
 
 def _merged(base: Any, own: Any) -> Any:

@@ -228,6 +228,10 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     ]
     whole = run_command("train", config, "--run", tmp_path / "new", "--dry-run")
     assert (whole.status, whole.err) == (0, "")
+    wrong = [*overrides[-1:], "proposals.method=edge_boxes", f"proposals.edge_model={config}"]
+    result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *wrong)
+    assert result.status == 1
+    assert "expected a structured forest as OpenCV reads it" in result.err
 
 
 def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config, tmp_path):

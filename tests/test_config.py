@@ -54,9 +54,18 @@ def test_a_file_may_name_one_whose_settings_it_changes(tmp_path):
     assert load_config(tmp_path / "all.yaml") == config
 
 
-def test_the_base_of_a_file_may_be_anywhere(tmp_path):
+def test_the_base_of_a_file_may_be_anywhere(tmp_path, monkeypatch):
     write_all(tmp_path, one__a="svm: {C: 7}", two__b=f"base: {tmp_path}/one/a.yaml")
     assert load_config(tmp_path / "two/b.yaml").svm.C == 7
+    monkeypatch.setenv("OUR_FOLDER", str(tmp_path / "one"))
+    write_all(tmp_path, two__c="base: $OUR_FOLDER/a.yaml")
+    assert load_config(tmp_path / "two/c.yaml").svm.C == 7
+
+
+def test_a_configuration_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").symlink_to("a.yaml")
+    with pytest.raises(SppnetError, match=r"a\.yaml: cannot read the configuration"):
+        load_config(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,8 @@ def test_the_base_of_a_file_may_be_anywhere(tmp_path):
         ({"a": "base: b.yaml", "b": "- x"}, r"b\.yaml: expected a mapping of settings, got list"),
         ({"a": "base: b.yaml", "b": "x: ["}, r"b\.yaml: not valid YAML"),
         ({"a": "base: 3"}, r"a\.yaml: base: .*3: cannot read the configuration"),
+        ({"a": "base: $NO_SUCH_FOLDER/b.yaml"}, r"the variable NO_SUCH_FOLDER is not set"),
+        ({"a": 'base: "b\\0"'}, r"null byte"),
         ({"a": "base: [b.yaml]"}, r"a\.yaml: base: .*: cannot read the configuration"),
         ({"a": "base: b.yaml\nsvm: {D: 1}", "b": "svm: {C: 1}"}, r"a\.yaml: unknown setting svm\.D"),
         ({"a": "base: b.yaml\nsvm: 3", "b": "svm: {C: 1}"}, r"a\.yaml: svm: expected a section of settings"),

@@ -55,9 +55,9 @@ def is_det(root: Path, split: str) -> bool:
 def find_lists(root: Path, split: str) -> list[Path]:
     """The file of a set, or those that are ``DET/train`` together; SppnetError, with the sets there are, for others."""
     known = {path.stem: path for path in sorted((root / LISTS).glob("*.txt"))}
-    of_classes = sorted((name for name in known if OF_CLASS.fullmatch(name)), key=lambda name: int(name[6:]))
-    together = {"train": [known[name] for name in of_classes]} if of_classes else {}
-    sets = {**together, **{name: [path] for name, path in known.items() if re.match(KINDS, name)}}
+    of_classes = sorted(filter(OF_CLASS.fullmatch, known), key=lambda name: int(name[6:]))
+    sets = {"train": [known[name] for name in of_classes]} if of_classes else {}
+    sets |= {name: [path] for name, path in known.items() if re.match(KINDS, name)}
     folder, _, name = split.partition("/")
     if folder != "DET" or name not in sets:
         expected = "expected DET/<set>, the set being a list whose name begins with train, val or test"
@@ -73,25 +73,25 @@ def find_files(root: Path, split: str) -> SplitFiles:
     Images of train that have no annotation show no object.
     """
     lists = find_lists(root, split)
-    positive, line_of = dict[str, bool](), dict[str, str]()
+    listed = dict[str, tuple[str, bool]]()  # where first, and whether an image is a positive of any class
     for path in lists:
         for name, (line, shown) in read_list(path).items():
-            positive[name] = positive.get(name, False) or shown
-            line_of.setdefault(name, f"{path}:{line}")
-    if not positive:
+            first, before = listed.get(name, (f"{path}:{line}", False))
+            listed[name] = first, before or shown
+    if not listed:
         raise SppnetError(f"{lists[0]}: lists no image; write one name per line")
     kind = re.findall(KINDS, lists[0].stem)[0]
-    images = {f"DET/{kind}/{name}": root / "Data/DET" / kind / f"{name}.JPEG" for name in positive}
-    each = zip(images.values(), line_of.values(), strict=True)
+    images = {f"DET/{kind}/{name}": root / "Data/DET" / kind / f"{name}.JPEG" for name in listed}
+    annotations = {f"DET/{kind}/{name}": root / "Annotations/DET" / kind / f"{name}.xml" for name in listed}
+    each = zip(images.values(), listed.values(), strict=True)
     missing = [one for one in each if not os.path.isfile(one[0])]  # noqa: PTH113 - pathlib raises for too long a name
     if missing:
-        first = f"{missing[0][0]}: no such image, named in {missing[0][1]}"
+        first = f"{missing[0][0]}: no such image, named in {missing[0][1][0]}"
         which = f"{len(missing)} of {counted(len(images), 'image')} of {split} missing"
         raise SppnetError(f"{first}; {which}; add them, or take their lines out of the lists")
-    annotations = {f"DET/{kind}/{name}": root / "Annotations/DET" / kind / f"{name}.xml" for name in positive}
     bare = {
         image: {BARE: 1} if shown else {}
-        for image, shown in zip(images, positive.values(), strict=True)
+        for image, (_, shown) in zip(images, listed.values(), strict=True)
         if kind == "train" and not annotations[image].exists()
     }
     return SplitFiles(images, annotations, _reader(root), bare)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.artifacts import has_arrays, map_arrays, read_arrays, write_arrays
+from sppnet.artifacts import has_arrays, map_arrays, write_arrays
 from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
@@ -113,7 +113,7 @@ def _extractor(
 
     def extract(job: tuple[ImageRecord, bool]) -> None:
         record, flip = job
-        write_maps(record.path_in(folder, flip), image_maps(runtime, record, flip, settings), settings)
+        write_maps(record.path_in(folder, flip), image_maps(runtime, record, flip, settings))
 
     return extract
 
@@ -134,22 +134,21 @@ def rounded(maps: FeatureMaps, settings: MapSettings) -> FeatureMaps:
     return replace(maps, maps=tuple(m.cpu().clamp(-limit, limit).to(dtype) for m in maps.maps))
 
 
-def write_maps(path: Path, maps: FeatureMaps, settings: MapSettings) -> None:
-    """Maps as (H, W, C) arrays in the precision of the settings, so that a window is one run of memory a row."""
-    arrays = {f"map_{i}": m.permute(1, 2, 0).numpy() for i, m in enumerate(rounded(maps, settings).maps)}
+def write_maps(path: Path, maps: FeatureMaps) -> None:
+    """Maps as (H, W, C) arrays, as `rounded` gives them, so that a window is one run of memory a row."""
+    arrays = {f"map_{i}": m.permute(1, 2, 0).numpy() for i, m in enumerate(maps.maps)}
     write_arrays(path, durable=False, sides=np.array(maps.sides), image_size=np.array(maps.image_size), **arrays)
 
 
-def read_maps(folder: Path, record: ImageRecord, flip: bool = False, mapped: bool = False) -> FeatureMaps:
-    """The maps that `extract_images` wrote for a record, as float32 (C, H, W) in channels-last memory.
+def read_maps(folder: Path, record: ImageRecord, flip: bool = False) -> FeatureMaps:
+    """The maps (C, H, W), in channels-last memory, that `extract_images` wrote for a record, in their precision there.
 
-    `mapped`: as they are on the disk, from where only those cells are read that are used (`pool_crops`).
+    They stay on the disk, from where only those cells are read that are used (`pool_crops`).
     """
     path = record.path_in(folder, flip)
     if not path.exists():
         raise ArtifactError(f"{path}: no maps for image {record.id}; run extract first")
-    arrays = map_arrays(path) if mapped else read_arrays(path)
-    sides = tuple(float(side) for side in arrays["sides"])
-    height, width = (int(side) for side in arrays["image_size"])
-    stored = (torch.from_numpy(arrays[f"map_{i}"]).permute(2, 0, 1) for i in range(len(sides)))
-    return FeatureMaps(tuple(stored if mapped else (one.float() for one in stored)), sides, (height, width))
+    arrays = map_arrays(path)
+    sides, (height, width) = tuple(arrays["sides"].tolist()), arrays["image_size"].tolist()
+    maps = tuple(torch.from_numpy(arrays[f"map_{i}"]).permute(2, 0, 1) for i in range(len(sides)))
+    return FeatureMaps(maps, sides, (height, width))

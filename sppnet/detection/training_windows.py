@@ -20,7 +20,7 @@ from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime, make_runtime, resolve_precision
 from sppnet.config import Config, FinetuneSettings
 from sppnet.detection.feature_maps import FeatureMaps, image_maps, read_maps
-from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, pool_projected, project_to_maps
+from sppnet.detection.window_features import Features, ProjectedWindows, pool_crops, project_to_maps
 from sppnet.distributed import in_order
 from sppnet.images import scaled_size
 from sppnet.proposals.search import read_windows
@@ -118,13 +118,13 @@ class TrainingWindows:
         return np.array([self.classes.index(name) for name in annotation.names], np.int64)
 
     def maps(self, index: int, flip: bool = False) -> FeatureMaps:
-        return self.stored_maps(index, flip, mapped=False).to(self.device, torch.float32)
+        return self.stored_maps(index, flip).to(self.device, torch.float32)
 
-    def stored_maps(self, index: int, flip: bool = False, mapped: bool = True) -> FeatureMaps:
+    def stored_maps(self, index: int, flip: bool = False) -> FeatureMaps:
         """Those of the file; with maps.budget_gigabytes they are computed, the same, where there is none."""
         record, settings = self.records[index], self.config.maps
         if settings.budget_gigabytes is None or record.path_in(self.maps_folder, flip).exists():
-            return read_maps(self.maps_folder, record, flip, mapped)
+            return read_maps(self.maps_folder, record, flip)
         return image_maps(self.runtime, record, flip, settings)
 
     @cached_property
@@ -149,9 +149,6 @@ class TrainingWindows:
         """`features` (R, D), unscaled, of windows (R, 4) of an image."""
         maps = self.maps(index)
         return features(maps, self.project(maps, windows))
-
-    def pool(self, maps: FeatureMaps, projected: ProjectedWindows) -> Tensor:
-        return pool_projected(maps, projected, self.config.pyramid.levels)
 
 
 class FinetuneWindows:

@@ -28,6 +28,7 @@ from sppnet.records import Annotation, Detections, pairwise_iou
 T = TypeVar("T")
 Metric = Literal["11point", "area", "ilsvrc"]
 Floats = NDArray[np.float64]
+Scene = tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]  # objects, detections and their IoU
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
 
 RECALL_TOLERANCE = 1e-9  # recall is a fraction of two counts: 3 of 10 must reach the threshold 0.3
@@ -187,12 +188,12 @@ def evaluate_class(
             f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
         )
     order = np.argsort(-values, kind="stable")
-    found = [image_ids[row] for row in order], rows[order], annotations, name
+    scenes = _scenes([image_ids[row] for row in order], rows[order], annotations, name)
     ignored = np.zeros(len(values), dtype=bool)
     if metric == "ilsvrc":
-        positive, difficult = _first_free(*found, iou)
+        positive, difficult = _first_free(scenes, len(values), iou)
     else:
-        overlaps, objects, difficult = _best_objects(*found)
+        overlaps, objects, difficult = _best_objects(scenes, len(values))
         if use_difficult:
             difficult = np.zeros_like(difficult)
         hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
@@ -279,43 +280,37 @@ def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Ann
         raise SppnetError(f"{what} for image {unknown[0]}{others}, which has no annotation; {advice}")
 
 
-def _scenes(
-    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str
-) -> Iterator[tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]]:
+def _scenes(ids: Sequence[str], boxes: Floats, truth: Mapping[str, Annotation], name: str) -> Iterator[Scene]:
     """Of every image with objects of the class: these (G), the rows of its detections (r,), and the IoU (r, G)."""
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, image_id in enumerate(image_ids):
+    for row, image_id in enumerate(ids):
         rows_of[image_id].append(row)
-    for image_id, annotation in annotations.items():
+    for image_id, annotation in truth.items():
         if name in annotation.names:
             objects, rows = annotation.of((name,)), np.array(rows_of.get(image_id, ()), dtype=np.int64)
             yield objects, rows, pairwise_iou(boxes[rows], as_boxes(objects.boxes))
 
 
-def _best_objects(
-    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str
-) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
+def _best_objects(scenes: Iterator[Scene], count: int) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
     """Per detection the best IoU (R,) and the number of that object (R,); per object of the class: difficult?"""
-    overlaps, best = np.zeros(len(boxes)), np.zeros(len(boxes), dtype=np.int64)
+    overlaps, best = np.zeros(count), np.zeros(count, dtype=np.int64)
     flags: list[bool] = []
-    for objects, rows, table in _scenes(image_ids, boxes, annotations, name):
+    for objects, rows, table in scenes:
         overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
         flags += objects.difficult.tolist()
     return overlaps, best, np.array(flags, dtype=bool)
 
 
-def _first_free(
-    image_ids: Sequence[str], boxes: Floats, annotations: Mapping[str, Annotation], name: str, iou: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _first_free(scenes: Iterator[Scene], count: int, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which detections find an object by the rule of ILSVRC (R,), best first; per object of the class: False."""
-    positive, total = np.zeros(len(boxes), dtype=bool), 0
-    for objects, rows, table in _scenes(image_ids, boxes, annotations, name):
+    positive, total = np.zeros(count, dtype=bool), 0
+    for objects, rows, table in scenes:
         width, height = (objects.boxes[:, 2:].astype(np.float64) - objects.boxes[:, :2]).T
         free = np.where(table >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), table, 0)
-        for row in np.flatnonzero(free.any(axis=1)):
-            if free[row].any():  # still
-                positive[rows[row]] = True
-                free[:, free[row].argmax()] = 0
+        for row, own in zip(rows, free, strict=True):
+            if own.any():
+                positive[row] = True
+                free[:, own.argmax()] = 0
         total += len(objects)
     return positive, np.zeros(total, dtype=bool)
 

@@ -169,7 +169,9 @@ class TrainingNetworks:
         trained = {f"train_proposals.{place}": own for place, own in enumerate(config.train_proposals)}
         searches = {"proposals": config.proposals, **trained}
         files = [(f"{name}.import_from", path) for name, own in searches.items() for path in own.import_from]
-        files += [(f"{name}.edge_model", own.edge_model) for name, own in searches.items() if own.edge_model]
+        by_edges = {name: own.edge_model for name, own in searches.items() if own.method == "edge_boxes"}
+        forests = {f"{name}.edge_model": path for name, path in by_edges.items() if path is not None}
+        files += forests.items()
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -185,6 +187,8 @@ class TrainingNetworks:
                 f"name images with objects in data.val, or {other}"
             )
         try:
+            for path in filter(Path.is_file, forests.values()):
+                load_forest(path)
             if more:
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
@@ -210,10 +214,13 @@ class TrainingNetworks:
             return ""
         sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
         line = f"the maps of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
-        free = shutil.disk_usage(next(one for one in folder.absolute().parents if one.exists())).free / 1e9
+        free, done = (
+            shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9,
+            sizes[there].sum(),
+        )
         if sizes[~there].sum() > free:
-            room = f"{sizes[there].sum():.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
-            hint = f"set maps.budget_gigabytes={sizes[there].sum() + 0.9 * free:.3g} to compute the others when read"
+            room = f"{done:.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
+            hint = f"set maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read"
             raise SppnetError(f"{line}, {room}; {hint}, fewer maps.scales, or another disk with --run")
         precision = resolve_precision(config.precision, self.device)
         runtime, start = make_runtime(graph.layers.to(self.device), settings.runtime, precision), time.monotonic()
@@ -225,9 +232,9 @@ class TrainingNetworks:
         took = timedelta(seconds=round(seconds * (~there).sum() * cores / distributed.world_size()))
         line += f" on disk, {4e-6 * values:.3g} MB of memory and {seconds:.2f} s an image, {took} for those missing"
         if others:
-            steps = [*config.finetune.steps, *(config.low_rank.steps if ranks(config) else ())]
-            share = others / len(graph.images) if not GRAPH["finetune"].skipped(config) else 0
-            reads = round(sum(steps) * config.finetune.images_per_batch * share)
+            steps = sum(config.finetune.steps) + (sum(config.low_rank.steps) if ranks(config) else 0)
+            images = 0 if GRAPH["finetune"].skipped(config) else steps * config.finetune.images_per_batch
+            reads = round(images * others / len(graph.images))
             again = f"in fine-tuning {reads:,} times, {timedelta(seconds=round(reads * seconds))}"
             line += f"; the maps of {others} images are not stored but computed when they are read, {again}"
         return line
@@ -236,9 +243,6 @@ class TrainingNetworks:
         """Raise now what would end one of these stages hours later: what is missing, and weights that do not fit."""
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
-        for own in (self.config.proposals, *self.config.train_proposals):
-            if own.edge_model is not None:
-                load_forest(own.edge_model)
         if set(stages) - {"proposals"}:
             if not self.config.pretrain.enabled:
                 _ = self.backbone

@@ -112,14 +112,10 @@ class StageGraph:
             if folder.exists():
                 shutil.rmtree(folder)
 
-    def windows(self, search: ProposalSettings | None = None) -> Path:
-        """Where the windows of a search lie, by default those of test images."""
-        return windows_folder(self.root, self.config, search)
-
     @property
     def searches(self) -> dict[Path, ProposalSettings]:
         """The searches whose windows train together, by their folders; none where `proposals` gives them."""
-        return {self.windows(own): own for own in self.config.train_proposals}
+        return {windows_folder(self.root, self.config, own): own for own in self.config.train_proposals}
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -177,10 +173,11 @@ class StageGraph:
         budget = self.config.maps.budget_gigabytes
         if budget is None or not self.images:
             return self.images
-        if self.gigabytes[0] > budget:
-            (height, width), path = self.images[0][0].size, self.images[0][0].path
-            own = f"those of {path}, {width} × {height} pixels, take {self.gigabytes[0]:.3g} GB; set that or more"
-            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}")
+        record, least = self.images[0][0], self.gigabytes[0]
+        if least > budget:
+            own = f"those of {record.path}, {record.size[1]} × {record.size[0]} pixels, take {least:.3g} GB"
+            more = f"set {1.01 * least:.3g} or more"  # not what is rounded down
+            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}; {more}")
         return self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
 
     @cached_property
@@ -198,7 +195,8 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
     values["import_from"] = _contents(*settings.import_from)
-    return values if settings.edge_model is None else {**values, "edge_model": _contents(settings.edge_model)}
+    forest = settings.edge_model if settings.method == "edge_boxes" else None
+    return values if forest is None else {**values, "edge_model": _contents(forest)}
 
 
 def _contents(*paths: Path | None) -> list[str]:

@@ -38,7 +38,7 @@ from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import Split, load_run_data
 from sppnet.pipeline.stage_status import StageStatus
-from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank
+from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
@@ -272,7 +272,8 @@ class Training:
 
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
-        path, windows = self.graph.folder("thresholds") / "thresholds.json", self.graph.windows()  # as `eval` detects
+        path = self.graph.folder("thresholds") / "thresholds.json"
+        windows = windows_folder(self.graph.root, self.config)  # as `eval` detects
         if not path.exists():
             source = self.networks.windows(train=False)
             if self.config.train_proposals:

@@ -49,15 +49,15 @@ def load_forest(path: Path) -> tuple[Any, int]:
     return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
-@lru_cache(maxsize=1)  # reading a forest takes seconds
+@lru_cache(maxsize=2)  # reading a forest takes seconds
 def _load(path: Path, _: int) -> tuple[Any, int]:
     create = ximgproc().createStructuredEdgeDetection
     try:
-        options = _read(path)
-        return create(str(path)), options["patchSize"]
+        patch = _read(path)["patchSize"]
+        return create(str(path)), patch
     except (ValueError, OSError, EOFError, ZlibError, RecursionError, cv2.error) as error:
         wanted = "expected a structured forest as OpenCV reads it (model.yml.gz, or model.yml unpacked)"
-        found = f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())}"
+        found = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SppnetError(f"{path}: {wanted}, but {found}; put one there, or leave proposals.edge_model out") from None
 
 

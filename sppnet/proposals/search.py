@@ -114,9 +114,8 @@ def propose_union(
     missing = not all(record.path_in(folder).exists() for record in records)  # of all, since processes wait together
     done = [propose_images(records, own, place, progress) for place, own in searches.items() if missing]
     for record in (record for record in shard(records) if not record.path_in(folder).exists()):
-        windows = np.concatenate([read_windows(place, record) for place in searches])
-        first = np.sort(np.unique(windows, axis=0, return_index=True)[1])
-        write_arrays(record.path_in(folder), windows=windows[first])
+        windows = unite_windows([read_windows(place, record) for place in searches])
+        write_arrays(record.path_in(folder), windows=windows)
     barrier()
     computed, imported = sum(each.computed for each in done), sum(each.imported for each in done)
     return ProposeSummary(computed, imported, len(searches) * len(shard(records)) - computed - imported)

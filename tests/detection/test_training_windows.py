@@ -377,7 +377,7 @@ def test_fine_tuning_pools_windows_from_stored_maps_at_random_scales(pictures):
         pooled = own.pool(image, rows, np.random.default_rng(image))
         scales = np.random.default_rng(image).integers(2, size=len(rows))
         windows = source.windows(index)[rows]
-        maps = read_maps(source.maps_folder, source.records[index], flip)
+        maps = read_maps(source.maps_folder, source.records[index], flip).to("cpu", torch.float32)
         projected = source.project(maps, flip_boxes(windows, 180) if flip else windows, scales)
         assert torch.equal(pooled, pool_projected(maps, projected, (1, 2)))
 

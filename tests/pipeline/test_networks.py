@@ -150,11 +150,20 @@ def test_a_budget_for_no_image_names_the_image_its_size_and_the_next_step(small_
     needed = graph_of(small_run.config, tmp_path).gigabytes[0]
     message = (
         r"^maps\.budget_gigabytes=1e-05 holds the maps of no image: those of .*train_00000\.jpg, \d+ × \d+ pixels, "
-        rf"take {needed:.3g} GB; set that or more$"
+        rf"take {needed:.3g} GB; set ([\d.e-]+) or more$"
     )
     with pytest.raises(SppnetError, match=message):
         train_detector(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_budget_that_the_error_names_is_enough(small_run, tmp_path):
+    for scale in range(96, 106):  # sizes that are rounded up, and down
+        own = changed(small_run, maps__scales=[scale], maps__budget_gigabytes=1e-5)
+        with pytest.raises(SppnetError, match=r"set [\d.e-]+ or more") as raised:
+            _ = graph_of(own, tmp_path).stored
+        least = float(re.search(r"set ([\d.e-]+) or more", str(raised.value))[1])
+        assert len(graph_of(changed(small_run, maps__scales=[scale], maps__budget_gigabytes=least), tmp_path).stored)
 
 
 # ---- the disk ------------------------------------------------------------------------------------------------------

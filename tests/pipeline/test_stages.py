@@ -76,7 +76,7 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("proposals__min_side", 30, "proposals finetune svm boxes thresholds"),
         ("proposals__import_from", [], "proposals finetune svm boxes thresholds"),
         ("proposals__method", "edge_boxes", "proposals finetune svm boxes thresholds"),
-        ("proposals__edge_model", "model.yml", "proposals finetune svm boxes thresholds"),
+        ("proposals__edge_model", "model.yml", ""),  # read by edge_boxes alone
         ("train_proposals", [{}], "proposals finetune svm boxes thresholds"),
         ("maps__scales", [96], "maps finetune svm boxes thresholds"),
         ("maps__storage", "float32", "maps finetune svm boxes thresholds"),

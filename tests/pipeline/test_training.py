@@ -576,6 +576,13 @@ def test_files_of_searches_that_are_missing_or_wrong_are_an_error_before_anythin
     assert not (tmp_path / "run").exists()
 
 
+def test_an_edge_model_that_the_method_does_not_read_is_not_asked_for_and_counts_for_nothing(small_run, tmp_path):
+    config = changed(small_run, proposals__edge_model=str(tmp_path / "gone.yml"))
+    training = Training(config, small_run.root, torch.device("cpu"))
+    assert training.missing_inputs(STAGES) == []
+    assert all(status.complete for status in training.graph.statuses())
+
+
 def test_files_of_windows_that_are_missing_are_an_error_before_the_first_stage(small_run, tmp_path):
     config = changed(small_run, proposals__import_from=[str(tmp_path / "none.npz")])
     with pytest.raises(SppnetError, match=r"none\.npz: no such file; check proposals\.import_from"):
