@@ -122,20 +122,14 @@ class SPPDetector:
             if not isinstance(each, list | tuple) or len(each) != len(image):
                 raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
             return one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
-        lowest = None if threshold is None else check_thresholds(threshold, self.classes)
+        lowest = None if threshold is None else self._by_class(threshold)
         overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
         if top is not None and not (is_whole(top) and top > 0):
             raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
         pixels = read_pixels(image)
         found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
-
-        def passes(own: SPPDetector, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-            if lowest is None:
-                return scores >= check_thresholds(own.thresholds, own.classes)
-            return scores >= lowest[[self.classes.index(name) for name in own.classes]]
-
         try:
-            return self._search(pixels, found, passes, overlap)[0][:top]
+            return self._search(pixels, found, lowest, overlap)[0][:top]
         except BackboneError as error:
             raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
 
@@ -167,35 +161,36 @@ class SPPDetector:
 
         Takes an image, or its maps. Also returns the classes of which the maximum left some out.
         """
-        own = self.config.detect
-        boxes = as_boxes(windows, "windows")
-        return self._search(
-            image, boxes, lambda _, scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
-        )
+        own, boxes = self.config.detect, as_boxes(windows, "windows")
+        above = np.nextafter(check_thresholds(own.score_threshold, self.classes), np.float32(np.inf))
+        return self._search(image, boxes, self._by_class(above), own.nms_overlap, own.max_per_class)
 
     def _search(
         self,
         image: FeatureMaps | ImageInput,
         windows: NDArray[np.floating],
-        passes: Callable[[SPPDetector, NDArray[np.float32]], NDArray[np.bool_]],
+        lowest: dict[str, float] | None,
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4."""
+        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4.
+
+        `lowest`: the score from which on a detection of a class is shown; None for the thresholds of each detector.
+        """
         if len(windows) == 0:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
         if self.others and isinstance(image, FeatureMaps):
             raise SppnetError("maps: each of several combined detectors has its own; pass the image")
-        found = [own._search(image, windows, passes, overlap, limit) for own in self.others]
+        found = [own._search(image, windows, lowest, overlap, limit) for own in self.others]
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with undisturbed():
             scored = self._score(maps, windows)
-            lowest = self.config.detect.score_threshold if self.config.detect.refine else np.inf
-            passing = passes(self, scored.scores) | (scored.scores > lowest)  # refined scores differ: see in the end
+            least = check_thresholds([lowest[n] for n in self.classes] if lowest else self.thresholds, self.classes)
+            refined = self.config.detect.score_threshold if self.config.detect.refine else np.inf
+            passing = (scored.scores >= least) | (scored.scores > refined)  # refined scores differ: see in the end
             every, cut = self.select(windows, scored, passing, overlap, limit)
-            last = passes(self, np.repeat(every.scores[:, None], len(self.classes), axis=1))
-            own = every[np.flatnonzero(last[np.arange(len(every)), every.labels])], cut
+            own = every.above(least), cut
         return pool_detections([own, *found], overlap, limit) if found else own
 
     def select(
@@ -248,6 +243,9 @@ class SPPDetector:
         corners = boxes.astype(np.float32)
         solid = np.all(corners[:, 2:] > corners[:, :2], axis=1)
         return boxes[solid], solid
+
+    def _by_class(self, threshold: ArrayLike) -> dict[str, float]:
+        return dict(zip(self.classes, check_thresholds(threshold, self.classes).tolist(), strict=True))
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""

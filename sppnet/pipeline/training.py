@@ -106,10 +106,6 @@ class Training:
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device)
 
-    def missing_inputs(self, stages: Sequence[str]) -> list[str]:
-        """What would end one of these stages, found without reading a weight: a line for each."""
-        return self.networks.missing_inputs(stages)
-
     def perform(self, status: StageStatus) -> str:
         """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
         if status.skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -196,10 +197,24 @@ def test_equal_scores_and_no_regressors_are_no_matter(detector, image, windows):
 def test_no_digest_knows_the_settings_while_they_are_off(detector, small_run, tmp_path):
     """Runs and detections of before stay what they are."""
     description = DetectorDescription.read(small_run.root)
-    changed = {"refine": 1}, {"vote": True}, {"nms_overlap": 0.31}
-    configs = [description.config, *(with_settings(detector, **values).config for values in changed)]
+    changed = {}, {"refine": 1}, {"vote": True}, {"nms_overlap": 0.31}
+    configs = [with_settings(detector, **{"vote": False, **values}).config for values in changed]
     assert len({replace(description, config=config).digest("cpu") for config in configs}) == 4
     graphs = [StageGraph(tmp_path, config, RunData()).digests for config in configs]
     assert len({own["thresholds"] for own in graphs}) == 4
     assert len({own["svm"] for own in graphs}) == 1
     assert "refine" not in StageGraph(tmp_path, configs[0], RunData())._values["detect"]
+
+
+def test_a_detector_of_a_version_without_voting_finds_what_it_found(detector, tmp_path):
+    silent = with_settings(detector, vote=False)
+    silent.save(tmp_path)
+    expected = DetectorDescription.read(tmp_path).digest("cpu")
+    saved = json.loads((tmp_path / "detector.json").read_text())
+    for section, name in (("detect", "vote"), ("detect", "refine"), ("maps", "scale_choice")):
+        del saved["config"][section][name]
+    saved["config"]["maps"]["target_side"] = 208
+    (tmp_path / "detector.json").write_text(json.dumps(saved))
+    description = DetectorDescription.read(tmp_path)
+    assert not description.config.detect.vote
+    assert description.digest("cpu") == expected
