@@ -203,8 +203,8 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
 
-        detect.refine and detect.vote change scores before and boxes after the second NMS (ours). At most `limit` of a
-        class; also returns the classes of which it left some out.
+        detect.refine and detect.vote change scores and boxes before the second NMS (ours). At most `limit` of a class;
+        also returns the classes of which it left some out.
         """
         most = len(windows) if limit is None else limit
         kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
@@ -219,15 +219,12 @@ class SPPDetector:
             if past < self.config.detect.refine:
                 boxes, solid = self._regress(boxes, again, np.arange(len(boxes)), label)
                 scores, label = scores[solid], label[solid]
-        table = np.full((len(boxes), len(self.classes)), -np.inf)
-        table[np.arange(len(boxes)), label] = scores
-        last = nms_per_class(boxes, table, overlap)[0]
-        found = Detections(boxes[last], scores[last], label[last], self.classes)
+        found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
             votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
             found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
-        return found, cut
+        return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
