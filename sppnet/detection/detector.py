@@ -30,7 +30,7 @@ from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import nms_per_class, pool_detections
+from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
 from sppnet.detection.refinement import LOOSE, LOWEST, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
@@ -208,9 +208,8 @@ class SPPDetector:
         """
         most = len(windows) if limit is None else limit
         kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
-        rank = (label[:, None] == np.arange(len(self.classes))).cumsum(axis=0)[np.arange(len(label)), label]
-        cut = tuple(self.classes[own] for own in np.unique(label[rank > most]))
-        kept, label = kept[rank <= most], label[rank <= most]
+        stay, more = first_of_class(label, most)
+        kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
         scores, label = scored.scores[kept[solid], label[solid]], label[solid]
         for past in range(1, self.config.detect.refine + 1):
@@ -281,8 +280,7 @@ class SPPDetector:
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
         others = tuple(cls.load(own.folder, device) for own in description.others)
-        settings = [config.proposals, *(own.config.proposals for own in others)]
-        search = make_proposer(*settings) if proposer is None else proposer
+        search = proposer or make_proposer(config.proposals, *(own.config.proposals for own in others))
         try:
             with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()

@@ -271,8 +271,7 @@ class Training:
         path, windows = self.graph.folder("thresholds") / "thresholds.json", self.graph.windows()  # as `eval` detects
         if not path.exists():
             source = self.networks.windows(train=False)
-            if self.config.train_proposals:
-                propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
+            propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
             chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
