@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=type(default), default=default, help=text)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64])
     costs = parser.parse_args(arguments)
+    if min(costs.devices) < 1 or costs.link <= 0:
+        parser.error("--devices must be at least 1, and --link above 0")
     columns = [project(costs, devices) for devices in costs.devices]
     print("| hours on devices | " + " | ".join(map(str, costs.devices)) + " |\n|---|" + "---|" * len(columns))
     for row in columns[0]:

@@ -102,7 +102,7 @@ def _train(options: argparse.Namespace) -> int:
     graph = training.graph
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
-    missing = [f"{reason}; training would end there" for reason in training.missing_inputs(only)]
+    missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
     if not missing and "maps" in only and training.networks.map_costs:
         print(training.networks.map_costs)
     for split in config.data.test:

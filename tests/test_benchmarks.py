@@ -57,6 +57,13 @@ def test_the_projected_table_is_the_one_of_the_page(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out in (FOLDER.parent / "docs/cluster.md").read_text()
 
 
+@pytest.mark.parametrize("arguments", [["--devices", "8", "0"], ["--link", "0"]])
+def test_a_projection_refuses_what_nothing_divides_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("projection").main(arguments)
+    assert "--devices must be at least 1, and --link above 0" in capsys.readouterr().err
+
+
 def test_a_projection_divides_the_work_of_images_and_adds_what_is_exchanged() -> None:
     projection = importlib.import_module("projection")
     defaults = {name[2:].replace("-", "_"): default for name, (default, _) in projection.COSTS.items()}

@@ -250,11 +250,11 @@ def test_files_for_what_is_done_already_are_not_missed(config, tmp_path):
     head = ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
     for overrides, stage, name in ((weights, "pretrain", "network"), (head, "finetune", "head")):
         training = Training(load_config(config, overrides), tmp_path / stage, torch.device("cpu"))
-        assert len(training.missing_inputs(STAGES)) == 1
+        assert len(training.networks.missing_inputs(STAGES)) == 1
         done = training.graph.folder(stage) / f"{name}.safetensors"
         done.parent.mkdir(parents=True)
         done.touch()
-        assert training.missing_inputs(STAGES) == []
+        assert training.networks.missing_inputs(STAGES) == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["detect", "runs/demo"]])

@@ -17,7 +17,8 @@ def combine_detectors(detectors: Sequence[SPPDetector], names: Sequence[str] = (
     """The first detector with the others beside it: what all find in an image is pooled and suppressed by class.
 
     All score the windows of all, each distinct search running once, on their own maps, and refine what they find. In
-    `detect` each has its own thresholds; the order of classes and the settings `detect` are those of the first.
+    `detect` each has its own thresholds; the order of classes, detect.score_threshold, nms_overlap and max_per_class
+    are those of the first.
     SppnetError for fewer than two and for other classes, with the `names` of the detectors.
     """
     members = [replace(own, others=()) for each in detectors for own in (each, *each.others)]

@@ -30,7 +30,7 @@ from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import nms_per_class, pool_detections
+from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
 from sppnet.detection.refinement import LOOSE, LOWEST, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
@@ -122,20 +122,14 @@ class SPPDetector:
             if not isinstance(each, list | tuple) or len(each) != len(image):
                 raise SppnetError(f"windows of a list of images must be a list of as many arrays, here {len(image)}")
             return one_by_one(self.detect, image, each, threshold=threshold, nms=nms, top=top)
-        lowest = None if threshold is None else check_thresholds(threshold, self.classes)
+        lowest = None if threshold is None else self._by_class(threshold)
         overlap = self.config.detect.nms_overlap if nms is None else check_overlap(nms, "nms")
         if top is not None and not (is_whole(top) and top > 0):
             raise SppnetError(f"top must be a count of detections, at least 1, got {top!r}; leave it out for all")
         pixels = read_pixels(image)
         found = check_boxes(self.proposer(pixels) if windows is None else windows, "windows", np.float64)
-
-        def passes(own: SPPDetector, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-            if lowest is None:
-                return scores >= check_thresholds(own.thresholds, own.classes)
-            return scores >= lowest[[self.classes.index(name) for name in own.classes]]
-
         try:
-            return self._search(pixels, found, passes, overlap)[0][:top]
+            return self._search(pixels, found, lowest, overlap)[0][:top]
         except BackboneError as error:
             raise BackboneError(f"{image}: {error}" if isinstance(image, str | os.PathLike) else str(error)) from None
 
@@ -167,35 +161,36 @@ class SPPDetector:
 
         Takes an image, or its maps. Also returns the classes of which the maximum left some out.
         """
-        own = self.config.detect
-        boxes = as_boxes(windows, "windows")
-        return self._search(
-            image, boxes, lambda _, scores: scores > own.score_threshold, own.nms_overlap, own.max_per_class
-        )
+        own, boxes = self.config.detect, as_boxes(windows, "windows")
+        above = np.nextafter(check_thresholds(own.score_threshold, self.classes), np.float32(np.inf))
+        return self._search(image, boxes, self._by_class(above), own.nms_overlap, own.max_per_class)
 
     def _search(
         self,
         image: FeatureMaps | ImageInput,
         windows: NDArray[np.floating],
-        passes: Callable[[SPPDetector, NDArray[np.float32]], NDArray[np.bool_]],
+        lowest: dict[str, float] | None,
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4."""
+        """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4.
+
+        `lowest`: the score from which on a detection of a class is shown; None for the thresholds of each detector.
+        """
         if len(windows) == 0:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
         if self.others and isinstance(image, FeatureMaps):
             raise SppnetError("maps: each of several combined detectors has its own; pass the image")
-        found = [own._search(image, windows, passes, overlap, limit) for own in self.others]
+        found = [own._search(image, windows, lowest, overlap, limit) for own in self.others]
         maps = image if isinstance(image, FeatureMaps) else self.embed(image)
         with undisturbed():
             scored = self._score(maps, windows)
-            lowest = self.config.detect.score_threshold if self.config.detect.refine else np.inf
-            passing = passes(self, scored.scores) | (scored.scores > lowest)  # refined scores differ: see in the end
+            least = check_thresholds([lowest[n] for n in self.classes] if lowest else self.thresholds, self.classes)
+            refined = self.config.detect.score_threshold if self.config.detect.refine else np.inf
+            passing = (scored.scores >= least) | (scored.scores > refined)  # refined scores differ: see in the end
             every, cut = self.select(windows, scored, passing, overlap, limit)
-            last = passes(self, np.repeat(every.scores[:, None], len(self.classes), axis=1))
-            own = every[np.flatnonzero(last[np.arange(len(every)), every.labels])], cut
+            own = every.above(least), cut
         return pool_detections([own, *found], overlap, limit) if found else own
 
     def select(
@@ -208,14 +203,13 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
 
-        detect.refine and detect.vote change scores before and boxes after the second NMS (ours). At most `limit` of a
-        class; also returns the classes of which it left some out.
+        detect.refine and detect.vote change scores and boxes before the second NMS (ours). At most `limit` of a class;
+        also returns the classes of which it left some out.
         """
         most = len(windows) if limit is None else limit
         kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
-        rank = (label[:, None] == np.arange(len(self.classes))).cumsum(axis=0)[np.arange(len(label)), label]
-        cut = tuple(self.classes[own] for own in np.unique(label[rank > most]))
-        kept, label = kept[rank <= most], label[rank <= most]
+        stay, more = first_of_class(label, most)
+        kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
         scores, label = scored.scores[kept[solid], label[solid]], label[solid]
         for past in range(1, self.config.detect.refine + 1):
@@ -224,15 +218,12 @@ class SPPDetector:
             if past < self.config.detect.refine:
                 boxes, solid = self._regress(boxes, again, np.arange(len(boxes)), label)
                 scores, label = scores[solid], label[solid]
-        table = np.full((len(boxes), len(self.classes)), -np.inf)
-        table[np.arange(len(boxes)), label] = scores
-        last = nms_per_class(boxes, table, overlap)[0]
-        found = Detections(boxes[last], scores[last], label[last], self.classes)
+        found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
             votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
             found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
-        return found, cut
+        return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
@@ -248,6 +239,9 @@ class SPPDetector:
         corners = boxes.astype(np.float32)
         solid = np.all(corners[:, 2:] > corners[:, :2], axis=1)
         return boxes[solid], solid
+
+    def _by_class(self, threshold: ArrayLike) -> dict[str, float]:
+        return dict(zip(self.classes, check_thresholds(threshold, self.classes).tolist(), strict=True))
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
@@ -286,8 +280,7 @@ class SPPDetector:
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
         others = tuple(cls.load(own.folder, device) for own in description.others)
-        settings = [config.proposals, *(own.config.proposals for own in others)]
-        search = make_proposer(*settings) if proposer is None else proposer
+        search = proposer or make_proposer(config.proposals, *(own.config.proposals for own in others))
         try:
             with undisturbed():  # in float32 whatever torch's default
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()

@@ -60,6 +60,8 @@ class DetectorDescription:
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
             config = parse_config(values["config"], "settings")
+            if "vote" not in values["config"].get("detect", {}):  # of a version without: it finds what it found
+                config = config.model_copy(update={"detect": config.detect.model_copy(update={"vote": False})})
             thresholds = check_thresholds(values.get("thresholds", 0), values["classes"])
         except SppnetError as error:
             raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None

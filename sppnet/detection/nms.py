@@ -71,11 +71,18 @@ def pool_detections(
     boxes, scores = (np.concatenate([getattr(own, name) for own, _ in each]) for name in ("boxes", "scores"))
     labels = np.array([classes.index(name) for own, _ in each for name in own.class_names], np.int64)
     table = np.where(labels[:, None] == np.arange(len(classes)), scores[:, None], -np.inf)
-    kept, pooled = nms_per_class(boxes, table, overlap, limit)
-    every = nms_per_class(boxes, table, overlap)[1]
-    more = [name for place, name in enumerate(classes) if (every == place).sum() > (pooled == place).sum()]
-    cut = {*more, *(name for _, names in each for name in names)}
-    return Detections(boxes[kept], scores[kept], pooled, classes), tuple(name for name in classes if name in cut)
+    kept, label = nms_per_class(boxes, table, overlap)
+    stay, more = first_of_class(label, len(label) if limit is None else limit)
+    cut = {*(classes[own] for own in more), *(name for _, names in each for name in names)}
+    found = Detections(boxes[kept], scores[kept], label, classes)[stay]
+    return found, tuple(name for name in classes if name in cut)
+
+
+def first_of_class(labels: NDArray[np.int64], limit: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of (S,) are among the first `limit` of their label, and the labels that have more."""
+    every = np.arange(labels.max(initial=0) + 1)
+    place = (labels[:, None] == every).cumsum(axis=0)[np.arange(len(labels)), labels]
+    return place <= limit, np.unique(labels[place > limit])
 
 
 def _nms(

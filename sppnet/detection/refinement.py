@@ -24,9 +24,10 @@ def vote(found: Detections, candidates: Detections, overlap: float = 0.5) -> Det
     if found.classes != candidates.classes:
         raise SppnetError(f"candidates: expected the classes {found.classes}, got {candidates.classes}")
     boxes, others = found.boxes.astype(np.float64), candidates.boxes.astype(np.float64)
+    overlap = check_overlap(overlap, "overlap")
     for label in np.unique(found.labels):
         mine, theirs = np.flatnonzero(found.labels == label), np.flatnonzero(candidates.labels == label)
-        near = pairwise_iou(boxes[mine], others[theirs]) >= check_overlap(overlap, "overlap")
+        near = pairwise_iou(boxes[mine], others[theirs]) >= overlap
         mine, near = mine[near.any(axis=1)], near[near.any(axis=1)]
         exponents = np.where(near, 2 * candidates.scores[theirs].astype(np.float64), -np.inf)
         weights = np.exp(exponents - exponents.max(axis=1, initial=-np.inf, keepdims=True))  # the best weighs 1

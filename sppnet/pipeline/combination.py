@@ -26,8 +26,9 @@ def combine_runs(runs: Sequence[str | Path], out: str | Path) -> SPPDetector:
     and an `out` that is a run already.
     """
     folder = Path(out) / "detector"
-    if (folder / "detector.json").exists() or (Path(out) / "config.yaml").exists():
-        raise SppnetError(f"{out}: is a run already; choose a new folder for --out")
+    inside = any((place / "detector.json").exists() for place in (folder, *folder.absolute().parents))
+    if inside or (Path(out) / "config.yaml").exists():
+        raise SppnetError(f"{out}: is a run already, or the detector of one; choose a new folder for --out")
     read = [DetectorDescription.read(run) for run in runs]
     members = [(Path(run), own) for run, each in zip(runs, read, strict=True) for own in (each, *each.others)]
     seen: dict[tuple[str, str], Path] = {}
@@ -46,6 +47,9 @@ def combine_runs(runs: Sequence[str | Path], out: str | Path) -> SPPDetector:
         differ = [f"data.{name}" for name in tested if getattr(own.config.data, name) != getattr(first, name)]
         if differ:
             log.info("%s of %s count; %s has others", ", ".join(differ), runs[0], run)
+    splits = [Split.read(each.folder) or Split({}, {}, {}) for each in read]
+    train = {name: digest for split in splits for name, digest in {**split.train, **split.objects}.items()}
+    contents = set(train.values())
     check_writable(folder)
     for run, own in members:
         source = windows_folder(run, own.config)
@@ -53,9 +57,6 @@ def combine_runs(runs: Sequence[str | Path], out: str | Path) -> SPPDetector:
             target = folder.parent / path.relative_to(run)
             if not target.exists():
                 write_atomically(target, methodcaller("write", path.read_bytes()), durable=False)
-    splits = [Split.read(each.folder) or Split({}, {}, {}) for each in read]
-    train = {name: digest for split in splits for name, digest in split.train.items()}
-    contents = set(train.values())
     # Without val and test it is evaluated on what the first run held out; others may have held out of other data.
     sides = splits if first.val or first.test else splits[:1]
     held_out = {name: digest for split in sides for name, digest in split.held_out.items()}

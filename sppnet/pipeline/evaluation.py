@@ -58,21 +58,20 @@ class SplitResult:
 
 def detect_split(
     run: Path,
-    config: Config,
+    description: DetectorDescription,
     records: Sequence[ImageRecord],
     device: torch.device | str = "cpu",
     evaluate: bool = True,
     backbone: nn.Module | None = None,
-    others: Sequence[Config] | None = None,
 ) -> SplitResult:
-    """Detect in every record with the detector of a run, under `config`; with `evaluate`, evaluate what is annotated.
+    """Detect in every record with the detector of a run; with `evaluate`, evaluate what is annotated.
 
     Windows and detections of each image are kept in the run, in folders named by their content, so an interrupted
     call goes on. Images are shared by a worker process a core; under torchrun every process does its share of them.
-    `others`: the settings for the detectors that are combined with it, by default as they were saved.
+    `description` has its settings, and those of the detectors combined with it: as saved, or changed for this call.
     """
-    description = replace(DetectorDescription.read(run), config=config)
-    configs = [config, *(others or [own.config for own in description.others])]
+    config = description.config
+    configs = [config, *(own.config for own in description.others)]
     for own in configs:
         network = build_backbone(own.backbone.without_weights(), module=backbone if own is config else None)
         count_cells(records, network, own.maps)  # before hours of work
@@ -172,8 +171,8 @@ def evaluate_run(
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     place = (data or config.data.root).resolve()
     other = place != config.data.root.resolve()
-    config = _drop_imports(config, other)
-    others = [_drop_imports(own.config, place != own.config.data.root.resolve()) for own in description.others]
+    others = tuple(replace(own, config=_drop_imports(own.config, place)) for own in description.others)
+    description = replace(description, config=_drop_imports(config, place), others=others)
     found = load_test_data(config, data, splits, Split.read(description.folder))
     records, names = found.records, found.splits or (HELD_OUT,)
     _check_comp4_names(names, classes)
@@ -186,7 +185,7 @@ def evaluate_run(
             f"no image has an annotation, e.g. {records[0].id}; add annotations, or take `sppnet test`, which detects "
             "alone"
         )
-    result = detect_split(run, config, records, device, evaluate, backbone, others)
+    result = detect_split(run, description, records, device, evaluate, backbone)
     folder = _results_folder(run, data if other else None, names)
     if distributed.is_main():
         if evaluate or not _describe(folder, result, names):
@@ -218,12 +217,12 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     return results / fitting_name("+".join(name.replace("/", "-") for name in splits), "")
 
 
-def _drop_imports(config: Config, other: bool) -> Config:
-    """Without the imported windows that are gone, since a detector outlives them; without all for `other` data.
+def _drop_imports(config: Config, place: Path) -> Config:
+    """Without the imported windows that are gone, since a detector outlives them; without all for data elsewhere.
 
     They may be named by the bare file names of their images, which other data may have too.
     """
-    proposals = config.proposals
+    proposals, other = config.proposals, place != config.data.root.resolve()
     kept = () if other else tuple(path for path in proposals.import_from if path.is_file())
     if other and proposals.import_from:
         log.info("proposals.import_from belongs to %s; the images of other data are searched", config.data.root)

@@ -124,7 +124,7 @@ class StageGraph:
         for name in STAGES:
             stage = GRAPH[name]
             chooses = name in CHOOSES_SCALE or (name == "finetune" and self.config.head.input_norm is not None)
-            choice = ["maps.scale_choice", "maps.target_side"] if chooses and len(self.config.maps.scales) > 1 else []
+            choice = ["scale_choice", "target_side"] if chooses and len(self.config.maps.scales) > 1 else []
             keys = sorted([*stage.settings(self.config), *choice])
             settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data if split != "objects" or self.data.objects]
@@ -138,7 +138,9 @@ class StageGraph:
         values: Any = self.config.model_dump(mode="json")
         for key in ("runtime", "budget_gigabytes"):
             del values["maps"][key]
-        values["maps"]["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
+        values["scale_choice"] = values["maps"].pop("scale_choice")
+        values["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
+        values["maps"]["target_side"] = TARGET_SIDES["release"]  # of no effect: the maps of earlier versions stay
         for key in self.config.detect.off:
             del values["detect"][key]
         values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
@@ -273,7 +275,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "maps",
-            settings=lambda _: ["maps.scales", "maps.max_side", "maps.storage", "backbone", "precision"],
+            settings=lambda _: ["maps", "backbone", "precision"],
             reads=lambda _: ["pretrain"],
             outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.stored],
         ),

@@ -106,10 +106,6 @@ class Training:
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device)
 
-    def missing_inputs(self, stages: Sequence[str]) -> list[str]:
-        """What would end one of these stages, found without reading a weight: a line for each."""
-        return self.networks.missing_inputs(stages)
-
     def perform(self, status: StageStatus) -> str:
         """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
         if status.skipped:
@@ -276,8 +272,7 @@ class Training:
         windows = windows_folder(self.graph.root, self.config)  # as `eval` detects
         if not path.exists():
             source = self.networks.windows(train=False)
-            if self.config.train_proposals:
-                propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
+            propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
             chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
             if distributed.is_main():
                 write_json(path, chosen)

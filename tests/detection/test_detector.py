@@ -92,7 +92,8 @@ def test_detections_are_sorted_typed_and_inside_the_image(detector, image, windo
 
 
 def test_embedding_once_and_scoring_apart_agrees_with_detect(detector, image, windows):
-    detector = replace(detector, regressors=None)
+    detect = detector.config.detect.model_copy(update={"vote": False})
+    detector = replace(detector, regressors=None, config=detector.config.model_copy(update={"detect": detect}))
     maps = detector.embed(image)
     scores = detector.score(maps, windows)
     assert scores.shape == (len(windows), len(detector.classes))

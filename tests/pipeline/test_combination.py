@@ -151,6 +151,11 @@ def test_what_any_was_trained_on_counts_as_trained_on(small_run, another, tmp_pa
     combine_runs([small_run.root, other], tmp_path / "both")
     evaluate_run(tmp_path / "both", splits="SHAPES/val", evaluate=False)
     assert f"trained on: 1 of 3 images, e.g. {image}" in caplog.text
+    caplog.clear()
+    other = settings_changed(another.root, tmp_path / "objects", replace(split, objects={image: split.held_out[image]}))
+    combine_runs([small_run.root, other], tmp_path / "of_objects")
+    evaluate_run(tmp_path / "of_objects", splits="SHAPES/val", evaluate=False)
+    assert f"trained on: 1 of 3 images, e.g. {image}" in caplog.text
     assert "validation images, which also chose the fine-tuning snapshot and the thresholds: 2 of 3" in caplog.text
 
 
@@ -199,12 +204,15 @@ def test_what_is_no_complete_run_of_another_detector_is_refused(small_run, anoth
     replace(other, svms=svms, regressors=None).save(tmp_path / "moon/detector")
     half = Path(shutil.copytree(two, tmp_path / "half"))
     (half / "detector/detector.json").unlink()
+    torn = Path(shutil.copytree(two, tmp_path / "torn"))
+    (torn / "detector/split.json").write_text("{")
     cases = {
         (one,): "expected two detectors or more to combine, got 1; give another one",
         (one, one): f"{one} and {one} hold the same detector",
         (one, two, copy): f"{one} and {copy} hold the same detector",
         (one, tmp_path / "moon"): f"{one} and {tmp_path / 'moon'}: only one of them knows 'moon', 'star'",
         (one, half): f"{half}: its detector is not complete",
+        (one, torn): f"{torn / 'detector/split.json'}: cannot read this artifact",
         (one, tmp_path / "gone"): f"{tmp_path / 'gone'}: no such folder",
         (one, tmp_path): f"{tmp_path}: holds no trained detector",
     }
@@ -212,10 +220,9 @@ def test_what_is_no_complete_run_of_another_detector_is_refused(small_run, anoth
         assert refused("combine", *runs, "--out", out).startswith(message)
         assert not out.exists()
     before = modified(one)
-    for taken in (one, half):
-        assert (
-            refused("combine", one, two, "--out", taken) == f"{taken}: is a run already; choose a new folder for --out"
-        )
+    for taken in (one, half, one / "detector", one / "detector/others"):
+        message = refused("combine", one, two, "--out", taken)
+        assert message == f"{taken}: is a run already, or the detector of one; choose a new folder for --out"
     assert modified(one) == before
     (tmp_path / "file").touch()
     assert "expected a folder with space in it" in refused("combine", one, two, "--out", tmp_path / "file")

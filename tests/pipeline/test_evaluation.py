@@ -14,7 +14,7 @@ from small_run import copied, run_command, write_windows
 
 from sppnet.backbones import backbone as backbones
 from sppnet.data.comp4 import read_comp4
-from sppnet.detection.detector import SPPDetector
+from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
 from sppnet.pipeline.run_data import load_run_data, load_test_data
@@ -310,21 +310,22 @@ def test_an_image_too_narrow_for_the_network_is_named(run, detector, tmp_path, m
 @pytest.mark.parametrize("limit", [1, 2])
 def test_an_evaluation_says_that_the_maximum_per_class_left_some_out(run, detector, caplog, limit):
     caplog.set_level(logging.INFO, "sppnet")
-    detect_split(run.root, detector.config, load_test_data(detector.config).records)
+    description = DetectorDescription.read(run.root)
+    detect_split(run.root, description, load_test_data(detector.config).records)
     assert "max_per_class" not in caplog.text
     settings = detector.config.detect.model_copy(update={"max_per_class": limit})
     config = detector.config.model_copy(update={"detect": settings})
     records = load_test_data(config).records
     for _ in range(2):  # what was kept by the first says so too
         caplog.clear()
-        found = detect_split(run.root, config, records).detections
+        found = detect_split(run.root, replace(description, config=config), records).detections
         assert f"detect.max_per_class={limit} left out detections of " in caplog.text
         assert "images, SHAPES/test_0000" in caplog.text
     assert max(np.bincount(each.labels).max() for each in found.values() if len(each)) == limit
 
 
-def test_no_images_give_no_detections_and_no_figures(run, detector):
-    result = detect_split(run.root, detector.config, [])
+def test_no_images_give_no_detections_and_no_figures(run):
+    result = detect_split(run.root, DetectorDescription.read(run.root), [])
     assert (dict(result.detections), result.evaluation, result.seconds_per_image) == ({}, None, None)
 
 

@@ -179,12 +179,12 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_computed(small_
     ) as raised:
         train_detector(small_run.config, root, progress=False)
     assert not root.exists()
-    (reason,) = Training(small_run.config, root, CPU).missing_inputs(STAGES)
+    (reason,) = Training(small_run.config, root, CPU).networks.missing_inputs(STAGES)
     assert reason == str(raised.value)
     budget = float(re.search(r"set maps\.budget_gigabytes=([\d.e-]+) to compute the others", reason)[1])
     assert budget == pytest.approx(0.45 * total, rel=0.01)
     bounded = changed(small_run, maps__budget_gigabytes=budget)
-    assert Training(bounded, root, CPU).missing_inputs(STAGES) == []
+    assert Training(bounded, root, CPU).networks.missing_inputs(STAGES) == []
     assert 0 < len(graph_of(bounded, root).stored) < 19
 
 
@@ -195,7 +195,7 @@ def test_maps_that_are_there_need_no_room(small_run, tmp_path, monkeypatch):
     graph = graph_of(run.config, run.root)
     usage, one = shutil.disk_usage(tmp_path), graph.gigabytes.max() * 1e9
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(one * 1.01)))
-    assert Training(run.config, run.root, CPU).missing_inputs(STAGES) == []
+    assert Training(run.config, run.root, CPU).networks.missing_inputs(STAGES) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(one / 2)))
-    (reason,) = Training(run.config, run.root, CPU).missing_inputs(STAGES)
+    (reason,) = Training(run.config, run.root, CPU).networks.missing_inputs(STAGES)
     assert f"{graph.gigabytes.sum():.3g} GB, {graph.gigabytes.sum() - one / 1e9:.3g} of it there" in reason

@@ -18,7 +18,7 @@ from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError
 from sppnet.pipeline import stages
-from sppnet.pipeline.run_data import load_run_data, load_test_data
+from sppnet.pipeline.run_data import RunData, load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
 
@@ -385,3 +385,9 @@ def test_difficult_objects_in_training_change_the_pretrained_network(small_run, 
     data = load_run_data(small_run.config)
     configs = [changed(small_run, pretrain__enabled=True, data__train_on_difficult=value) for value in (True, False)]
     assert len({StageGraph(tmp_path, config, data).digests["pretrain"] for config in configs}) == 2
+
+
+def test_maps_and_what_was_trained_on_them_outlive_a_new_version(tmp_path):
+    """Hours of work: these keys are those of runs that exist, and change with a version of a stage alone."""
+    digests = StageGraph(tmp_path, Config(), RunData()).digests
+    assert (digests["maps"], digests["svm"]) == ("569ae43f5d06b960", "a93dc48b4460052c")

@@ -408,7 +408,7 @@ def test_a_training_image_too_narrow_for_a_map_is_named_before_anything_is_compu
     with pytest.raises(SppnetError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    (reason,) = Training(config, tmp_path / "run", torch.device("cpu")).missing_inputs(STAGES)
+    (reason,) = Training(config, tmp_path / "run", torch.device("cpu")).networks.missing_inputs(STAGES)
     assert "train_00003.jpg" in reason
 
 
@@ -420,7 +420,7 @@ def test_training_images_of_difficult_objects_alone_are_an_error_before_anything
             path = devkit / f"SHAPES/Annotations/{split}_0000{number}.xml"
             write_annotation(path, (10, 10), [[20, 20, 90, 90]], ["owl"], [True])
     config = changed(small_run, data__root=str(devkit), data__train_on_difficult=False)
-    reasons = Training(config, tmp_path / "run", torch.device("cpu")).missing_inputs(STAGES)
+    reasons = Training(config, tmp_path / "run", torch.device("cpu")).networks.missing_inputs(STAGES)
     assert [reason.split(",")[0] for reason in reasons] == [
         f"no {kind} image has an object of the classes" for kind in ("training", "validation")
     ]
