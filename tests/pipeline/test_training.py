@@ -579,7 +579,7 @@ def test_files_of_searches_that_are_missing_or_wrong_are_an_error_before_anythin
 def test_an_edge_model_that_the_method_does_not_read_is_not_asked_for_and_counts_for_nothing(small_run, tmp_path):
     config = changed(small_run, proposals__edge_model=str(tmp_path / "gone.yml"))
     training = Training(config, small_run.root, torch.device("cpu"))
-    assert training.missing_inputs(STAGES) == []
+    assert training.networks.missing_inputs(STAGES) == []
     assert all(status.complete for status in training.graph.statuses())
 
 
