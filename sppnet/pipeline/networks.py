@@ -223,9 +223,11 @@ class TrainingNetworks:
             hint = f"set maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read"
             raise SppnetError(f"{line}, {room}; {hint}, fewer maps.scales, or another disk with --run")
         precision = resolve_precision(config.precision, self.device)
-        runtime, start = make_runtime(graph.layers.to(self.device), settings.runtime, precision), time.monotonic()
+        runtime = make_runtime(graph.layers.to(self.device), settings.runtime, precision)
         smallest = settings.model_copy(update={"scales": (min(settings.scales),)})
-        measured = compute_maps(runtime, np.zeros((*graph.images[0][0].size, 3), np.uint8), smallest).maps[0]
+        for _ in range(2):  # the first one compiles, and warms up
+            start = time.monotonic()
+            measured = compute_maps(runtime, np.zeros((*graph.images[0][0].size, 3), np.uint8), smallest).maps[0]
         values = graph.gigabytes[0] * 1e9 / (2 if settings.storage == "float16" else 4)  # time grows with them
         seconds = (time.monotonic() - start) * values / measured.numel()
         cores = min(1, torch.get_num_threads() / available_cores()) if self.device.type == "cpu" else 1
