@@ -6,9 +6,10 @@
     training_windows  the windows of the training images, by overlap, as the steps below draw them
     finetuning        fc6, fc7 and a classifier, the backbone frozen
     linear_svm        one linear SVM per class
-    hard_negatives    mining: one pass over the images, in bounded memory
+    hard_negatives    mining: one pass over the images, in bounded memory, that of negative_cache
     box_regression    class-wise corrections of boxes
     nms               suppression, per class
+    refinement        boxes that vote for better ones
     detector          all of it at test time; detector_description: what a saved one says of itself
     combination       several detectors as one
 

@@ -214,10 +214,8 @@ class TrainingNetworks:
             return ""
         sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
         line = f"the maps of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
-        free, done = (
-            shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9,
-            sizes[there].sum(),
-        )
+        free = shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9
+        done = sizes[there].sum()
         if sizes[~there].sum() > free:
             room = f"{done:.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
             hint = f"set maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read"
