@@ -23,7 +23,7 @@ from torch import Tensor
 
 from examples import SIZE, windows
 from sppnet.backbones.geometry import Geometry
-from sppnet.detection.windows import project_windows
+from sppnet.backbones.windows import project_windows
 from sppnet.ops._pool_cpu import pool_cells
 from sppnet.ops.pyramid import pool_windows
 

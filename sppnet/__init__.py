@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sppnet.backbones.geometry import Geometry
+    from sppnet.backbones.windows import choose_scales, project_windows
     from sppnet.config import BoxRegressionSettings, Config, SVMSettings
     from sppnet.config_files import load_config
     from sppnet.detection.box_regression import fit_box_regressor
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from sppnet.detection.hard_negatives import mine_detectors
     from sppnet.detection.linear_svm import fit_linear_svm
     from sppnet.detection.nms import nms
-    from sppnet.detection.windows import choose_scales, project_windows
     from sppnet.errors import SppnetError
     from sppnet.evaluation.voc import evaluate_voc
     from sppnet.images import read_image
@@ -43,7 +43,7 @@ _MODULES = {
     "SpatialPyramidPool": "ops.pyramid",
     "SppnetError": "errors",
     "WindowPool": "ops.pyramid",
-    "choose_scales": "detection.windows",
+    "choose_scales": "backbones.windows",
     "evaluate_voc": "evaluation.voc",
     "fit_box_regressor": "detection.box_regression",
     "fit_linear_svm": "detection.linear_svm",
@@ -51,7 +51,7 @@ _MODULES = {
     "mine_detectors": "detection.hard_negatives",
     "nms": "detection.nms",
     "pool_windows": "ops.pyramid",
-    "project_windows": "detection.windows",
+    "project_windows": "backbones.windows",
     "read_image": "images",
     "selective_search": "proposals.selective_search",
     "spatial_pyramid_pool": "ops.pyramid",

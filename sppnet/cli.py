@@ -24,6 +24,7 @@ from sppnet.paths import expand_path
 
 T = TypeVar("T")
 METRICS = ("11point", "area", "ilsvrc")
+VIEWS = ("centre", "ten", "full", "multiview")  # of an image that is classified
 
 # Commands that run one stage alone; low_rank goes with `train`.
 VERBS = {"proposals": "propose", "maps": "extract"}
@@ -115,6 +116,8 @@ def _checked(
 PATH = _checked(expand_path, "a path", bool)
 THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
 OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
+COUNT = _checked(int, "a whole number above 0", lambda count: count > 0)
+FILTER = _checked(int, "a whole number from 0 on", lambda number: number >= 0)
 CLASSES = _checked(
     lambda text: tuple(name.strip() for name in text.split(",")),
     "class names separated by commas, all different, e.g. cat,dog",
@@ -177,10 +180,54 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--iou", type=OVERLAP, default=0.5)
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    _add_classify(commands)
+
     demo = _command(commands, "demo", "train, evaluate and detect on generated pictures, in minutes")
     demo.add_argument("--run", type=PATH, default=Path("runs/demo"), metavar="DIR")
     _add_device(demo)
     return parser
+
+
+def _add_classify(commands) -> None:  # type: ignore[no-untyped-def]
+    classify = _command(commands, "classify", "classification of whole images, the paper's section 3")
+    actions = classify.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    train = _command(actions, "train", "train a classifier on a folder of images for each class; it resumes")
+    train.add_argument("source", type=PATH, metavar="CONFIG|FOLDER", help="a YAML file, or the folder of the classes")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    train.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. training.sizes=[180,224]", **several)
+    train.add_argument("--run", type=PATH, required=True, metavar="DIR", help="where the classifier goes")
+    train.add_argument("--epochs", type=COUNT, help="default: training.epochs")
+    _add_device(train)
+
+    test = _command(actions, "test", "top-1 and top-5 error of one run, or of the mean of several")
+    test.add_argument("sources", nargs="+", type=PATH, metavar="RUN … FOLDER", help="runs, then the folder of classes")
+    test.add_argument("--views", choices=VIEWS, default="full", help="default: full")
+    test.add_argument("--json", type=PATH, metavar="FILE", help="write the result to a file too")
+    _add_device(test)
+
+    predict = _command(actions, "predict", "print the classes of pictures")
+    predict.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained classifier")
+    predict.add_argument("images", nargs="+", type=PATH, metavar="IMAGE", help="files, folders or patterns")
+    predict.add_argument("--views", choices=VIEWS, default="full", help="default: full")
+    _add_device(predict)
+
+    features = _command(actions, "features", "write full-image features of one length, l2-normalised")
+    linear = _command(actions, "linear", "linear SVMs on full-image features: VOC07's or Caltech-101's protocol")
+    for command in (features, linear):
+        command.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained classifier")
+        command.add_argument("data", type=PATH, metavar="FOLDER", help="one folder a class, or VOC's year folders")
+        command.add_argument("--layer", choices=("pool", "fc6", "fc7"), default="pool", help="default: pool")
+        command.add_argument("--side", type=COUNT, metavar="S", help="shorter side of the images (default: 224)")
+        _add_device(command)
+    features.add_argument("--out", type=PATH, required=True, metavar="FILE", help="a .npz file")
+
+    strongest = _command(actions, "strongest", "draw where a filter of the last layer responds most (figure 2)")
+    strongest.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained classifier")
+    strongest.add_argument("images", type=PATH, metavar="FOLDER", help="a folder of images")
+    strongest.add_argument("--filter", type=FILTER, required=True, metavar="K", help="its number, from 0")
+    strongest.add_argument("--out", type=PATH, required=True, metavar="FILE", help="the picture, .png")
+    _add_device(strongest)
 
 
 def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-untyped-def]

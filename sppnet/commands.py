@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import re
 import signal
 import sys
 import threading
@@ -19,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from sppnet import distributed
+from sppnet.classify_commands import classify
 from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config
@@ -30,6 +28,7 @@ from sppnet.data.shapes import generate_shapes
 from sppnet.data.splits import files_by_stem, find_annotations, find_set, read_image_set
 from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
+from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
 from sppnet.jobs import ran_out_of_memory
@@ -98,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
     if not options.dry_run:
         return _run_training(config, root, options, only, force)
-    training = Training(config, root, _device(options))
+    training = Training(config, root, choose_device(options.device))
     graph = training.graph
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
@@ -129,7 +128,7 @@ def _train_stage(options: argparse.Namespace) -> int:
         names = ",".join(map(str, imports))
         print(f"the other stages use these windows with the same setting: proposals.import_from=[{names}]")
     if export and distributed.is_main():
-        graph = Training(config, root, _device(options)).graph
+        graph = Training(config, root, choose_device(options.device)).graph
         records, folder = graph.data.images, graph.folder("proposals")
         export_windows(export, [r.id for r in records], [read_windows(folder, r) for r in records])
         print(f"windows of {counted(len(records), 'image')} written to {export}")
@@ -139,7 +138,7 @@ def _train_stage(options: argparse.Namespace) -> int:
 def _run_training(
     config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]
 ) -> int:
-    detector = train_detector(config, root, _device(options), only, force)
+    detector = train_detector(config, root, choose_device(options.device), only, force)
     if detector is not None and distributed.is_main():
         print(f"detector of {counted(len(detector.classes), 'class')} in {root / 'detector'}; next: sppnet eval {root}")
     return 0
@@ -148,7 +147,7 @@ def _run_training(
 def _evaluate(options: argparse.Namespace) -> int:
     evaluate = options.command == "eval"
     splits, metric = tuple(options.split), options.metric if evaluate else None
-    output = evaluate_run(options.run, _device(options), options.data, splits, metric, evaluate)
+    output = evaluate_run(options.run, choose_device(options.device), options.data, splits, metric, evaluate)
     if not distributed.is_main():
         return 0
     result = output.result
@@ -172,7 +171,7 @@ def _combine(options: argparse.Namespace) -> int:
 
 
 def _detect(options: argparse.Namespace) -> int:
-    device = _device(options)
+    device = choose_device(options.device)
     description = DetectorDescription.read(options.run)  # before pictures are looked for
     load, workers = partial(SPPDetector.load, options.run, device), 0 if device.type == "cpu" else 1
     with _ended_as_by_ctrl_c():
@@ -243,7 +242,7 @@ def _comp4_file(pattern: str, name: str) -> Path:
 
 def _demo(options: argparse.Namespace) -> int:
     """Generate pictures, train on them, evaluate, detect; without a download. A second call reuses what is there."""
-    run, device, start = options.run, _device(options), time.monotonic()
+    run, device, start = options.run, choose_device(options.device), time.monotonic()
     devkit = generate_shapes(run / "data")
     splits = {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]}
     train_detector(parse_config({**DEMO, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
@@ -263,19 +262,6 @@ def _config_and_root(options: argparse.Namespace) -> tuple[Config, Path]:
     return config, options.run or Path("runs") / config.name
 
 
-def _device(options: argparse.Namespace) -> torch.device:
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
-        raise SppnetError(f"--device {options.device}: expected cpu, cuda or cuda:N")
-    device = torch.device(options.device)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"{count}; count from 0" if count else "no CUDA device; use --device cpu"
-        raise SppnetError(f"--device {options.device}: this machine has {found}")
-    return device
-
-
 def _start_logging(verbose: bool) -> None:
     level = logging.DEBUG if verbose else logging.INFO if distributed.is_main() else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
@@ -292,5 +278,6 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "combine": _combine,
     "detect": _detect,
     "score": _score,
+    "classify": classify,
     "demo": _demo,
 }

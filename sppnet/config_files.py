@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sppnet.config import Config
 from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
-from sppnet.settings import SettingError
+from sppnet.settings import SettingError, Settings
+
+S = TypeVar("S", bound=Settings)
 
 # Numbers as YAML 1.2 has them; 1.1, which PyYAML reads, takes 010 for eight and 1:30 for ninety.
 WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)$", re.ASCII)
@@ -64,13 +66,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises SppnetError for a missing file, YAML that does not parse, unknown keys and values of a wrong type.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(kind: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
+    """`load_config` for settings of another kind, those of a classifier."""
     if not isinstance(path, str | Path):
-        raise SppnetError(f"expected the path of a YAML file, got {path!r}; without a file take Config()")
+        raise SppnetError(f"expected the path of a YAML file, got {path!r}; without a file take {kind.__name__}()")
     values = _read_settings(Path(path))
     for override in overrides:
         _apply_override(values, override)
     try:
-        return parse_config(values, "", expand=True)
+        return parse_settings(kind, values, "", expand=True)
     except SettingError as error:
         keys = {f"--set {override}": override.partition("=")[0] for override in overrides}
         own = [name for name, key in keys.items() if f"{error.key}.".startswith(f"{key}.")]
@@ -105,15 +112,20 @@ def _merged(base: Any, own: Any) -> Any:
     return base | {key: _merged(base.get(key), value) for key, value in own.items()} if both else own
 
 
-def parse_config(values: Mapping[str, Any], origin: str, expand: bool = False) -> Config:
+def parse_config(values: Mapping[str, Any], origin: str) -> Config:
+    """`parse_settings` of a detector."""
+    return parse_settings(Config, values, origin)
+
+
+def parse_settings(kind: type[S], values: Mapping[str, Any], origin: str, expand: bool = False) -> S:
     """Settings from nested mappings; `origin` names them in errors. `expand`: fill in ``~`` and ``$NAME`` in paths."""
     try:
-        return Config.model_validate(values, context=expand)
+        return kind.model_validate(values, context=expand)
     except SettingError as error:
         raise SettingError(error.key, f"{origin}: {error}" if origin else str(error)) from None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Settings) -> str:
     """The complete configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -92,6 +93,20 @@ def environment_number(name: str, default: int = 1) -> int:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """That of --device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise SppnetError(f"--device {name}: expected cpu, cuda or cuda:N")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count}; count from 0" if count else "no CUDA device; use --device cpu"
+        raise SppnetError(f"--device {name}: this machine has {found}")
+    return device
 
 
 def rank() -> int:

@@ -2,6 +2,7 @@
 
 architectures  the layers of every backbone by name: the paper's four, a tiny one of ours, torchvision's
 geometry       stride, first centre and map size, from the layers themselves
+windows        choose the scale of a window of the image, project it onto the map
 probing        the same of any network, found by running it
 own            a network of one's own, by its import path
 weights        files of weights, read without running anything in them

@@ -1,7 +1,6 @@
 """Detection, the paper's section 4, in this order: the map of an image once, then thousands of windows on it.
 
     feature_maps      the convolutional maps of an image, at every scale
-    windows           choose the scale of a window, project it onto the map
     window_features   maps + windows -> pyramid vectors -> fc features
     training_windows  the windows of the training images, by overlap, as the steps below draw them
     finetuning        fc6, fc7 and a classifier, the backbone frozen

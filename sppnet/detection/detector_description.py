@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sppnet.artifacts import digest_of, file_digest, read_json, read_tensors, tensors_digest
 from sppnet.backbones.runtime import resolve_precision
+from sppnet.backbones.windows import TARGET_SIDES
 from sppnet.checks import check_thresholds
 from sppnet.config import Config
 from sppnet.config_files import parse_config
-from sppnet.detection.windows import TARGET_SIDES
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 
 FORMAT = 2  # of the detector folder

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.backbones.geometry import Geometry
+from sppnet.backbones.windows import choose_scales, project_windows
 from sppnet.config import MapSettings, PyramidSettings
 from sppnet.detection.feature_maps import FeatureMaps
-from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.models.sppnet import Layer, SPPHead, pooled_size
 from sppnet.ops.pyramid import pool_windows
 

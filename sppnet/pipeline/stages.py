@@ -22,9 +22,9 @@ from torch import nn
 
 from sppnet.artifacts import digest_of, file_digest
 from sppnet.backbones.backbone import Backbone, build_backbone
+from sppnet.backbones.windows import TARGET_SIDES
 from sppnet.config import STAGES, Config, ProposalSettings
 from sppnet.detection.feature_maps import count_cells
-from sppnet.detection.windows import TARGET_SIDES
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stage_status import StageStatus

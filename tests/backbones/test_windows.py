@@ -16,8 +16,8 @@ from reference import expected_scale, nearest_area, release_window
 from sppnet import Geometry
 from sppnet.backbones.architectures import BACKBONES
 from sppnet.backbones.geometry import geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.windows import choose_scales, project_windows
 from sppnet.detection.window_features import ProjectedWindows
-from sppnet.detection.windows import choose_scales, project_windows
 from sppnet.errors import SppnetError
 from sppnet.images import scaled_size
 from sppnet.ops.pyramid import pool_windows

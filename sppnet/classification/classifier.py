@@ -1,0 +1,68 @@
+"""A trained SPP-net that classifies images of any size, and its folder (sec. 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
+from sppnet.backbones.backbone import build_backbone
+from sppnet.backbones.runtime import device_of
+from sppnet.classification.settings import ClassifierConfig
+from sppnet.config_files import parse_settings
+from sppnet.errors import ArtifactError, SppnetError
+from sppnet.images import prepare
+from sppnet.models.sppnet import SPPNet, build_head
+
+WEIGHTS, DESCRIPTION = Path("classifier/weights.safetensors"), Path("classifier/classifier.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """The network, frozen and in eval mode, the names of its outputs and the settings it was made with."""
+
+    network: SPPNet
+    classes: tuple[str, ...]
+    config: ClassifierConfig
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.network.backbone)
+
+    @classmethod
+    def load(cls, run: Path, device: torch.device) -> Classifier:
+        """That of a run; SppnetError for a folder that holds none that is complete."""
+        if not (run / DESCRIPTION).exists():
+            raise SppnetError(f"{run}: expected the run of a classifier; run sppnet classify train FOLDER --run {run}")
+        values = read_json(run / DESCRIPTION)
+        try:
+            config = parse_settings(ClassifierConfig, values["config"], str(run / DESCRIPTION))
+            classes = tuple(map(str, values["classes"]))
+            network = build_network(config, classes)
+            network.load_state_dict(read_tensors(run / WEIGHTS))
+        except (TypeError, KeyError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ArtifactError(f"{run / WEIGHTS.parent}: expected a classifier ({reason}); train it again") from None
+        return cls(network.requires_grad_(False).eval().to(device), classes, config)
+
+    def save(self, run: Path) -> None:
+        """Write <run>/classifier; its weights also start a detector (backbone.weights.file, head.checkpoint)."""
+        write_tensors(run / WEIGHTS, {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()})
+        write_json(run / DESCRIPTION, {"classes": self.classes, "config": self.config.model_dump(mode="json")})
+
+    def prepare(self, image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+        """uint8 RGB (H, W, 3) -> what the network sees of it at `size`: (1, 3, h, w) on its device."""
+        weights = self.network.backbone.weights
+        return prepare(image, size, weights.channel_order, weights.mean, weights.std, self.device)
+
+
+def build_network(config: ClassifierConfig, classes: tuple[str, ...]) -> SPPNet:
+    """The network of these settings with random weights, for weights that are loaded into it."""
+    backbone = build_backbone(config.backbone.without_weights(), config.training.seed)
+    head = build_head(backbone.channels, config.pyramid.levels, len(classes), config.head, config.training.seed)
+    return SPPNet(backbone, config.pyramid.levels, head)
