@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=type(default), default=default, help=text)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64])
     costs = parser.parse_args(arguments)
-    if min(costs.devices) < 1 or costs.link <= 0:
-        parser.error("--devices must be at least 1, and --link above 0")
+    own = [getattr(costs, name.lstrip("-").replace("-", "_")) for name in COSTS]
+    if min(costs.devices) < 1 or not costs.link > 0 or not all(0 <= value < math.inf for value in own):
+        parser.error("--devices must be at least 1, --link above 0, and no cost negative")
     columns = [project(costs, devices) for devices in costs.devices]
     print("| hours on devices | " + " | ".join(map(str, costs.devices)) + " |\n|---|" + "---|" * len(columns))
     for row in columns[0]:

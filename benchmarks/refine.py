@@ -3,10 +3,11 @@
     python benchmarks/refine.py RUN [--data VOCdevkit] [--split VOC2007/val …] [--windows FILE.npz …] [--images N]
                                 [--rounds 1] [--resamples 200]
 
-Maps and scores of the windows of an image are computed once; every variant selects from them (detect.refine,
-detect.vote). Columns: mAP at IoU 0.5, its mean over 0.50, 0.55 … 0.95, their differences to the selection without both
-with the 90 % interval of a paired bootstrap over images, and milliseconds an image of the selection alone. A gain whose
-interval holds 0 is noise. Nothing is written to the run.
+The windows are those that `sppnet eval RUN` left, or those of files. Maps and scores of the windows of an image are
+computed once; every variant selects from them (detect.refine, detect.vote). Columns: mAP at IoU 0.5, its mean over
+0.50, 0.55 … 0.95, their differences to the selection without both with the 90 % interval of a paired bootstrap over
+images, and milliseconds an image of the selection alone. A gain whose interval holds 0 is noise. Nothing is written
+to the run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,18 @@ Truth = Mapping[str, Annotation]
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    try:
+        return measure(options)
+    except SppnetError as error:
+        print(f"refine: error: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Print the table."""
     detector = SPPDetector.load(options.run)
+    if detector.others:
+        raise SppnetError(f"{options.run}: expected one detector, got a combination; name one of its runs")
     config = detector.config
     records, _ = load_splits(options.data or config.data.root, options.split or config.data.test)
     known = [r for r in records if r.annotation is not None and set(r.annotation.names) & set(detector.classes)]
@@ -167,7 +179,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="of every selection; the fastest counts")
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap")
     options = parser.parse_args(arguments)
-    if min(options.rounds, options.resamples, options.images or 1) < 1:
+    if min(options.rounds, options.resamples, 1 if options.images is None else options.images) < 1:
         parser.error("--rounds, --resamples and --images must be at least 1")
     return options
 

@@ -324,8 +324,8 @@ class Config(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataSettings = DataSettings()
     proposals: ProposalSettings = ProposalSettings()
-    # Sec. 4.3: windows of training and validation images, those of all entries together, each with the keys of
-    # `proposals`; empty = as `proposals`. Test images and thresholds always have those of `proposals`.
+    # Sec. 4.3: windows of training and validation images, those of all entries together, each a `proposals` section
+    # with its own defaults; empty = as `proposals`. Test images and thresholds always have those of `proposals`.
     train_proposals: tuple[ProposalSettings, ...] = ()
     backbone: BackboneSettings = BackboneSettings()
     maps: MapSettings = MapSettings()

@@ -103,7 +103,9 @@ def _read_settings(path: Path, named_by: str = "", above: Sequence[Path] = ()) -
     base = values.pop("base", None)
     if base is None:
         return values
-    above, below = (*above, path.resolve()), path.parent / expand_path(str(base))
+    if not isinstance(base, str):
+        raise SppnetError(f"{path}: base: expected the path of one file, got {base!r}")
+    above, below = (*above, path.resolve()), path.parent / expand_path(base)
     return _merged(_read_settings(below, f"{path}: base: ", above), values)
 
 

@@ -57,11 +57,11 @@ def test_the_projected_table_is_the_one_of_the_page(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out in (FOLDER.parent / "docs/cluster.md").read_text()
 
 
-@pytest.mark.parametrize("arguments", [["--devices", "8", "0"], ["--link", "0"]])
+@pytest.mark.parametrize("arguments", [["--devices", "8", "0"], ["--link", "0"], ["--images", "-5"], ["--map", "nan"]])
 def test_a_projection_refuses_what_nothing_divides_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module("projection").main(arguments)
-    assert "--devices must be at least 1, and --link above 0" in capsys.readouterr().err
+    assert "--devices must be at least 1, --link above 0, and no cost negative" in capsys.readouterr().err
 
 
 def test_a_projection_divides_the_work_of_images_and_adds_what_is_exchanged() -> None:
@@ -81,6 +81,11 @@ def test_a_cheap_benchmark_prints_a_ratio(name: str, capsys: pytest.CaptureFixtu
     assert importlib.import_module(name).main(TINY[name]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\d+\.\d\d \(\d+\.\d\d – \d+\.\d\d\)", printed), printed
+
+
+def test_refinement_says_what_it_cannot_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module("refine").main([str(tmp_path / "none")]) == 2
+    assert re.match(r"refine: error: .*none", capsys.readouterr().err)
 
 
 def test_refinement_is_measured_on_a_run(small_run: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

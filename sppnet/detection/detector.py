@@ -243,8 +243,9 @@ class SPPDetector:
     def _by_class(self, threshold: ArrayLike) -> dict[str, float]:
         return dict(zip(self.classes, check_thresholds(threshold, self.classes).tolist(), strict=True))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
+        folder = Path(folder)
         parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()

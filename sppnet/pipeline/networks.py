@@ -270,7 +270,7 @@ class TrainingNetworks:
         if not path.exists():
             raise SppnetError(
                 f"{path}: the {stage} stage is not complete for these settings; "
-                f"run `sppnet train` without --only, or with --only {stage} first"
+                f"run `sppnet train`, or its stage {stage} first"
             )
         return path
 

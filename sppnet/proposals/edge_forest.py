@@ -64,7 +64,10 @@ def _load(path: Path, _: int) -> tuple[Any, int]:
 def _read(path: Path) -> dict[str, int]:
     """The options of a sound forest, read so strictly that OpenCV cannot read other numbers in the same text."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        text = file.read().decode("ascii").replace("\r\n", "\n")
+        content = file.read()
+    if not content.isascii():
+        raise ValueError("it is not text")
+    text = content.decode("ascii").replace("\r\n", "\n")
     head, *parts = re.split(r"^(\w+):", text, flags=re.MULTILINE)
     if not re.fullmatch(r"%YAML[: ]1\.\d\s*(---\s*)?", head):
         raise ValueError(f"it begins with {text[:20]!r}, not with %YAML:1.0" if text else "it is empty")

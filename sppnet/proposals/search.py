@@ -125,7 +125,7 @@ def read_windows(folder: Path, record: ImageRecord) -> Windows:
     """The windows (R, 4) float32 that `propose_images` wrote for a record."""
     path = record.path_in(folder)
     if not path.exists():
-        raise ArtifactError(f"{path}: no windows for image {record.id}; run propose first")
+        raise ArtifactError(f"{path}: no windows for image {record.id}; run sppnet propose, or eval for test images")
     arrays = read_arrays(path)
     if "windows" not in arrays:
         raise ArtifactError(f"{path}: expected the array windows, got {', '.join(arrays)}; delete it and propose again")

@@ -429,7 +429,7 @@ def test_a_detector_that_says_no_thresholds_has_the_boundary_of_its_svms(folder,
 
 
 def test_a_saved_detector_is_the_same_detector(detector, image, windows, tmp_path):
-    detector.save(tmp_path / "copy")
+    detector.save(str(tmp_path / "copy"))
     again = SPPDetector.load(tmp_path / "copy")
     assert DetectorDescription.read(tmp_path / "copy").digest("cpu") == saved_digest(detector, tmp_path / "other")
     assert again.config == detector.config

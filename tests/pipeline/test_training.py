@@ -170,7 +170,7 @@ def test_stages_run_alone_one_after_the_other_give_the_same_detector(small_run, 
 
 def test_a_stage_whose_inputs_are_missing_says_which_stage_comes_first(small_run, tmp_path):
     config = changed(small_run, head__input_norm=None)
-    with pytest.raises(ArtifactError, match=r"no windows for image SHAPES/train_00000; run propose first"):
+    with pytest.raises(ArtifactError, match=r"no windows for image SHAPES/train_00000; run sppnet propose"):
         train(config, tmp_path, "finetune")
     train(config, tmp_path, "proposals")
     with pytest.raises(ArtifactError, match=r"no maps for image SHAPES/\w+; run extract first"):

@@ -360,7 +360,7 @@ def test_a_missing_import_file_stops_before_anything_is_computed(tmp_path: Path)
 
 def test_windows_that_were_never_proposed_are_asked_for(tmp_path: Path) -> None:
     record = make_records(tmp_path, 1)[0]
-    with pytest.raises(ArtifactError, match="no windows for image VOC2007/000000; run propose first"):
+    with pytest.raises(ArtifactError, match="no windows for image VOC2007/000000; run sppnet propose"):
         read_windows(tmp_path / "out", record)
     write_arrays(record.path_in(tmp_path / "out"), boxes=np.zeros((0, 4)))
     with pytest.raises(ArtifactError, match="expected the array windows, got boxes"):
