@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from sppnet import distributed
 from sppnet.artifacts import check_writable, write_json
@@ -45,28 +46,21 @@ def _test(options: argparse.Namespace) -> int:
         print(f"classes without images: {', '.join(empty)}")
     if options.json:
         write_json(options.json, result.to_dict())
-    return _report_skipped(result.skipped.values())
+    return _report(result.skipped)
 
 
 def _predict(options: argparse.Namespace) -> int:
     classifiers = list(load_classifiers([options.run], choose_device(options.device)).values())
     named = find_images(options.images)
-    skipped = list(named.unusable.values())
+    skipped = dict(named.unusable)
     for path, found in classify_files(classifiers, named.images, options.views):
         if isinstance(found, str):
-            skipped.append(found)
+            skipped[path] = found
         elif distributed.is_main():
             best = (-found).argsort(kind="stable")[:3]
             classes = ", ".join(f"{classifiers[0].classes[label]} {found[label]:.3f}" for label in best)
             print(f"{path}: {classes}", flush=True)
-    return _report_skipped(skipped) if distributed.is_main() else 0
-
-
-def _report_skipped(reasons: Collection[str]) -> int:
-    """Name the images that could not be used; the exit status."""
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
-    return 1 if reasons else 0
+    return _report(skipped) if distributed.is_main() else 0
 
 
 def _features(options: argparse.Namespace) -> int:
@@ -79,6 +73,15 @@ def _linear(options: argparse.Namespace) -> int:
 
 def _strongest(options: argparse.Namespace) -> int:
     raise SppnetError("not here yet")
+
+
+def _report(skipped: Mapping[Path, str]) -> int:
+    """Name the images that were skipped; the exit status."""
+    for reason in skipped.values():
+        print(f"skipped: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"{counted(len(skipped), 'image')} skipped", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {

@@ -153,9 +153,7 @@ def evaluate_classifiers(
     skipped = {path: why for path, why in zip(folder.images, results, strict=True) if isinstance(why, str)}
     kept = [place for place, path in enumerate(folder.images) if path not in skipped]
     if not kept:
-        raise SppnetError(
-            f"{folder.root}: none of its images can be used: {next(iter(skipped.values()))}"
-        )
+        raise SppnetError(f"{folder.root}: none of its images can be used: {next(iter(skipped.values()))}")
     found, seconds = np.stack([results[place] for place in kept]), time.perf_counter() - start
     return ClassificationResult(views, folder.classes, folder.labels[kept], found, skipped, seconds)
 

@@ -190,7 +190,8 @@ def test_images_that_cannot_be_used_are_skipped_and_named(run: Path, folder: Pat
     Image.new("RGB", (1, 20_000)).save(folder / "dog" / "thread.png")
     result = run_command("classify", "test", run, folder, "--json", tmp_path / "r.json")
     assert result.status == 1
-    first, second = result.err.splitlines()
+    first, second, last = result.err.splitlines()
+    assert last == "2 images skipped"
     assert first.startswith(f"skipped: {folder / 'cat' / 'broken.jpg'}: expected an image")
     assert second.startswith(f"skipped: {folder / 'dog' / 'thread.png'}: an image of 1 × 20000 pixels would be scaled")
     written = json.loads((tmp_path / "r.json").read_text())
