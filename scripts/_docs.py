@@ -65,9 +65,9 @@ COMMANDS = """\
 
 `python -m sppnet` is the same as `sppnet`. Examples are in [Runs and stages](runs.md).
 
-Exit status: 0 done · 1 done in part (`detect`: some files could not be read; `train --dry-run`: training would end
-early) · 2 an error, with its next step on standard error · 130 interrupted
-(143, 129: `detect`, by SIGTERM or SIGHUP).
+Exit status: 0 done · 1 done in part (`detect`, `classify`: some files could not be read; `train --dry-run`: training
+would end early) · 2 an error, with its next step on standard error · 130 interrupted (143, 129: `detect`, by SIGTERM or
+SIGHUP).
 """
 
 
@@ -97,8 +97,11 @@ def commands_page() -> str:
     parts += ["| command | does |", "|---|---|"]
     parts += [f"| [`sppnet {name}`](#sppnet-{name}) | {command.description} |" for name, command in _items(actions)]
     for name, command in _items(actions):
-        parts += [f"\n## sppnet {name}\n", f"{_sentence(command.description or '')}\n", "| argument | meaning |"]
-        parts += ["|---|---|", *(_argument(action) for action in command._actions if action.dest != "help")]
+        parts += [f"\n## sppnet {name}\n", _sentence(command.description or "")]
+        nested = [a for a in command._actions if isinstance(a, argparse._SubParsersAction)]
+        for action, inner in _items(nested[0]) if nested else []:
+            parts += [f"\n### sppnet {name} {action}\n", f"{_sentence(inner.description or '')}\n", *_arguments(inner)]
+        parts += [] if nested else ["", *_arguments(command)]
     return "\n".join([*parts, ""])
 
 
@@ -264,9 +267,15 @@ def _items(actions: argparse._SubParsersAction[Any]) -> list[tuple[str, argparse
     return list(actions.choices.items())
 
 
+def _arguments(command: argparse.ArgumentParser) -> list[str]:
+    rows = [_argument(action) for action in command._actions if action.dest != "help"]
+    return ["| argument | meaning |", "|---|---|", *rows]
+
+
 def _argument(action: argparse.Action) -> str:
     values = action.metavar or (f"{{{','.join(action.choices)}}}" if action.choices else action.dest.upper())
-    several = " …" if action.nargs == "+" else ""
+    values = str(values).replace("|", "\\|")
+    several = " …" if action.nargs == "+" and "…" not in values else ""
     takes_value = action.nargs != 0
     if action.option_strings:
         name = " ".join([*action.option_strings, *([f"{values}{several}"] if takes_value else [])])

@@ -1,0 +1,182 @@
+"""Testing classifiers: softmax averaged over the views of an image and over several networks (sec. 3.1).
+
+Views are pooled from windows of one map for each scale, as a detector's are, or cut out and run one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet import distributed
+from sppnet.artifacts import names_from_tensor, names_to_tensor
+from sppnet.backbones.windows import project_windows
+from sppnet.classification.classifier import Classifier
+from sppnet.classification.views import View, list_views
+from sppnet.data.class_folder import ClassFolder
+from sppnet.errors import BackboneError, ImageError, SppnetError
+from sppnet.evaluation.classification import top_k_error
+from sppnet.images import read_image, scaled_size
+from sppnet.jobs import progress_bar
+from sppnet.ops.pyramid import pool_windows, spatial_pyramid_pool
+from sppnet.paths import as_text
+
+CROPPED = ("centre", "ten")  # of image crops, as the paper tests them; full and multiview are pooled from maps
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationResult:
+    """Probabilities (N, K) of the images that could be read, their classes (N,), and the others with the reason."""
+
+    views: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    skipped: dict[Path, str]
+    seconds: float  # wall time of all images, with reading
+
+    @property
+    def top1_error(self) -> float:
+        return top_k_error(self.probabilities, self.labels, 1)
+
+    @property
+    def top5_error(self) -> float:
+        """0 where there are five classes or fewer."""
+        return top_k_error(self.probabilities, self.labels, 5)
+
+    @property
+    def class_errors(self) -> dict[str, float | None]:
+        """Top-1 error of the images of each class; None where there are none."""
+        own = [self.labels == label for label in range(len(self.classes))]
+        errors = [top_k_error(self.probabilities[at], self.labels[at], 1) if at.any() else None for at in own]
+        return dict(zip(self.classes, errors, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the probabilities, as JSON can hold it."""
+        return {
+            "views": self.views,
+            "top1_error": self.top1_error,
+            "top5_error": self.top5_error,
+            "classes": self.class_errors,
+            "images": len(self.labels),
+            "seconds": self.seconds,
+            "skipped": [as_text(path) for path in self.skipped],
+        }
+
+
+def load_classifiers(runs: Sequence[Path], device: torch.device) -> dict[Path, Classifier]:
+    """Those of the runs; SppnetError where their classes differ."""
+    classifiers = {run: Classifier.load(run, device) for run in runs}
+    first = runs[0]
+    for run, other in classifiers.items():
+        differ = sorted(set(other.classes) ^ set(classifiers[first].classes))
+        if other.classes != classifiers[first].classes:
+            found = f"{differ[0]!r} is of one of them alone" if differ else "their order differs"
+            raise SppnetError(f"{first}, {run}: expected runs of the same classes, but {found}; test them one by one")
+    return classifiers
+
+
+def classify_image(
+    classifier: Classifier, image: NDArray[np.uint8], views: Sequence[View], on_maps: bool = True
+) -> NDArray[np.float64]:
+    """Softmax of the classes, averaged over views of an image (H, W, 3) uint8 RGB: (K,).
+
+    `on_maps`: the backbone runs once for a scale, and once for the mirrored image; a view is the window of that map
+    that the detector's projection gives it (sec. 3.1.4), the whole map where it is the whole image. Otherwise each view
+    is cut out and runs on its own, whose borders see padding and not the image around.
+    """
+    pooled = []
+    for scale, of_scale in itertools.groupby(sorted(views, key=_by_map), key=lambda view: view.scale):
+        size, _ = scaled_size(image.shape[:2], scale)
+        pixels = classifier.prepare(image, size)
+        for flip, own in itertools.groupby(of_scale, key=lambda view: view.flip):
+            boxes = np.array([view.box for view in own])
+            if flip:
+                boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+            pool = _pool_maps if on_maps else _pool_crops
+            pooled.append(pool(classifier, pixels.flip(3) if flip else pixels, boxes))
+    with torch.inference_mode():
+        return classifier.network.head(torch.cat(pooled)).double().softmax(1).mean(0).cpu().numpy()
+
+
+def classify_files(
+    classifiers: Sequence[Classifier], paths: Sequence[Path], views: str
+) -> Iterator[tuple[Path, NDArray[np.float64] | str]]:
+    """Every file and the mean of the classifiers' probabilities (K,), or why it cannot be used; in order.
+
+    Processes of torchrun share the files and all must iterate.
+    """
+
+    def classify(place: int) -> tuple[Any, Any]:
+        try:
+            image = read_image(paths[place])
+            found = [
+                classify_image(each, image, views_of(each, views, image.shape[:2]), views not in CROPPED)
+                for each in classifiers
+            ]
+            return np.mean(found, axis=0), names_to_tensor([""]).long()
+        except (ImageError, BackboneError) as error:
+            narrow = f"{paths[place]}: {str(error).partition(';')[0]}; cut it into parts"
+            reason = narrow if isinstance(error, BackboneError) else str(error)
+            return np.zeros(0), names_to_tensor([as_text(reason)]).long()  # numbers, for other processes
+
+    for path, (found, reason) in zip(paths, distributed.in_order(classify, len(paths)), strict=True):
+        yield path, names_from_tensor(reason)[0] or found.numpy()
+
+
+def views_of(classifier: Classifier, views: str, image_size: tuple[int, int]) -> list[View]:
+    """The views of an image, of the size that the classifier was trained with."""
+    training = classifier.config.training
+    return list_views(views, image_size, max(training.sizes), training.min_side)
+
+
+def evaluate_classifiers(
+    classifiers: Sequence[Classifier], folder: ClassFolder, views: str = "full", progress: bool = True
+) -> ClassificationResult:
+    """Errors of one classifier, or of the mean of several of the same classes, on a folder of their classes.
+
+    Images that cannot be read or are too narrow are left out. Processes of torchrun share the images, and all get the
+    result. SppnetError where no image could be used.
+    """
+    start = time.perf_counter()
+    done = classify_files(classifiers, folder.images, views)
+    results = [result for _, result in progress_bar(done, "test", "image", len(folder.images), shown=progress)]
+    skipped = {path: why for path, why in zip(folder.images, results, strict=True) if isinstance(why, str)}
+    kept = [place for place, path in enumerate(folder.images) if path not in skipped]
+    if not kept:
+        raise SppnetError(f"{folder.root}: none of its images can be used: {next(iter(skipped.values()))}")
+    found, seconds = np.stack([results[place] for place in kept]), time.perf_counter() - start
+    return ClassificationResult(views, folder.classes, folder.labels[kept], found, skipped, seconds)
+
+
+def _by_map(view: View) -> tuple[float, bool, int]:
+    """Views of one map beside each other, and among them those of one size."""
+    return view.scale, view.flip, view.box[2] - view.box[0]
+
+
+def _pool_maps(classifier: Classifier, pixels: Tensor, boxes: NDArray[np.int64]) -> Tensor:
+    """Pixels (1, 3, h, w) and boxes (V, 4) in them -> pooled windows of their map (V, D)."""
+    height, width = pixels.shape[2:]
+    feature_map, geometry = classifier.runtime(pixels)[0], classifier.network.backbone.geometry
+    cells = (feature_map.shape[1], feature_map.shape[2])
+    windows = project_windows(boxes, (height, width), min(height, width), geometry, cells)
+    windows[(boxes == (0, 0, width, height)).all(axis=1)] = 0, 0, cells[1], cells[0]
+    return pool_windows(feature_map, windows, classifier.network.levels)
+
+
+def _pool_crops(classifier: Classifier, pixels: Tensor, boxes: NDArray[np.int64]) -> Tensor:
+    """The same, each box cut out: those of one size, which are neighbours, run together."""
+    pooled = []
+    for _, own in itertools.groupby(boxes.tolist(), key=lambda box: (box[2] - box[0], box[3] - box[1])):
+        crops = torch.cat([pixels[..., y1:y2, x1:x2] for x1, y1, x2, y2 in own])
+        pooled.append(spatial_pyramid_pool(classifier.runtime(crops), classifier.network.levels))
+    return torch.cat(pooled)
