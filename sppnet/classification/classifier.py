@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
 from sppnet.backbones.backbone import build_backbone
-from sppnet.backbones.runtime import device_of
+from sppnet.backbones.runtime import Runtime, device_of, make_runtime, resolve_precision
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.config_files import parse_settings
 from sppnet.errors import ArtifactError, SppnetError
@@ -33,6 +34,12 @@ class Classifier:
     @property
     def device(self) -> torch.device:
         return device_of(self.network.backbone)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What runs the backbone: prepared images -> maps, in the precision of the settings."""
+        precision = resolve_precision(self.config.precision, self.device)
+        return make_runtime(self.network.backbone, precision=precision)
 
     @classmethod
     def load(cls, run: Path, device: torch.device) -> Classifier:
