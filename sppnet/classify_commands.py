@@ -46,8 +46,8 @@ def _features(options: argparse.Namespace) -> int:
     images, labels, classes, _ = _labelled(options.data, options.split, ())
     found = folder_features(classifier, images, options.layer, options.side)
     paths = np.array([as_text(images[place]) for place in found.places])
-    arrays: dict[str, NDArray[Any]] = {"features": found.features, "paths": paths, "labels": labels[found.places]}
-    write_arrays(options.out, **arrays, classes=np.array(classes))
+    labels, names = labels[found.places], np.array(classes)
+    write_arrays(options.out, features=found.features, paths=paths, labels=labels, classes=names)
     count, length = found.features.shape
     print(f"{counted(count, 'feature')} of length {length:,} written to {options.out}")
     return _report(found.skipped)

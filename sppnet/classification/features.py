@@ -49,11 +49,8 @@ def open_classifier(source: Path, device: torch.device) -> Classifier:
     if source.suffix.lower() not in (".yaml", ".yml"):
         return Classifier.load(source, device)
     config = load_settings(ClassifierConfig, source)
-    backbone, levels, settings = (
-        build_backbone(config.backbone, config.training.seed),
-        config.pyramid.levels,
-        config.head,
-    )
+    backbone = build_backbone(config.backbone, config.training.seed)
+    levels, settings = config.pyramid.levels, config.head
     if settings.init == "random":  # it has no features, and may be larger than the memory
         with torch.device("meta"):
             head = SPPHead(pooled_size(backbone.channels, levels), 1, settings)

@@ -1,6 +1,6 @@
-"""Linear SVMs on full-image features: VOC07's and Caltech-101's protocols (sec. 3.2, 3.3). The only importer of sklearn.
+"""Linear SVMs on full-image features: VOC07's and Caltech-101's protocols (sec. 3.2, 3.3).
 
-One SVM per class, squared hinge loss, an l2 penalty on weights and bias.
+The only importer of sklearn. One SVM per class, squared hinge loss, an l2 penalty on weights and bias.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def caltech101(
     """
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() <= train_images:
-        rare = f"class {classes[counts.argmin()]}: expected more than {train_images} images, got {counts.min()}"
+        rare = f"class {classes[int(counts.argmin())]}: expected more than {train_images} images, got {counts.min()}"
         raise SppnetError(f"{rare}; add images, or set fewer --train-images")
     whole, accuracies = compact(features), list[list[float]]()
     targets = np.where(labels[:, None] == np.arange(len(classes)), 1, -1)

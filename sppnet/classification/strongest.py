@@ -69,6 +69,7 @@ def draw_responses(responses: Sequence[Response], filter: int) -> Image.Image:
     for response in responses:
         image = read_image(response.path)
         box = np.clip(response.field, 0, [*image.shape[1::-1]] * 2)[None]
-        found = Detections(box, [response.value], [0], (f"filter {filter}:",))
+        score, label = np.array([response.value], np.float32), np.zeros(1, np.int64)
+        found = Detections(box.astype(np.float32), score, label, (f"filter {filter}:",))
         pictures.append(Picture(image, found, as_text(response.path.name)))
     return contact_sheet(pictures)
