@@ -19,8 +19,7 @@ for height, width in ((224, 224), (180, 180), (353, 500)):
     with torch.inference_mode():
         cells = backbone(torch.randn(1, 3, height, width))
         vector, again = spp(cells), aspp(cells)
-    print(
-        f"{height} × {width}: map {tuple(cells.shape[1:])}, SPP {tuple(vector.shape[1:])}, ASPP {tuple(again.shape[1:])}"
-    )
+    shapes = [tuple(one.shape[1:]) for one in (cells, vector, again)]
+    print("{} × {}: map {}, SPP {}, ASPP {}".format(height, width, *shapes))
 print("SPP: one length for any size of image; bins alone say where: for fully connected layers, for classes.")
 print("ASPP: a vector for each cell, of its surroundings at several sizes: for a class for each pixel.")

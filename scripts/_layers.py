@@ -18,9 +18,10 @@ from sppnet.backbones.geometry import Geometry
 from sppnet.backbones.windows import project_windows
 from sppnet.ops.pyramid import PAPER_LEVELS, sliding_pool
 from sppnet.report.drawing import class_colour, save_image
+from sppnet.report.fonts import font_for
 
-VGG16, SCALE = Geometry(stride=16, first_centre=7.5), 400
-BOX = (150, 50, 398, 248)  # the hall in its middle
+VGG16, SCALE = Geometry(stride=16, first_centre=7.5), 224
+BOX = (48, 14, 262, 270)  # the tower; of the photograph at 480 × 320
 SIDES = range(6, 25)  # cells
 
 
@@ -57,7 +58,7 @@ def draw_projections(photo: np.ndarray) -> Image.Image:
         draw.rectangle((BOX[0], BOX[1], BOX[2] - 1, BOX[3] - 1), outline=class_colour(11), width=3)
         count = f"{projection}: {cells[2] - cells[0]} × {cells[3] - cells[1]} cells"
         draw.rectangle((8, 8, 170, 30), fill="white")
-        draw.text((14, 13), count, fill="black")
+        draw.text((14, 12), count, fill="black", font=font_for(count, 13))
         sheet.paste(canvas, (column * (width + 8), 0))
     return sheet
 
