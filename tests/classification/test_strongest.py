@@ -6,7 +6,10 @@ import torch
 from doubles import picture, random_backbone
 from PIL import Image
 from small_classifier import small_classifier
+from torch import nn
+from torchvision.models.squeezenet import Fire
 
+from sppnet.backbones.architectures import LocalResponseNorm
 from sppnet.backbones.probing import probe
 from sppnet.classification.strongest import draw_responses, strongest_responses
 from sppnet.cli import main
@@ -65,9 +68,20 @@ def test_the_field_grows_and_shrinks_with_the_image(classifier, tmp_path):
     assert (found.field[2:] - found.field[:2]).tolist() == [2 * field, 2 * field]
 
 
-@pytest.mark.parametrize("name", ["tiny5", "zf5", "squeezenet1_1"])
+NETWORKS = {
+    "tiny5": random_backbone,
+    "normalised by neighbours": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 4, 7, 2, 1), LocalResponseNorm(3), nn.MaxPool2d(3, 2), nn.Conv2d(4, 4, 3, dilation=2))
+    ),
+    "of two branches": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2), Fire(4, 2, 3, 3), nn.AvgPool2d(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_field_holds_every_pixel_that_changes_the_cell_and_no_smaller_one_does(name):
-    backbone = random_backbone(name).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = NETWORKS[name]().double()
     grid = probe(backbone)
     cell = grid.field // grid.stride // 2 + 2
     low = int(grid.first_centre + cell * grid.stride - (grid.field - 1) / 2)
