@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sppnet import distributed
-from sppnet.artifacts import check_writable, write_json
+from sppnet.artifacts import check_writable, write_arrays, write_json
+from sppnet.classification.features import folder_features, open_classifier
+from sppnet.classification.linear import caltech101, voc07
+from sppnet.classification.strongest import draw_responses, strongest_responses
 from sppnet.classification.testing import classify_files, evaluate_classifiers, load_classifiers, views_of
 from sppnet.data.class_folder import read_class_folder
 from sppnet.data.folder import find_images
+from sppnet.data.presence import is_voc, read_presence
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
+from sppnet.paths import as_text
+from sppnet.report.drawing import save_image
 
 
 def classify(options: argparse.Namespace) -> int:
@@ -31,9 +41,7 @@ def _test(options: argparse.Namespace) -> int:
     classifiers = load_classifiers(runs, choose_device(options.device))
     folder = read_class_folder(root, next(iter(classifiers.values())).classes)
     if options.json:
-        if options.json.is_dir():
-            raise SppnetError(f"--json {options.json}: expected the name of a file, this is a folder; add /test.json")
-        check_writable(options.json.parent)
+        _check_out(options.json, ".json")
     result = evaluate_classifiers(list(classifiers.values()), folder, options.views)
     if not distributed.is_main():
         return 0
@@ -64,15 +72,68 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    raise SppnetError("not here yet")
+    _check_out(options.out, ".npz")
+    classifier = open_classifier(options.run, choose_device(options.device))
+    images, labels, classes, _ = _labelled(options.data, options.split, ())
+    found = folder_features(classifier, images, options.layer, options.side)
+    paths = np.array([as_text(images[place]) for place in found.places])
+    labels, names = labels[found.places], np.array(classes)
+    write_arrays(options.out, features=found.features, paths=paths, labels=labels, classes=names)
+    count, length = found.features.shape
+    print(f"{counted(count, 'feature')} of length {length:,} written to {options.out}")
+    return _report(found.skipped)
 
 
 def _linear(options: argparse.Namespace) -> int:
-    raise SppnetError("not here yet")
+    if options.json:
+        _check_out(options.json, ".json")
+    classifier, voc = open_classifier(options.run, choose_device(options.device)), is_voc(options.data)
+    images, labels, classes, train = _labelled(options.data, options.train, options.test, options.classes)
+    found = folder_features(classifier, images, options.layer, options.side)
+    labels = labels[found.places]
+    if voc:
+        result = voc07(found.features, labels, int((found.places < train).sum()), classes)
+    else:
+        result = caltech101(found.features, labels, classes, options.train_images)
+    print(f"{result.table()}; {options.layer} at a shorter side of {options.side}")
+    if options.json:
+        own = {"layer": options.layer, "side": options.side, "skipped": [as_text(path) for path in found.skipped]}
+        write_json(options.json, result.to_dict() | own)
+    return _report(found.skipped)
 
 
 def _strongest(options: argparse.Namespace) -> int:
-    raise SppnetError("not here yet")
+    _check_out(options.out, ".png")
+    classifier = open_classifier(options.run, choose_device(options.device))
+    images, side = find_images([options.images]).images, classifier.config.training.min_side
+    responses, skipped = strongest_responses(classifier, images, options.filter, side)
+    save_image(draw_responses(responses, options.filter), options.out)
+    for response in responses:
+        print(f"{response.value:10.4g}  {as_text(response.path)}")
+    print(f"filter {options.filter}: the best {len(responses)} of {counted(len(images), 'image')} in {options.out}")
+    return _report(skipped)
+
+
+def _labelled(
+    root: Path, train: Sequence[str], test: Sequence[str], classes: Sequence[str] | None = None
+) -> tuple[Sequence[Path], NDArray[Any], tuple[str, ...], int]:
+    """Images, their labels and classes; of VOC's folders (N, C), and how many of them are of the training splits."""
+    if not is_voc(root):
+        if classes is not None:
+            raise SppnetError(f"--classes: {root} holds a folder for each class; leave the option or a folder out")
+        folder = read_class_folder(root)
+        return folder.images, folder.labels, folder.classes, len(folder.images)
+    found = read_presence(root, train, test, classes)
+    for line in found.skips:
+        print(f"left out: {line}", file=sys.stderr)
+    return found.images, found.shown, found.classes, found.train
+
+
+def _check_out(path: Path, ending: str) -> None:
+    """SppnetError, before anything is computed, where a file cannot be written."""
+    if path.suffix.lower() != ending or path.is_dir():
+        raise SppnetError(f"{path}: expected the name of a {ending} file to write, got another one; end it in {ending}")
+    check_writable(path.parent)
 
 
 def _report(skipped: Mapping[Path, str]) -> int:

@@ -215,15 +215,23 @@ def _add_classify(commands) -> None:  # type: ignore[no-untyped-def]
     features = _command(actions, "features", "write full-image features of one length, l2-normalised")
     linear = _command(actions, "linear", "linear SVMs on full-image features: VOC07's or Caltech-101's protocol")
     for command in (features, linear):
-        command.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained classifier")
+        command.add_argument("run", type=PATH, metavar="RUN|CONFIG", help="a classifier, or a backbone's settings")
         command.add_argument("data", type=PATH, metavar="FOLDER", help="one folder a class, or VOC's year folders")
         command.add_argument("--layer", choices=("pool", "fc6", "fc7"), default="pool", help="default: pool")
-        command.add_argument("--side", type=COUNT, metavar="S", help="shorter side of the images (default: 224)")
+        command.add_argument("--side", type=COUNT, default=224, metavar="S", help="shorter side of the images")
         _add_device(command)
+    splits: dict[str, Any] = {"nargs": "+", "default": ["VOC2007/trainval"], "metavar": "YEAR/SET"}
+    features.add_argument("--split", help="of VOC (default: VOC2007/trainval)", **splits)
     features.add_argument("--out", type=PATH, required=True, metavar="FILE", help="a .npz file")
+    linear.add_argument("--train", help="of VOC (default: VOC2007/trainval)", **splits)
+    splits |= {"default": ["VOC2007/test"]}
+    linear.add_argument("--test", help="of VOC (default: VOC2007/test)", **splits)
+    linear.add_argument("--classes", type=CLASSES, metavar="A,B,C", help="of VOC (default: all in training)")
+    linear.add_argument("--train-images", type=COUNT, default=30, metavar="N", help="of each class of a folder")
+    linear.add_argument("--json", type=PATH, metavar="FILE", help="write the result to a file too")
 
     strongest = _command(actions, "strongest", "draw where a filter of the last layer responds most (figure 2)")
-    strongest.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained classifier")
+    strongest.add_argument("run", type=PATH, metavar="RUN|CONFIG", help="a classifier, or a backbone's settings")
     strongest.add_argument("images", type=PATH, metavar="FOLDER", help="a folder of images")
     strongest.add_argument("--filter", type=FILTER, required=True, metavar="K", help="its number, from 0")
     strongest.add_argument("--out", type=PATH, required=True, metavar="FILE", help="the picture, .png")

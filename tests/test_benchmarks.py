@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from devkit import make_devkit, thing, xml_of
+from PIL import Image
 from small_run import SmallRun
 
 from sppnet.data.splits import load_splits
@@ -106,3 +108,25 @@ def test_refinement_is_measured_on_a_run(small_run: SmallRun, capsys: pytest.Cap
         drawn = refine.resample(found, truth, detector.classes, 0.5, draw[None])
         assert drawn[0] == pytest.approx(evaluate_voc(*own, detector.classes).map, abs=1e-9)
         assert drawn[0] > 0
+
+
+def test_full_image_features_of_a_few_pictures_give_both_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text("precision: float32\nbackbone: {name: tiny5, weights: {source: random}}\n")
+    make_devkit(tmp_path / "kit", names=("a", "b", "c"))
+    make_devkit(tmp_path / "kit", names=("d",), image_set="val")
+    for name in "bc":
+        (tmp_path / f"kit/VOC2007/Annotations/{name}.xml").write_text(xml_of(thing("cow", 1, 1, 9, 9)))
+    for number in range(6):
+        path = tmp_path / "classes" / "xy"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 60), (40 * number, 0, 0)).save(path)
+    given = ["--classes", str(tmp_path / "classes"), "--train-images", "2", "--side", "64", "--sides", "64", "80"]
+    voc = ["--voc", str(tmp_path / "kit"), "--names", "cat,cow", "--images", "3"]
+    assert importlib.import_module("full_image").main([str(config), *given, *voc]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| small \|( \d+\.\d\d ± \d+\.\d\d \|){4}\n", said)
+    assert re.search(r"3 images of VOC2007/train train, 1 of VOC2007/val test\n", said)
+    assert re.search(r"\| small \| pool \| \d+\.\d\d \| \d+\.\d\d \|\n", said)

@@ -67,9 +67,9 @@ def section(page: str, title: str) -> str:
     return text_of(page).split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def generator() -> ModuleType:
-    """scripts/_docs.py as a module."""
-    spec = importlib.util.spec_from_file_location("docs_generator", ROOT / "scripts" / "_docs.py")
+def generator(name: str = "_docs") -> ModuleType:
+    """scripts/_docs.py, or another script, as a module."""
+    spec = importlib.util.spec_from_file_location(f"generator{name}", ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -284,3 +284,14 @@ def test_the_pages_stay_short() -> None:
 
 def test_the_site_is_no_part_of_the_repository() -> None:
     assert "/site/" in text_of(".gitignore").splitlines()
+
+
+def test_the_page_of_layers_shows_what_its_script_draws_and_prints(tmp_path: Path, capsys: Any) -> None:
+    assert generator("_layers").main(["--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out in text_of("docs/layers.md")
+    for drawn in tmp_path.iterdir():
+        shown = ROOT / "docs" / "pictures" / drawn.name
+        assert f"(pictures/{drawn.name})" in text_of("docs/layers.md")
+        assert shown.stat().st_size <= 200_000
+        with Image.open(drawn) as new, Image.open(shown) as old:
+            assert new.size == old.size

@@ -38,8 +38,8 @@ def run(tmp_path: Path, small_run: Any, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
-def test_there_are_six_and_each_fits_a_screen() -> None:
-    assert NAMES == ["classifier", "detector", "draw_windows", "evaluate", "svms", "windows"]
+def test_there_are_seven_and_each_fits_a_screen() -> None:
+    assert NAMES == ["classifier", "detector", "draw_windows", "evaluate", "spp_and_aspp", "svms", "windows"]
     assert [name for name in NAMES if len((EXAMPLES / f"{name}.py").read_text().splitlines()) > 40] == []
 
 
@@ -74,6 +74,12 @@ def test_the_boxes_of_another_detector(run: Any) -> None:
     said = run("evaluate")
     assert "11point" in said
     assert "cat: recall [1. 1.] precision [1.  0.5]" in said  # the difficult cat is neither
+
+
+def test_spp_gives_a_vector_of_one_length_and_aspp_a_map_of_the_same_size(run: Any) -> None:
+    found = re.findall(r"map \(256, (\d+), (\d+)\), SPP \((\d+),\), ASPP \(64, (\d+), (\d+)\)", run("spp_and_aspp"))
+    assert [each[:2] for each in found] == [each[3:] for each in found] == [("14", "14"), ("12", "12"), ("23", "32")]
+    assert {each[2] for each in found} == {str(256 * 50)}
 
 
 def test_windows_of_a_map_drawn(run: Any) -> None:

@@ -39,10 +39,11 @@ _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell i sees the pixels around first_centre + i · stride in both axes; `width` px give two cells across."""
+    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give two cells."""
 
     stride: int
     first_centre: float
+    field: int
     channels: int
     width: int
 
@@ -58,12 +59,12 @@ def probe(module: nn.Module) -> Grid:
     with _undisturbed(module):
         width, channels = _narrowest(module)
         down, right = (_along(module, axis, width, channels) for axis in (2, 3))
-    if down != right:
+    if down[:2] != right[:2]:
         raise BackboneError(
             f"{_WANTED}, the same in both axes, got stride {down[0]} and first centre {down[1]:g} downwards, "
             f"{right[0]} and {right[1]:g} to the right; give both axes the same layers"
         )
-    return Grid(*down, channels, width)
+    return Grid(*down[:2], max(down[2], right[2]), channels, width)
 
 
 def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
@@ -99,8 +100,8 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     raise error
 
 
-def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
-    """Stride and first centre along an axis (2 or 3)."""
+def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float, int]:
+    """Stride, first centre and receptive field along an axis (2 or 3)."""
     lengths, fits = [length for length in LENGTHS if length >= width], False  # those large enough for the network
     for length in lengths:
         strip, middle = _Strip(module, axis, width, channels, length), length // 2
@@ -136,7 +137,7 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
             f"{_WANTED}, one stride apart, but two neighbours begin {stride} pixels apart and others do not; "
             "take a map that was not enlarged or resized"
         )
-    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
+    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2, end - start + 1 - (high - low) * stride
 
 
 class _Strip:

@@ -1,0 +1,75 @@
+"""Where a filter of the last convolutional layer responds most in the images of a folder (figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sppnet.backbones.probing import probe
+from sppnet.classification.classifier import Classifier
+from sppnet.classification.features import prepared
+from sppnet.errors import BackboneError, ImageError, SppnetError
+from sppnet.images import read_image
+from sppnet.jobs import progress_bar
+from sppnet.paths import as_text
+from sppnet.records import Detections
+from sppnet.report.drawing import Picture, contact_sheet
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """The strongest response of a filter in one image, and its receptive field there.
+
+    `field`: (4,) xyxy, half-open, in pixels of the image, beyond which it may reach: the network sees zeros there.
+    """
+
+    path: Path
+    value: float
+    field: NDArray[np.float64]
+
+
+def strongest_responses(
+    classifier: Classifier, images: Sequence[Path], filter: int, side: int, count: int = 12, progress: bool = True
+) -> tuple[list[Response], dict[Path, str]]:
+    """The best place of the `count` images in which channel `filter` of the map responds most, best first.
+
+    Images are seen whole with their shorter side `side` pixels; equal responses keep the order of images and of cells,
+    row by row. The receptive field is found by running the network. Beside them the images that cannot be used, with
+    the reason. SppnetError for a filter that the map does not have, and where no image can be used.
+    """
+    channels = classifier.network.backbone.channels
+    if not 0 <= filter < channels:
+        raise SppnetError(f"filter {filter}: expected one of the last layer's {channels}, from 0 to {channels - 1}")
+    grid, found, skipped = probe(classifier.network.backbone), list[Response](), dict[Path, str]()
+    for path in progress_bar(images, "responses", "image", shown=progress):
+        try:
+            image = read_image(path)
+            pixels = prepared(classifier, image, side)
+            response = classifier.runtime(pixels)[0, filter].cpu().numpy()
+        except (ImageError, BackboneError) as error:
+            skipped[path] = str(error) if isinstance(error, ImageError) else f"{path}: {error}"
+            continue
+        cell = np.array(np.unravel_index(response.argmax(), response.shape))
+        low = (grid.first_centre + cell * grid.stride - (grid.field - 1) / 2)[::-1]  # x, y of the scaled image
+        scale = np.array(image.shape[1::-1]) / np.array(pixels.shape[:1:-1])
+        found.append(Response(path, float(response.max()), np.concatenate([low * scale, (low + grid.field) * scale])))
+    if not found:
+        raise SppnetError(f"expected images, none of {len(images)} can be used: {next(iter(skipped.values()), '')}")
+    return sorted(found, key=lambda response: -response.value)[:count], skipped
+
+
+def draw_responses(responses: Sequence[Response], filter: int) -> Image.Image:
+    """The images on one sheet, best first, each with its receptive field and the response, its file name below."""
+    pictures = []
+    for response in responses:
+        image = read_image(response.path)
+        box = np.clip(response.field, 0, [*image.shape[1::-1]] * 2)[None]
+        score, label = np.array([response.value], np.float32), np.zeros(1, np.int64)
+        found = Detections(box.astype(np.float32), score, label, (f"filter {filter}:",))
+        pictures.append(Picture(image, found, as_text(response.path.name)))
+    return contact_sheet(pictures)
