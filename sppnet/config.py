@@ -84,11 +84,18 @@ class WeightsSettings(Settings):
     Pixels run 0-255; the network sees ``(pixel - mean) / std`` per channel in ``channel_order``.
     """
 
-    source: Literal["torchvision", "file", "random"] = "torchvision"  # an own module keeps its weights, or takes a file
+    # package: of the extra [backbones]; an own module keeps its weights, or takes a file
+    source: Literal["torchvision", "package", "file", "random"] = "torchvision"
     file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53)  # torchvision's ImageNet mean
-    std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's ImageNet deviation
+    mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53)  # torchvision's; of source=package 127.5
+    std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's; of source=package 127.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_package(cls, values: Any) -> Any:
+        packaged = isinstance(values, dict) and values.get("source") == "package"
+        return {"mean": (127.5,) * 3, "std": (127.5,) * 3, **values} if packaged else values
 
     @field_validator("mean", "std", mode="before")
     @classmethod

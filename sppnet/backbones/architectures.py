@@ -1,7 +1,7 @@
-"""The networks a backbone can be made of: the paper's four (table 1), a small one of our own, torchvision's.
+"""The networks a backbone can be made of: the paper's four (table 1), a small one of our own, public ones.
 
 Each function returns a Plan: the layers by name, in the order in which they run, up to the pyramid's place.
-Names are torchvision's; in the paper's networks "conv5" is the map after the ReLU.
+Names are torchvision's, or those of the public weights; in the paper's networks "conv5" is the map after the ReLU.
 """
 
 from __future__ import annotations
@@ -101,6 +101,41 @@ def overfeat7() -> Plan:
     return _paper_plan(**overfeat5().layers, **more)
 
 
+class MBConv(nn.Sequential):
+    """EfficientNet's block without squeeze-and-excitation: expand, filter each channel, project, add the input.
+
+    `expand` = 1 leaves the first convolution out; the input is added where the shape stays.
+    """
+
+    def __init__(self, inputs: int, outputs: int, expand: int, size: int, stride: int) -> None:
+        wide = inputs * expand
+        widen = {"expand_conv": nn.Conv2d(inputs, wide, 1, bias=False), **_norm_relu6(wide, 0)} if expand > 1 else {}
+        depthwise = nn.Conv2d(wide, wide, size, stride, size // 2, groups=wide, bias=False)
+        project = {"project_conv": nn.Conv2d(wide, outputs, 1, bias=False), "bn2": nn.BatchNorm2d(outputs, eps=1e-3)}
+        super().__init__(OrderedDict(**widen, depthwise_conv=depthwise, **_norm_relu6(wide, 1), **project))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        return input + output if self.adds else output
+
+
+def efficientnet_lite0() -> Plan:
+    """EfficientNet-Lite0 up to its last block, without the 1×1 convolution to 1280 channels behind it."""
+    # Padding is the same on both sides; TensorFlow's, which its weights know, is so at sides of 32 k + 1 alone.
+    stem = OrderedDict(conv_stem=nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), **_norm_relu6(32, 0))
+    layers, inputs = dict[str, nn.Module](stem=nn.Sequential(stem)), 32
+    # a stage: blocks, channels, expansion, side of the filters, stride of its first block
+    for blocks, outputs, expand, size, stride in (
+        *((1, 16, 1, 3, 1), (2, 24, 6, 3, 2), (2, 40, 6, 5, 2), (3, 80, 6, 3, 2)),
+        *((3, 112, 6, 5, 1), (4, 192, 6, 5, 2), (1, 320, 6, 3, 1)),
+    ):
+        for place in range(blocks):
+            layers[f"blocks.{len(layers) - 1}"] = MBConv(inputs, outputs, expand, size, 1 if place else stride)
+            inputs = outputs
+    return Plan(layers, default="blocks.15")
+
+
 def tiny5() -> Plan:
     """Ours: five light convolutions with batch norm, for demonstrations and laptops, trained from scratch.
 
@@ -131,6 +166,7 @@ BACKBONES: dict[str, Callable[[], Plan]] = {
     "squeezenet1_1": lambda: _features_plan(torchvision.models.squeezenet1_1().features),
     # Up to the last block, without the 1×1 convolution to 1280 channels behind it.
     "mobilenet_v2": lambda: _features_plan(torchvision.models.mobilenet_v2().features, default="features.17"),
+    "efficientnet_lite0": efficientnet_lite0,
     "resnet18": lambda: _resnet_plan(torchvision.models.resnet18()),
     "resnet50": lambda: _resnet_plan(torchvision.models.resnet50()),
 }
@@ -143,6 +179,11 @@ def _paper_plan(**layers: nn.Module) -> Plan:
 def _conv_bn_relu(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
     convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
+
+
+def _norm_relu6(channels: int, place: int) -> dict[str, nn.Module]:
+    """TensorFlow's epsilon; ReLU6 keeps values small enough for 8-bit devices."""
+    return {f"bn{place}": nn.BatchNorm2d(channels, eps=1e-3), f"relu{place}": nn.ReLU6(inplace=True)}
 
 
 def _features_plan(features: nn.Module, default: str | None = None) -> Plan:

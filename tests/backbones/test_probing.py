@@ -57,7 +57,7 @@ def attention(x: Tensor) -> Tensor:
     return (torch.softmax(cells @ cells.transpose(1, 2), -1) @ cells).transpose(1, 2).reshape(x.shape)
 
 
-SLOW = {"vgg16", "resnet50", "resnet18", "convnet5", "overfeat7", "zf5"}
+SLOW = {"vgg16", "resnet50", "resnet18", "convnet5", "overfeat7", "zf5", "efficientnet_lite0"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BACKBONES])
