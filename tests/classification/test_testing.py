@@ -216,7 +216,7 @@ def test_bad_input_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
     assert "expected the run of a classifier" in refused("classify", "test", folder, run)
     assert "expected the run of a classifier" in refused("classify", "predict", folder, folder)
     assert "no such folder" in refused("classify", "test", run, tmp_path / "nothing")
-    assert "expected the name of a file, this is a folder" in refused("classify", "test", run, folder, "--json", folder)
+    assert "expected the name of a .json file" in refused("classify", "test", run, folder, "--json", folder)
     assert "no such file" in refused("classify", "predict", run, tmp_path / "nothing.jpg")
     (folder / "zebra").mkdir()
     assert "expected a class that was trained" in refused("classify", "test", run, folder)
