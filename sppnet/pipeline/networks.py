@@ -176,8 +176,6 @@ class TrainingNetworks:
         files += forests.items()
         if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
-        if more and config.backbone.weights.mean_image is not None and self._needs_start_of("maps"):
-            files.append(("backbone.weights.mean_image", config.backbone.weights.mean_image))
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
             files += [("head.checkpoint", path) for path in [config.head.checkpoint] if path]
         found = [f"missing: {path}: no such file; check {name}" for name, path in files if not path.is_file()]
@@ -196,6 +194,8 @@ class TrainingNetworks:
             if more:
                 if config.backbone.weights.source == "package" and self._needs_start_of("pretrain"):
                     package_file(self.graph.layers.name)
+                if self._needs_start_of("maps"):
+                    _ = self.graph.layers.mean
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
                     fc6 = name == "fc6"
