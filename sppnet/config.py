@@ -20,6 +20,7 @@ from sppnet.errors import SppnetError, counted
 from sppnet.paths import expand_path
 from sppnet.settings import Settings
 
+S = TypeVar("S", bound=Settings)
 Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a network
@@ -35,9 +36,6 @@ FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) i
 
 # The stages of training, whose results are kept, in their order; all but the last have settings of their own.
 STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
@@ -79,23 +77,20 @@ class ProposalSettings(Settings):
 
 
 class WeightsSettings(Settings):
-    """Pretrained weights of a backbone and the preprocessing they were trained with.
+    """Pretrained weights; the network sees ``(pixel - mean) / std`` of pixels from 0 to 255 in ``channel_order``."""
 
-    Pixels run 0-255; the network sees ``(pixel - mean) / std`` per channel in ``channel_order``.
-    """
-
-    # package: of the extra [backbones]; an own module keeps its weights, or takes a file
-    source: Literal["torchvision", "package", "file", "random"] = "torchvision"
-    file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's parameter names
+    source: Literal["torchvision", "package", "file", "random"] = "torchvision"  # package: of the extra [backbones]
+    file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's names, or those of an own module
     channel_order: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53)  # torchvision's; of source=package 127.5
+    mean_image: FilePath | None = None  # sec. 3.1: warped to the picture, in place of mean; a picture, .npy or .npz
     std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's; of source=package 127.5
 
     @model_validator(mode="before")
     @classmethod
     def _of_the_package(cls, values: Any) -> Any:
-        packaged = isinstance(values, dict) and values.get("source") == "package"
-        return {"mean": (127.5,) * 3, "std": (127.5,) * 3, **values} if packaged else values
+        own = {"mean": (127.5,) * 3, "std": (127.5,) * 3}
+        return {**own, **values} if isinstance(values, dict) and values.get("source") == "package" else values
 
     @field_validator("mean", "std", mode="before")
     @classmethod

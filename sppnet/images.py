@@ -131,32 +131,37 @@ def prepare(
     image: NDArray[np.uint8],
     size: tuple[int, int],
     channel_order: str,
-    mean: Sequence[float],
+    mean: Sequence[float] | Tensor,
     std: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """uint8 RGB (H, W, 3) -> float32 (1, 3, h', w'): resized to `size`, then (x - mean) / std per channel.
 
-    Bilinear without antialiasing, pixel centres aligned (release; what OpenCV's INTER_LINEAR computes). `mean`
-    and `std` are in `channel_order` ("rgb" or "bgr"), as the weights expect their input.
+    Bilinear without antialiasing, pixel centres aligned (release; what OpenCV's INTER_LINEAR computes). `mean` and
+    `std`, three numbers or an image (3, h, w) and three numbers, are in `channel_order` ("rgb" or "bgr"), as the
+    weights expect their input.
     """
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
     pixels = torch.tensor(np.ascontiguousarray(check_pixels(image)), device=device).permute(2, 0, 1)[None].float()
     if channel_order == "bgr":
         pixels = pixels.flip(1)
-    shift, deviation = (
-        torch.tensor(values, dtype=torch.float32, device=device).reshape(1, 3, 1, 1) for values in (mean, std)
-    )
-    grows = pixels[0, 0].numel() < size[0] * size[1]
+    grows = len(torch.as_tensor(mean).shape) == 1 and pixels[0, 0].numel() < size[0] * size[1]
     # An affine change and a mean with weights that sum to 1 may change places: the smaller image takes less time.
     if grows:
-        pixels = (pixels - shift) / deviation
+        pixels = normalise(pixels, mean, std)
     if pixels.shape[2:] != tuple(size):
         pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False, antialias=False)
-    if not grows:
-        pixels = (pixels - shift) / deviation
-    return pixels
+    return pixels if grows else normalise(pixels, mean, std)
+
+
+def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float]) -> Tensor:
+    """(N, 3, h, w) -> (x - mean) / std; a mean image (3, h', w') is warped to h × w, bilinear (sec. 3.1)."""
+    shift = torch.as_tensor(mean, dtype=torch.float32, device=pixels.device)
+    shift = shift.view(1, 3, 1, 1) if shift.ndim == 1 else shift[None]
+    if shift.shape[2:] not in ((1, 1), pixels.shape[2:]):
+        shift = F.interpolate(shift, size=pixels.shape[2:], mode="bilinear", align_corners=False)
+    return (pixels - shift) / torch.tensor(std, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
 
 
 def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

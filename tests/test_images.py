@@ -409,6 +409,23 @@ def test_mean_and_std_apply_in_the_given_channel_order() -> None:
     assert prepare(image, (1, 1), "bgr", (1, 2, 3), (29, 2, 7)).flatten().tolist() == [1, 9, 1]
 
 
+@pytest.mark.parametrize("size", [(60, 80), (97, 129), (33, 44)])
+def test_a_mean_image_is_warped_to_the_scaled_picture(size: tuple[int, int]) -> None:
+    image, mean = photo(), np.random.default_rng(1).uniform(0, 255, (20, 24, 3)).astype(np.float32)
+    found = prepare(image, size, "bgr", torch.from_numpy(mean).permute(2, 0, 1), (2, 3, 4))
+    picture, warped = (
+        cv2.resize(own.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) for own in (image, mean)
+    )
+    expected = (picture[..., ::-1] - warped) / [2, 3, 4]
+    np.testing.assert_allclose(found[0].permute(1, 2, 0).numpy(), expected, atol=2e-2)
+
+
+def test_a_mean_image_of_one_value_is_that_mean() -> None:
+    constant = torch.full((3, 5, 7), 9.0) + torch.arange(3).view(3, 1, 1)
+    found, expected = (prepare(photo(), (97, 129), "rgb", mean, (2, 3, 4)) for mean in (constant, (9, 10, 11)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_mirrored_and_read_only_images_are_accepted() -> None:
     image = photo()
     image.flags.writeable = False

@@ -16,7 +16,7 @@ from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
-from sppnet.backbones.weights import load_weight_file, load_weights, package_state, torchvision_state
+from sppnet.backbones.weights import load_mean_image, load_weight_file, load_weights, package_state, torchvision_state
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
 
@@ -63,6 +63,14 @@ class Backbone(nn.Module):
     @cached_property
     def geometry(self) -> Geometry:
         return geometry_of(self._steps)
+
+    @cached_property
+    def mean(self) -> tuple[float, ...] | Tensor:
+        """What is subtracted from the pixels, as `sppnet.images.prepare` takes it: the mean, or the mean image."""
+        weights = self.weights
+        return (
+            weights.mean if weights.mean_image is None else load_mean_image(weights.mean_image, weights.channel_order)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sppnet.artifacts import write_atomically
 from sppnet.errors import SppnetError
+from sppnet.images import read_image
 
 DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 # Of a backbone: the package that holds ImageNet weights (extra `[backbones]`), and their file in it.
@@ -39,7 +40,7 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
     path = Path(path)
     if not path.is_file():
         raise SppnetError(f"{path}: expected a weight file, but there is no such file; check {setting}")
-    if path.suffix not in _KINDS:
+    if path.suffix not in (*_KINDS, ".npy"):
         raise SppnetError(
             f"{path}: expected a weight file of kind {', '.join(_KINDS)}, got {path.suffix!r}; convert it"
         )
@@ -63,6 +64,27 @@ def load_weight_file(path: Path | str, setting: str = "backbone.weights.file") -
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise SppnetError(f"{path}: expected finite numbers, but {name} holds NaN or infinity; fetch it again")
     return dict(values)
+
+
+def load_mean_image(path: Path, channel_order: str) -> Tensor:
+    """(3, h, w) float32 in `channel_order`, 0 to 255: of a picture, or of a file with one such array in that order.
+
+    SppnetError for a file that cannot be read or holds anything else; nothing in it is executed.
+    """
+    if path.suffix not in (*_KINDS, ".npy"):
+        pixels = torch.from_numpy(read_image(path)).permute(2, 0, 1).float()
+        return pixels.flip(0) if channel_order == "bgr" else pixels
+    arrays = list(load_weight_file(path, "backbone.weights.mean_image").values())
+    found = f"{len(arrays)} arrays"
+    if len(arrays) == 1:
+        image = arrays[0].float()
+        found = f"shape {tuple(image.shape)}"
+        if image.ndim == 3 and image.shape[0] == 3 and image.numel():
+            if image.min() >= 0 and 1 < image.max() <= 255:
+                return image
+            found = f"values from {float(image.min()):g} to {float(image.max()):g}"
+    wanted = f"the mean of pixels from 0 to 255 as one array (3, height, width), channels in {channel_order} order"
+    raise SppnetError(f"{path}: expected {wanted}, got {found}; save it so, or as a picture")
 
 
 def torchvision_state(name: str) -> dict[str, Tensor]:
@@ -149,6 +171,9 @@ def without_prefix(state: Mapping[str, Tensor], needed: Iterable[str], origin: s
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
+    if path.suffix == ".npy":  # of one array without a name: of a mean image
+        with path.open("rb") as file:
+            return {"array": torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))}
     if path.suffix == ".npz":
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}

@@ -20,7 +20,7 @@ from sppnet.artifacts import read_tensors, write_tensors
 from sppnet.backbones.backbone import Backbone
 from sppnet.config import Config, PretrainSettings
 from sppnet.errors import SppnetError, counted
-from sppnet.images import prepare, read_image
+from sppnet.images import normalise, prepare, read_image
 from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout
 from sppnet.records import ImageRecord, pairwise_iou
@@ -143,9 +143,9 @@ class _Trainer:
     def train_step(self, step: int, views: Tensor, labels: Tensor) -> None:
         settings, weights = self.settings, self.network.backbone.weights
         self.optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (weights.mean, weights.std))
         pixels = views.flip(1) if weights.channel_order == "bgr" else views
-        logits, labels = self.shared(((pixels - mean) / std).to(self.device)), labels.to(self.device)
+        prepared = normalise(pixels, self.network.backbone.mean, weights.std)
+        logits, labels = self.shared(prepared.to(self.device)), labels.to(self.device)
         self.optimiser.zero_grad()
         loss = F.cross_entropy(logits, labels)
         loss.backward()

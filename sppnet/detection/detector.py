@@ -249,6 +249,8 @@ class SPPDetector:
         parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()
+        if self.config.backbone.weights.mean_image is not None:
+            parts["mean_image"] = {"mean": torch.as_tensor(self.backbone.mean)}
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
         others = [folder / "others" / str(place) for place in range(len(self.others))]
@@ -287,6 +289,8 @@ class SPPDetector:
                 network = build_backbone(config.backbone.without_weights(), module=backbone).float()
                 check_fit(network, tensors["backbone"], f"{folder / 'backbone.safetensors'}: the weights")
                 network.load_state_dict(tensors["backbone"])
+                if config.backbone.weights.mean_image is not None:
+                    network.mean = tensors["mean_image"]["mean"]
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
                 head.load_state_dict(tensors["head"])

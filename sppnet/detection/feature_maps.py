@@ -50,11 +50,11 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
     Each map is (C, H, W) in channels-last memory. An image so narrow that the bound on its longer side leaves no map at
     a scale is an error that names the setting.
     """
-    weights, (height, width) = runtime.backbone.weights, image.shape[:2]
+    weights, mean, (height, width) = runtime.backbone.weights, runtime.backbone.mean, image.shape[:2]
     maps, sides = [], []
     for scale in settings.scales:
         size, side = scaled_size((height, width), scale, settings.max_side)
-        pixels = prepare(image, size, weights.channel_order, weights.mean, weights.std, runtime.device)
+        pixels = prepare(image, size, weights.channel_order, mean, weights.std, runtime.device)
         try:
             feature_map = runtime(pixels)[0]
         except BackboneError as error:

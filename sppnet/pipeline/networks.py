@@ -19,7 +19,7 @@ from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_precision, resolve_runtime
-from sppnet.backbones.weights import load_weight_file, torchvision_state
+from sppnet.backbones.weights import load_weight_file, package_file, torchvision_state
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
 from sppnet.detection.feature_maps import compute_maps
@@ -31,6 +31,7 @@ from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.jobs import available_cores, progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
+    PRETRAINED_FC,
     Layer,
     SPPHead,
     build_head,
@@ -102,7 +103,8 @@ class TrainingNetworks:
         elif config.head.init == "imagenet":
             weights, name = config.backbone.weights, config.backbone.name
             file = weights.file if weights.source == "file" else None
-            state = load_weight_file(file) if file is not None else torchvision_state(name) if name else {}
+            public = torchvision_state(name) if file is None and name in PRETRAINED_FC else {}
+            state = public if file is None else load_weight_file(file)
             load_pretrained_fc(head, state, self.backbone.name, self.backbone.channels, config.pyramid.levels)
         return head
 
@@ -190,6 +192,10 @@ class TrainingNetworks:
             for path in filter(Path.is_file, forests.values()):
                 load_forest(path)
             if more:
+                if config.backbone.weights.source == "package" and self._needs_start_of("pretrain"):
+                    package_file(self.graph.layers.name)
+                if self._needs_start_of("maps"):
+                    _ = self.graph.layers.mean
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
                     fc6 = name == "fc6"

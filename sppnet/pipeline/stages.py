@@ -144,6 +144,10 @@ class StageGraph:
         for key in self.config.detect.off:
             del values["detect"][key]
         values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
+        if self.config.backbone.weights.mean_image is None:
+            del values["backbone"]["weights"]["mean_image"]  # of no effect: the maps of earlier versions stay
+        else:
+            values["backbone"]["weights"]["mean_image"] = _contents(self.config.backbone.weights.mean_image)
         values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]

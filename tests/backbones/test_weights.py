@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state
+from sppnet.backbones.weights import load_mean_image, load_weight_file, load_weights, torchvision_state
 from sppnet.errors import SppnetError
 
 STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3, 1, 1), "conv.bias": torch.tensor([1.0, 2.0])}
@@ -305,6 +306,60 @@ def test_networks_that_torchvision_lacks_need_a_file_or_random_weights(name: str
         SppnetError, match=rf"no weights for '{name}'; set backbone\.weights\.source=file .* or .*random"
     ):
         torchvision_state(name)
+
+
+# mean images
+
+
+@pytest.mark.parametrize("name", ["mean.npy", "mean.npz", "mean.safetensors"])
+def test_an_array_is_a_mean_image_in_the_order_of_the_weights(tmp_path: Path, name: str) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 4, 5)))
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, image.numpy())
+    else:
+        write(tmp_path / name, {"mean": image})
+    assert torch.equal(load_mean_image(tmp_path / name, "bgr"), image.float())
+
+
+def test_a_picture_is_a_mean_image_whose_channels_are_put_in_order(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "mean.png")
+    assert np.array_equal(load_mean_image(tmp_path / "mean.png", "rgb").numpy(), pixels.transpose(2, 0, 1))
+    assert np.array_equal(load_mean_image(tmp_path / "mean.png", "bgr").numpy(), pixels.transpose(2, 0, 1)[::-1])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            np.full((4, 5, 3), 9.0),
+            r"expected the mean of .* \(3, height, width\), .* rgb order, got shape \(4, 5, 3\); ",
+        ),
+        (np.full(3, 9.0), r"got shape \(3,\); save it so, or as a picture"),
+        (np.full((3, 4, 5), 0.5), "got values from 0.5 to 0.5"),
+        (np.full((3, 4, 5), -9.0), "got values from -9 to -9"),
+        (np.full((3, 4, 5), np.nan), "expected finite numbers"),
+        (np.full((3, 4, 5), None), "cannot be read"),
+    ],
+)
+def test_an_array_that_is_no_mean_image_is_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "mean.npy", array, allow_pickle=True)
+    with pytest.raises(SppnetError, match=rf"mean\.npy: .*{message}"):
+        load_mean_image(tmp_path / "mean.npy", "rgb")
+
+
+def test_files_that_hold_no_mean_image_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mean.npy").write_bytes(b"none")
+    (tmp_path / "mean.png").write_bytes(b"none")
+    write(tmp_path / "two.npz", STATE)
+    for name, message in (
+        ("mean.npy", "cannot be read"),
+        ("mean.png", "got a file of another kind"),
+        ("two.npz", "got 2 arrays"),
+        ("none.npy", r"no such file; check backbone\.weights\.mean_image"),
+    ):
+        with pytest.raises(SppnetError, match=f"{name}: .*{message}"):
+            load_mean_image(tmp_path / name, "rgb")
 
 
 # the real files

@@ -436,6 +436,27 @@ def test_a_saved_detector_is_the_same_detector(detector, image, windows, tmp_pat
     assert same(again.detect(image, windows), detector.detect(image, windows))
 
 
+def test_the_mean_image_travels_with_the_detector(detector, image, windows, tmp_path):
+    file, mean = tmp_path / "mean.npy", np.random.default_rng(0).uniform(0, 255, (3, 8, 9)).astype(np.float32)
+    np.save(file, mean)
+    weights = detector.config.backbone.weights.model_copy(update={"mean_image": file})
+    own = detector.config.backbone.model_copy(update={"weights": weights})
+    network = copy.deepcopy(detector.backbone)
+    network.weights = weights
+    vars(network).pop("mean", None)
+    changed = replace(detector, backbone=network, config=detector.config.model_copy(update={"backbone": own}))
+    maps = changed.embed(image).maps[0]
+    assert not torch.allclose(maps, detector.embed(image).maps[0])
+    changed.save(tmp_path / "copy")
+    file.unlink()
+    again = SPPDetector.load(tmp_path / "copy")
+    assert torch.equal(again.embed(image).maps[0], maps)
+    assert saved_digest(again, tmp_path / "third") == DetectorDescription.read(tmp_path / "copy").digest("cpu")
+    (tmp_path / "copy" / "mean_image.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"mean_image\.safetensors: missing or damaged"):
+        SPPDetector.load(tmp_path / "copy")
+
+
 def test_a_detector_without_box_regression_is_saved_and_loaded_too(detector, image, windows, tmp_path):
     plain = replace(detector, regressors=None)
     detector.save(tmp_path)  # leaves regressors behind, which must not come back

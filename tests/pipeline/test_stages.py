@@ -370,6 +370,7 @@ def test_the_stages_that_depend_on_another_are_known(small_run, setting, value, 
     [
         ("head__checkpoint", {"head__init": "checkpoint"}),
         ("backbone__weights__file", {"backbone__weights__source": "file"}),
+        ("backbone__weights__mean_image", {}),
     ],
 )
 def test_a_file_counts_by_its_content(small_run, tmp_path, setting, others):
