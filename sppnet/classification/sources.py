@@ -72,7 +72,7 @@ class ImageSource:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         batches = epoch_batches(self.count, epoch, self.settings)
-        return self._load([one._replace(places=distributed.shard(one.places)) for one in batches])
+        return self._load([one._replace(places=_share(one.places)) for one in batches])
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._load(distributed.shard(self.held_out))
@@ -141,7 +141,7 @@ class FeatureSource:
         for batch in epoch_batches(self.count, epoch, self.settings):
             nearest = int(np.argmin(np.abs(np.array(self.sizes) - batch.size)))
             flips = np.random.default_rng((self.settings.seed, epoch, 1)).integers(2, size=self.count)
-            places = np.asarray(distributed.shard(batch.places))
+            places = _share(batch.places)
             yield self._rows(places, 2 * nearest + flips[places]), self.labels[places]
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,6 +155,10 @@ class FeatureSource:
 
     def _rows(self, places: NDArray[np.int64], kinds: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self.features[places, kinds]).float()
+
+
+def _share(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    return places[distributed.rank() :: distributed.world_size()]
 
 
 def _ignore_ctrl_c(_: int) -> None:
