@@ -18,7 +18,7 @@ from sppnet.errors import SppnetError, counted
 FOLDER: dict[str, Any] = {
     "backbone": {"name": "efficientnet_lite0", "weights": {"source": "package"}},
     "head": {"fc6": 512, "fc7": 512, "input_norm": 300},
-    "training": {"train_backbone": False, "epochs": 20, "batch": 32, "patience": 3},
+    "training": {"train_backbone": False, "epochs": 15, "batch": 32, "patience": 3},
 }
 
 
