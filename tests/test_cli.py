@@ -31,7 +31,7 @@ from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import Training
 from sppnet.proposals.files import import_windows
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!c]*.yaml"))
 VOC = [
     "aeroplane",
     "bicycle",

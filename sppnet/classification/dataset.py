@@ -149,7 +149,7 @@ def training_view(
     its colours altered, and the crop is resized to `size`: only the resolution depends on it (sec. 2.3). Without `rng`
     it is the centre as it is. Bilinear without antialiasing, as images are resized everywhere here.
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1).float()
+    pixels = torch.tensor(image).permute(2, 0, 1).float()
     largest = max(settings.sizes)
     scaled, _ = scaled_size((image.shape[0], image.shape[1]), settings.min_side)
     crops = transforms.five_crop(_resize(pixels, scaled), [largest, largest])

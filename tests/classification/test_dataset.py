@@ -60,7 +60,7 @@ def test_a_class_with_one_image_is_trained(folder, tmp_path):
 
 
 def test_folders_that_cannot_train_are_refused(folder, tmp_path):
-    with pytest.raises(SppnetError, match="training images are in it too, 30 of 30 images, e.g. across/00.png"):
+    with pytest.raises(SppnetError, match=r"training images are in it too, 30 of 30 images, e.g. across/00.png"):
         load(folder, tmp_path, val=folder)
     (tmp_path / "split.json").write_text("[1]")
     with pytest.raises(ArtifactError, match=r"split\.json: expected the names of a split"):
@@ -73,14 +73,14 @@ def test_folders_that_cannot_train_are_refused(folder, tmp_path):
         load(folder, tmp_path)
     shutil.rmtree(folder / "disc")
     shutil.rmtree(folder / "down")
-    with pytest.raises(SppnetError, match="1 image of 1 class; expected folders of two classes or more"):
+    with pytest.raises(SppnetError, match=r"1 image of 1 class; expected folders of two classes or more"):
         load(folder, tmp_path)
 
 
 def test_crops_are_the_five_of_the_paper_flipped_or_not():
     """Found by sliding a window of 48 pixels over the scaled image (64, 96)."""
     image = picture(64, 96)
-    pixels = torch.from_numpy(image).permute(2, 0, 1).float()
+    pixels = torch.tensor(image).permute(2, 0, 1).float()
     seen = set()
     for seed in range(60):
         view = training_view(image, 48, SETTINGS, np.random.default_rng(seed))

@@ -50,6 +50,7 @@ def equal(first, second):
 
 
 def test_every_size_trains_the_same_tensors_and_a_run_goes_on_to_what_it_would_have_been(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = config_of(folder)
     before = start_network(config, 3).state_dict()
     first = train(config, tmp_path / "parts", 1)
@@ -90,6 +91,7 @@ def test_the_head_alone_leaves_the_backbone_and_learns_from_features(folder, tmp
 
 
 def test_other_settings_train_anew_and_the_former_ones_are_still_there(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     config = config_of(folder, epochs=1)
     first = train(config, tmp_path)
     other = train(config_of(folder, epochs=1, seed=1), tmp_path)

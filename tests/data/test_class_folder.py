@@ -43,13 +43,13 @@ def test_a_class_that_is_missing_keeps_its_place(folder):
 
 
 def test_folders_of_another_form_are_refused(folder, tmp_path):
-    with pytest.raises(SppnetError, match="disc: expected a class that was trained .across, down.; rename or remove"):
+    with pytest.raises(SppnetError, match=r"disc: expected a class that was trained .across, down.; rename or remove"):
         read_class_folder(folder, ("across", "down"))
-    with pytest.raises(SppnetError, match="none: expected a folder that holds one folder .* no such folder"):
+    with pytest.raises(SppnetError, match=r"none: expected a folder that holds one folder .* no such folder"):
         read_class_folder(tmp_path / "none")
-    with pytest.raises(SppnetError, match="disc: expected a folder that holds one folder .* it holds no folder; sort"):
+    with pytest.raises(SppnetError, match=r"disc: expected a folder that holds one folder .* it holds no folder; sort"):
         read_class_folder(folder / "disc")
     for path in (folder / "disc").iterdir():
         path.unlink()
-    with pytest.raises(SppnetError, match="disc: .*no image"):
+    with pytest.raises(SppnetError, match=r"disc: .*no image"):
         read_class_folder(folder)
