@@ -1,6 +1,7 @@
 """Training of a classifier, at one size or several, of all of it or of its head."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sppnet.classification.classifier import Classifier
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import rate_divisions, start_network, train_classifier
 from sppnet.config import BackboneSettings, WeightsSettings
+from sppnet.config_files import load_settings
 from sppnet.errors import SppnetError
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
@@ -162,3 +164,10 @@ def test_the_network_has_the_bins_of_its_levels(levels):
 def test_six_by_six_is_the_last_pooling_of_the_networks_without_spp(side, window, stride):
     maps = torch.randn(2, 5, side, side, generator=torch.Generator().manual_seed(0))
     assert torch.equal(spatial_pyramid_pool(maps, (6,)), F.max_pool2d(maps, window, stride).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["classify_zf5", "classify_tiny"])
+def test_the_configurations_that_ship_can_be_read(name):
+    config = load_settings(ClassifierConfig, Path(__file__).parents[2] / f"configs/{name}.yaml")
+    assert len(config.training.sizes) == 2
+    assert config.backbone.weights.source == "random"
