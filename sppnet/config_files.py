@@ -5,6 +5,7 @@ A file holds only what differs from the defaults in ``config``; an unknown key i
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,11 +70,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, path, overrides)
 
 
-def load_settings(kind: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
-    """`load_config` for settings of another kind, those of a classifier."""
+def load_settings(
+    kind: type[S], path: Path | str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> S:
+    """`load_config` for settings of another kind, those of a classifier; `values`, where given, are those of `path`."""
     if not isinstance(path, str | Path):
         raise SppnetError(f"expected the path of a YAML file, got {path!r}; without a file take {kind.__name__}()")
-    values = _read_settings(Path(path))
+    values = _read_settings(Path(path)) if values is None else copy.deepcopy(dict(values))
     for override in overrides:
         _apply_override(values, override)
     try:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from class_pictures import write_classes
 from doubles import ToyWindows, annotated, picture, picture_record, random_backbone
 from torch import nn
 
 from sppnet import cli, distributed
 from sppnet.artifacts import tensors_digest, write_tensors
 from sppnet.classification.pretraining import pretrain_network
+from sppnet.classification.settings import ClassifierConfig
+from sppnet.classification.training import train_classifier
 from sppnet.config import FinetuneSettings, HeadSettings, SVMSettings
-from sppnet.config_files import load_config, parse_config
+from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.detection import hard_negatives
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MinedSVMs, mine_detectors
@@ -131,6 +134,27 @@ def pretrain(folder: Path) -> list[str]:
     return [tensors_digest(dict(network.named_parameters()))]
 
 
+def classifier(folder: Path) -> list[str]:
+    """Two epochs of the head alone and of the whole network, without dropout; two processes cannot halve batches of 9."""
+    values = {
+        "data": {"train": str(folder / "classes")},
+        "backbone": {"name": "tiny5", "weights": {"source": "random"}},
+        "pyramid": {"levels": [1]},
+        "head": {"fc6": 16, "fc7": 16, "dropout": 0, "input_norm": 100},
+        "training": {"sizes": [32], "batch": 9, "epochs": 2, "train_backbone": False},
+    }
+    if distributed.is_main():
+        write_classes(folder / "classes", 6)
+    distributed.barrier()
+    found = list[str]()
+    for name, whole in (("head", False), ("whole", True)):
+        own = {**values["training"], "train_backbone": whole, "min_side": 32}
+        config = parse_settings(ClassifierConfig, {**values, "training": own}, "test")
+        trained = train_classifier(config, folder / name, torch.device("cpu"), progress=False)
+        found.append(tensors_digest(trained.network.state_dict()))
+    return found
+
+
 def pipeline(folder: Path) -> list[str]:
     """The stages that are missing in the run, and the evaluation."""
     config = load_config(folder / "run/config.yaml")
@@ -152,7 +176,7 @@ def dying(folder: Path) -> list[str]:
     return [str(cli.main(["train", str(folder / "run/config.yaml"), "--run", str(folder / "run")]))]
 
 
-TASKS = (basics, in_order, finetune, mining, pretrain, gradients)
+TASKS = (basics, in_order, finetune, mining, pretrain, classifier, gradients)
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

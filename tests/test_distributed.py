@@ -148,6 +148,17 @@ def test_two_processes_pretrain_one_network(tasks):
     assert first["pretrain"] == second["pretrain"]
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
+    """The head draws the same batches and features; of the whole network batch norm sees halves of them."""
+    folder, first, second = tasks
+    assert first["classifier"] == second["classifier"]
+    worker.classifier(tmp_path)
+    for name, tensor in read_tensors(folder / "head/classifier/weights.safetensors").items():
+        own = read_tensors(tmp_path / "head/classifier/weights.safetensors")[name]
+        torch.testing.assert_close(tensor, own, rtol=1e-4, atol=1e-6)
+
+
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sppnet.config import BackboneSettings, Count, Decay, FilePath, HeadSettings, PyramidSettings, Rate, Seed, Side
 from sppnet.settings import Settings
@@ -34,8 +34,17 @@ class ClassTrainingSettings(Settings):
     weight_decay: Decay = 5e-4
     patience: Count = 5  # ours: epochs without a lower validation loss after which the rate is divided by 10
     colour: bool = True  # sec. 3.1: colour altering
-    train_backbone: bool = True  # false: the head alone, the backbone frozen
+    train_backbone: bool = True  # false: the head alone, on features of full images whose shorter side is a size
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> ClassTrainingSettings:
+        if self.train_backbone and max(self.sizes) > self.min_side:
+            larger = (
+                f"sizes={list(self.sizes)}: crops of {max(self.sizes)} pixels do not fit in min_side={self.min_side}"
+            )
+            raise ValueError(f"{larger}; set training.min_side to at least the largest size")
+        return self
 
 
 class ClassifierConfig(Settings):

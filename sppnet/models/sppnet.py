@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppnet.backbones.backbone import Backbone
-from sppnet.backbones.weights import load_weight_file, without_prefix
-from sppnet.config import HeadSettings
+from sppnet.backbones.weights import load_weight_file, torchvision_state, without_prefix
+from sppnet.config import BackboneSettings, HeadSettings
 from sppnet.errors import SppnetError
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
@@ -134,6 +134,20 @@ def build_head(
         nn.init.normal_(linear.weight, std=0.01, generator=generator)
         nn.init.zeros_(linear.bias)
     return head.eval()
+
+
+def start_head(
+    head: SPPHead, settings: HeadSettings, backbone: BackboneSettings, channels: int, levels: tuple[int, ...]
+) -> None:
+    """fc6 and fc7 from where head.init says, in place."""
+    if settings.init == "checkpoint":
+        load_head_checkpoint(head, settings)
+    elif settings.init == "imagenet":
+        weights, name = backbone.weights, backbone.name
+        file = weights.file if weights.source == "file" else None
+        public = torchvision_state(name) if file is None and name in PRETRAINED_FC else {}
+        state = public if file is None else load_weight_file(file)
+        load_pretrained_fc(head, state, str(name or backbone.module), channels, levels)
 
 
 def load_pretrained_fc(

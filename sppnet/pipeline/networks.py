@@ -19,7 +19,7 @@ from sppnet.artifacts import read_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.own import content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_precision, resolve_runtime
-from sppnet.backbones.weights import load_weight_file, package_file, torchvision_state
+from sppnet.backbones.weights import package_file
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
 from sppnet.detection.feature_maps import compute_maps
@@ -31,14 +31,12 @@ from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.jobs import available_cores, progress_bar
 from sppnet.models.low_rank import check_rank, fc6_activations
 from sppnet.models.sppnet import (
-    PRETRAINED_FC,
     Layer,
     SPPHead,
     build_head,
     copy_fc,
-    load_head_checkpoint,
-    load_pretrained_fc,
     pooled_size,
+    start_head,
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, starts_trained, tunes_low_rank
 from sppnet.proposals.edge_forest import load_forest
@@ -98,14 +96,8 @@ class TrainingNetworks:
         config, head = self.config, self._new_head()
         if self.pretrained_path is not None and config.head.init == "random":
             copy_fc(head, read_tensors(self.pretrained_path), "the pretrained network")
-        elif config.head.init == "checkpoint":
-            load_head_checkpoint(head, config.head)
-        elif config.head.init == "imagenet":
-            weights, name = config.backbone.weights, config.backbone.name
-            file = weights.file if weights.source == "file" else None
-            public = torchvision_state(name) if file is None and name in PRETRAINED_FC else {}
-            state = public if file is None else load_weight_file(file)
-            load_pretrained_fc(head, state, self.backbone.name, self.backbone.channels, config.pyramid.levels)
+        else:
+            start_head(head, config.head, config.backbone, self.backbone.channels, config.pyramid.levels)
         return head
 
     def features(self, layer: Layer) -> Features:

@@ -490,9 +490,9 @@ def test_weights_that_do_not_fit_are_an_error_before_the_first_stage(small_run, 
 
 def test_imagenets_fc_layers_come_from_the_file_only_where_the_backbone_does(small_run, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(training_networks, "torchvision_state", lambda name: asked.append(name) or {})
-    monkeypatch.setattr(training_networks, "load_weight_file", lambda path: asked.append(path) or {})
-    monkeypatch.setattr(training_networks, "load_pretrained_fc", lambda *a: None)
+    monkeypatch.setattr("sppnet.models.sppnet.torchvision_state", lambda name: asked.append(name) or {})
+    monkeypatch.setattr("sppnet.models.sppnet.load_weight_file", lambda path: asked.append(path) or {})
+    monkeypatch.setattr("sppnet.models.sppnet.load_pretrained_fc", lambda *a: None)
     for source in ("random", "file"):
         weights = {"source": source, "file": str(tmp_path / "own.npz")}
         config = changed(small_run, head__init="imagenet", backbone__weights=weights)
