@@ -135,7 +135,7 @@ def pretrain(folder: Path) -> list[str]:
 
 
 def classifier(folder: Path) -> list[str]:
-    """Two epochs of the head alone and of the whole network, without dropout; two processes cannot halve batches of 9."""
+    """Two epochs of the head alone and of the whole network, without dropout; batches of 9 cannot be halved."""
     values = {
         "data": {"train": str(folder / "classes")},
         "backbone": {"name": "tiny5", "weights": {"source": "random"}},
