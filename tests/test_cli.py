@@ -31,10 +31,7 @@ from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import Training
 from sppnet.proposals.files import import_windows
 
-CONFIGS = sorted(
-    set((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CONFIGS = [p for p in sorted(Path(__file__).parents[1].glob("configs/*.yaml")) if "classify" not in p.stem]
-)
 VOC = [
     "aeroplane",
     "bicycle",
