@@ -135,7 +135,7 @@ def pretrain(folder: Path) -> list[str]:
 
 
 def classifier(folder: Path) -> list[str]:
-    """Two epochs of the head alone and of the whole network, without dropout; batches of 9 cannot be halved."""
+    """Two epochs of the head alone and of the whole network, no dropout; two cannot halve batches of 9."""
     values = {
         "data": {"train": str(folder / "classes")},
         "backbone": {"name": "tiny5", "weights": {"source": "random"}},

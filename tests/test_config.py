@@ -12,9 +12,7 @@ from sppnet.config import BoxRegressionSettings, Config, FinetuneSettings, SVMSe
 from sppnet.config_files import dump_config, load_config, parse_config
 from sppnet.errors import SppnetError
 
-CONFIGS = sorted(
-    CONFIGS=[p for p in sorted(Path(__file__).parents[1].glob("configs/*.yaml")) if "classify" not in p.stem]
-)
+CONFIGS = [p for p in sorted(Path(__file__).parents[1].glob("configs/*.yaml")) if "classify" not in p.stem]
 
 
 @pytest.fixture
