@@ -21,6 +21,7 @@ from sppnet.images import prepare
 from sppnet.models.sppnet import SPPNet, build_head
 
 WEIGHTS, DESCRIPTION = Path("classifier/weights.safetensors"), Path("classifier/classifier.json")
+MEAN = "mean_image"  # beside the weights, where backbone.weights.mean_image is set
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,10 @@ class Classifier:
             config = parse_settings(ClassifierConfig, values["config"], str(run / DESCRIPTION))
             classes = tuple(map(str, values["classes"]))
             network = build_network(config, classes)
-            network.load_state_dict(read_tensors(run / WEIGHTS))
+            tensors = read_tensors(run / WEIGHTS)
+            if config.backbone.weights.mean_image is not None:
+                network.backbone.mean = tensors.pop(MEAN)
+            network.load_state_dict(tensors)
         except (TypeError, KeyError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ArtifactError(f"{run / WEIGHTS.parent}: expected a classifier ({reason}); train it again") from None
@@ -59,13 +63,16 @@ class Classifier:
 
     def save(self, run: Path) -> None:
         """Write <run>/classifier; its weights also start a detector (backbone.weights.file, head.checkpoint)."""
-        write_tensors(run / WEIGHTS, {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()})
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        if self.config.backbone.weights.mean_image is not None:
+            tensors[MEAN] = torch.as_tensor(self.network.backbone.mean)
+        write_tensors(run / WEIGHTS, tensors)
         write_json(run / DESCRIPTION, {"classes": self.classes, "config": self.config.model_dump(mode="json")})
 
     def prepare(self, image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
         """uint8 RGB (H, W, 3) -> what the network sees of it at `size`: (1, 3, h, w) on its device."""
-        weights = self.network.backbone.weights
-        return prepare(image, size, weights.channel_order, weights.mean, weights.std, self.device)
+        weights, mean = self.network.backbone.weights, self.network.backbone.mean
+        return prepare(image, size, weights.channel_order, mean, weights.std, self.device)
 
 
 def build_network(config: ClassifierConfig, classes: tuple[str, ...]) -> SPPNet:

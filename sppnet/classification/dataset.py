@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from sppnet.artifacts import file_digest, read_json, write_json
+from sppnet.backbones.backbone import Backbone
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
-from sppnet.config import WeightsSettings
 from sppnet.data.class_folder import ClassFolder, read_class_folder
 from sppnet.errors import ArtifactError, SppnetError, counted
-from sppnet.images import read_image, scaled_size
+from sppnet.images import normalise, read_image, scaled_size
 from sppnet.jobs import progress_bar
 from sppnet.paths import as_text
 
@@ -172,19 +172,18 @@ class TrainingViews(Dataset[Any]):
     """
 
     def __init__(
-        self, images: Sequence[Path], labels: Iterable[int], settings: ClassTrainingSettings, weights: WeightsSettings
+        self, images: Sequence[Path], labels: Iterable[int], settings: ClassTrainingSettings, backbone: Backbone
     ) -> None:
         self.images, self.labels = list(images), torch.tensor([*labels])
-        self.settings, self.weights = settings, weights
+        self.settings, self.weights, self.mean = settings, backbone.weights, backbone.mean
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | SppnetError:
         try:
             views = torch.stack([self._view(int(place), batch) for place in batch.places])
         except SppnetError as error:
             return error
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.weights.mean, self.weights.std))
         views = views.flip(1) if self.weights.channel_order == "bgr" else views
-        return (views - mean) / std, self.labels[torch.from_numpy(batch.places)]
+        return normalise(views, self.mean, self.weights.std), self.labels[torch.from_numpy(batch.places)]
 
     def _view(self, place: int, batch: Batch) -> Tensor:
         # from 1 on: seeds are padded with zeros, so that 0 would be the stream of the epoch's order

@@ -60,7 +60,7 @@ class ImageSource:
         self.queue: list[Batch] = []
         workers = min(available_cores(), MOST) if len(images) >= FEW else 0
         self.loader: DataLoader[tuple[Tensor, Tensor] | SppnetError] = DataLoader(
-            TrainingViews(images, labels, self.settings, network.backbone.weights),
+            TrainingViews(images, labels, self.settings, network.backbone),
             batch_size=None,
             sampler=self.queue,
             num_workers=workers,
@@ -114,7 +114,8 @@ class FeatureSource:
         self.sizes = sorted(set(self.settings.sizes))
         backbone, weights = network.backbone, network.backbone.weights
         precision = resolve_precision(config.precision, device_of(network))
-        used = weights.channel_order, weights.mean, weights.std, backbone.layer, network.levels, precision, self.sizes
+        mean = tensors_digest({"mean": torch.as_tensor(backbone.mean)})
+        used = weights.channel_order, mean, weights.std, backbone.layer, network.levels, precision, self.sizes
         contents = data.split["train"], data.split["held_out"]
         path = run / f"features-{digest_of(tensors_digest(backbone.state_dict()), contents, used)}.npz"
         if not path.exists():
@@ -125,7 +126,7 @@ class FeatureSource:
                 for side in self.sizes:
                     size, _ = scaled_size((image.shape[0], image.shape[1]), side)
                     for each in (image, flip_image(image)):
-                        pixels = prepare(each, size, weights.channel_order, weights.mean, weights.std, runtime.device)
+                        pixels = prepare(each, size, weights.channel_order, backbone.mean, weights.std, runtime.device)
                         rows.append(spatial_pyramid_pool(runtime(pixels)[0], network.levels).cpu())
                 return [torch.stack(rows)]
 

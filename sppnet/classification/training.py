@@ -53,7 +53,7 @@ def train_classifier(
     `epochs` takes the place of training.epochs: more of them go on from a finished training. A call with the same
     settings and images goes on from the last epoch, with the same result as without the interruption; one with others
     begins anew and replaces the classifier. Under torchrun the processes share every batch. Raises SppnetError for
-    images and weights that cannot be used, before anything is written, and for a loss that is not finite.
+    images and weights that cannot be used and for a loss that is not finite.
     """
     settings = config.training.model_copy(update={"epochs": epochs or config.training.epochs})
     config = config.model_copy(update={"training": settings})
@@ -108,11 +108,15 @@ def rate_divisions(losses: Sequence[float], patience: int) -> int:
 
 def _digest(config: ClassifierConfig, data: ClassData, network: SPPNet) -> str:
     """Names a training by what decides its result; of files the contents, of the schedule all but where it ends."""
-    unnamed: Any = {"data": True, "training": {"epochs"}, "head": {"checkpoint"}, "backbone": {"weights": {"file"}}}
+    unnamed: Any = {
+        "data": True,
+        "training": {"epochs"},
+        "head": {"checkpoint"},
+        "backbone": {"weights": {"file", "mean_image"}},
+    }
     own = config.model_dump(mode="json", exclude=unnamed)
-    return digest_of(
-        own, data.classes, data.split["train"], data.split["held_out"], tensors_digest(network.state_dict())
-    )
+    start = tensors_digest({**network.state_dict(), "mean": torch.as_tensor(network.backbone.mean)})
+    return digest_of(own, data.classes, data.split["train"], data.split["held_out"], start)
 
 
 @torch.no_grad()
