@@ -127,7 +127,7 @@ def test_a_command_line_is_understood_and_its_configuration_loads(line: str) -> 
 def test_a_command_in_the_text_exists_with_its_options(line: str) -> None:
     _, name, *words = line.split()
     parser = commands()[name]
-    for action in (each for each in parser._actions if words and isinstance(each.choices, dict)):  # of `sppnet classify`
+    for action in (each for each in parser._actions if words and isinstance(each.choices, dict)):
         parser = action.choices[words[0]]
     known = parser._option_string_actions
     assert [word for word in words if word.startswith("--") and word not in known] == []
