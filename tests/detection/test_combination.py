@@ -10,9 +10,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from small_run import random_windows, train_another
+from small_run import train_another
 
-import sppnet
 from sppnet.detection.combination import combine_detectors
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import ArtifactError, SppnetError
@@ -22,21 +21,6 @@ from sppnet.records import Detections, pairwise_iou
 @pytest.fixture(scope="module")
 def another(small_run, tmp_path_factory):
     return SPPDetector.load(train_another(small_run, tmp_path_factory.mktemp("another")).root)
-
-
-@pytest.fixture(scope="module")
-def detector(small_run):
-    return SPPDetector.load(small_run.root)
-
-
-@pytest.fixture(scope="module")
-def image(small_run):
-    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
-
-
-@pytest.fixture(scope="module")
-def windows(image):
-    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 60)
 
 
 def pooled_by_loops(each: list[Detections], classes: tuple[str, ...], overlap: float, limit: int) -> list[tuple]:

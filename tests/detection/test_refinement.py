@@ -8,10 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_run import random_windows
 
-import sppnet
-from sppnet.detection.detector import SPPDetector
 from sppnet.detection.detector_description import DetectorDescription
 from sppnet.detection.nms import nms
 from sppnet.detection.refinement import LOOSE, LOWEST, vote
@@ -20,21 +17,6 @@ from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stages import StageGraph
 from sppnet.records import Detections, pairwise_iou
-
-
-@pytest.fixture(scope="module")
-def detector(small_run):
-    return SPPDetector.load(small_run.root)
-
-
-@pytest.fixture(scope="module")
-def image(small_run):
-    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
-
-
-@pytest.fixture(scope="module")
-def windows(image):
-    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
 
 
 def with_settings(detector, **values):
