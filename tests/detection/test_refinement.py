@@ -72,6 +72,13 @@ def test_equal_scores_give_the_plain_mean_however_low_or_high():
         assert vote(found, others).boxes.tolist() == [[1, 0, 11, 10]]
 
 
+def test_an_overlap_of_exactly_the_least_is_a_vote():
+    found = detections([[0, 0, 10, 10]], [0.0], [0])
+    others = detections([[0, 0, 10, 10], [0, 0, 10, 5]], [0.0, 0.0], [0, 0])
+    assert vote(found, others, 0.5).boxes.tolist() == [[0, 0, 10, 7.5]]
+    assert vote(found, others, 0.51).boxes.tolist() == [[0, 0, 10, 10]]
+
+
 def test_a_box_alone_in_its_class_and_no_boxes_stay():
     found, none = detections([[1.5, 2, 30.25, 40]], [-0.3], [1]), detections([], [], [])
     assert vote(found, found) == found
