@@ -95,6 +95,14 @@ def test_an_edge_between_two_colours_is_one_line() -> None:
     np.testing.assert_allclose(np.cos(2 * orientations[:, 29:31]), 1, atol=1e-3)  # the gradient runs along x
 
 
+def test_a_faint_edge_is_no_whole_one_where_there_is_no_other() -> None:
+    image = np.full((60, 80, 3), 100, np.uint8)
+    image[30, 40] = 103  # gradients of a fraction of 1, all others are 0
+    largest = np.hypot(*naive_gradients(image)).max()
+    assert 0.05 < largest < 0.9
+    assert gradient_edges(image)[0].max() == pytest.approx(largest, rel=1e-3)
+
+
 def test_one_colour_has_no_edges_and_no_windows() -> None:
     assert not gradient_edges(np.full((30, 30, 3), 77, np.uint8))[0].any()
     assert edge_boxes(np.full((30, 30, 3), 77, np.uint8), edges_of(min_side=1)).shape == (0, 4)
