@@ -101,7 +101,10 @@ def test_a_combination_of_combinations_is_one_of_their_detectors(detector, anoth
     first = combine_detectors([detector, another])
     three = combine_detectors([first, replace(detector, regressors=None)])
     assert len(three.others) == 2
-    assert not any(own.others for own in three.others)
+    turned = combine_detectors([replace(detector, regressors=None), first])
+    for own in (three, turned):
+        assert not any(each.others for each in own.others)
+    assert len(turned.others) == 2
     each = [own.detect(image, windows, threshold=-2) for own in (replace(three, others=()), *three.others)]
     assert rows(three.detect(image, windows, threshold=-2)) == pooled_by_loops(each, detector.classes, 0.3, 1000)
 
@@ -116,6 +119,9 @@ def test_the_windows_are_those_of_all_searches_each_once(detector, another, imag
     assert [tuple(window) for window in found.tolist()] == expected
     assert max(map(len, parts)) < len(found)
     assert both.detect(image, threshold=-2) == both.detect(image, found, threshold=-2)
+    part = image[:60, :80]
+    assert np.array_equal(combine_detectors([both, detector]).proposer(part), both.proposer(part))
+    assert len(both.proposer(part)) > len(detector.proposer(part))
 
 
 def test_one_search_serves_detectors_of_equal_settings(detector, another, image):
