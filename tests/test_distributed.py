@@ -230,13 +230,13 @@ def test_a_world_of_one_or_none_is_this_process(monkeypatch, value):
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, caplog, rank):
+@pytest.mark.parametrize(("rank", "world", "others"), [(0, 3, "2 other processes"), (1, 2, "another process")])
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, caplog, rank, world, others):
     monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
     monkeypatch.setattr(distributed, "QUIET", 0.1)
-    values = {"WORLD_SIZE": "3", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    values = {"WORLD_SIZE": str(world), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SppnetError, match=r"so many processes did not meet at MASTER_ADDR=127\.0"):
         distributed.start()
-    assert f"waiting for 2 other processes at 127.0.0.1:{values['MASTER_PORT']}" in caplog.text
+    assert f"waiting for {others} at 127.0.0.1:{values['MASTER_PORT']}" in caplog.text

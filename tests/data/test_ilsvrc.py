@@ -87,6 +87,15 @@ def test_a_positive_image_without_annotation_has_no_objects_and_is_counted(root,
     assert dict(skips.images) == {reason: [f"DET/train/{name}"]}
 
 
+def test_an_image_that_shows_a_class_in_part_is_no_positive(root):
+    name = add_image(root, "train", "part", annotated=False)
+    write_list(root, "train_4", f"{name} 0")
+    for split in ("DET/train_4", "DET/train"):
+        records, skips = load_split(root, split)
+        assert (records[-1].id, len(records[-1].annotation)) == ("DET/train/part", 0)
+        assert skips.counts == {}
+
+
 def test_parts_of_a_folder_may_have_lists_of_their_own(root):
     write_list(root, "val1", val_name(2))
     write_list(root, "train_some", train_name(CAR, 0), f"{train_name(AIRPLANE, 1)}.JPEG")
@@ -96,6 +105,8 @@ def test_parts_of_a_folder_may_have_lists_of_their_own(root):
 
 
 def test_without_map_det_classes_are_synsets_and_it_may_lie_in_the_root(root):
+    write_names(root, [f"{CAR} 1 voiture"], place="")  # that of the devkit goes first
+    assert load_split(root, "DET/val")[0][1].annotation.names == ("car",)
     (root / "devkit/data/map_det.txt").rename(root / "map_det.txt")
     names = {name for record in load_split(root, "DET/train")[0] for name in record.annotation.names}
     assert names == {"accordion", "airplane", "car"}
@@ -137,6 +148,7 @@ def test_images_to_test_on_have_no_annotations(root):
         ("train_1", ["a/b 1", "", "a/c 2"], r"train_1\.txt:3: expected a name, .* and 1, 0 or -1, got 'a/c 2'"),
         ("train_1", ["../../secret 1"], r"train_1\.txt:1: expected a name"),
         ("val", ["/etc/passwd"], r"val\.txt:1: expected a name"),
+        ("val", ["./a 1"], r"val\.txt:1: expected a name"),
         ("val", ["C:\\b 1"], r"val\.txt:1: expected a name"),
         ("val", ["a 1", "b 2", "a 3"], r"val\.txt:3: 'a' is already on line 1; remove one of them"),
         ("val", ["x" * 300, "\0"], r"no such image, named in .*val\.txt:1; 2 of 2 images"),
@@ -157,9 +169,12 @@ def test_missing_images_of_all_lists_are_counted_together(root):
         load_split(root, "DET/train")
 
 
-@pytest.mark.parametrize("split", ["DET/train2", "DET/", "DET", "val", "VOC2007/val", "DET/other", "DET/../val"])
+@pytest.mark.parametrize(
+    "split", ["DET/train2", "DET/", "DET", "val", "VOC2007/val", "DET/other", "DET/my_val", "DET/../val"]
+)
 def test_a_set_that_is_not_there_is_an_error_with_those_that_are(root, split):
-    write_list(root, "other", val_name(1))  # of which folder?
+    for name in ("other", "my_val"):
+        write_list(root, name, val_name(1))  # of which folder?
     here = r"expected DET/<set>, .*begins with train, val or test; here are DET/train, DET/test, DET/val and 3 lists"
     with pytest.raises(SppnetError, match=rf"ImageSets/DET: no list for split '{split}'; {here} DET/train_<number>"):
         load_split(root, split)

@@ -10,9 +10,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from small_run import random_windows, train_another
+from small_run import train_another
 
-import sppnet
 from sppnet.detection.combination import combine_detectors
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import ArtifactError, SppnetError
@@ -22,21 +21,6 @@ from sppnet.records import Detections, pairwise_iou
 @pytest.fixture(scope="module")
 def another(small_run, tmp_path_factory):
     return SPPDetector.load(train_another(small_run, tmp_path_factory.mktemp("another")).root)
-
-
-@pytest.fixture(scope="module")
-def detector(small_run):
-    return SPPDetector.load(small_run.root)
-
-
-@pytest.fixture(scope="module")
-def image(small_run):
-    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
-
-
-@pytest.fixture(scope="module")
-def windows(image):
-    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 60)
 
 
 def pooled_by_loops(each: list[Detections], classes: tuple[str, ...], overlap: float, limit: int) -> list[tuple]:
@@ -117,7 +101,10 @@ def test_a_combination_of_combinations_is_one_of_their_detectors(detector, anoth
     first = combine_detectors([detector, another])
     three = combine_detectors([first, replace(detector, regressors=None)])
     assert len(three.others) == 2
-    assert not any(own.others for own in three.others)
+    turned = combine_detectors([replace(detector, regressors=None), first])
+    for own in (three, turned):
+        assert not any(each.others for each in own.others)
+    assert len(turned.others) == 2
     each = [own.detect(image, windows, threshold=-2) for own in (replace(three, others=()), *three.others)]
     assert rows(three.detect(image, windows, threshold=-2)) == pooled_by_loops(each, detector.classes, 0.3, 1000)
 
@@ -132,6 +119,9 @@ def test_the_windows_are_those_of_all_searches_each_once(detector, another, imag
     assert [tuple(window) for window in found.tolist()] == expected
     assert max(map(len, parts)) < len(found)
     assert both.detect(image, threshold=-2) == both.detect(image, found, threshold=-2)
+    part = image[:60, :80]
+    assert np.array_equal(combine_detectors([both, detector]).proposer(part), both.proposer(part))
+    assert len(both.proposer(part)) > len(detector.proposer(part))
 
 
 def test_one_search_serves_detectors_of_equal_settings(detector, another, image):

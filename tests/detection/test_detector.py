@@ -16,7 +16,6 @@ import torch
 from doubles import TORCH_STATES, refused_by_us
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_run import random_windows
 
 import sppnet
 from sppnet.backbones import backbone as backbones
@@ -27,21 +26,6 @@ from sppnet.detection.torch_state import fingerprint
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.errors import ArtifactError, BackboneError, ImageError
 from sppnet.records import pairwise_iou
-
-
-@pytest.fixture(scope="module")
-def detector(small_run):
-    return SPPDetector.load(small_run.root)
-
-
-@pytest.fixture(scope="module")
-def image(small_run):
-    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
-
-
-@pytest.fixture(scope="module")
-def windows(image):
-    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
 
 
 @pytest.fixture

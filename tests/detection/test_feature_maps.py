@@ -1,19 +1,22 @@
 """Maps of an image, computed once and kept on disk."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from doubles import picture, picture_record, random_backbone
 
+from sppnet import distributed
 from sppnet.backbones.runtime import make_runtime
 from sppnet.config import BackboneSettings, MapSettings
 from sppnet.detection import feature_maps
-from sppnet.detection.feature_maps import compute_maps, extract_images, read_maps, rounded, write_maps
+from sppnet.detection.feature_maps import compute_maps, count_cells, extract_images, read_maps, rounded, write_maps
 from sppnet.errors import ArtifactError, BackboneError
 from sppnet.images import flip_image, prepare
 from sppnet.pipeline.networks import load_runtime
+from sppnet.records import ImageRecord
 
 BACKBONE = random_backbone("tiny5")
 RUNTIME = make_runtime(BACKBONE, "torch")
@@ -66,6 +69,27 @@ def test_an_image_too_narrow_for_its_bound_is_named_in_pixels():
         BackboneError, match=r"an image of 2000 × 20 pixels is too narrow: .*expected an image large enough"
     ):
         compute_maps(squeezed, np.zeros((20, 2000, 3), np.uint8), MapSettings(scales=(64,), max_side=64))
+
+
+def test_a_file_whose_image_is_too_narrow_is_named(tmp_path):
+    record = picture_record(tmp_path, "narrow", np.zeros((20, 2000, 3), np.uint8))
+    squeezed = make_runtime(random_backbone("squeezenet1_1"), "torch")
+    settings = MapSettings(scales=(64,), max_side=64)
+    with pytest.raises(BackboneError, match=r"narrow\.png: an image of 2000 × 20 pixels is too narrow: "):
+        extract_images([(record, False)], lambda: squeezed, settings, tmp_path / "maps", progress=False)
+
+
+def test_cells_are_counted_over_all_scales_and_images_without_are_named_once():
+    settings, squeezed = MapSettings(scales=(64, 96), max_side=200), random_backbone("squeezenet1_1")
+    records = [ImageRecord(f"TOY/{i}", Path(f"{i}.png"), size, "") for i, size in enumerate([(60, 90), (90, 30)])]
+    expected = [[(64, 96), (96, 144)], [(192, 64), (200, 67)]]  # the last is bounded
+    cells = [sum(np.prod(squeezed.map_size(size)) for size in sizes) for sizes in expected]
+    assert count_cells(records, squeezed, settings).tolist() == cells
+    narrow = [ImageRecord(f"TOY/n{i}", Path(f"n{i}.png"), (10, 900), "") for i in range(5)]
+    first = r"^n0\.png: an image of 900 × 10 pixels has no map: .*, or leave it out"
+    for count, more in ((1, ""), (2, "; 1 more: TOY/n1"), (5, "; 4 more: TOY/n1, TOY/n2, TOY/n3")):
+        with pytest.raises(BackboneError, match=f"{first}{more}$"):
+            count_cells([*records, *narrow[:count], *narrow[:count]], squeezed, settings)
 
 
 def test_half_precision_in_the_convolutions_stays_close():
@@ -142,6 +166,14 @@ def test_an_interruption_leaves_whole_maps_only(tmp_path, records, monkeypatch):
     assert list((tmp_path / "maps").rglob("*.npz")) == [records[0].path_in(tmp_path / "maps", False)]
     monkeypatch.undo()
     assert extract_images(upright(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False).reused == 1
+
+
+def test_of_several_processes_each_writes_its_share(tmp_path, records, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    done = extract_images(upright(records), lambda: RUNTIME, FULL, tmp_path / "maps", progress=False)
+    assert (done.computed, done.reused) == (1, 0)
+    assert list((tmp_path / "maps").rglob("*.npz")) == [records[1].path_in(tmp_path / "maps", False)]
 
 
 def test_no_records_are_no_work(tmp_path):

@@ -8,10 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_run import random_windows
 
-import sppnet
-from sppnet.detection.detector import SPPDetector
 from sppnet.detection.detector_description import DetectorDescription
 from sppnet.detection.nms import nms
 from sppnet.detection.refinement import LOOSE, LOWEST, vote
@@ -20,21 +17,6 @@ from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stages import StageGraph
 from sppnet.records import Detections, pairwise_iou
-
-
-@pytest.fixture(scope="module")
-def detector(small_run):
-    return SPPDetector.load(small_run.root)
-
-
-@pytest.fixture(scope="module")
-def image(small_run):
-    return sppnet.read_image(small_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
-
-
-@pytest.fixture(scope="module")
-def windows(image):
-    return random_windows(image.shape[:2], np.zeros((0, 4)), np.random.default_rng(1), 40)
 
 
 def with_settings(detector, **values):
@@ -88,6 +70,13 @@ def test_equal_scores_give_the_plain_mean_however_low_or_high():
     for score in (-1e4, -0.5, 0, 1e4):
         others = detections([[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]], [score] * 3, [0, 0, 0])
         assert vote(found, others).boxes.tolist() == [[1, 0, 11, 10]]
+
+
+def test_an_overlap_of_exactly_the_least_is_a_vote():
+    found = detections([[0, 0, 10, 10]], [0.0], [0])
+    others = detections([[0, 0, 10, 10], [0, 0, 10, 5]], [0.0, 0.0], [0, 0])
+    assert vote(found, others, 0.5).boxes.tolist() == [[0, 0, 10, 7.5]]
+    assert vote(found, others, 0.51).boxes.tolist() == [[0, 0, 10, 10]]
 
 
 def test_a_box_alone_in_its_class_and_no_boxes_stay():

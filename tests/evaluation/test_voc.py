@@ -179,6 +179,10 @@ def test_by_ilsvrcs_rule_a_small_object_is_found_at_less_than_half():
     assert by_ilsvrc([small], (0, 0, 3, 10)) == [1]  # IoU 0.3
     assert by_ilsvrc([small], (0, 0, 5, 5)) == [1]  # exactly enough
     assert by_ilsvrc([small], (0, 0, 2.4, 10)) == [0]
+    for tall in (False, True):  # 400 / 1000 is enough for one of 40 × 10 pixels, lying or upright
+        lying, less, enough = (0, 0, 40, 10), (0, 0, 15, 10), (0, 0, 16, 10)
+        box, low, high = ((x, y, h, w) if tall else (x, y, w, h) for x, y, w, h in (lying, less, enough))
+        assert (by_ilsvrc([box], low), by_ilsvrc([box], high)) == ([0], [1])
     assert by_ilsvrc([large], (0, 0, 49, 100)) == [0]
     assert by_ilsvrc([large], (0, 0, 50, 100)) == [1]  # exactly a half
     assert by_ilsvrc([large], (0, 0, 40, 100), iou=0.4) == [1]

@@ -176,11 +176,34 @@ def test_without_splits_it_is_evaluated_on_what_was_held_out_of_all(small_run, a
         evaluate_run(tmp_path / "none")
 
 
+@pytest.mark.parametrize("named", [(), ("val",), ("test",)])
+def test_held_out_is_what_no_other_trained_on_by_id_or_content(small_run, another, tmp_path, named):
+    """Where splits are named, of all; else of the first, as another may have held out of other data."""
+    splits = [Split({}, {}, {"a": "1", "b": "2", "c": "3", "d": "4"})]
+    splits += [Split({}, {"a": "9", "x": "2"}, {"e": "5"}, {"y": "3"})]
+    data = {"val": (), "test": (), **{name: (f"SHAPES/{name}",) for name in named}}
+    runs = [
+        settings_changed(run.root, tmp_path / str(place), split, **data)
+        for place, (run, split) in enumerate(zip((small_run, another), splits, strict=True))
+    ]
+    combine_runs(runs, tmp_path / "both")
+    found = Split.read(tmp_path / "both/detector")
+    assert found == Split({}, {"a": "9", "x": "2", "y": "3"}, {"d": "4", **({"e": "5"} if named else {})})
+
+
+def test_one_detector_with_two_searches_is_two(small_run, tmp_path):
+    own = SPPDetector.load(small_run.root)
+    search = own.config.proposals.model_copy(update={"min_side": 30})
+    replace(own, config=own.config.model_copy(update={"proposals": search})).save(tmp_path / "other/detector")
+    both = combine_runs([small_run.root, tmp_path / "other"], tmp_path / "both")
+    assert [each.config.proposals.min_side for each in (both, *both.others)] == [own.config.proposals.min_side, 30]
+
+
 def test_other_data_of_a_run_are_announced(small_run, another, tmp_path, caplog):
     caplog.set_level(logging.INFO, "sppnet")
-    other = settings_changed(another.root, tmp_path / "other", test=("SHAPES/val",), root=tmp_path)
+    other = settings_changed(another.root, tmp_path / "other", test=("SHAPES/val",), val=(), root=tmp_path)
     combine_runs([small_run.root, other], tmp_path / "both")
-    assert f"data.root, data.test of {small_run.root} count; {other} has others" in caplog.text
+    assert f"data.root, data.val, data.test of {small_run.root} count; {other} has others" in caplog.text
     assert next(iter(evaluate_run(tmp_path / "both").result.detections)) == "SHAPES/test_00000"
 
 

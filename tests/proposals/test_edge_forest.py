@@ -51,6 +51,14 @@ def test_an_image_of_any_size_has_edges_of_its_size(size: tuple[int, int], tmp_p
     assert np.isfinite(edges).all()
 
 
+def test_an_image_of_odd_sides_is_that_with_its_last_pixels_twice(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.yml", forest())
+    image = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
+    even = np.pad(image, ((0, 1), (0, 1), (0, 0)), mode="edge")
+    for own, padded in zip(forest_edges(image, path), forest_edges(even, path), strict=True):
+        np.testing.assert_array_equal(own, padded[:47, :63])
+
+
 def test_a_forest_may_be_packed_saved_by_opencv_or_have_the_ends_of_lines_of_windows(tmp_path: Path) -> None:
     expected = forest_edges(square(), written(tmp_path / "model.yml", forest()))[0]
     (tmp_path / "packed.yml.gz").write_bytes(gzip.compress(forest().encode()))
@@ -107,7 +115,10 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "no_stride.yml": (forest({"stride": 0}), "stride is 0, not from 1 to 32"),
     "huge.yml": (forest({"patchSize": 100_000}), "patchSize is 100000, not from 1 to 32"),
     "odd.yml": (forest({"shrinkNumber": 3}), "shrinkNumber is not 2, or patchSize=32 and patchInnerSize=16 do"),
+    "odd_patch.yml": (forest({"patchSize": 31}), "shrinkNumber is not 2, or patchSize=31 and patchInnerSize=16 do"),
+    "odd_inner.yml": (forest({"patchInnerSize": 15}), "patchSize=32 and patchInnerSize=15 do not fit"),
     "inner.yml": (forest({"patchSize": 8}), "patchSize=8 and patchInnerSize=16 do not fit"),
+    "indents.yml": (forest().replace("    - [80]", "  - [80]"), "edgeBoundaries are not rows of whole numbers in br"),
     "flat.yml": (forest(childs=None) + "\nchilds: [2,0,0,2,0,0]\n", "childs are not rows of whole numbers in brackets"),
     "nested.yml": (forest(childs=[["[2,0,0]"], ["[2,0,0]"]]), "childs are not rows of whole numbers in brackets"),
     "words.yml": (forest(childs=[['"a"', 0, 0]] * 2), "childs are not rows of whole numbers in brackets"),
@@ -117,11 +128,14 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "short.yml": (forest(thresholds=[[0, 0, 0]]), "6 featureIds, 3 thresholds, 7 edgeBoundaries, 80 edgeBins"),
     "short_bounds.yml": (forest(edgeBoundaries=[[0] * 6]), "6 edgeBoundaries"),
     "loop.yml": (forest(childs=[[2, 1, 0]] * 2), "number 2 of childs is 1, which is out of range"),
+    "self.yml": (forest(childs=[[1, 0, 0]] * 2), "number 1 of childs is 1, which is out of range"),
     "beyond.yml": (forest(childs=[[2, 0, 0], [3, 0, 0]]), "number 4 of childs is 3, which is out of range"),
     "negative.yml": (forest(childs=[[-2, 0, 0]] * 2), "number 1 of childs is -2, which is out of range"),
     "feature.yml": (forest(featureIds=[[LAST_FEATURE + 1, 0, 0]] * 2), f"of featureIds is {LAST_FEATURE + 1}, which"),
+    "no_feature.yml": (forest(featureIds=[[-1, 0, 0]] * 2), "number 1 of featureIds is -1, which is out of range"),
     "bounds.yml": (forest(edgeBoundaries=[[0, 0, 0, 40, 39, 40], [80]]), "number 5 of edgeBoundaries is 39"),
     "bins.yml": (forest(edgeBoundaries=[[0, 0, 0, 40, 40, 40], [81]]), "number 7 of edgeBoundaries is 81"),
+    "no_bin.yml": (forest(edgeBins=[[-1] * 80]), "number 1 of edgeBins is -1, which is out of range"),
     "bin.yml": (forest(edgeBins=[[16 * 16 * 13] * 80]), "number 1 of edgeBins is 3328"),
 }  # fmt: skip
 

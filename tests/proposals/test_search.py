@@ -10,11 +10,13 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scenes import OBJECTS, scene
 
 from sppnet.artifacts import file_digest, write_arrays
 from sppnet.config import ProposalSettings
@@ -28,15 +30,6 @@ from sppnet.records import ImageRecord, pairwise_iou
 
 opencv = partial(ProposalSettings, method="opencv_selective_search")
 ALONE = opencv(workers=1)
-OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
-
-
-def scene(height: int = 150, width: int = 200) -> NDArray[np.uint8]:
-    """Three flat objects on a noisy ground."""
-    image = np.random.default_rng(0).integers(90, 120, (height, width, 3), dtype=np.uint8)
-    for (x1, y1, x2, y2), colour in zip(OBJECTS, [(250, 20, 20), (20, 250, 20), (20, 20, 250)], strict=True):
-        image[y1:y2, x1:x2] = colour
-    return image
 
 
 def make_records(folder: Path, count: int = 3) -> list[ImageRecord]:
@@ -52,6 +45,32 @@ def make_records(folder: Path, count: int = 3) -> list[ImageRecord]:
 
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# all searches
+
+METHODS = "selective_search", "opencv_selective_search", "edge_boxes"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough(method: Any) -> None:
+    windows = make_proposer(ProposalSettings(method=method, min_side=25))(scene())
+    assert len(np.unique(windows, axis=0)) == len(windows) > 5
+    assert (windows == np.rint(windows)).all()
+    assert (windows[:, 2:] - windows[:, :2]).min() >= 25
+    assert windows.min() >= 0
+    ends = windows[:, 2:].max(axis=0)
+    assert (ends <= [200, 150]).all()
+    assert ends.tolist() == [200, 150] or method == "edge_boxes"  # regions cover the image, edges need not
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_windows_are_a_prefix_of_more(method: Any) -> None:
+    many, few = (
+        make_proposer(ProposalSettings(method=method, max_windows=count, min_side=5))(scene()) for count in (40, 15)
+    )
+    assert len(many) > len(few) == 15
+    np.testing.assert_array_equal(few, many[:15])
 
 
 # selective search
@@ -71,29 +90,12 @@ def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> N
     assert len(first) == 30
 
 
-def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough() -> None:
-    windows = opencv_selective_search(scene(), opencv(min_side=25))
-    assert len(np.unique(windows, axis=0)) == len(windows) > 5
-    assert (windows == np.rint(windows)).all()
-    assert (windows[:, 2:] - windows[:, :2]).min() >= 25
-    assert windows.min() >= 0
-    assert windows[:, 2].max() == 200
-    assert windows[:, 3].max() == 150
-
-
 def test_nothing_but_small_boxes_is_lost_against_opencv() -> None:
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(scene()[..., ::-1]))
     search.switchToSelectiveSearchFast()
     expected = {(x, y, x + w, y + h) for x, y, w, h in search.process().tolist() if w >= 20 and h >= 20}
     assert {tuple(map(int, window)) for window in opencv_selective_search(scene(), ALONE)} == expected
-
-
-def test_fewer_windows_are_a_prefix_of_more() -> None:
-    many = opencv_selective_search(scene(), opencv(max_windows=40, min_side=5))
-    few = opencv_selective_search(scene(), opencv(max_windows=15, min_side=5))
-    assert len(many) > len(few) == 15
-    np.testing.assert_array_equal(few, many[:15])
 
 
 def test_the_order_of_windows_is_that_of_a_hash_in_plain_integers() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from refusals import refused_here
+from scenes import OBJECTS, scene
 
 from sppnet.config import ProposalSettings
 from sppnet.data.selection import restrict
@@ -29,17 +30,8 @@ from sppnet.proposals.segmentation import STEPS, segment, sorted_edges
 from sppnet.proposals.selective_search import COLOUR_SPACES, MODES, hierarchies, selective_search, shrunk
 from sppnet.records import pairwise_iou
 
-OBJECTS = np.array([[20, 30, 90, 110], [120, 15, 170, 95], [60, 100, 180, 140]])
 ALL = Similarity()
 SETS = [*MODES["quality"].similarities, Similarity(texture=False, fill=False)]
-
-
-def scene(height: int = 150, width: int = 200) -> NDArray[np.uint8]:
-    """Three flat objects on a noisy ground."""
-    image = np.random.default_rng(0).integers(90, 120, (height, width, 3), dtype=np.uint8)
-    for (x1, y1, x2, y2), colour in zip(OBJECTS, [(250, 20, 20), (20, 250, 20), (20, 20, 250)], strict=True):
-        image[y1:y2, x1:x2] = colour
-    return image
 
 
 def noise(height: int, width: int, seed: int, grey_levels: int = 6, channels: int = 3) -> NDArray[np.uint8]:
@@ -338,28 +330,12 @@ def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> N
     assert len(first) == 40
 
 
-def test_windows_are_distinct_whole_pixels_inside_the_image_and_large_enough() -> None:
-    windows = selective_search(scene(), ProposalSettings(min_side=25))
-    assert len(np.unique(windows, axis=0)) == len(windows) > 5
-    assert (windows == np.rint(windows)).all()
-    assert (windows[:, 2:] - windows[:, :2]).min() >= 25
-    assert windows.min() >= 0
-    assert windows[:, 2:].max(axis=0).tolist() == [200, 150]
-
-
 def test_windows_are_the_boxes_of_all_hierarchies() -> None:
     trees = list(hierarchies(scene(), MODES["fast"]))
     assert len(trees) == 8
     expected = {tuple(box) for tree in trees for box in tree.tolist() if box[2] - box[0] > 19 and box[3] - box[1] > 19}
     assert {tuple(map(int, w)) for w in selective_search(scene(), ProposalSettings())} == expected
     assert len(list(hierarchies(scene(), MODES["quality"]))) == 80
-
-
-def test_fewer_windows_are_a_prefix_of_more() -> None:
-    many = selective_search(scene(), ProposalSettings(max_windows=40, min_side=5))
-    few = selective_search(scene(), ProposalSettings(max_windows=15, min_side=5))
-    assert len(many) > len(few) == 15
-    np.testing.assert_array_equal(few, many[:15])
 
 
 def naive_windows(image: NDArray[np.uint8], mode: str) -> list[list[int]]:
