@@ -256,11 +256,14 @@ def _demo(options: argparse.Namespace) -> int:
     devkit = generate_shapes(run / "data")
     splits = {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]}
     records, _ = load_splits(devkit, splits["train"])
-    start = run / "crops"
-    data = {"train": write_crops(records, choose_classes(records, None), start, 110)}
-    train_classifier(parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo"), start, device)
-    backbone = DEMO["backbone"] | {"weights": {"source": "file", "file": start / WEIGHTS}}
-    own = {"backbone": backbone, "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": start / WEIGHTS}}
+    data = {"train": write_crops(records, choose_classes(records, None), run / "crops", 110)}
+    first = parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo")
+    train_classifier(first, run / "crops", device)
+    weights = run / "crops" / WEIGHTS
+    own = {
+        "backbone": DEMO["backbone"] | {"weights": {"source": "file", "file": weights}},
+        "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": weights},
+    }
     train_detector(parse_config({**DEMO, **own, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
     output = evaluate_run(run, device)
     assert output.result.evaluation is not None  # generated images are annotated

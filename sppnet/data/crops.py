@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def write_crops(
         whole, counts = Path(temporary) / path.name, Counter[str]()
         for name, pixels in _cut_crops(records, tuple(classes), side, seed, difficult):
             file = whole / fitting_name(name, "") / f"{counts[name]:06d}.png"
-            write_atomically(file, lambda file, crop=Image.fromarray(pixels): crop.save(file, "PNG"), durable=False)
+            write_atomically(file, partial(Image.fromarray(pixels).save, format="PNG"), durable=False)
             counts[name] += 1
         if not counts:
             raise SppnetError("crops: expected annotated objects of the classes, but the images hold none; check both")
