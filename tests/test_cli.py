@@ -324,7 +324,7 @@ def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp
     def refuse(*args, **kwargs):
         pytest.fail("a dry run needs no network and no weights")
 
-    for name in ("socket.socket.connect", "urllib.request.urlopen", "sppnet.pipeline.training.build_backbone"):
+    for name in ("socket.socket.connect", "urllib.request.urlopen", "sppnet.pipeline.networks.build_backbone"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.chdir(tmp_path)
     result = run_command("train", path, "--set", f"data.root={root}", "--dry-run")
