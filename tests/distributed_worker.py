@@ -12,16 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from class_pictures import write_classes
-from doubles import ToyWindows, annotated, picture, picture_record, random_backbone
+from doubles import ToyWindows
 from torch import nn
 
 from sppnet import cli, distributed
 from sppnet.artifacts import tensors_digest, write_tensors
-from sppnet.classification.pretraining import pretrain_network
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import train_classifier
 from sppnet.config import FinetuneSettings, HeadSettings, SVMSettings
-from sppnet.config_files import load_config, parse_config, parse_settings
+from sppnet.config_files import load_config, parse_settings
 from sppnet.detection import hard_negatives
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MinedSVMs, mine_detectors
@@ -128,18 +127,6 @@ def mining(_: Path) -> list[str]:
     return mined_parts(mine_detectors(pairs, ("a", "b", "c"), settings, progress=False))
 
 
-def pretrain(folder: Path) -> list[str]:
-    """Two steps at each of two sizes."""
-    own = folder / f"pictures{distributed.rank()}"
-    own.mkdir()
-    objects = annotated(("cat", (5, 5, 40, 40)), ("dog", (50, 20, 90, 70)))
-    records = [picture_record(own, str(i), picture(80, 100, i), objects) for i in range(4)]
-    settings = {"steps": 4, "batch": 8, "sizes": [32, 48]}
-    config = parse_config({"pretrain": settings, "pyramid": {"levels": [1]}, "head": {"fc6": 8, "fc7": 8}}, "test")
-    network, _ = pretrain_network(random_backbone(), records, ("cat", "dog"), config, progress=False)
-    return [tensors_digest(dict(network.named_parameters()))]
-
-
 def classifier(folder: Path) -> list[str]:
     """Two epochs of the head alone and of the whole network, no dropout; two cannot halve batches of 9."""
     values = {
@@ -182,7 +169,7 @@ def dying(folder: Path) -> list[str]:
     return [str(cli.main(["train", str(folder / "run/config.yaml"), "--run", str(folder / "run")]))]
 
 
-TASKS = (basics, in_order, finetune, mining, pretrain, classifier, gradients)
+TASKS = (basics, in_order, finetune, mining, classifier, gradients)
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

@@ -97,7 +97,10 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("svm.layer=fc8", "svm.layer: Input should be 'pool', 'fc6' or 'fc7', got 'fc8'"),
         ("boxes.overlap=1.5", "boxes.overlap: Input should be less than or equal to 1, got 1.5"),
         ("detect.nms_overlap=30", "detect.nms_overlap: Input should be less than or equal to 1, got 30"),
-        ("pretrain.sizes=[8]", "pretrain.sizes.0: Input should be greater than or equal to 16, got 8"),
+        (
+            "pretrain.enabled=true",
+            "unknown setting pretrain; train a classifier on crops of the objects, as examples/pretrain.py",
+        ),
         ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
         ("data.train=[]", "data.train: expected a list with something in it, got []"),
         ("name=../elsewhere", "name: expected a name without slashes and control characters"),
@@ -268,13 +271,6 @@ def test_a_truncated_image_in_extract(small_run, config, devkit, tmp_path):
     assert f"{image(devkit, 'train_00003')}: expected a complete image" in message
     shutil.copy(image(small_run.devkit, "train_00003"), image(devkit, "train_00003"))
     assert run_command("train", config, "--run", tmp_path / "run").status == 0
-
-
-def test_a_truncated_image_in_pretrain(config, devkit, tmp_path):
-    truncate(image(devkit, "train_00003"))
-    write_annotation(annotation(devkit, "train_00003"), (10, 10), STAR, ["star"], [False])
-    message = refused("pretrain", config, "--run", tmp_path / "run", "--set", "pretrain.enabled=true")
-    assert f"{image(devkit, 'train_00003')}: expected a complete image" in message
 
 
 def test_a_truncated_image_in_eval(run, devkit):

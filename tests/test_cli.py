@@ -144,9 +144,9 @@ def test_the_stages_are_commands_too(config, small_run, tmp_path):
 
 
 def test_a_stage_that_is_switched_off_says_so(config, run):
-    result = run_command("pretrain", config, "--run", run.root)
+    result = run_command("boxes", config, "--set", "boxes.enabled=false", "--run", run.root)
     assert result.status == 0
-    assert "skipped: pretrain.enabled is false" in result.err
+    assert "skipped: boxes.enabled is false" in result.err
 
 
 def test_windows_are_imported_and_exported(config, small_run, tmp_path):
@@ -186,8 +186,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, t
     assert result.out.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc")
     plan = plan_of(result.out)
     assert list(plan) == list(STAGES)
-    assert plan["pretrain"] == ("skip", "pretrain.enabled is false")
-    assert {plan[stage][0] for stage in STAGES if stage not in ("pretrain", "low_rank")} == {"run"}
+    assert {plan[stage][0] for stage in STAGES if stage != "low_rank"} == {"run"}
     assert plan["maps"][1].startswith("nothing there yet; 19 to do in maps-")
     costs = (
         r"the maps of 19 images, mirrored ones too, at 1 scale: [\d.e-]+ GB on disk, [\d.]+ MB of memory and [\d.]+ s"
@@ -246,15 +245,13 @@ def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config,
 
 
 def test_files_for_what_is_done_already_are_not_missed(config, tmp_path):
-    weights = ["pretrain.enabled=true", "backbone.weights.source=file", "backbone.weights.file=no.npz"]
     head = ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
-    for overrides, stage, name in ((weights, "pretrain", "network"), (head, "finetune", "head")):
-        training = Training(load_config(config, overrides), tmp_path / stage, torch.device("cpu"))
-        assert len(training.networks.missing_inputs(STAGES)) == 1
-        done = training.graph.folder(stage) / f"{name}.safetensors"
-        done.parent.mkdir(parents=True)
-        done.touch()
-        assert training.networks.missing_inputs(STAGES) == []
+    training = Training(load_config(config, head), tmp_path, torch.device("cpu"))
+    assert len(training.networks.missing_inputs(STAGES)) == 1
+    done = training.graph.folder("finetune") / "head.safetensors"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    assert training.networks.missing_inputs(STAGES) == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["detect", "runs/demo"]])
@@ -327,7 +324,7 @@ def test_every_configuration_can_be_planned_without_weights_or_network(path, tmp
     def refuse(*args, **kwargs):
         pytest.fail("a dry run needs no network and no weights")
 
-    for name in ("socket.socket.connect", "urllib.request.urlopen", "sppnet.pipeline.training.build_backbone"):
+    for name in ("socket.socket.connect", "urllib.request.urlopen", "sppnet.pipeline.networks.build_backbone"):
         monkeypatch.setattr(name, refuse)
     monkeypatch.chdir(tmp_path)
     result = run_command("train", path, "--set", f"data.root={root}", "--dry-run")
@@ -607,9 +604,12 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
     from sppnet.data import shapes
 
     changes = {"maps.scales": [96], "head": {"fc6": 16, "fc7": 16}, "pyramid": {"levels": [1, 2]},
-               "finetune.steps": [4], "finetune.learning_rates": [0.01], "proposals": {"max_side": 64, "workers": 1},
-               "pretrain": {"enabled": True, "steps": 4, "batch": 8, "sizes": [32, 48]}}  # fmt: skip
+               "finetune.steps": [4], "finetune.learning_rates": [0.01],
+               "proposals": {"max_side": 64, "workers": 1}}  # fmt: skip
+    classifier = {"head": {"fc6": 16, "fc7": 16}, "pyramid": {"levels": [1, 2]},
+                  "training": {"sizes": [32, 48], "min_side": 48, "batch": 8, "epochs": 2}}  # fmt: skip
     monkeypatch.setattr(commands, "DEMO", merged(commands.DEMO, changes))
+    monkeypatch.setattr(commands, "DEMO_CLASSIFIER", {**commands.DEMO_CLASSIFIER, **classifier})
     few = {"train": 3, "val": 1, "test": 2}
     monkeypatch.setattr(commands, "generate_shapes", lambda root: shapes.generate_shapes(root, few))
     result = run_command("demo", "--run", tmp_path / "demo", "--device", "cpu")
@@ -618,6 +618,11 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
     assert (tmp_path / "demo/results/SHAPES-test/precision_recall.png").is_file()
     assert len(list((tmp_path / "demo/pictures").glob("*.jpg"))) == 2
     assert load_config(tmp_path / "demo/config.yaml").name == "demo"
+    again = run_command("demo", "--run", tmp_path / "demo", "--device", "cpu")
+    assert again.status == 0
+    assert "2 of 2 epochs reused" in again.err
+    assert len(re.findall(r"(finetune|svm): reused", again.err)) == 2
+    assert len([*(tmp_path / "demo/crops").glob("crops-*")]) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from sppnet.errors import SppnetError
     [
         ({"finetune": {"negative_overlap": [0.5, 0.5]}}, r"^here: finetune: negative_overlap must be .*low < high"),
         ({"svm": {"evict_below": -0.5}}, r"^here: svm: evict_below=-0\.5 would .*; set evict_below to at most"),
-        ({"pretrain": {"enabled": True}, "head": {"init": "imagenet"}}, r"^here: pretrain\.enabled trains .*; set"),
         ({"name": "."}, r"^here: name: "),
         ({"name": ".."}, r"^here: name: "),
         ({"name": "a/b"}, r"^here: name: "),
@@ -31,7 +30,6 @@ def test_settings_that_contradict_each_other_are_refused(values, message):
     "values",
     [
         {"svm": {"evict_below": -1.5, "mine_above": -1.5}},
-        {"pretrain": {"enabled": True}},
         {"head": {"init": "imagenet"}},
         {"name": "a.b"},
         {"name": ".hidden"},

@@ -143,12 +143,6 @@ def test_two_processes_mine_the_svms_of_one(tasks):
 
 
 @pytest.mark.slow
-def test_two_processes_pretrain_one_network(tasks):
-    _, first, second = tasks
-    assert first["pretrain"] == second["pretrain"]
-
-
-@pytest.mark.slow
 def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
     """The head draws the same batches and features; of the whole network batch norm sees halves of them."""
     folder, first, second = tasks

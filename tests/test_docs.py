@@ -243,7 +243,6 @@ def test_the_configuration_of_a_backbone_of_ones_own_is_valid(tmp_path: Path) ->
     (tmp_path / "own.yaml").write_text(blocks("yaml", "docs/own-backbone.md")[0])
     config = load_config(tmp_path / "own.yaml")
     assert config.backbone.module == "my_networks:small_resnet"
-    assert config.pretrain.enabled
 
 
 # --- the project ------------------------------------------------------------------------------------

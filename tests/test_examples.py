@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from doubles import random_backbone
 from PIL import Image
 
+from sppnet.artifacts import read_tensors
 from sppnet.images import scaled_size
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -38,8 +41,9 @@ def run(tmp_path: Path, small_run: Any, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
-def test_there_are_seven_and_each_fits_a_screen() -> None:
-    assert NAMES == ["classifier", "detector", "draw_windows", "evaluate", "spp_and_aspp", "svms", "windows"]
+def test_there_are_eight_and_each_fits_a_screen() -> None:
+    names = ["classifier", "detector", "draw_windows", "evaluate", "pretrain", "spp_and_aspp", "svms", "windows"]
+    assert names == NAMES
     assert [name for name in NAMES if len((EXAMPLES / f"{name}.py").read_text().splitlines()) > 40] == []
 
 
@@ -60,6 +64,22 @@ def test_a_detector_in_a_loop(run: Any) -> None:
     assert re.search(r"one\.jpg: \d found", said)
     assert "middle: most like" in said
     assert Path("photos/one.found.png").is_file()
+
+
+def test_a_detector_starts_from_a_classifier_of_its_own_objects(run: Any, small_run: Any) -> None:
+    settings = yaml.safe_load((small_run.root / "config.yaml").read_text())
+    Path("own.yaml").write_text(yaml.safe_dump(settings))
+    assert "next: sppnet eval runs/own" in run("pretrain", "own.yaml", "runs/own")
+    learned, backbone = (
+        read_tensors(Path("runs/own") / path)
+        for path in ("crops/classifier/weights.safetensors", "detector/backbone.safetensors")
+    )
+    assert all(
+        torch.equal(tensor, learned[f"backbone.{name}"])
+        for name, tensor in backbone.items()
+        if "num_batches" not in name
+    )
+    assert not torch.equal(backbone["conv1.conv.weight"], random_backbone().state_dict()["conv1.conv.weight"])
 
 
 def test_own_features_to_svms(run: Any) -> None:
@@ -96,7 +116,7 @@ def test_the_map_drawn_has_the_size_of_that_of_vgg16(run: Any, size: tuple[int, 
     assert f"on a map of {cells} cells" in run("draw_windows", "flat.png", "windows.png")
 
 
-@pytest.mark.parametrize("name", ["detector", "draw_windows", "windows"])
+@pytest.mark.parametrize("name", ["detector", "draw_windows", "pretrain", "windows"])
 @pytest.mark.parametrize("given", [(), ("one", "two", "three")])
 def test_a_script_without_its_arguments_says_which(run: Any, name: str, given: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit, match=f"python examples/{name}.py "):

@@ -1,6 +1,6 @@
 """data.train_on_difficult=false makes hard negatives of its own class of every difficult object.
 
-VOC ignores difficult objects, it does not call them background. Pre-training keeps to that (multisize.cut_crops: "left
+VOC ignores difficult objects, it does not call them background. Crops keep to that (crops.write_crops: "left
 out, but are no background either"), mining does not: TrainingWindows.annotation drops them before overlaps are taken.
 Right: windows that overlap a difficult object by more than svm.negative_overlap are neither positive nor negative.
 """

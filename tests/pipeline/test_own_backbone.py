@@ -88,7 +88,7 @@ def test_maps_belong_to_the_weights_of_the_network(small_run: SmallRun, tmp_path
     module.stem.weight.data[0, 0, 0, 0] += 1
     after = folders()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds"}
+    assert changed == {"maps", "finetune", "low_rank", "svm", "boxes", "thresholds"}
 
 
 def test_a_network_that_is_another_one_at_every_call_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
@@ -114,12 +114,11 @@ def test_a_dry_run_says_what_is_wrong_with_a_network(
     assert message in result.err
 
 
-@pytest.mark.parametrize("start", ["random", "pretrain", "checkpoint"])
+@pytest.mark.parametrize("start", ["random", "checkpoint"])
 def test_input_norm_leaves_what_a_trained_fc6_computes(small_run: SmallRun, tmp_path: Path, start: str) -> None:
     """fc6 was trained on features of another scale; scaling these must not change what it gives."""
     changes = {
         "random": {},
-        "pretrain": {"pretrain__enabled": True, "pretrain__steps": 2, "pretrain__batch": 8, "pretrain__sizes": [64]},
         "checkpoint": {"head__init": "checkpoint", "head__checkpoint": str(tmp_path / "head.safetensors")},
     }
     config = small_config(small_run.devkit, windows_of(small_run), **changes[start])
@@ -127,7 +126,7 @@ def test_input_norm_leaves_what_a_trained_fc6_computes(small_run: SmallRun, tmp_
     trained.input_scale.fill_(3.0)
     write_tensors(tmp_path / "head.safetensors", {f"head.{k}": t for k, t in trained.state_dict().items()})
     training = Training(config, tmp_path, torch.device("cpu"), progress=False)
-    for stage in ("proposals", "pretrain", "maps"):
+    for stage in ("proposals", "maps"):
         training.perform(training.graph.status(stage))
     started, scaled = training.networks.started_head(), training.networks.initial_head()
     assert float(scaled.input_scale) != pytest.approx(float(started.input_scale), rel=0.1)

@@ -22,7 +22,7 @@ from sppnet.pipeline.run_data import RunData, load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
 
-USED = tuple(stage for stage in STAGES if stage not in ("pretrain", "low_rank"))
+USED = tuple(stage for stage in STAGES if stage != "low_rank")
 
 
 def changed(run, **changes) -> Config:
@@ -85,7 +85,6 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("maps__target_side", 100, ""),
         ("backbone__weights__mean", [1, 2, 3], "maps finetune svm boxes thresholds"),
         ("backbone__name", "zf5", "maps finetune svm boxes thresholds"),
-        ("pretrain__enabled", True, "pretrain maps finetune svm boxes thresholds"),
         ("low_rank__fc6", 5, "low_rank svm thresholds"),
         ("low_rank__fc7", 5, "low_rank svm thresholds"),
         ("low_rank__steps", [1, 1], ""),  # without ranks there is no such stageed
@@ -169,7 +168,7 @@ def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_trai
     def digests(**changes):
         return StageGraph(small_run.root, changed(small_run, **changes), load_run_data(small_run.config)).digests
 
-    unlike = {"pretrain__enabled": True, "low_rank__fc6": 5, "data__train_on_difficult": False}
+    unlike = {"low_rank__fc6": 5, "data__train_on_difficult": False}
     now = digests(), digests(**unlike)
     monkeypatch.setattr(stages, "LEAVES_DIFFICULT", ())
     before = digests(), digests(**unlike)
@@ -335,7 +334,7 @@ def test_missing_data_name_the_script_that_fetches_them(small_run, tmp_path, mon
         load_test_data(small_run.config, tmp_path / "none")
 
 
-def test_the_stages_in_use_are_six_without_pretraining(small_run):
+def test_the_stages_in_use_are_six_without_low_rank_layers(small_run):
     status = Training(small_run.config, small_run.root, torch.device("cpu")).graph.statuses()
     assert tuple(stage.name for stage in status) == STAGES
     assert tuple(stage.name for stage in status if not stage.skipped) == USED
@@ -346,8 +345,6 @@ def test_the_stages_in_use_are_six_without_pretraining(small_run):
     ("setting", "value", "stage", "stages"),
     [
         ("svm__C", 1.0, "proposals", "finetune svm boxes thresholds"),
-        ("pretrain__enabled", True, "pretrain", "maps finetune svm boxes thresholds"),
-        ("svm__C", 1.0, "pretrain", ""),
         ("svm__C", 1.0, "maps", "finetune svm boxes thresholds"),
         ("svm__C", 1.0, "finetune", "svm thresholds"),
         ("boxes__layer", "fc6", "finetune", "svm boxes thresholds"),
@@ -380,12 +377,6 @@ def test_a_file_counts_by_its_content(small_run, tmp_path, setting, others):
         file.write_bytes(content)
         keys.append(StageGraph(tmp_path, changed(small_run, **others, **{setting: str(file)}), data).digests["svm"])
     assert keys[0] == keys[2] != keys[1]
-
-
-def test_difficult_objects_in_training_change_the_pretrained_network(small_run, tmp_path):
-    data = load_run_data(small_run.config)
-    configs = [changed(small_run, pretrain__enabled=True, data__train_on_difficult=value) for value in (True, False)]
-    assert len({StageGraph(tmp_path, config, data).digests["pretrain"] for config in configs}) == 2
 
 
 def test_maps_and_what_was_trained_on_them_outlive_a_new_version(tmp_path):

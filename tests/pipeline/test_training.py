@@ -15,8 +15,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_run import copied, merged, modified, small_settings
 
-from sppnet.artifacts import file_digest
-from sppnet.classification import pretraining
 from sppnet.config import Config
 from sppnet.config_files import load_config, parse_config
 from sppnet.data.voc import write_annotation
@@ -178,8 +176,6 @@ def test_a_stage_whose_inputs_are_missing_says_which_stage_comes_first(small_run
     train(config, tmp_path, "maps")
     with pytest.raises(SppnetError, match=r"the finetune stage is not complete .*; run .* finetune first"):
         train(config, tmp_path, "svm")
-    with pytest.raises(SppnetError, match=r"the pretrain stage is not complete .*; run .* pretrain first"):
-        train(changed(small_run, pretrain__enabled=True), tmp_path, "maps")
 
 
 def test_a_map_cut_short_by_a_power_cut_is_computed_again(small_run, digest, tmp_path):
@@ -268,25 +264,6 @@ def test_interrupted_fine_tuning_goes_on_from_its_checkpoint(small_run, digest, 
     assert any(name.endswith("checkpoint.safetensors") for name in left)
 
 
-def test_interrupted_pretraining_goes_on_from_its_checkpoint_and_leaves_none(small_run, tmp_path, monkeypatch):
-    config = changed(small_run, pretrain={"enabled": True, "steps": 4, "batch": 8, "sizes": [48, 64]})
-    monkeypatch.setattr(pretraining, "SAVE_EVERY", 2)
-    interrupt_at(monkeypatch, pretraining._Trainer, "train_step", 4)
-    with pytest.raises(Interruption):
-        train(config, tmp_path / "run", "pretrain")
-    status = Training(config, tmp_path / "run", torch.device("cpu")).graph.status("pretrain")
-    assert status.describe().split(maxsplit=2)[1:] == [
-        "resume",
-        f"from {status.folder.name}/checkpoint.safetensors",
-    ]
-    train(config, tmp_path / "run", "pretrain")
-    monkeypatch.undo()
-    train(config, tmp_path / "whole", "pretrain")
-    names = {path.name: file_digest(path) for path in (tmp_path / "run").glob("pretrain-*/*")}
-    assert names == {path.name: file_digest(path) for path in (tmp_path / "whole").glob("pretrain-*/*")}
-    assert names.keys() == {"network.safetensors"}
-
-
 def test_interrupted_box_regression_keeps_the_classes_that_are_done(small_run, digest, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, training, "fit_box_regressor", 3)
     left = resumed(small_run, tmp_path, digest, monkeypatch)
@@ -337,17 +314,6 @@ def test_every_choice_of_features_gives_a_detector(small_run, tmp_path, changes,
     assert np.array_equal(found.boxes, again.boxes)
     assert np.array_equal(found.scores, again.scores)
     assert (trained.regressors is None) == (not config.boxes.enabled)
-
-
-def test_pretraining_comes_first_where_it_is_asked_for(small_run, tmp_path):
-    pretrain = {"enabled": True, "steps": 4, "batch": 8, "sizes": [48, 64]}
-    config = changed(small_run, pretrain=pretrain)
-    first = trained_digest(config, tmp_path)
-    before = stage_files(tmp_path)
-    assert {name.split("-")[0] for name in before} == set(STAGES) - {"low_rank"}
-    assert trained_digest(config, tmp_path) == first
-    assert stage_files(tmp_path) == before
-    assert first != digest_in(small_run.root)
 
 
 def test_without_validation_images_some_are_held_out(small_run, tmp_path):
@@ -480,8 +446,6 @@ def test_weights_that_do_not_fit_are_an_error_before_the_first_stage(small_run, 
         weights = {"source": "file", "file": str(tmp_path / f"{name}.safetensors")}
         with pytest.raises(SppnetError, match=rf"{name}\.safetensors: .*{message}"):
             train(changed(small_run, backbone__weights=weights), tmp_path / "run")
-        with pytest.raises(SppnetError, match=rf"{name}\.safetensors: .*{message}"):
-            train(changed(small_run, backbone__weights=weights, pretrain__enabled=True), tmp_path / "run")
     head = changed(small_run, head__init="checkpoint", head__checkpoint=str(tmp_path / "none.safetensors"))
     with pytest.raises(SppnetError, match=r"none\.safetensors: no such file; check head\.checkpoint"):
         train(head, tmp_path / "run")
@@ -617,7 +581,7 @@ def test_the_end_of_training_is_a_table_of_stages_times_and_deeds(small_run, tmp
     assert [line.split()[0] for line in lines[1:]] == list(STAGES)
     deeds = {line.split()[0]: line for line in lines[1:]}
     assert "0 imported, 11 reused" in deeds["proposals"]
-    assert "skipped: pretrain.enabled is false" in deeds["pretrain"]
+    assert "skipped: low_rank.fc6 and low_rank.fc7 are 0" in deeds["low_rank"]
     assert "0 maps computed, 19 reused" in deeds["maps"]
     assert deeds["svm"].endswith("reused")
     assert "0 classes fitted" in deeds["boxes"]
