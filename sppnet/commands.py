@@ -16,16 +16,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sppnet import distributed
+from sppnet.classification.classifier import WEIGHTS
+from sppnet.classification.settings import ClassifierConfig
+from sppnet.classification.training import train_classifier
 from sppnet.classify_commands import classify
 from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
-from sppnet.config_files import load_config, parse_config
+from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
+from sppnet.data.crops import write_crops
+from sppnet.data.selection import choose_classes
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import files_by_stem, find_annotations, find_set, read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, find_set, load_splits, read_image_set
 from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
@@ -42,16 +47,21 @@ from sppnet.proposals.search import read_windows
 log = logging.getLogger("sppnet")
 
 # What differs from the paper's settings in the demonstration, to fit in minutes on two cores.
-DEMO = {
+DEMO: dict[str, Any] = {
     "name": "demo",
     "proposals": {"max_windows": 500},
-    "backbone": {"name": "tiny5", "weights": {"source": "random"}},
+    "backbone": {"name": "tiny5"},
     "maps": {"scales": [320]},
     "head": {"fc6": 256, "fc7": 256},
-    "pretrain": {"enabled": True},
     "finetune": {"steps": [1500, 500], "learning_rates": [1e-2, 1e-3], "images_per_batch": 16, "validate_every": 250},
     "svm": {"tolerance": 0.01},
     "detect": {"score_threshold": -3},
+}
+# Its backbone, fc6 and fc7 learn from crops first; dropout of 0.5 would keep a backbone from learning from scratch.
+DEMO_CLASSIFIER = {
+    "backbone": {"name": "tiny5", "weights": {"source": "random"}},
+    "head": {"fc6": 256, "fc7": 256, "dropout": 0.1},
+    "training": {"sizes": [64, 96], "min_side": 110, "batch": 64, "learning_rate": 0.05, "epochs": 90, "patience": 10},
 }
 
 
@@ -245,7 +255,13 @@ def _demo(options: argparse.Namespace) -> int:
     run, device, start = options.run, choose_device(options.device), time.monotonic()
     devkit = generate_shapes(run / "data")
     splits = {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]}
-    train_detector(parse_config({**DEMO, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
+    records, _ = load_splits(devkit, splits["train"])
+    start = run / "crops"
+    data = {"train": write_crops(records, choose_classes(records, None), start, 110)}
+    train_classifier(parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo"), start, device)
+    backbone = DEMO["backbone"] | {"weights": {"source": "file", "file": start / WEIGHTS}}
+    own = {"backbone": backbone, "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": start / WEIGHTS}}
+    train_detector(parse_config({**DEMO, **own, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
     output = evaluate_run(run, device)
     assert output.result.evaluation is not None  # generated images are annotated
     pictures = sorted((devkit / "SHAPES" / "JPEGImages").glob("test*"))[:12]

@@ -35,7 +35,7 @@ ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NF
 FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
 
 # The stages of training, whose results are kept, in their order; all but the last have settings of their own.
-STAGES = ("proposals", "pretrain", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
+STAGES = ("proposals", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
 
 
 def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
@@ -179,20 +179,6 @@ class HeadSettings(Settings):
     checkpoint: FilePath | None = None  # an SPP classification checkpoint (.safetensors)
 
 
-class PretrainSettings(Settings):
-    """SPP classification on crops of the training objects, for backbones without pretrained weights (ours)."""
-
-    enabled: bool = False
-    steps: int = Field(2000, ge=1)
-    batch: int = Field(64, ge=1)
-    sizes: tuple[Side, ...] = Field((64, 96), min_length=1)  # sec. 2.3: multi-size training, alternating
-    learning_rate: Rate = 0.05
-    momentum: Decay = 0.9
-    weight_decay: Decay = 5e-4
-    dropout: Decay = 0.1  # 0.5 as in head.dropout keeps a backbone from learning from scratch
-    seed: Seed = 0
-
-
 def _one_rate_per_phase(settings: Any) -> Any:
     steps, rates = len(settings.steps), len(settings.learning_rates)
     if steps != rates:
@@ -333,17 +319,9 @@ class Config(Settings):
     maps: MapSettings = MapSettings()
     pyramid: PyramidSettings = PyramidSettings()
     head: HeadSettings = HeadSettings()
-    pretrain: PretrainSettings = PretrainSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     low_rank: LowRankSettings = LowRankSettings()
     svm: SVMSettings = SVMSettings()
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-
-    @model_validator(mode="after")
-    def _one_start_of_the_head(self) -> Config:
-        if self.pretrain.enabled and self.head.init != "random":
-            two = f"pretrain.enabled trains fc6 and fc7, but head.init={self.head.init} takes them from elsewhere"
-            raise ValueError(f"{two}; set head.init=random or pretrain.enabled=false")
-        return self

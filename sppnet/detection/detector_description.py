@@ -59,6 +59,7 @@ class DetectorDescription:
         if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
+            values["config"].pop("pretrain", None)  # of a version whose detectors had a stage more
             config = parse_config(values["config"], "settings")
             if "vote" not in values["config"].get("detect", {}):  # of a version without: it finds what it found
                 config = config.model_copy(update={"detect": config.detect.model_copy(update={"vote": False})})

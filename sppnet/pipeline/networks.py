@@ -34,11 +34,10 @@ from sppnet.models.sppnet import (
     Layer,
     SPPHead,
     build_head,
-    copy_fc,
     pooled_size,
     start_head,
 )
-from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, starts_trained, tunes_low_rank
+from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
 from sppnet.proposals.edge_forest import load_forest
 from sppnet.records import spread
 
@@ -48,7 +47,7 @@ ACTIVATIONS = 16_384  # windows of these in all: four for each of 4,096 outputs
 
 
 class TrainingNetworks:
-    """What pretrain, finetune and low_rank have made so far, where they are wanted, else what they start from.
+    """What finetune and low_rank have made so far, where they are wanted, else what they start from.
 
     A stage that is wanted but not complete is a SppnetError that names it.
     """
@@ -58,7 +57,7 @@ class TrainingNetworks:
 
     @cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.config.backbone, self.pretrained_path, self.graph.own).to(self.device)
+        return build_backbone(self.config.backbone, module=self.graph.own).to(self.device)
 
     def head(self) -> SPPHead:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
@@ -86,7 +85,7 @@ class TrainingNetworks:
         head = self.started_head()
         if self.config.head.input_norm is not None:
             scale = self.scale(self.features("pool"), self.config.head.input_norm)
-            if starts_trained(self.config):
+            if self.config.head.init != "random":
                 head.fc6.weight.data.mul_(head.input_scale / scale)
             head.input_scale.fill_(scale)
         return head.to(self.device)
@@ -94,10 +93,7 @@ class TrainingNetworks:
     def started_head(self) -> SPPHead:
         """A new head with fc6 and fc7 from where head.init says, on the CPU."""
         config, head = self.config, self._new_head()
-        if self.pretrained_path is not None and config.head.init == "random":
-            copy_fc(head, read_tensors(self.pretrained_path), "the pretrained network")
-        else:
-            start_head(head, config.head, config.backbone, self.backbone.channels, config.pyramid.levels)
+        start_head(head, config.head, config.backbone, self.backbone.channels, config.pyramid.levels)
         return head
 
     def features(self, layer: Layer) -> Features:
@@ -166,7 +162,7 @@ class TrainingNetworks:
         by_edges = {name: own.edge_model for name, own in searches.items() if own.method == "edge_boxes"}
         forests = {f"{name}.edge_model": path for name, path in by_edges.items() if path is not None}
         files += forests.items()
-        if more and config.backbone.weights.source == "file" and self._needs_start_of("pretrain"):
+        if more and config.backbone.weights.source == "file":
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
             files += [("head.checkpoint", path) for path in [config.head.checkpoint] if path]
@@ -184,7 +180,7 @@ class TrainingNetworks:
             for path in filter(Path.is_file, forests.values()):
                 load_forest(path)
             if more:
-                if config.backbone.weights.source == "package" and self._needs_start_of("pretrain"):
+                if config.backbone.weights.source == "package":
                     package_file(self.graph.layers.name)
                 if self._needs_start_of("maps"):
                     _ = self.graph.layers.mean
@@ -242,10 +238,7 @@ class TrainingNetworks:
         for reason in self.missing_inputs(stages):
             raise SppnetError(reason)
         if set(stages) - {"proposals"}:
-            if not self.config.pretrain.enabled:
-                _ = self.backbone
-            elif self._needs_start_of("pretrain"):
-                build_backbone(self.config.backbone, module=self.graph.own)
+            _ = self.backbone
             if self.config.head.init != "random" and self._needs_start_of("finetune"):
                 self.started_head()
 
@@ -253,11 +246,6 @@ class TrainingNetworks:
         """Whether what a stage starts from is used: the stage is skipped or not complete."""
         status = self.graph.status(stage)
         return bool(status.skipped) or not status.complete
-
-    @property
-    def pretrained_path(self) -> Path | None:
-        """What the stage pretrain left, where it is wanted."""
-        return self._need("pretrain", "network.safetensors") if self.config.pretrain.enabled else None
 
     def _new_head(self, ranks: dict[str, int] | None = None) -> SPPHead:
         config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels
@@ -271,16 +259,6 @@ class TrainingNetworks:
                 f"run `sppnet train`, or its stage {stage} first"
             )
         return path
-
-
-def load_backbone(settings: BackboneSettings, pretrained: Path | None, module: nn.Module | None = None) -> Backbone:
-    """The backbone of `settings`, or `module`, with the weights that the stage pretrain left where there is a file."""
-    if pretrained is None:
-        return build_backbone(settings, module=module)
-    backbone, state = build_backbone(settings.without_weights(), module=module), read_tensors(pretrained)
-    own = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    backbone.load_state_dict(own)
-    return backbone
 
 
 def own_digest(settings: BackboneSettings, module: nn.Module | None) -> str:
@@ -302,11 +280,10 @@ def own_digest(settings: BackboneSettings, module: nn.Module | None) -> str:
 
 def load_runtime(
     settings: BackboneSettings,
-    pretrained: Path | None,
     kind: Kind,
     precision: Precision,
     device: torch.device,
     module: nn.Module | None = None,
 ) -> Runtime:
     """The same ready to compute maps on `device`, for `extract_images`."""
-    return make_runtime(load_backbone(settings, pretrained, module).to(device), kind, precision)
+    return make_runtime(build_backbone(settings, module=module).to(device), kind, precision)

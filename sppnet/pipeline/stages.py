@@ -155,7 +155,7 @@ class StageGraph:
             del values["backbone"]["module"]
         else:
             values["backbone"]["module"] = self.module
-        if self.config.head.input_norm is not None and starts_trained(self.config):
+        if self.config.head.input_norm is not None and self.config.head.init != "random":
             values["head"]["input_norm"] = [self.config.head.input_norm, 2]  # 2: a trained fc6 computes what it did
         return values
 
@@ -216,11 +216,6 @@ def fc_layers(config: Config) -> tuple[str, ...]:
     return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
 
 
-def starts_trained(config: Config) -> bool:
-    """Whether fc6 and fc7 were trained before fine-tuning."""
-    return config.pretrain.enabled or config.head.init != "random"
-
-
 def ranks(config: Config) -> dict[str, int]:
     """The layers to reduce and their ranks, of those that are needed."""
     wanted = {"fc6": config.low_rank.fc6, "fc7": config.low_rank.fc7}
@@ -254,7 +249,7 @@ def _low_rank_settings(config: Config) -> list[str]:
 
 
 def _features(layer: str) -> list[str]:
-    return ["proposals", "maps"] if layer == "pool" else ["proposals", "maps", "pretrain", "finetune", "low_rank"]
+    return ["proposals", "maps"] if layer == "pool" else ["proposals", "maps", "finetune", "low_rank"]
 
 
 def _settings_on(section: str, layer: str) -> list[str]:
@@ -271,23 +266,15 @@ GRAPH: dict[str, Stage] = {
             outputs=lambda graph: [record.path_in(Path()) for record in graph.data.images],
         ),
         Stage(
-            "pretrain",
-            settings=lambda _: ["pretrain", "backbone", "head", "pyramid.levels", "data.train_on_difficult"],
-            outputs=lambda _: [Path("network.safetensors")],
-            data=["train"],
-            skipped=lambda config: "" if config.pretrain.enabled else "pretrain.enabled is false",
-        ),
-        Stage(
             "maps",
             settings=lambda _: ["maps", "backbone", "precision"],
-            reads=lambda _: ["pretrain"],
             outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.stored],
         ),
         Stage(
             "finetune",
             version=2,  # 2: scales drawn image by image, gradients by autograd
             settings=lambda config: ["finetune", "data.train_on_difficult", *HEAD],
-            reads=lambda _: ["proposals", "pretrain", "maps"],
+            reads=lambda _: ["proposals", "maps"],
             outputs=lambda _: [Path("head.safetensors")],
             data=["train", "validation", "objects"],
             skipped=_skip_finetune,
@@ -296,7 +283,7 @@ GRAPH: dict[str, Stage] = {
             "low_rank",
             version=2,  # 2: principal components alone
             settings=_low_rank_settings,
-            reads=lambda _: ["proposals", "pretrain", "maps", "finetune"],
+            reads=lambda _: ["proposals", "maps", "finetune"],
             outputs=lambda _: [Path("head.safetensors")],
             data=["train"],
             skipped=_skip_low_rank,

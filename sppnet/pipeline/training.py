@@ -1,6 +1,6 @@
 """Train a detector: every stage of section 4.1 in order, on one screen; every stage resumes.
 
-proposals -> (pretrain) -> maps -> finetune -> (low_rank) -> svm -> boxes -> thresholds -> detector/
+proposals -> maps -> finetune -> (low_rank) -> svm -> boxes -> thresholds -> detector/
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from torch import nn
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
-from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
-from sppnet.classification.pretraining import pretrain_network
 from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
@@ -111,7 +109,7 @@ class Training:
         if status.skipped:
             return f"{status.name:<10} {'0.0 s':>9}  skipped: {status.skipped}"
         start = time.monotonic()
-        reused = status.complete and status.name in ("pretrain", "finetune", "low_rank", "svm")
+        reused = status.complete and status.name in ("finetune", "low_rank", "svm")
         summary = "reused" if reused else RUN[status.name](self)
         if distributed.is_main():  # only the making of a result needed them
             for left in (CHECKPOINT, START):
@@ -161,21 +159,10 @@ class Training:
             + (f"; {len(bare)} × image without windows (its objects alone are used), e.g. {bare[0]}" if bare else "")
         )
 
-    # A backbone without pretrained weights learns from crops of the objects
-    def pretrain(self) -> str:
-        folder = self.graph.folder("pretrain")
-        backbone = build_backbone(self.config.backbone, self.config.pretrain.seed, self.graph.own).to(self.device)
-        data, checkpoint = self.graph.data, folder / CHECKPOINT
-        network, summary = pretrain_network(backbone, data.train, self.classes, self.config, self.progress, checkpoint)
-        if distributed.is_main():
-            write_tensors(folder / "network.safetensors", network.state_dict())
-        return summary
-
     # 2. the map of every image, and of its mirror image for fine-tuning
     def maps(self) -> str:
-        config = self.config
-        pretrained, kind = self.networks.pretrained_path, config.maps.runtime
-        load = partial(load_runtime, config.backbone, pretrained, kind, self.precision, self.device, self.graph.own)
+        config, own = self.config, self.graph.own
+        load = partial(load_runtime, config.backbone, config.maps.runtime, self.precision, self.device, own)
         workers = 0 if self.device.type == "cpu" else 1
         if self.networks.map_costs:
             log.info("%s", self.networks.map_costs)
@@ -282,7 +269,6 @@ class Training:
 
 RUN: dict[str, Callable[[Training], str]] = {
     "proposals": Training.proposals,
-    "pretrain": Training.pretrain,
     "maps": Training.maps,
     "finetune": Training.finetune,
     "low_rank": Training.low_rank,
