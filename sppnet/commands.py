@@ -256,11 +256,11 @@ def _demo(options: argparse.Namespace) -> int:
     devkit = generate_shapes(run / "data")
     splits = {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]}
     records, _ = load_splits(devkit, splits["train"])
-    start = run / "crops"
-    data = {"train": write_crops(records, choose_classes(records, None), start, 110)}
-    train_classifier(parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo"), start, device)
-    backbone = DEMO["backbone"] | {"weights": {"source": "file", "file": start / WEIGHTS}}
-    own = {"backbone": backbone, "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": start / WEIGHTS}}
+    crops = run / "crops"
+    data = {"train": write_crops(records, choose_classes(records, None), crops, 110)}
+    train_classifier(parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo"), crops, device)
+    backbone = DEMO["backbone"] | {"weights": {"source": "file", "file": crops / WEIGHTS}}
+    own = {"backbone": backbone, "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": crops / WEIGHTS}}
     train_detector(parse_config({**DEMO, **own, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
     output = evaluate_run(run, device)
     assert output.result.evaluation is not None  # generated images are annotated
