@@ -256,14 +256,11 @@ def _demo(options: argparse.Namespace) -> int:
     devkit = generate_shapes(run / "data")
     splits = {"train": ["SHAPES/train"], "val": ["SHAPES/val"], "test": ["SHAPES/test"]}
     records, _ = load_splits(devkit, splits["train"])
-    data = {"train": write_crops(records, choose_classes(records, None), run / "crops", 110)}
-    first = parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo")
-    train_classifier(first, run / "crops", device)
-    weights = run / "crops" / WEIGHTS
-    own = {
-        "backbone": DEMO["backbone"] | {"weights": {"source": "file", "file": weights}},
-        "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": weights},
-    }
+    crops = run / "crops"
+    data = {"train": write_crops(records, choose_classes(records, None), crops, 110)}
+    train_classifier(parse_settings(ClassifierConfig, {**DEMO_CLASSIFIER, "data": data}, "demo"), crops, device)
+    backbone = DEMO["backbone"] | {"weights": {"source": "file", "file": crops / WEIGHTS}}
+    own = {"backbone": backbone, "head": DEMO["head"] | {"init": "checkpoint", "checkpoint": crops / WEIGHTS}}
     train_detector(parse_config({**DEMO, **own, "data": {"root": str(devkit), **splits}}, "demo"), run, device)
     output = evaluate_run(run, device)
     assert output.result.evaluation is not None  # generated images are annotated

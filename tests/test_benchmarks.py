@@ -13,8 +13,9 @@ import pytest
 import torch
 from devkit import make_devkit, thing, xml_of
 from PIL import Image
-from small_run import SmallRun
+from small_run import SmallRun, write_windows
 
+from sppnet.data.shapes import generate_shapes
 from sppnet.data.splits import load_splits
 from sppnet.detection.detector import SPPDetector
 from sppnet.evaluation.voc import evaluate_voc
@@ -130,3 +131,33 @@ def test_full_image_features_of_a_few_pictures_give_both_tables(
     assert re.search(r"\| small \|( \d+\.\d\d ± \d+\.\d\d \|){4}\n", said)
     assert re.search(r"3 images of VOC2007/train train, 1 of VOC2007/val test\n", said)
     assert re.search(r"\| small \| pool \| \d+\.\d\d \| \d+\.\d\d \|\n", said)
+
+
+def test_what_pretraining_gives_is_a_table_of_a_row_for_each_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devkit = generate_shapes(tmp_path / "data", {"train": 8, "val": 3, "test": 4})
+    sides = ["maps.scales=[96]", "pyramid.levels=[1]", "head.fc6=8", "head.fc7=8", "precision=float32"]
+    steps = ["finetune.steps=[2]", "finetune.learning_rates=[0.01]", "finetune.validate_every=2"]
+    windows = f"proposals.import_from=[{write_windows(devkit, tmp_path / 'windows.npz')}]"
+    rows = ["random weights", "two of the classes"]
+    given = [
+        str(tmp_path),
+        "--images",
+        "8",
+        "3",
+        "4",
+        "--epochs",
+        "1",
+        "--rows",
+        *rows,
+        "--columns",
+        "pool",
+        "fine-tuned fc6",
+    ]
+    assert importlib.import_module("pretraining").main([*given, "--set", *sides, *steps, windows]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| random weights \| – \|( \d+\.\d \|){2}\n", said), said
+    assert re.search(r"\| two of the classes \|( \d+\.\d \|){3}\n", said), said
+    assert importlib.import_module("pretraining").main([str(tmp_path), "--images", "1", "1", "1"]) == 2
+    assert "pretraining: error: " in capsys.readouterr().err
