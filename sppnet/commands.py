@@ -61,7 +61,7 @@ DEMO: dict[str, Any] = {
 DEMO_CLASSIFIER = {
     "backbone": {"name": "tiny5", "weights": {"source": "random"}},
     "head": {"fc6": 256, "fc7": 256, "dropout": 0.1},
-    "training": {"sizes": [64, 96], "min_side": 110, "batch": 64, "learning_rate": 0.05, "epochs": 90, "patience": 10},
+    "training": {"sizes": [64, 96], "min_side": 110, "batch": 64, "learning_rate": 0.05, "epochs": 120, "patience": 30},
 }
 
 
