@@ -1,5 +1,6 @@
 """Maps of an image, computed once and kept on disk."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def test_there_is_one_map_a_scale_of_the_resized_image():
         torch.testing.assert_close(feature_map, expected)
 
 
-def test_maps_lie_in_memory_as_window_pooling_reads_them_fastest():
-    for feature_map in compute_maps(RUNTIME, picture(60, 90), FULL).maps:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])  # of what a runtime gives
+def test_maps_lie_in_memory_as_window_pooling_reads_them_fastest(layout):
+    runtime = replace(RUNTIME, run=lambda images: RUNTIME(images).contiguous(memory_format=layout))
+    for feature_map in compute_maps(runtime, picture(60, 90), FULL).maps:
         assert feature_map.permute(1, 2, 0).is_contiguous()
         assert not feature_map.requires_grad
 

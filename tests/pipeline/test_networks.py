@@ -132,6 +132,13 @@ def test_a_budget_for_all_stores_all(small_run, tmp_path):
     assert graph.stored == graph.images
 
 
+def test_a_budget_that_is_just_enough_is_enough(small_run, tmp_path):
+    sums = graph_of(small_run.config, tmp_path).gigabytes.cumsum()
+    for count in (1, 10, 19):
+        graph = graph_of(changed(small_run, maps__budget_gigabytes=float(sums[count - 1])), tmp_path)
+        assert len(graph.stored) == count
+
+
 def test_where_maps_are_computed_again_it_is_said_how_often(small_run, tmp_path, half):
     config = changed(small_run, maps__budget_gigabytes=half)
     costs = Training(config, tmp_path, CPU).networks.map_costs

@@ -147,6 +147,18 @@ def test_the_head_before_fine_tuning_decides_where_it_is_not_fine_tuned(small_ru
     assert len(digests) == 4
 
 
+def test_layers_of_low_rank_are_not_tuned_again_where_the_head_is_not_fine_tuned(small_run):
+    data = load_run_data(small_run.config)
+
+    def digest(**changes):
+        config = changed(small_run, low_rank__fc6=5, low_rank__learning_rates=[1e-3], **changes)
+        return StageGraph(small_run.root, config, data).digests["low_rank"]
+
+    one, other = ({"low_rank__steps": [count]} for count in (3, 4))
+    assert digest(**one) != digest(**other)
+    assert digest(finetune__enabled=False, **one) == digest(finetune__enabled=False, **other)
+
+
 def test_the_head_is_trained_only_where_its_features_are_wanted(small_run):
     def uses(**changes) -> bool:
         return not GRAPH["finetune"].skipped(changed(small_run, **changes))
@@ -383,3 +395,5 @@ def test_maps_and_what_was_trained_on_them_outlive_a_new_version(tmp_path):
     """Hours of work: these keys are those of runs that exist, and change with a version of a stage alone."""
     digests = StageGraph(tmp_path, Config(), RunData()).digests
     assert (digests["maps"], digests["svm"]) == ("569ae43f5d06b960", "a93dc48b4460052c")
+    scaled = parse_config({"head": {"input_norm": 30}}, "test")  # of a head that starts untrained
+    assert StageGraph(tmp_path, scaled, RunData()).digests["svm"] == "c610190797ddaeb0"
