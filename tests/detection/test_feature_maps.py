@@ -204,7 +204,7 @@ def test_worker_processes_write_the_same_maps(tmp_path):
     """As many images as start worker processes; each of them loads a runtime of its own."""
     records = [picture_record(tmp_path, f"{i}", picture(60, 90, seed=i)) for i in range(34)]
     load = partial(
-        load_runtime, BackboneSettings(name="tiny5", weights={"source": "random"}), None, "torch", "float32", "cpu"
+        load_runtime, BackboneSettings(name="tiny5", weights={"source": "random"}), "torch", "float32", "cpu"
     )
     done = extract_images(upright(records), load, FULL, tmp_path / "maps", workers=2, progress=False)
     assert (done.computed, done.reused) == (34, 0)
