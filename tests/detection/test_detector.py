@@ -551,6 +551,14 @@ def test_a_detector_of_another_version_is_refused(folder):
             SPPDetector.load(folder.parent)
 
 
+def test_a_detector_of_a_version_with_a_stage_more_is_what_it_was(folder, detector, image, windows):
+    path = folder / "detector.json"
+    description = json.loads(path.read_text())
+    config = {**description["config"], "pretrain": {"enabled": True, "steps": 2000}}
+    path.write_text(json.dumps({**description, "config": config}))
+    assert same(SPPDetector.load(folder.parent).detect(image, windows), detector.detect(image, windows))
+
+
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3]])
 def test_rows_and_columns_in_another_order_are_a_change(order):
     weight = torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))
