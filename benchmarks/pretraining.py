@@ -8,8 +8,7 @@ the others are background; what is an object and what is not); one of other size
 pixels alone); and, with --folder, one of a folder of pictures for each class. Columns: the classifier's validation
 error; mAP of SVMs on the layers pool, fc6 and fc7 before fine-tuning, and on fc6 and fc7 after it. The settings are
 those of `sppnet demo`; --set changes the detector's. Several seeds give mean ± deviation: a difference below the
-deviations is noise. Everything lies in OUT, and an interrupted measurement goes on
-from there.
+deviations is noise. Everything lies in OUT, and an interrupted measurement goes on from there.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +45,8 @@ def write_crops(
     SppnetError for images without objects of the classes, and for a class that no folder can be named after.
     """
     for name in classes:
-        if name == BACKGROUND:
-            raise SppnetError(
-                f"class {name}: the crops of what is no object have this name; give the class another one"
-            )
+        if name.casefold() == BACKGROUND:  # many file systems know no case
+            raise SppnetError(f"class {name}: crops of what is no object have this name; give the class another one")
         if not name or name.startswith(".") or set(name) & set("/\\\0"):
             raise SppnetError(f"class {name!r}: expected the name of a folder, without slashes and a dot in front")
     path = folder / f"crops-{digest_of(annotations_digest(records, tuple(classes)), side, seed, difficult)}"
@@ -64,8 +61,11 @@ def write_crops(
             counts[name] += 1
         if not counts:
             raise SppnetError("crops: expected annotated objects of the classes, but the images hold none; check both")
-        with suppress(OSError):  # another process was faster
+        try:
             whole.rename(path)
+        except OSError:
+            if not path.exists():  # else another process was faster
+                raise
     return path
 
 

@@ -285,5 +285,5 @@ def load_runtime(
     device: torch.device,
     module: nn.Module | None = None,
 ) -> Runtime:
-    """The same ready to compute maps on `device`, for `extract_images`."""
+    """The backbone of `settings`, or `module`, ready to compute maps on `device`, for `extract_images`."""
     return make_runtime(build_backbone(settings, module=module).to(device), kind, precision)

@@ -133,8 +133,24 @@ def test_an_interruption_leaves_nothing_that_looks_complete(records, tmp_path, m
     assert list((tmp_path / "crops").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["background", "a/b", ".hidden", "a\0b"])
+@pytest.mark.parametrize("name", ["background", "Background", "a/b", ".hidden", "a\0b"])
 def test_a_class_that_no_folder_can_be_named_after_is_refused(records, tmp_path, name):
     with pytest.raises(SppnetError, match=r"class .*; give the class another one|expected the name of a folder"):
         write_crops(records, ("bars", name), tmp_path / "crops", 32)
     assert not (tmp_path / "crops").exists()
+
+
+def test_crops_that_cannot_get_their_name_are_an_error_unless_another_process_made_them(records, tmp_path, monkeypatch):
+    first = write_crops(records, CLASSES, tmp_path / "first", 32)
+    folder = tmp_path / "second" / first.name
+
+    def refused(path, target):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        write_crops(records, CLASSES, folder.parent, 32)
+    assert list(folder.parent.iterdir()) == []
+    monkeypatch.setattr(Path, "rename", lambda path, target: folder.mkdir() or refused(path, target))
+    assert write_crops(records, CLASSES, folder.parent, 32) == folder
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
