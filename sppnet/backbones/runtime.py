@@ -16,11 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sppnet.backbones.backbone import Backbone
 from sppnet.errors import SppnetError
+from sppnet.images import prepare
 
 logger = logging.getLogger("sppnet")
 
@@ -47,6 +50,11 @@ class Runtime:
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.run(images)
+
+    def prepare(self, image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+        """uint8 RGB (H, W, 3) -> what the network sees of it at `size`: (1, 3, h, w) on its device."""
+        weights = self.backbone.weights
+        return prepare(image, size, weights.channel_order, self.backbone.mean, weights.std, self.device)
 
     @property
     def device(self) -> torch.device:

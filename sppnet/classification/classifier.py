@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
 from sppnet.backbones.backbone import build_backbone
@@ -17,7 +14,6 @@ from sppnet.backbones.runtime import Runtime, device_of, make_runtime, resolve_p
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.config_files import parse_settings
 from sppnet.errors import ArtifactError, SppnetError
-from sppnet.images import prepare
 from sppnet.models.sppnet import SPPNet, build_head
 
 WEIGHTS, DESCRIPTION = Path("classifier/weights.safetensors"), Path("classifier/classifier.json")
@@ -68,11 +64,6 @@ class Classifier:
             tensors[MEAN] = torch.as_tensor(self.network.backbone.mean)
         write_tensors(run / WEIGHTS, tensors)
         write_json(run / DESCRIPTION, {"classes": self.classes, "config": self.config.model_dump(mode="json")})
-
-    def prepare(self, image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-        """uint8 RGB (H, W, 3) -> what the network sees of it at `size`: (1, 3, h, w) on its device."""
-        weights, mean = self.network.backbone.weights, self.network.backbone.mean
-        return prepare(image, size, weights.channel_order, mean, weights.std, self.device)
 
 
 def build_network(config: ClassifierConfig, classes: tuple[str, ...]) -> SPPNet:

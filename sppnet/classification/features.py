@@ -13,22 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet.backbones.backbone import build_backbone
-from sppnet.backbones.weights import load_weight_file, torchvision_state
 from sppnet.classification.classifier import Classifier
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.config_files import load_settings
 from sppnet.errors import BackboneError, ImageError, SppnetError
 from sppnet.images import read_image, scaled_size
 from sppnet.jobs import progress_bar
-from sppnet.models.sppnet import (
-    Layer,
-    SPPHead,
-    SPPNet,
-    build_head,
-    load_head_checkpoint,
-    load_pretrained_fc,
-    pooled_size,
-)
+from sppnet.models.sppnet import Layer, SPPHead, SPPNet, build_head, pooled_size, start_head
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 
@@ -56,19 +47,14 @@ def open_classifier(source: Path, device: torch.device) -> Classifier:
             head = SPPHead(pooled_size(backbone.channels, levels), 1, settings)
     else:
         head = build_head(backbone.channels, levels, 1, settings)
-    if settings.init == "checkpoint":
-        load_head_checkpoint(head, settings)
-    elif settings.init == "imagenet":
-        file = config.backbone.weights.file
-        state = load_weight_file(file) if file is not None else torchvision_state(backbone.name)
-        load_pretrained_fc(head, state, backbone.name, backbone.channels, levels)
+    start_head(head, settings, config.backbone, backbone.channels, levels)
     network = SPPNet(backbone.to(device), levels, head if settings.init == "random" else head.to(device))
     return Classifier(network.requires_grad_(False).eval(), (), config)
 
 
 def prepared(classifier: Classifier, image: NDArray[np.uint8], side: int) -> Tensor:
     """Image (H, W, 3) uint8 RGB -> (1, 3, h, w): its shorter side `side` pixels, aspect kept."""
-    return classifier.prepare(image, scaled_size((image.shape[0], image.shape[1]), side)[0])
+    return classifier.runtime.prepare(image, scaled_size((image.shape[0], image.shape[1]), side)[0])
 
 
 def image_features(

@@ -19,7 +19,7 @@ from sppnet.backbones.runtime import device_of, make_runtime, resolve_precision
 from sppnet.classification.dataset import Batch, ClassData, TrainingViews, epoch_batches
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.errors import SppnetError
-from sppnet.images import flip_image, prepare, read_image, scaled_size
+from sppnet.images import flip_image, read_image, scaled_size
 from sppnet.jobs import available_cores, progress_bar
 from sppnet.models.sppnet import SPPNet
 from sppnet.ops.pyramid import spatial_pyramid_pool
@@ -126,8 +126,8 @@ class FeatureSource:
                 for side in self.sizes:
                     size, _ = scaled_size((image.shape[0], image.shape[1]), side)
                     for each in (image, flip_image(image)):
-                        pixels = prepare(each, size, weights.channel_order, backbone.mean, weights.std, runtime.device)
-                        rows.append(spatial_pyramid_pool(runtime(pixels)[0], network.levels).cpu())
+                        found = runtime(runtime.prepare(each, size))[0]
+                        rows.append(spatial_pyramid_pool(found, network.levels).cpu())
                 return [torch.stack(rows)]
 
             every = distributed.in_order(features, len(images))

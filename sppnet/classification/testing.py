@@ -97,7 +97,7 @@ def classify_image(
     pooled = []
     for scale, of_scale in itertools.groupby(sorted(views, key=_by_map), key=lambda view: view.scale):
         size, _ = scaled_size(image.shape[:2], scale)
-        pixels = classifier.prepare(image, size)
+        pixels = classifier.runtime.prepare(image, size)
         for flip, own in itertools.groupby(of_scale, key=lambda view: view.flip):
             boxes = np.array([view.box for view in own])
             if flip:

@@ -18,7 +18,7 @@ from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
 from sppnet.errors import ArtifactError, BackboneError
-from sppnet.images import flip_image, prepare, read_image, scaled_size
+from sppnet.images import flip_image, read_image, scaled_size
 from sppnet.jobs import map_in_workers
 from sppnet.records import ImageRecord
 
@@ -50,13 +50,11 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
     Each map is (C, H, W) in channels-last memory. An image so narrow that the bound on its longer side leaves no map at
     a scale is an error that names the setting.
     """
-    weights, mean, (height, width) = runtime.backbone.weights, runtime.backbone.mean, image.shape[:2]
-    maps, sides = [], []
+    (height, width), maps, sides = image.shape[:2], list[Tensor](), list[float]()
     for scale in settings.scales:
         size, side = scaled_size((height, width), scale, settings.max_side)
-        pixels = prepare(image, size, weights.channel_order, mean, weights.std, runtime.device)
         try:
-            feature_map = runtime(pixels)[0]
+            feature_map = runtime(runtime.prepare(image, size))[0]
         except BackboneError as error:
             raise BackboneError(f"an image of {width} × {height} pixels is too narrow: {error}") from None
         maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))

@@ -29,12 +29,6 @@ def classifier() -> Classifier:
 
 
 @pytest.fixture
-def run(classifier: Classifier, tmp_path: Path) -> Path:
-    classifier.save(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Ten pictures of one colour, and ten of noise."""
     for number in range(10):
@@ -124,12 +118,13 @@ def test_a_head_from_a_checkpoint_gives_its_own_features(classifier, run, tmp_pa
 
 def test_the_head_of_imagenet_gives_features_too(tmp_path, monkeypatch):
     own = build_head(4, (6,), 2, config_of().head)  # stands for the file
-    monkeypatch.setattr("sppnet.classification.features.torchvision_state", lambda name: {"name": name})
+    monkeypatch.setattr("sppnet.models.sppnet.torchvision_state", lambda name: {"name": name})
     monkeypatch.setattr("sppnet.classification.features.build_backbone", lambda *_: _Channels())
     loaded = []
-    monkeypatch.setattr("sppnet.classification.features.load_pretrained_fc", lambda *given: loaded.append(given[1:]))
+    monkeypatch.setattr("sppnet.models.sppnet.load_pretrained_fc", lambda *given: loaded.append(given[1:]))
     path = tmp_path / "alexnet.yaml"
-    path.write_text(dump_config(config_of(head={"fc6": 12, "fc7": 8, "init": "imagenet"}, pyramid={"levels": [6]})))
+    head = {"fc6": 12, "fc7": 8, "init": "imagenet"}
+    path.write_text(dump_config(config_of(backbone={"name": "alexnet"}, head=head, pyramid={"levels": [6]})))
     head = open_classifier(path, CPU).network.head
     assert loaded == [({"name": "alexnet"}, "alexnet", 4, (6,))]
     assert head.fc6.weight.shape == own.fc6.weight.shape

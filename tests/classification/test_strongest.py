@@ -41,7 +41,7 @@ def images(tmp_path):
 def response_of(classifier, path):
     image = np.asarray(Image.open(path))
     with torch.no_grad():
-        return classifier.network.backbone(classifier.prepare(image, image.shape[:2]))[0, FILTER].numpy()
+        return classifier.network.backbone(classifier.runtime.prepare(image, image.shape[:2]))[0, FILTER].numpy()
 
 
 def test_the_best_are_those_of_a_search_of_all_maps(classifier, images):

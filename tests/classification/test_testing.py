@@ -56,12 +56,6 @@ def mean_softmax(classifier: Classifier, pooled: list[torch.Tensor]) -> np.ndarr
 
 
 @pytest.fixture
-def run(tmp_path: Path, classifier: Classifier) -> Path:
-    classifier.save(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for place, name in enumerate(CLASSES[:4]):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -77,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_whole_image_is_pooled_from_the_whole_map(classifier: Classifier, size: tuple[int, int]) -> None:
     image = picture(1, size)
     views = list_views("full", size, **SIDES)
-    pixels = classifier.prepare(image, scaled_size(size, 64)[0])
+    pixels = classifier.runtime.prepare(image, scaled_size(size, 64)[0])
     logits = [classifier.network(pixels), classifier.network(pixels.flip(3))]
     expected = np.mean([one.double().softmax(1).numpy()[0] for one in logits], axis=0)
     np.testing.assert_allclose(classify_image(classifier, image, views), expected, atol=1e-5)
@@ -90,7 +84,7 @@ def test_multiview_on_maps_is_a_loop_over_views(classifier: Classifier) -> None:
     backbone, levels, pooled = classifier.network.backbone, classifier.network.levels, []
     for view in views:  # each with maps of its own, cropped
         size, _ = scaled_size(image.shape[:2], view.scale)
-        pixels = classifier.prepare(image, size)
+        pixels = classifier.runtime.prepare(image, size)
         x1, y1, x2, y2 = view.box
         if view.flip:
             pixels, x1, x2 = pixels.flip(3), size[1] - x2, size[1] - x1
@@ -111,7 +105,7 @@ def test_crops_are_a_loop_over_views(classifier: Classifier) -> None:
     views = list_views("multiview", image.shape[:2], **SIDES)
     rows = []
     for view in views:
-        pixels = classifier.prepare(image, scaled_size(image.shape[:2], view.scale)[0])
+        pixels = classifier.runtime.prepare(image, scaled_size(image.shape[:2], view.scale)[0])
         x1, y1, x2, y2 = view.box
         crop = pixels[..., y1:y2, x1:x2]
         rows.append(classifier.network(crop.flip(3) if view.flip else crop).double().softmax(1).numpy()[0])

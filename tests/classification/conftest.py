@@ -1,0 +1,14 @@
+"""What the tests of classification share."""
+
+from pathlib import Path
+
+import pytest
+
+from sppnet.classification.classifier import Classifier
+
+
+@pytest.fixture
+def run(classifier: Classifier, tmp_path: Path) -> Path:
+    """The folder of the `classifier` of a file."""
+    classifier.save(tmp_path / "run")
+    return tmp_path / "run"
