@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from sppnet import distributed
 from sppnet.artifacts import check_writable, write_arrays, write_json
+from sppnet.classification.classifier import Classifier
 from sppnet.classification.features import folder_features, open_classifier
 from sppnet.classification.linear import caltech101, voc07
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.strongest import draw_responses, strongest_responses
-from sppnet.classification.testing import classify_files, evaluate_classifiers, load_classifiers, views_of
+from sppnet.classification.testing import classify_files, evaluate_classifiers, load_classifiers
 from sppnet.classification.training import HISTORY, train_classifier
+from sppnet.classification.views import list_views
 from sppnet.config_files import load_settings
 from sppnet.data.class_folder import read_class_folder
 from sppnet.data.folder import find_images
@@ -59,14 +61,14 @@ def _test(options: argparse.Namespace) -> int:
     if not runs:
         raise SppnetError(f"{root}: expected runs and then the folder of classes; add RUN before or FOLDER after it")
     classifiers = load_classifiers(runs, choose_device(options.device))
-    folder = read_class_folder(root, next(iter(classifiers.values())).classes)
+    folder = read_class_folder(root, classifiers[0].classes)
     if options.json:
         _check_out(options.json, ".json")
-    result = evaluate_classifiers(list(classifiers.values()), folder, options.views)
+    result = evaluate_classifiers(classifiers, folder, options.views)
     if not distributed.is_main():
         return 0
-    numbers = {len(views_of(each, options.views, (1, 1))) for each in classifiers.values()}
-    print(f"{folder}, {counted(len(classifiers), 'run')}, views {options.views} ({numbers.pop()} an image)")
+    number = len(list_views(options.views, (1, 1)))
+    print(f"{folder}, {counted(len(classifiers), 'run')}, views {options.views} ({number} an image)")
     print(f"top-1 error {100 * result.top1_error:.2f} %, top-5 error {100 * result.top5_error:.2f} %")
     print(f"{counted(len(result.labels), 'image')}, {result.seconds / len(folder.images):.3f} s an image")
     empty = [name for name, error in result.class_errors.items() if error is None]
@@ -78,15 +80,15 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    classifiers = list(load_classifiers([options.run], choose_device(options.device)).values())
+    classifier = Classifier.load(options.run, choose_device(options.device))
     named = find_images(options.images)
     skipped = dict(named.unusable)
-    for path, found in classify_files(classifiers, named.images, options.views):
+    for path, found in classify_files([classifier], named.images, options.views):
         if isinstance(found, str):
             skipped[path] = found
         elif distributed.is_main():
             best = (-found).argsort(kind="stable")[:3]
-            classes = ", ".join(f"{classifiers[0].classes[label]} {found[label]:.3f}" for label in best)
+            classes = ", ".join(f"{classifier.classes[label]} {found[label]:.3f}" for label in best)
             print(f"{path}: {classes}", flush=True)
     return _report(skipped) if distributed.is_main() else 0
 
@@ -125,13 +127,14 @@ def _linear(options: argparse.Namespace) -> int:
 def _strongest(options: argparse.Namespace) -> int:
     _check_out(options.out, ".png")
     classifier = open_classifier(options.run, choose_device(options.device))
-    images, side = find_images([options.images]).images, classifier.config.training.min_side
+    named, side = find_images([options.images]), classifier.config.training.whole_side
+    images = named.images
     responses, skipped = strongest_responses(classifier, images, options.filter, side)
     save_image(draw_responses(responses, options.filter), options.out)
     for response in responses:
         print(f"{response.value:10.4g}  {as_text(response.path)}")
     print(f"filter {options.filter}: the best {len(responses)} of {counted(len(images), 'image')} in {options.out}")
-    return _report(skipped)
+    return _report(named.unusable | skipped)
 
 
 def _labelled(

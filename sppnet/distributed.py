@@ -146,6 +146,13 @@ def in_order(compute: Callable[[int], Iterable[Any]], count: int) -> Iterator[li
     barrier()
 
 
+def take_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give tensors in every process, in place, the values that they have in the first."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 @torch.inference_mode()
 def _broadcast(own: list[Tensor], source: int) -> list[Tensor]:
     """The tensors that `source` has, in every process: on a GPU where they are on one there."""

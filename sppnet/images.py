@@ -122,7 +122,7 @@ def scaled_size(
     height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
     if height * width > MAX_SCALED_PIXELS:
         sizes = f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}"
-        remedy = "cut it into parts, or train with maps.max_side or a smaller maps.scales"
+        remedy = "cut it into parts, or use a smaller scale (a detector's: maps.max_side, maps.scales)"
         raise BackboneError(f"{sizes}, more than {MAX_SCALED_PIXELS:,} pixels; {remedy}")
     return (height, width), shorter * scale
 
@@ -166,7 +166,7 @@ def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
 
 def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The horizontally mirrored image (a copy)."""
-    return np.ascontiguousarray(image[:, ::-1])
+    return image[:, ::-1].copy()
 
 
 def _pixels_of_tensor(image: Tensor) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from sppnet import cli, distributed
 from sppnet.artifacts import tensors_digest, write_tensors
+from sppnet.classification import sources
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import train_classifier
 from sppnet.config import FinetuneSettings, HeadSettings, SVMSettings
@@ -143,7 +145,8 @@ def classifier(folder: Path) -> list[str]:
     for name, whole in (("head", False), ("whole", True)):
         own = {**values["training"], "train_backbone": whole, "min_side": 32}
         config = parse_settings(ClassifierConfig, {**values, "training": own}, "test")
-        trained = train_classifier(config, folder / name, torch.device("cpu"), progress=False)
+        with patch.object(sources, "TOGETHER", 1):  # every process has validation images
+            trained = train_classifier(config, folder / name, torch.device("cpu"), progress=False)
         found.append(tensors_digest(trained.network.state_dict()))
     return found
 

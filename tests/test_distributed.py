@@ -1,5 +1,6 @@
 """Rank, shares and what is shared: a no-op alone, and two real processes over gloo."""
 
+import csv
 import os
 import shutil
 import signal
@@ -10,12 +11,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import distributed_worker as worker
+import numpy as np
 import pytest
 import torch
 from small_run import copied
 
 from sppnet import distributed
 from sppnet.artifacts import read_json, read_tensors
+from sppnet.classification.classifier import Classifier
+from sppnet.classification.dataset import load_class_data
+from sppnet.classification.testing import evaluate_classifiers
 from sppnet.config import LowRankSettings
 from sppnet.errors import SppnetError
 from sppnet.pipeline.evaluation import evaluate_run
@@ -151,6 +156,13 @@ def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
     for name, tensor in read_tensors(folder / "head/classifier/weights.safetensors").items():
         own = read_tensors(tmp_path / "head/classifier/weights.safetensors")[name]
         torch.testing.assert_close(tensor, own, rtol=1e-4, atol=1e-6)
+    # what drives the rate is the loss of the network that is kept, its batch norm too
+    trained = Classifier.load(folder / "whole", torch.device("cpu"))
+    held_out = load_class_data(trained.config.data, folder / "whole").validation
+    found = evaluate_classifiers([trained], held_out, "centre", progress=False)
+    loss = -np.log(found.probabilities[np.arange(len(found.labels)), found.labels]).mean()
+    *_, last = csv.DictReader((folder / "whole/history.csv").read_text().splitlines())
+    assert float(last["val_loss"]) == pytest.approx(loss, rel=1e-3)
 
 
 def contents(folder):

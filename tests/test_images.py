@@ -451,6 +451,14 @@ def test_an_unknown_channel_order_is_refused() -> None:
         prepare(photo(), (4, 5), "gbr", (0, 0, 0), (1, 1, 1))
 
 
+def test_a_mirrored_image_is_a_copy_even_of_one_column() -> None:
+    for image in (np.arange(12, dtype=np.uint8).reshape(4, 1, 3), np.arange(24, dtype=np.uint8).reshape(4, 2, 3)):
+        flipped = flip_image(image)
+        np.testing.assert_array_equal(flipped, np.stack([row[::-1] for row in image]))
+        assert torch.equal(torch.tensor(flipped), torch.from_numpy(flipped))  # takes no negative strides
+        assert not np.shares_memory(flipped, image)
+
+
 def test_an_image_much_longer_than_wide_is_refused_before_it_fills_the_memory() -> None:
     with pytest.raises(BackboneError, match=r"30000 × 22 pixels would be scaled to 545455 × 400, .* maps\.max_side"):
         scaled_size((22, 30_000), 400)

@@ -57,13 +57,17 @@ class Classifier:
             raise ArtifactError(f"{run / WEIGHTS.parent}: expected a classifier ({reason}); train it again") from None
         return cls(network.requires_grad_(False).eval().to(device), classes, config)
 
-    def save(self, run: Path) -> None:
-        """Write <run>/classifier; its weights also start a detector (backbone.weights.file, head.checkpoint)."""
+    def save(self, run: Path, training: str = "") -> None:
+        """Write <run>/classifier, with the name of its `training`.
+
+        Its weights also start a detector (backbone.weights.file, head.checkpoint).
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         if self.config.backbone.weights.mean_image is not None:
             tensors[MEAN] = torch.as_tensor(self.network.backbone.mean)
         write_tensors(run / WEIGHTS, tensors)
-        write_json(run / DESCRIPTION, {"classes": self.classes, "config": self.config.model_dump(mode="json")})
+        config = self.config.model_dump(mode="json")
+        write_json(run / DESCRIPTION, {"classes": self.classes, "config": config, "training": training})
 
 
 def build_network(config: ClassifierConfig, classes: tuple[str, ...]) -> SPPNet:

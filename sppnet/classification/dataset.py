@@ -18,7 +18,7 @@ from sppnet.artifacts import file_digest, read_json, write_json
 from sppnet.backbones.backbone import Backbone
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
 from sppnet.data.class_folder import ClassFolder, read_class_folder
-from sppnet.errors import ArtifactError, SppnetError, counted
+from sppnet.errors import ArtifactError, BackboneError, SppnetError, counted
 from sppnet.images import normalise, read_image, scaled_size
 from sppnet.jobs import progress_bar
 from sppnet.paths import as_text
@@ -66,7 +66,8 @@ def load_class_data(settings: ClassDataSettings, run: Path) -> ClassData:
     if settings.val is not None:
         validation = read_class_folder(settings.val, folder.classes)
         others = _contents(validation)
-        both = [name for name, digest in others.items() if digest in set(contents.values())]
+        trained = set(contents.values())
+        both = [name for name, digest in others.items() if digest in trained]
         if both:
             share = f"{len(both)} of {counted(len(others), 'image')}, e.g. {both[0]}"
             raise SppnetError(f"data.val: training images are in it too, {share}; take them out of one of the folders")
@@ -101,8 +102,10 @@ def _known(contents: Mapping[str, str], held: Mapping[str, str]) -> NDArray[np.b
 def _draw(folder: ClassFolder, contents: Mapping[str, str], settings: ClassDataSettings) -> dict[str, str]:
     """The share of every class, at least one of two different images: by name."""
     rng, found = np.random.default_rng(settings.seed), dict[str, str]()
-    for label in range(len(folder.classes)):
-        own = {d: n for (n, d), other in zip(contents.items(), folder.labels, strict=True) if other == label}
+    sides = [dict[str, str]() for _ in folder.classes]
+    for (name, digest), label in zip(contents.items(), folder.labels, strict=True):
+        sides[label][digest] = name
+    for own in sides:
         count = min(max(1, round(settings.holdout * len(own))), len(own) - 1)
         found |= {own[digest]: digest for digest in rng.choice(sorted(own), count, replace=False).tolist()}
     return found
@@ -188,4 +191,8 @@ class TrainingViews(Dataset[Any]):
     def _view(self, place: int, batch: Batch) -> Tensor:
         # from 1 on: seeds are padded with zeros, so that 0 would be the stream of the epoch's order
         own = None if batch.epoch is None else np.random.default_rng((self.settings.seed, batch.epoch, place + 1))
-        return training_view(read_image(self.images[place]), batch.size, self.settings, own)
+        image = read_image(self.images[place])
+        try:
+            return training_view(image, batch.size, self.settings, own)
+        except BackboneError as error:  # too narrow
+            raise BackboneError(f"{self.images[place]}: {error}") from None

@@ -37,6 +37,11 @@ class ClassTrainingSettings(Settings):
     train_backbone: bool = True  # false: the head alone, on features of full images whose shorter side is a size
     seed: Seed = 0
 
+    @property
+    def whole_side(self) -> int:
+        """Shorter side of the images that training knows: those crops are cut from, or the largest full ones."""
+        return self.min_side if self.train_backbone else max(self.sizes)
+
     @model_validator(mode="after")
     def _crops_fit(self) -> ClassTrainingSettings:
         if self.train_backbone and max(self.sizes) > self.min_side:

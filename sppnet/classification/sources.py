@@ -18,7 +18,7 @@ from sppnet.artifacts import digest_of, map_arrays, tensors_digest, write_arrays
 from sppnet.backbones.runtime import device_of, make_runtime, resolve_precision
 from sppnet.classification.dataset import Batch, ClassData, TrainingViews, epoch_batches
 from sppnet.classification.settings import ClassifierConfig
-from sppnet.errors import SppnetError
+from sppnet.errors import BackboneError, SppnetError
 from sppnet.images import flip_image, read_image, scaled_size
 from sppnet.jobs import available_cores, progress_bar
 from sppnet.models.sppnet import SPPNet
@@ -28,6 +28,7 @@ FEW = 512  # images below which this process reads them: starting others takes s
 MOST = 8  # processes that read images
 NORM_IMAGES = 200  # ours: sample for head.input_norm
 TOGETHER = 64  # validation images
+LARGEST = torch.finfo(torch.float16).max  # of the features kept
 
 
 class Source(Protocol):
@@ -123,12 +124,15 @@ class FeatureSource:
 
             def features(index: int) -> list[Tensor]:
                 image, rows = read_image(images[index]), list[Tensor]()
-                for side in self.sizes:
-                    size, _ = scaled_size((image.shape[0], image.shape[1]), side)
-                    for each in (image, flip_image(image)):
-                        found = runtime(runtime.prepare(each, size))[0]
-                        rows.append(spatial_pyramid_pool(found, network.levels).cpu())
-                return [torch.stack(rows)]
+                try:
+                    for side in self.sizes:
+                        size, _ = scaled_size((image.shape[0], image.shape[1]), side)
+                        for each in (image, flip_image(image)):
+                            found = runtime(runtime.prepare(each, size))[0]
+                            rows.append(spatial_pyramid_pool(found, network.levels).cpu())
+                except BackboneError as error:  # too narrow
+                    raise BackboneError(f"{images[index]}: {error}") from None
+                return [torch.stack(rows).clamp(-LARGEST, LARGEST)]
 
             every = distributed.in_order(features, len(images))
             bar = progress_bar(every, "features", "image", len(images), shown=progress)
@@ -139,9 +143,9 @@ class FeatureSource:
         self.features = map_arrays(path)["features"]  # (N, sizes · 2, D)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        flips = np.random.default_rng((self.settings.seed, epoch, 1)).integers(2, size=self.count)
         for batch in epoch_batches(self.count, epoch, self.settings):
             nearest = int(np.argmin(np.abs(np.array(self.sizes) - batch.size)))
-            flips = np.random.default_rng((self.settings.seed, epoch, 1)).integers(2, size=self.count)
             places = _share(batch.places)
             yield self._rows(places, 2 * nearest + flips[places]), self.labels[places]
 

@@ -73,15 +73,16 @@ class ClassificationResult:
         }
 
 
-def load_classifiers(runs: Sequence[Path], device: torch.device) -> dict[Path, Classifier]:
-    """Those of the runs; SppnetError where their classes differ."""
-    classifiers = {run: Classifier.load(run, device) for run in runs}
-    first = runs[0]
-    for run, other in classifiers.items():
-        differ = sorted(set(other.classes) ^ set(classifiers[first].classes))
-        if other.classes != classifiers[first].classes:
+def load_classifiers(runs: Sequence[Path], device: torch.device) -> list[Classifier]:
+    """Those of the runs; SppnetError where their classes differ, and for a run that is named twice."""
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise SppnetError(f"{', '.join(map(str, runs))}: expected different runs; name each once")
+    first, *others = classifiers = [Classifier.load(run, device) for run in runs]
+    for run, other in zip(runs[1:], others, strict=True):
+        differ = sorted(set(other.classes) ^ set(first.classes))
+        if other.classes != first.classes:
             found = f"{differ[0]!r} is of one of them alone" if differ else "their order differs"
-            raise SppnetError(f"{first}, {run}: expected runs of the same classes, but {found}; test them one by one")
+            raise SppnetError(f"{runs[0]}, {run}: expected runs of the same classes, but {found}; test them one by one")
     return classifiers
 
 
@@ -125,8 +126,7 @@ def classify_files(
             ]
             return np.mean(found, axis=0), names_to_tensor([""]).long()
         except (ImageError, BackboneError) as error:
-            narrow = f"{paths[place]}: {str(error).partition(';')[0]}; cut it into parts"
-            reason = narrow if isinstance(error, BackboneError) else str(error)
+            reason = f"{paths[place]}: {error}" if isinstance(error, BackboneError) else str(error)
             return np.zeros(0), names_to_tensor([as_text(reason)]).long()  # numbers, for other processes
 
     for path, (found, reason) in zip(paths, distributed.in_order(classify, len(paths)), strict=True):
@@ -136,7 +136,7 @@ def classify_files(
 def views_of(classifier: Classifier, views: str, image_size: tuple[int, int]) -> list[View]:
     """The views of an image, of the size that the classifier was trained with."""
     training = classifier.config.training
-    return list_views(views, image_size, max(training.sizes), training.min_side)
+    return list_views(views, image_size, max(training.sizes), training.whole_side)
 
 
 def evaluate_classifiers(

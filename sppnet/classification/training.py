@@ -1,7 +1,7 @@
 """Train a classifier (sec. 3.1): the whole network at one size or several, or its head alone on features of images.
 
-Everything resumes: <run>/training-<digest>/state.safetensors holds the last epoch; the digest covers settings, images
-and the weights that training starts from.
+It resumes: <run>/training-<digest>/state.safetensors holds the last epoch; the digest covers settings, images and the
+weights that training starts from. Features for a head alone are kept when all are there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sppnet import distributed
 from sppnet.artifacts import (
     check_writable,
     digest_of,
+    read_json,
     read_tensors,
     tensors_digest,
     write_tensors,
@@ -34,7 +35,7 @@ from sppnet.classification.dataset import ClassData, epoch_batches, load_class_d
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.sources import FeatureSource, ImageSource, Source
 from sppnet.config_files import dump_config
-from sppnet.errors import SppnetError
+from sppnet.errors import ArtifactError, SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout, start_head
 
@@ -68,7 +69,7 @@ def train_classifier(
     folder = run / f"training-{_digest(config, data, network)}"
     check_writable(run)
     if distributed.is_main():
-        if not (folder / STATE).exists():  # the classifier there is of another training
+        if _made_by(run) != folder.name:  # the classifier there is of another training
             (run / DESCRIPTION).unlink(missing_ok=True)
         write_text(run / "config.yaml", dump_config(config))
         data.write(run)
@@ -78,12 +79,21 @@ def train_classifier(
         source = ImageSource(network, data, config)
     else:
         source = FeatureSource(network, data, config, run, progress)
-    _scale_input(network, source, config)
+    if not (folder / STATE).exists():
+        _scale_input(network, source, config)
     _Trainer(network, source, config, run, folder).train(progress)
     if distributed.is_main():
-        Classifier(network, data.classes, config).save(run)
+        Classifier(network, data.classes, config).save(run, folder.name)
     distributed.barrier()
     return Classifier.load(run, device)
+
+
+def _made_by(run: Path) -> str:
+    """The training that the classifier of a run is of; "" where none can be read."""
+    try:
+        return str(read_json(run / DESCRIPTION)["training"])
+    except (ArtifactError, TypeError, KeyError):
+        return ""
 
 
 def start_network(config: ClassifierConfig, classes: int) -> SPPNet:
@@ -173,14 +183,17 @@ class _Trainer:
         start = time.monotonic()
         self.optimiser.param_groups[0]["lr"] = self.settings.learning_rate / 10 ** self._divisions()
         self.trained.train()
-        total = torch.zeros(2, device=self.device)  # loss, batches
+        total, steps = torch.zeros((), device=self.device), 0
         for step, (inputs, labels) in enumerate(self.source.epoch(epoch)):
             # the same dropout after a resume; 2: other streams are of the order and of the views
             own = np.random.SeedSequence((self.settings.seed, epoch, step, distributed.rank(), 2))
             seed_dropout(self.device, int(own.generate_state(1)[0]))
-            total += torch.stack([self._step(inputs, labels), torch.ones((), device=self.device)])
+            total += self._step(inputs, labels)
+            steps += 1
             step_done()
-        loss, *measured = self._validate(total)
+        distributed.take_from_main(self.trained.buffers())  # statistics of batch norm are each process's own
+        losses = [loss for (loss,) in distributed.in_order(lambda _: [total], distributed.world_size())]
+        loss, measured = float(torch.stack(losses).double().mean()) / steps, self._validate()
         if not math.isfinite(loss) or not math.isfinite(measured[0]):
             advice = f"lower training.learning_rate={self.settings.learning_rate}, or set head.input_norm=300"
             raise SppnetError(f"the loss is not finite in epoch {epoch + 1}; {advice}")
@@ -201,8 +214,8 @@ class _Trainer:
         return loss.detach()
 
     @torch.no_grad()
-    def _validate(self, total: Tensor) -> list[float]:
-        """[training loss, validation loss, top-1 error, top-5 error], the same in every process."""
+    def _validate(self) -> list[float]:
+        """[loss, top-1 error, top-5 error] of the validation images, the same in every process."""
         self.trained.eval()
         own = self.source.validation()
 
@@ -215,9 +228,7 @@ class _Trainer:
             return [torch.stack([loss, (~best[:, 0]).sum(), (~best.any(1)).sum(), torch.tensor(len(labels))]).double()]
 
         sums = torch.stack([sums for (sums,) in distributed.in_order(measure, self.source.validation_count)]).sum(0)
-        losses = [loss for (loss,) in distributed.in_order(lambda _: [total.cpu()], distributed.world_size())]
-        loss, steps = torch.stack(losses).double().sum(0).tolist()
-        return [loss / steps, *(sums[:3] / sums[3]).tolist()]
+        return (sums[:3] / sums[3]).tolist()
 
     def _save(self) -> None:
         if not distributed.is_main():

@@ -37,7 +37,7 @@ def write_crops(
     seed: int = 0,
     difficult: bool = True,
 ) -> Path:
-    """Write square crops of `side` pixels around all objects and as many of the background; returns their folder.
+    """Write square crops of `side` pixels: all objects, and at most as many of the background; returns their folder.
 
     It is <folder>/crops-<digest>, with a folder of PNG files for each class that has objects and one called background.
     It appears only when it is complete; crops of the same images, objects and arguments are reused. Beyond the border

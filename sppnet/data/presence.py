@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from sppnet.data.selection import choose_classes, shown_classes
 from sppnet.data.splits import load_splits
-from sppnet.records import ImageRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +39,8 @@ def read_presence(
     records, skips = load_splits(root, [*train, *test])
     count = len(load_splits(root, train)[0]) if test else len(records)
     names = choose_classes(records[:count], None if classes is None else tuple(classes))
-    shown = np.array([[_shown(record, name) for name in names] for record in records], np.int8)
+    shown = np.full((len(records), len(names)), -1, np.int8)
+    for row, record in zip(shown, records, strict=True):
+        row[np.isin(names, [*shown_classes(record)])] = 0
+        row[np.isin(names, [*shown_classes(record, False)])] = 1
     return Presence(tuple(r.path for r in records), names, shown, count, tuple(skips.lines()))
-
-
-def _shown(record: ImageRecord, name: str) -> int:
-    return 1 if name in shown_classes(record, False) else 0 if name in shown_classes(record) else -1

@@ -153,6 +153,8 @@ def test_runs_of_other_classes_are_refused(tmp_path: Path, run: Path) -> None:
         load_classifiers([run, tmp_path / "more"], torch.device("cpu"))
     with pytest.raises(SppnetError, match=r"order: expected runs of the same classes, but their order differs"):
         load_classifiers([run, tmp_path / "order"], torch.device("cpu"))
+    with pytest.raises(SppnetError, match=r"expected different runs; name each once"):
+        load_classifiers([run, run.parent / "." / run.name], torch.device("cpu"))
 
 
 # the commands
@@ -165,8 +167,8 @@ def test_the_command_prints_and_writes_the_errors(tmp_path: Path, run: Path, fol
     result = run_command("classify", "test", *runs, folder, "--views", "ten", "--json", written_to)
     assert (result.status, result.err) == (0, "")
     written = json.loads(written_to.read_text())
-    classifiers = load_classifiers(runs, torch.device("cpu")).values()
-    own = evaluate_classifiers([*classifiers], read_class_folder(folder, CLASSES), "ten", progress=False)
+    classifiers = load_classifiers(runs, torch.device("cpu"))
+    own = evaluate_classifiers(classifiers, read_class_folder(folder, CLASSES), "ten", progress=False)
     assert list(written) == ["views", "top1_error", "top5_error", "classes", "images", "seconds", "skipped"]
     assert (written["views"], written["images"], written["skipped"]) == ("ten", 8, [])
     assert (written["top1_error"], written["top5_error"]) == (own.top1_error, own.top5_error)
