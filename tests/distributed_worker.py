@@ -132,6 +132,7 @@ def mining(_: Path) -> list[str]:
 def classifier(folder: Path) -> list[str]:
     """Two epochs of the head alone and of the whole network, no dropout; two cannot halve batches of 9."""
     values = {
+        "precision": "float32",
         "data": {"train": str(folder / "classes")},
         "backbone": {"name": "tiny5", "weights": {"source": "random"}},
         "pyramid": {"levels": [1]},
@@ -144,7 +145,10 @@ def classifier(folder: Path) -> list[str]:
     found = list[str]()
     for name, whole in (("head", False), ("whole", True)):
         own = {**values["training"], "train_backbone": whole, "min_side": 32}
-        config = parse_settings(ClassifierConfig, {**values, "training": own}, "test")
+        head = values["head"]
+        if whole:  # what it says depends on the statistics of batch norm
+            own, head = {**own, "learning_rate": 1e-6}, {**head, "input_norm": 1e5}
+        config = parse_settings(ClassifierConfig, {**values, "training": own, "head": head}, "test")
         with patch.object(sources, "TOGETHER", 1):  # every process has validation images
             trained = train_classifier(config, folder / name, torch.device("cpu"), progress=False)
         found.append(tensors_digest(trained.network.state_dict()))

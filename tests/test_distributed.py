@@ -162,7 +162,7 @@ def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
     found = evaluate_classifiers([trained], held_out, "centre", progress=False)
     loss = -np.log(found.probabilities[np.arange(len(found.labels)), found.labels]).mean()
     *_, last = csv.DictReader((folder / "whole/history.csv").read_text().splitlines())
-    assert float(last["val_loss"]) == pytest.approx(loss, rel=1e-3)
+    assert float(last["val_loss"]) == pytest.approx(loss, rel=1e-5)
 
 
 def contents(folder):
