@@ -26,7 +26,7 @@ if __name__ == "__main__":  # other processes may read the crops
         backbone=config.backbone,
         pyramid=config.pyramid,
         head=config.head.model_copy(update={"dropout": 0.1}),  # 0.5 would keep a new backbone from learning
-        training={"sizes": [64, 96], "min_side": 110, "batch": 64, "learning_rate": 0.05, "epochs": 30},
+        training={"sizes": [64, 96], "min_side": 110, "batch": 64, "learning_rate": 0.01, "epochs": 60, "patience": 20},
     )
     train_classifier(settings, run / "crops", device)
     weights = run / "crops/classifier/weights.safetensors"

@@ -30,6 +30,7 @@ from sppnet.backbones.architectures import BACKBONES
 from sppnet.backbones.backbone import MAX_STRIDE
 from sppnet.backbones.geometry import channels_of, geometry_of, limit_stride, steps_of
 from sppnet.backbones.weights import PACKAGES
+from sppnet.classification import settings
 from sppnet.models.sppnet import PRETRAINED_FC
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,12 @@ An unknown key is an error that names the nearest known one. The complete settin
 
 "sec." and "app." are sections of the paper, "release" is the authors' published detector, "ours" is neither.
 Settings that do not go together are refused with a message that names them.
+"""
+
+CLASSIFIER = """
+## A classifier
+
+The configuration of `sppnet classify train` has `precision`, `backbone`, `pyramid` and `head` as above, and these.
 """
 
 BACKBONE_NOTES = """\
@@ -88,6 +95,13 @@ def settings_page() -> str:
         if section is not None:
             rows = _table(section, section.model_fields, f"{name}.", comments)
             parts += [f"\n## `{name}`\n", _text(section.__doc__), "", *rows]
+    parts += [CLASSIFIER]
+    comments = _comments(inspect.getsource(settings))
+    for name in ("data", "training"):
+        section = settings.ClassifierConfig.model_fields[name].annotation
+        assert section is not None
+        rows = _table(section, section.model_fields, f"{name}.", comments)
+        parts += [f"### `{name}` of a classifier\n", _text(section.__doc__), "", *rows, ""]
     return "\n".join([*parts, "", BACKBONE_NOTES + _backbones()])
 
 

@@ -50,7 +50,8 @@ def _train(options: argparse.Namespace) -> int:
     classifier = train_classifier(config, run, choose_device(options.device), options.epochs)
     if distributed.is_main():
         *_, last = csv.DictReader((run / HISTORY).read_text().splitlines())
-        errors = f"top-1 error {float(last['top1_error']):.3f}, top-5 error {float(last['top5_error']):.3f}"
+        one, five = (100 * float(last[name]) for name in ("top1_error", "top5_error"))
+        errors = f"top-1 error {one:.2f} %, top-5 error {five:.2f} %"
         print(f"classifier of {counted(len(classifier.classes), 'class')} in {run}; validation images: {errors}")
         print(f"next: sppnet classify test {run} FOLDER")
     return 0
@@ -133,7 +134,8 @@ def _strongest(options: argparse.Namespace) -> int:
     save_image(draw_responses(responses, options.filter), options.out)
     for response in responses:
         print(f"{response.value:10.4g}  {as_text(response.path)}")
-    print(f"filter {options.filter}: the best {len(responses)} of {counted(len(images), 'image')} in {options.out}")
+    used = counted(len(images) - len(skipped), "image")
+    print(f"filter {options.filter}: the best {len(responses)} of {used} in {options.out}")
     return _report(named.unusable | skipped)
 
 

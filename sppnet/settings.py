@@ -37,7 +37,10 @@ RENAMED = {
     "detect.precision": "the setting precision now holds for the whole run",
     "svm.solver": "there is one solver now; leave it out",
     "svm.epochs": "mining is one pass; leave it out",
-    "pretrain": "train a classifier on crops of the objects, as examples/pretrain.py does, and name its checkpoint",
+    "pretrain": "train a classifier on crops of the objects, as examples/pretrain.py does, and name its checkpoint in "
+    "backbone.weights.file and head.checkpoint",
+    "training": "this is a classifier's configuration: sppnet classify train",
+    "data.root": "this is a detector's configuration: sppnet train",
 }
 
 

@@ -42,7 +42,12 @@ class Classifier:
     def load(cls, run: Path, device: torch.device) -> Classifier:
         """That of a run; SppnetError for a folder that holds none that is complete."""
         if not (run / DESCRIPTION).exists():
-            raise SppnetError(f"{run}: expected the run of a classifier; run sppnet classify train FOLDER --run {run}")
+            hint = "train one: sppnet classify train FOLDER --run DIR"
+            if (run / "detector").exists():
+                hint = "this is the run of a detector: sppnet detect"
+            elif next(run.glob("training-*"), None) is not None:
+                hint = "its training is not finished; the command that began it goes on"
+            raise SppnetError(f"{run}: expected the run of a classifier, with {DESCRIPTION}; {hint}")
         values = read_json(run / DESCRIPTION)
         try:
             config = parse_settings(ClassifierConfig, values["config"], str(run / DESCRIPTION))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sppnet.backbones.probing import probe
 from sppnet.classification.classifier import Classifier
@@ -64,10 +64,17 @@ def strongest_responses(
 
 
 def draw_responses(responses: Sequence[Response], filter: int) -> Image.Image:
-    """The images on one sheet, best first, each with its receptive field and the response, its file name below."""
+    """The images on one sheet, best first: the receptive field, a dot in its middle, the response, the file's name.
+
+    The field of a deep network may hold the whole image; what is near its middle counts most.
+    """
     pictures = []
     for response in responses:
-        image = read_image(response.path)
+        canvas = Image.fromarray(read_image(response.path))
+        middle, radius = (response.field[:2] + response.field[2:]) / 2, max(canvas.size) / 60
+        dot = [*(middle - radius), *(middle + radius)]
+        ImageDraw.Draw(canvas).ellipse(dot, "white", "black", max(1, round(radius / 3)))
+        image = np.array(canvas)
         box = np.clip(response.field, 0, [*image.shape[1::-1]] * 2)[None]
         score, label = np.array([response.value], np.float32), np.zeros(1, np.int64)
         found = Detections(box.astype(np.float32), score, label, (f"filter {filter}:",))
