@@ -3,8 +3,15 @@
 from pathlib import Path
 
 import pytest
+from small_classifier import small_classifier
 
 from sppnet.classification.classifier import Classifier
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    """A small one; a file may have its own instead."""
+    return small_classifier()
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from class_pictures import KINDS, write_classes
 from doubles import picture
+from PIL import Image
 
 from sppnet.artifacts import read_json
-from sppnet.classification.dataset import epoch_batches, load_class_data, training_view
+from sppnet.backbones.backbone import build_backbone
+from sppnet.classification.dataset import Batch, TrainingViews, epoch_batches, load_class_data, training_view
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
+from sppnet.config import BackboneSettings
 from sppnet.errors import ArtifactError, SppnetError
 
 SETTINGS = ClassTrainingSettings(sizes=(32, 48), min_side=64, colour=False, batch=4)
@@ -126,6 +129,62 @@ def test_colours_change_by_one_shift_along_imagenets_components():
     assert 0.7 * 5.5 < torch.stack(shifts).sum(1).std() / 3**0.5 < 1.3 * 5.5
 
 
+def test_colours_change_as_those_of_imagenet_do():
+    """Krizhevsky et al.: an independent normal number for each component, of a tenth of its deviation; in RGB."""
+    deviations = 255 * 0.1 * np.array([0.2175, 0.0188, 0.0045])
+    components = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    plain = ClassTrainingSettings(sizes=(16,), min_side=16, colour=False)
+    image, altered = picture(16, 16), plain.model_copy(update={"colour": True})
+    shifts = []
+    for seed in range(800):
+        views = [training_view(image, 16, own, np.random.default_rng(seed)).double() for own in (altered, plain)]
+        shifts.append((views[0] - views[1]).mean((1, 2)).numpy())
+    drawn = np.array(shifts) @ np.linalg.inv(components).T / deviations
+    np.testing.assert_allclose(np.cov(drawn.T), np.eye(3), atol=0.15)
+    assert np.abs(drawn.mean(axis=0)).max() < 0.15
+
+
+def views_of(tmp_path, image, settings=SETTINGS, **weights):
+    """The dataset of an image, for a backbone with these weights."""
+    Image.fromarray(image).save(tmp_path / "image.png")
+    backbone = build_backbone(BackboneSettings(name="tiny5", weights={"source": "random", **weights}))
+    return TrainingViews([tmp_path / "image.png"], [2], settings, backbone)
+
+
+@pytest.mark.parametrize("epoch", [None, 0])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_views_are_prepared_as_the_weights_say(tmp_path, order, epoch):
+    weights = {"mean": (90, 120, 140), "std": (50, 60, 80), "channel_order": order}
+    found, labels = views_of(tmp_path, np.full((64, 64, 3), (200, 100, 50), np.uint8), **weights)[
+        Batch(np.array([0, 0]), 48, epoch)
+    ]
+    assert labels.tolist() == [2, 2]
+    colours = (200, 100, 50) if order == "rgb" else (50, 100, 200)
+    expected = [(value - mean) / std for value, mean, std in zip(colours, (90, 120, 140), (50, 60, 80), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected).view(1, 3, 1, 1).expand(2, 3, 48, 48))
+
+
+def test_the_mean_image_is_subtracted_from_views(tmp_path):
+    image = picture(64, 64)
+    mean = np.random.default_rng(0).uniform(0, 255, (3, 48, 48)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    weights = {"mean_image": tmp_path / "mean.npy", "std": (50, 60, 80), "channel_order": "bgr"}
+    found, _ = views_of(tmp_path, image, **weights)[Batch(np.array([0]), 48)]
+    pixels = image[8:56, 8:56, ::-1].transpose(2, 0, 1).astype(np.float32)
+    expected = (pixels - mean) / np.array([50, 60, 80], np.float32)[:, None, None]
+    torch.testing.assert_close(found[0], torch.from_numpy(expected))
+
+
+def test_an_image_looks_different_in_every_epoch_and_the_same_whenever_that_is_shown(tmp_path):
+    settings = SETTINGS.model_copy(update={"colour": True})
+    views = views_of(tmp_path, picture(64, 96), settings)
+    first, second = ([views[Batch(np.array([0]), 32, epoch)][0] for epoch in range(5)] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    other = views_of(tmp_path, picture(64, 96), settings.model_copy(update={"seed": 1}))
+    every = [*first, other[Batch(np.array([0]), 32, 0)][0]]
+    assert not any(torch.equal(every[i], every[j]) for i in range(6) for j in range(i))
+
+
 def test_an_epoch_shows_every_image_once_in_whole_batches_of_one_size():
     for epoch, size in ((0, 32), (1, 48), (2, 32)):
         batches = epoch_batches(12, epoch, SETTINGS)
@@ -134,6 +193,8 @@ def test_an_epoch_shows_every_image_once_in_whole_batches_of_one_size():
     assert [len(one.places) for one in epoch_batches(11, 0, SETTINGS)] == [4, 4]
     assert [len(one.places) for one in epoch_batches(3, 0, SETTINGS)] == [3]
     assert epoch_batches(12, 0, SETTINGS)[0].places.tolist() != epoch_batches(12, 2, SETTINGS)[0].places.tolist()
+    other = SETTINGS.model_copy(update={"seed": 1})
+    assert epoch_batches(12, 0, SETTINGS)[0].places.tolist() != epoch_batches(12, 0, other)[0].places.tolist()
     drawn = SETTINGS.model_copy(update={"size_choice": "range"})
     sizes = [one.size for epoch in range(40) for one in epoch_batches(40, epoch, drawn)]
     assert set(sizes) == set(range(32, 49))

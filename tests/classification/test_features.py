@@ -9,7 +9,7 @@ import pytest
 import torch
 from doubles import picture
 from PIL import Image
-from small_classifier import config_of, small_classifier
+from small_classifier import config_of
 from torch.nn.functional import adaptive_max_pool2d
 
 from sppnet.classification.classifier import Classifier
@@ -24,11 +24,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def classifier() -> Classifier:
-    return small_classifier()
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Ten pictures of one colour, and ten of noise."""
     for number in range(10):
@@ -37,11 +32,6 @@ def folder(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     return tmp_path / "data"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def naive(classifier: Classifier, pixels: torch.Tensor, layer: str) -> np.ndarray:

@@ -6,7 +6,6 @@ from devkit import thing, xml_of
 from doubles import picture
 from PIL import Image
 from scipy.optimize import minimize
-from small_classifier import small_classifier
 
 from sppnet.classification.features import folder_features
 from sppnet.classification.linear import caltech101, compact, decision_values, draw_split, voc07
@@ -20,12 +19,6 @@ def clouds(counts, dimensions=6, apart=3.0, seed=0):
     """Features around a point for each class, and the class of each."""
     rng, labels = RNG(seed), np.repeat(np.arange(len(counts)), counts)
     return (apart * np.eye(len(counts), dimensions)[labels] + rng.normal(size=(len(labels), dimensions))), labels
-
-
-@pytest.fixture
-def run(tmp_path):
-    small_classifier().save(tmp_path / "run")
-    return tmp_path / "run"
 
 
 def test_an_svm_has_the_least_squared_hinge_loss():
@@ -122,7 +115,7 @@ def test_a_class_with_too_few_images_is_an_error_with_its_name():
         caltech101(features, labels, ("a", "b"))
 
 
-def test_the_command_on_vocs_folders(run, tmp_path, capsys):
+def test_the_command_on_vocs_folders(classifier, run, tmp_path, capsys):
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tmp_path / "kit/VOC2007" / name).mkdir(parents=True)
     for number in range(16):
@@ -138,7 +131,7 @@ def test_the_command_on_vocs_folders(run, tmp_path, capsys):
     said = capsys.readouterr().out
     order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
     paths = [tmp_path / f"kit/VOC2007/JPEGImages/{number}.png" for number in order]
-    found = folder_features(small_classifier(), paths, side=64, progress=False).features
+    found = folder_features(classifier, paths, side=64, progress=False).features
     shown = np.array([[1, -1], [-1, 1]] * 8)
     assert said.startswith(voc07(found, shown, 8, ("cat", "dog")).table())
     assert said.endswith("VOC07, 11-point AP, 16 images; pool at a shorter side of 64\n")

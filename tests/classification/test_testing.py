@@ -10,15 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from small_run import refused, run_command
+from torch import nn
 
+from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.windows import project_windows
 from sppnet.classification.classifier import Classifier, build_network
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.testing import classify_image, evaluate_classifiers, load_classifiers, views_of
 from sppnet.classification.views import View, list_views
+from sppnet.config import BackboneSettings
 from sppnet.data.class_folder import read_class_folder
 from sppnet.errors import SppnetError
 from sppnet.images import scaled_size
+from sppnet.models.sppnet import SPPNet, build_head
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 CLASSES = ("cat", "dog", "owl", "pig", "rat", "yak")
@@ -76,6 +80,26 @@ def test_the_whole_image_is_pooled_from_the_whole_map(classifier: Classifier, si
     expected = np.mean([one.double().softmax(1).numpy()[0] for one in logits], axis=0)
     np.testing.assert_allclose(classify_image(classifier, image, views), expected, atol=1e-5)
     np.testing.assert_allclose(classify_image(classifier, image, views, on_maps=False), expected, atol=1e-5)
+
+
+def test_cells_that_look_outside_of_the_image_are_of_the_whole_map_too() -> None:
+    """Two cells at the left and at the top see padding alone, and the projection of the image leaves them out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.ZeroPad2d((8, 0, 8, 0)), nn.Conv2d(3, 4, 3, 4))
+    levels, image, settings = (1, 2), picture(5), BackboneSettings(module="object", weights={"source": "random"})
+    config = ClassifierConfig(precision="float32", backbone=settings, head={"fc6": 8, "fc7": 8})
+    head = build_head(4, levels, len(CLASSES), config.head)
+    for layer in (head.fc6, head.fc7, head.classifier):
+        torch.nn.init.normal_(layer.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    network = SPPNet(build_backbone(settings, module=module), levels, head).requires_grad_(False).eval()
+    padded = Classifier(network, CLASSES, config)
+    pixels = padded.runtime.prepare(image, scaled_size(image.shape[:2], 64)[0])
+    maps = [network.backbone(each) for each in (pixels, pixels.flip(3))]
+    expected = mean_softmax(padded, [spatial_pyramid_pool(each, levels) for each in maps])
+    found = classify_image(padded, image, list_views("full", image.shape[:2], **SIDES))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(expected) > 0.01
 
 
 def test_multiview_on_maps_is_a_loop_over_views(classifier: Classifier) -> None:

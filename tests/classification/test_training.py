@@ -1,5 +1,6 @@
 """Training of a classifier, at one size or several, of all of it or of its head."""
 
+import contextlib
 import csv
 from pathlib import Path
 
@@ -8,14 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from class_pictures import write_classes
+from doubles import picture
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sppnet.artifacts import write_tensors
 from sppnet.backbones.backbone import build_backbone
 from sppnet.classification.classifier import Classifier
 from sppnet.classification.settings import ClassifierConfig
+from sppnet.classification.testing import evaluate_classifiers
 from sppnet.classification.training import rate_divisions, start_network, train_classifier
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.config_files import load_settings
+from sppnet.data.class_folder import read_class_folder
 from sppnet.errors import SppnetError
+from sppnet.evaluation.classification import top_k_error
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 CPU = torch.device("cpu")
@@ -44,6 +52,24 @@ def train(config, run, epochs=None):
 
 def history(run):
     return list(csv.DictReader((run / "history.csv").read_text().splitlines()))
+
+
+@contextlib.contextmanager
+def before_steps(call):
+    """Calls call(optimiser) before every step of any optimiser."""
+    handle = register_optimizer_step_pre_hook(lambda optimiser, *_: call(optimiser))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def changed(config, **sections):
+    return ClassifierConfig.model_validate({**config.model_dump(), **sections})
 
 
 def equal(first, second):
@@ -137,6 +163,105 @@ def test_training_ends_at_the_third_plateau(folder, tmp_path):
     losses = [float(row["val_loss"]) for row in history(tmp_path)]
     assert rate_divisions(losses, 1) == 3
     assert rate_divisions(losses[:-1], 1) == 2
+
+
+def test_the_rate_is_a_tenth_for_every_plateau_of_the_validation_loss(folder, tmp_path):
+    """Validation images of other classes than their folders': what trains well makes their loss grow."""
+    val = write_classes(tmp_path / "val", 3, seed=7)
+    for old, new in (("across", "x"), ("disc", "across"), ("down", "disc"), ("x", "down")):
+        (val / old).rename(val / new)
+    config = config_of(folder, train_backbone=False, epochs=9, patience=2, learning_rate=0.01)
+    rates = []
+    with before_steps(lambda optimiser: rates.append(optimiser.param_groups[0]["lr"])):
+        train(changed(config, data={"train": folder, "val": val}), tmp_path / "run")
+    rows = history(tmp_path / "run")
+    assert rates[::4] == rates[1::4] == rates[2::4] == rates[3::4]  # 36 images are four whole batches
+    by_loss, by_val_loss = (
+        [rate_divisions([float(row[name]) for row in rows[:epoch]], 2) for epoch in range(len(rows))]
+        for name in ("loss", "val_loss")
+    )
+    assert rates[::4] == [0.01 / 10**divisions for divisions in by_val_loss]
+    assert [float(row["learning_rate"]) for row in rows] == rates[::4]
+    assert max(by_val_loss) == 2
+    assert max(by_loss) < 2
+
+
+def test_the_last_errors_are_those_of_the_saved_classifier(tmp_path):
+    sides = {"train": 4, "val": 3}
+    for place, (side, count) in enumerate(sides.items()):
+        for label in range(8):
+            (tmp_path / side / str(label)).mkdir(parents=True)
+            for number in range(count):
+                pixels = picture(52, 65, 100 * place + 10 * label + number)
+                Image.fromarray(pixels).save(tmp_path / side / f"{label}/{number}.png")
+    config = changed(
+        config_of(tmp_path / "train", epochs=3),
+        precision="float32",
+        data={name: tmp_path / name for name in sides},
+    )
+    classifier = train(config, tmp_path / "run")
+    held_out = read_class_folder(tmp_path / "val", classifier.classes)
+    tested = evaluate_classifiers([classifier], held_out, "centre", progress=False)
+    errors = [top_k_error(tested.probabilities, tested.labels, k) for k in (1, 3, 5)]
+    last = history(tmp_path / "run")[-1]
+    assert float(last["top1_error"]) == pytest.approx(errors[0])
+    assert float(last["top5_error"]) == pytest.approx(errors[2])
+    assert errors[1] > errors[2] > 0
+    own = tested.probabilities[np.arange(len(tested.labels)), tested.labels]
+    assert float(last["val_loss"]) == pytest.approx(-np.log(own).mean(), rel=1e-4)
+
+
+def test_a_head_from_a_checkpoint_goes_on_computing_what_it_did(folder, tmp_path):
+    """At a rate that changes nothing, and with pooled features scaled to another norm."""
+    config = config_of(folder, train_backbone=False, epochs=1)
+    before = train(config, tmp_path / "first").network
+    head = {**config.head.model_dump(), "input_norm": 300}
+    checkpoint = {"init": "checkpoint", "checkpoint": tmp_path / "first/classifier/weights.safetensors"}
+    settings = {**config.training.model_dump(), "learning_rate": 1e-12}
+    after = train(changed(config, head={**head, **checkpoint}, training=settings), tmp_path / "second").network
+    torch.testing.assert_close(after.head.input_scale, 3 * before.head.input_scale)
+    with torch.inference_mode():
+        maps = before.backbone(100 * torch.rand(4, 3, 64, 80, generator=torch.Generator().manual_seed(0)))
+        pooled = spatial_pyramid_pool(maps, before.levels)
+        for layer in ("fc6", "fc7"):
+            own, expected = (network.head.features(pooled, layer) for network in (after, before))
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_classifier_does_not_outlive_the_start_of_another_training(folder, tmp_path):
+    config = config_of(folder, train_backbone=False, epochs=1)
+    first = train(config, tmp_path)
+    with before_steps(interrupt), pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, 2)  # the same training goes on
+    assert equal(first, Classifier.load(tmp_path, CPU))
+    with before_steps(interrupt), pytest.raises(KeyboardInterrupt):
+        train(config_of(folder, train_backbone=False, epochs=1, seed=1), tmp_path)
+    with pytest.raises(SppnetError, match="expected the run of a classifier"):
+        Classifier.load(tmp_path, CPU)
+
+
+def test_other_contents_of_weights_and_images_are_another_training_with_features_of_its_own(tmp_path):
+    folder, weights, run = write_classes(tmp_path / "data", 4), tmp_path / "weights.safetensors", tmp_path / "run"
+    val = write_classes(tmp_path / "val", 1, seed=1)
+    config = changed(
+        config_of(folder, train_backbone=False, epochs=1),
+        data={"train": folder, "val": val},
+        backbone={"name": "tiny5", "weights": {"source": "file", "file": weights}},
+    )
+
+    def trained():
+        train(config, run)
+        return len([*run.glob("training-*")]), len([*run.glob("features-*.npz")])
+
+    random = config_of(folder).backbone
+    write_tensors(weights, build_backbone(random, 0).state_dict())
+    assert trained() == trained() == (1, 1)
+    write_tensors(weights, build_backbone(random, 1).state_dict())
+    assert trained() == (2, 2)
+    Image.fromarray(picture(60, 60)).save(folder / "disc/01.png")
+    assert trained() == (3, 3)
+    Image.fromarray(picture(60, 60, 1)).save(val / "disc/00.png")
+    assert trained() == (4, 4)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -75,6 +75,8 @@ def test_the_six_at_224_are_the_middle_and_both_ends(
 def test_another_size_of_training_changes_all_in_proportion() -> None:
     scales = {view.scale for view in list_views("multiview", (90, 120), side=56, min_side=64)}
     assert scales == {56, 64, 75, 90, 112, 140}
+    scales = {view.scale for view in list_views("multiview", (120, 150), side=96, min_side=96)}
+    assert scales == {96, 110, 129, 154, 192, 240}  # 109.7, 128.6 and 154.3 rounded
     assert list_views("centre", (64, 75), side=56, min_side=64) == [View(64, (9, 4, 65, 60), False)]
 
 
