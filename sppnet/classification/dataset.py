@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from sppnet.artifacts import file_digest, read_json, write_json
 from sppnet.backbones.backbone import Backbone
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
+from sppnet.classification.views import list_views
 from sppnet.data.class_folder import ClassFolder, read_class_folder
 from sppnet.errors import ArtifactError, BackboneError, SppnetError, counted
 from sppnet.images import normalise, read_image, scaled_size
@@ -148,17 +149,17 @@ def training_view(
 ) -> Tensor:
     """What training sees of an image uint8 RGB (H, W, 3): (3, size, size) float32 pixels, about 0 to 255 (sec. 3.1).
 
-    The shorter side becomes min_side; a crop of the largest size is cut at a corner or from the centre, flipped or not,
-    its colours altered, and the crop is resized to `size`: only the resolution depends on it (sec. 2.3). Without `rng`
-    it is the centre as it is. Bilinear without antialiasing, as images are resized everywhere here.
+    One of the ten views of a test, of the largest size; its colours are altered, and it is resized to `size`: only the
+    resolution depends on it (sec. 2.3). Without `rng` it is the centre as it is. Bilinear without antialiasing, as
+    images are resized everywhere here.
     """
-    pixels = torch.tensor(image).permute(2, 0, 1).float()
-    largest = max(settings.sizes)
-    scaled, _ = scaled_size((image.shape[0], image.shape[1]), settings.min_side)
-    crops = transforms.five_crop(_resize(pixels, scaled), [largest, largest])
-    view = crops[int(rng.integers(5))] if rng is not None else crops[4]
+    shape = image.shape[0], image.shape[1]
+    views = list_views("centre" if rng is None else "ten", shape, max(settings.sizes), settings.min_side)
+    chosen = views[0 if rng is None else int(rng.integers(len(views)))]
+    x1, y1, x2, y2 = chosen.box
+    scaled = _resize(torch.tensor(image).permute(2, 0, 1).float(), scaled_size(shape, chosen.scale)[0])
+    view = scaled[:, y1:y2, x1:x2].flip(2) if chosen.flip else scaled[:, y1:y2, x1:x2]
     if rng is not None:
-        view = transforms.horizontal_flip(view) if rng.random() < 0.5 else view
         strength = torch.from_numpy(rng.normal(0, 0.1, 3).astype(np.float32)) * settings.colour
         view = view + 255 * (COMPONENTS @ (DEVIATIONS * strength)).view(3, 1, 1)
     return _resize(view, (size, size))

@@ -192,7 +192,7 @@ def test_the_last_errors_are_those_of_the_saved_classifier(tmp_path):
         for label in range(8):
             (tmp_path / side / str(label)).mkdir(parents=True)
             for number in range(count):
-                pixels = picture(52, 65, 100 * place + 10 * label + number)
+                pixels = picture(52, 60, 100 * place + 10 * label + number)
                 Image.fromarray(pixels).save(tmp_path / side / f"{label}/{number}.png")
     config = changed(
         config_of(tmp_path / "train", epochs=3),
