@@ -23,7 +23,7 @@ from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
 
 T = TypeVar("T")
-METRICS = ("11point", "area", "ilsvrc")
+METRICS = ("11point", "area", "ilsvrc", "coco")
 VIEWS = ("centre", "ten", "full", "multiview")  # of an image that is classified
 
 # Commands that run one stage alone; low_rank goes with `train`.
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=METRICS, default="11point")
-    score.add_argument("--iou", type=OVERLAP, default=0.5)
+    score.add_argument("--iou", type=OVERLAP, default=0.5, help="of all metrics but coco (default: 0.5)")
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     _add_classify(commands)

@@ -35,7 +35,7 @@ from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
-from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
+from sppnet.evaluation.voc import evaluate_flat
 from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
@@ -234,9 +234,13 @@ def _score(options: argparse.Namespace) -> int:
         for reason, count in skips.counts.items():
             print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
     found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
-    evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
+    evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
-    print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
+    print(
+        json.dumps({key: values[key] for key in ("ap", "map", "coco") if key in values})
+        if options.json
+        else evaluation.table()
+    )
     return 0
 
 

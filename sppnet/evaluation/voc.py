@@ -7,97 +7,29 @@ Only objects that are not difficult count as missed. Boxes are half-open, so pla
 
 By the rule "ilsvrc" a detection finds the object that it overlaps most among those that none found before it and that
 it overlaps enough: by the IoU threshold, or by less where an object is so small that a border of 5 pixels around it is
-more. No object is difficult. AP is "area".
+more. No object is difficult. AP is "area". The rule "coco" is in `sppnet.evaluation.coco`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.checks import as_boxes, as_column, check_classes, check_overlap, first_bad_box
-from sppnet.errors import SppnetError, counted
+from sppnet.errors import SppnetError
+from sppnet.evaluation.coco import evaluate_coco
+from sppnet.evaluation.results import ClassResult, CurveMetric, Floats, Metric, PRCurve, VOCEvaluation
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
-Metric = Literal["11point", "area", "ilsvrc"]
-Floats = NDArray[np.float64]
 Scene = tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]  # objects, detections and their IoU
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
 
 RECALL_TOLERANCE = 1e-9  # recall is a fraction of two counts: 3 of 10 must reach the threshold 0.3
-
-
-@dataclass(frozen=True)
-class PRCurve:
-    """Recall, precision and score after each counted detection, best first: float64 (R,); ignored ones are left out."""
-
-    recall: Floats
-    precision: Floats
-    scores: Floats
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class: its AP (None = no object to find), its curve, and how many objects and detections there were."""
-
-    ap: float | None
-    curve: PRCurve
-    objects: int  # objects that count as missed when not found
-    detections: int  # all detections, the ignored ones included
-
-
-@dataclass(frozen=True)
-class VOCEvaluation:
-    """Results per class, in the order given. A class without objects is absent: AP None, not in the mean."""
-
-    results: Mapping[str, ClassResult]
-    metric: Metric
-    iou: float
-    use_difficult: bool
-
-    @property
-    def ap(self) -> dict[str, float | None]:
-        return {name: result.ap for name, result in self.results.items()}
-
-    @property
-    def objects(self) -> dict[str, int]:
-        return {name: result.objects for name, result in self.results.items()}
-
-    @property
-    def map(self) -> float:
-        """Mean AP over the classes that have objects; nan where none has."""
-        present = [ap for ap in self.ap.values() if ap is not None]
-        return float(np.mean(present)) if present else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the curves, as JSON can hold it (an undefined mean is null)."""
-        return {
-            "metric": self.metric,
-            "iou": self.iou,
-            "use_difficult": self.use_difficult,
-            "map": None if math.isnan(self.map) else self.map,
-            "ap": self.ap,
-            "objects": self.objects,
-            "detections": {name: result.detections for name, result in self.results.items()},
-        }
-
-    def table(self) -> str:
-        """One line per class and one for the mean, as text."""
-        width = max(len("class"), *map(len, self.results))
-        lines = [f"{'class':{width}}      AP  objects  detections  recall  precision"]
-        lines += [f"{name:{width}}  {_row(result)}" for name, result in self.results.items()]
-        present = sum(ap is not None for ap in self.ap.values())
-        mean = "     -" if math.isnan(self.map) else f"{self.map:6.4f}"
-        rule = f"{self.metric} at IoU {self.iou:g}" + (", difficult objects count" if self.use_difficult else "")
-        lines.append(f"{'mean':{width}}  {mean}  over {present} of {counted(len(self.results), 'class')}, {rule}")
-        return "\n".join(lines)
 
 
 def evaluate_voc(
@@ -113,9 +45,19 @@ def evaluate_voc(
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
     order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
     which names the image, for an image with detections but without annotation, for values that are no Detections and
-    Annotation (which check their numbers), and for a class that no detections know.
+    Annotation (which check their numbers), and for a class that no detections know. The metric "coco" gives a
+    `COCOEvaluation`; it has overlaps of its own in place of `iou`.
     """
     names = _check_rules(classes, metric, iou, use_difficult)
+    return evaluate_flat(*flatten(detections, annotations, names), names, metric, iou, use_difficult)
+
+
+def flatten(
+    detections: Mapping[str, Detections] | Sequence[Detections],
+    annotations: Mapping[str, Annotation] | Sequence[Annotation],
+    classes: Sequence[str],
+) -> tuple[dict[str, tuple[list[str], Floats, Floats]], dict[str, Annotation]]:
+    """Class -> (image ids, scores, boxes), in the order of the annotations, and image id -> these; checked."""
     found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
     if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
         raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
@@ -124,12 +66,12 @@ def evaluate_voc(
         raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
     _require_annotations(found_in, truth_of, "detections")
     known = {name for found in found_in.values() for name in found.classes}
-    unknown = [name for name in names if found_in and name not in known]
+    unknown = [name for name in classes if found_in and name not in known]
     if unknown:
         raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
-    ids: dict[str, list[str]] = {name: [] for name in names}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in names}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
+    ids: dict[str, list[str]] = {name: [] for name in classes}
+    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
+    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
     for image_id in (key for key in truth_of if key in found_in):
         found = found_in[image_id]
         labels = np.unique(found.labels)
@@ -141,8 +83,8 @@ def evaluate_voc(
                 ids[name] += [image_id] * len(rows)
                 scores[name].append(found.scores[rows])
                 boxes[name].append(found.boxes[rows])
-    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in names}
-    return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
+    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
+    return flat, truth_of
 
 
 def evaluate_flat(
@@ -160,6 +102,9 @@ def evaluate_flat(
     missing = [name for name in names if name not in detections]
     if missing:
         raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
+    if metric == "coco":
+        checked = {name: _check_flat(*detections[name], truth_of, name) for name in names}
+        return evaluate_coco(checked, truth_of, use_difficult)
     use_difficult = use_difficult or metric == "ilsvrc"
     results = {name: evaluate_class(*detections[name], truth_of, name, metric, iou, use_difficult) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
@@ -171,22 +116,12 @@ def evaluate_class(
     boxes: ArrayLike,
     annotations: Mapping[str, Annotation],
     name: str,
-    metric: Metric = "11point",
+    metric: CurveMetric = "11point",
     iou: float = 0.5,
     use_difficult: bool = False,
 ) -> ClassResult:
     """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
-    if not len(image_ids) == len(values) == len(rows):
-        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
-        raise SppnetError(f"{name}: {counts}; give one of each per detection")
-    _require_annotations(image_ids, annotations, f"{name}: detections")
-    bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
-    if bad is not None:
-        raise SppnetError(
-            f"{name}: detection {bad}, in image {image_ids[bad]}, has the score {values[bad]} and the box "
-            f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
-        )
+    _, values, rows = _check_flat(image_ids, scores, boxes, annotations, name)
     order = np.argsort(-values, kind="stable")
     scenes = _scenes([image_ids[row] for row in order], rows[order], annotations, name)
     ignored = np.zeros(len(values), dtype=bool)
@@ -208,22 +143,7 @@ def evaluate_class(
     return ClassResult(ap if total else None, curve, total, len(values))
 
 
-def best_threshold(curve: PRCurve) -> tuple[float, float]:
-    """The lowest score to accept so that F1 is best, and that F1: (score, F1); (nan, 0) where nothing is found.
-
-    The threshold lies halfway between the last score accepted and the next lower one of the curve, and is that score
-    where it is the lowest of all. Of thresholds with equal F1 the highest is taken.
-    """
-    recall, precision, scores = curve.recall, curve.precision, curve.scores
-    f1 = 2 * recall * precision / np.maximum(recall + precision, np.finfo(np.float64).tiny)
-    f1[:-1][scores[1:] == scores[:-1]] = 0  # no threshold divides equal scores
-    if not f1.any():
-        return math.nan, 0.0
-    last = int(f1.argmax())
-    return float(scores[last : last + 2].mean()), float(f1[last])
-
-
-def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = "11point") -> float:
+def average_precision(recall: ArrayLike, precision: ArrayLike, metric: CurveMetric = "11point") -> float:
     """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on, ILSVRC); 0 for an empty curve.
 
     11point: mean over recall 0, 0.1, ... 1 of the best precision at that recall or more. area, ilsvrc: the area under
@@ -232,7 +152,7 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
     if reached.shape != exact.shape or reached.ndim != 1:
         raise SppnetError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
-    _check_metric(metric)
+    _check_metric(metric, CurveMetric)
     envelope = np.maximum.accumulate(exact[::-1])[::-1]
     if metric != "11point":
         return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
@@ -240,9 +160,9 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     return float(np.append(envelope, 0.0)[first].sum() / 11)
 
 
-def _check_metric(metric: object) -> None:
-    if metric not in ("11point", "area", "ilsvrc"):
-        raise SppnetError(f"metric must be '11point' (VOC07), 'area' (VOC10 on) or 'ilsvrc', got {metric!r}")
+def _check_metric(metric: object, known: object = Metric) -> None:
+    if metric not in get_args(known):
+        raise SppnetError(f"metric must be one of {', '.join(get_args(known))}, got {metric!r}")
 
 
 def _check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
@@ -270,6 +190,23 @@ def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str,
         if not isinstance(value, kind):
             raise SppnetError(f"image {image_id}: expected sppnet.{kind.__name__}, got {type(value).__name__}")
     return found
+
+
+def _check_flat(
+    image_ids: Sequence[str], scores: ArrayLike, boxes: ArrayLike, annotations: Mapping[str, Annotation], name: str
+) -> tuple[Sequence[str], Floats, Floats]:
+    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
+    if not len(image_ids) == len(values) == len(rows):
+        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
+        raise SppnetError(f"{name}: {counts}; give one of each per detection")
+    _require_annotations(image_ids, annotations, f"{name}: detections")
+    bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
+    if bad is not None:
+        raise SppnetError(
+            f"{name}: detection {bad}, in image {image_ids[bad]}, has the score {values[bad]} and the box "
+            f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
+        )
+    return image_ids, values, rows
 
 
 def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Annotation], what: str) -> None:
@@ -313,12 +250,3 @@ def _first_free(scenes: Iterator[Scene], count: int, iou: float) -> tuple[NDArra
                 free[:, own.argmax()] = 0
         total += len(objects)
     return positive, np.zeros(total, dtype=bool)
-
-
-def _row(result: ClassResult) -> str:
-    counts = f"{result.objects:7d}  {result.detections:10d}"
-    if result.ap is None:
-        return f"     -  {counts}       -          -  no objects"
-    recall = f"{result.curve.recall[-1]:6.4f}" if len(result.curve.recall) else f"{0:6.4f}"
-    precision = f"{result.curve.precision[-1]:9.4f}" if len(result.curve.precision) else f"{'-':>9}"
-    return f"{result.ap:6.4f}  {counts}  {recall}  {precision}"

@@ -25,7 +25,8 @@ from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import BackboneError, SppnetError, counted
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
-from sppnet.evaluation.voc import Metric, VOCEvaluation, evaluate_voc
+from sppnet.evaluation.results import Metric, VOCEvaluation
+from sppnet.evaluation.voc import evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
 from sppnet.paths import LONGEST_NAME, fitting_name
