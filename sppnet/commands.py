@@ -237,7 +237,7 @@ def _score(options: argparse.Namespace) -> int:
     evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
     print(
-        json.dumps({key: values[key] for key in ("ap", "map", "coco") if key in values})
+        json.dumps({key: values[key] for key in ("ap", "map", "measures") if key in values})
         if options.json
         else evaluation.table()
     )

@@ -12,103 +12,54 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sppnet.errors import counted
-from sppnet.evaluation.results import ClassResult, Floats, PRCurve, VOCEvaluation
+from sppnet.evaluation.results import Checked, ClassResult, PRCurve
 from sppnet.records import Annotation
 
-ALL = slice(None)
-# The IoU thresholds and the range of areas behind each, in the order of pycocotools' own summary.
+Entry = tuple[int, int, Sequence[float], dict[str, float]]  # image, class, box, and what is known of it
+ALL = slice(None)  # IoU thresholds; beside them the place of the range of areas
 MEASURES = {"AP": (ALL, 0), "AP50": (0, 0), "AP75": (5, 0), "small": (ALL, 1), "medium": (ALL, 2), "large": (ALL, 3)}
 
 
-@dataclass(frozen=True)
-class COCOEvaluation(VOCEvaluation):
-    """COCO's figures; the curves of `results` are those at IoU 0.5, as far as recall goes."""
-
-    mean: Mapping[str, float | None]  # AP, AP50, AP75, small, medium, large; None = no object of that size
-    by_class: Mapping[str, Mapping[str, float | None]]  # the same of every class
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the curves, as JSON can hold it (what cannot be measured is null)."""
-        own = {"iou": [round(0.5 + 0.05 * step, 2) for step in range(10)], "coco": self.mean, "by_class": self.by_class}
-        return super().to_dict() | own
-
-    def table(self) -> str:
-        """One line per class and one for the mean, as text."""
-        width = max(len("class"), *map(len, self.results))
-        lines = [f"{'class':{width}}" + "".join(f"  {name:>6}" for name in MEASURES) + "  objects  detections"]
-        for name, result in self.results.items():
-            counts = f"  {result.objects:7d}  {result.detections:10d}"
-            lines.append(f"{name:{width}}" + _cells(self.by_class[name]) + counts)
-        present = sum(ap is not None for ap in self.ap.values())
-        rule = f"over {present} of {counted(len(self.results), 'class')}, COCO at IoU 0.5 to 0.95"
-        rule += ", difficult objects count" if self.use_difficult else ""
-        return "\n".join([*lines, f"{'mean':{width}}{_cells(self.mean)}  {rule}"])
-
-
-def evaluate_coco(
-    detections: Mapping[str, tuple[Sequence[str], Floats, Floats]],
-    annotations: Mapping[str, Annotation],
-    use_difficult: bool = False,
-) -> COCOEvaluation:
-    """COCO's figures from class -> (image ids, scores, boxes), which `evaluate_voc` checks."""
-    images = {image: number for number, image in enumerate(annotations, 1)}  # the library takes 0 for "none"
-    classes = {name: number for number, name in enumerate(detections, 1)}
-    truth, objects = list[dict[str, Any]](), Counter[str]()
+def evaluate_coco(detections: Mapping[str, Checked], annotations: Mapping[str, Annotation]) -> dict[str, ClassResult]:
+    """COCO's figures by class from class -> (image ids, scores, boxes), which `evaluate_voc` checks."""
+    images = {image: number for number, image in enumerate(annotations)}
+    classes = {name: number for number, name in enumerate(detections)}
+    truth, objects = list[Entry](), Counter[str]()
     for image, annotation in annotations.items():
         for box, name, difficult in annotation.of(tuple(classes)):
-            crowd = difficult and not use_difficult
-            truth.append(_entry(images[image], classes[name], box, iscrowd=int(crowd)))
-            objects[name] += not crowd
+            truth.append((images[image], classes[name], box, {"iscrowd": int(difficult)}))
+            objects[name] += not difficult
     found = [
-        _entry(images[image], classes[name], box, score=score)
+        (images[image], classes[name], box, {"score": score})
         for name, (ids, scores, boxes) in detections.items()
         for image, score, box in zip(ids, scores.tolist(), boxes.tolist(), strict=True)
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # where the library reports
-        judge = COCOeval(*(_index(entries, images, classes) for entries in (truth, found)), "bbox")
+        judge = COCOeval(_index(truth), _index(found), "bbox")
+        judge.params.imgIds, judge.params.catIds = list(images.values()), list(classes.values())
         judge.evaluate()
         judge.accumulate()
-        judge.summarize()
     precision, scores = (judge.eval[key][..., -1] for key in ("precision", "scores"))  # (IoU, recall, class, area)
-    by_class, results = {}, {}
+    results = dict[str, ClassResult]()
     for place, name in enumerate(classes):
-        own = {key: precision[steps, :, place, area].mean() for key, (steps, area) in MEASURES.items()}
-        by_class[name] = {key: _measured(value) for key, value in own.items()}
+        means = (precision[steps, :, place, area].mean() for steps, area in MEASURES.values())
+        own = {key: None if mean < 0 else float(mean) for key, mean in zip(MEASURES, means, strict=True)}  # -1: none
         half, reached = (0, ALL, place, 0), precision[0, :, place, 0] > 0
         curve = PRCurve(*(each[reached] for each in (judge.params.recThrs, precision[half], scores[half])))
-        results[name] = ClassResult(by_class[name]["AP"], curve, objects[name], len(detections[name][0]))
-    mean = {key: _measured(value) for key, value in zip(MEASURES, judge.stats, strict=False)}
-    return COCOEvaluation(results, "coco", 0.5, use_difficult, mean, by_class)
+        results[name] = ClassResult(own.pop("AP"), curve, objects[name], len(detections[name][0]), own)
+    return results
 
 
-def _entry(image: int, category: int, box: Sequence[float], **more: float) -> dict[str, Any]:
-    width, height = box[2] - box[0], box[3] - box[1]
-    own = {"bbox": [box[0], box[1], width, height], "area": width * height}
-    return {"image_id": image, "category_id": category, **own, **more}
-
-
-def _index(entries: Sequence[dict[str, Any]], images: Mapping[str, int], classes: Mapping[str, int]) -> COCO:
-    """The library's own table of objects or detections, without a file."""
+def _index(entries: Sequence[Entry]) -> COCO:
+    """The library's own table of objects or detections."""
     table = COCO()
-    table.dataset = {
-        "images": [{"id": number} for number in images.values()],
-        "categories": [{"id": number, "name": name} for name, number in classes.items()],
-        "annotations": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
-    }
+    table.dataset = {"categories": [], "annotations": []}
+    for number, (image, category, (x1, y1, x2, y2), more) in enumerate(entries, 1):  # it takes 0 for none
+        place = {"image_id": image, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        table.dataset["annotations"].append({"id": number, **place, "area": (x2 - x1) * (y2 - y1), **more})
     table.createIndex()
     return table
-
-
-def _measured(value: float) -> float | None:
-    return None if value < 0 else float(value)  # -1: no object
-
-
-def _cells(measures: Mapping[str, float | None]) -> str:
-    return "".join("       -" if value is None else f"  {value:6.4f}" for value in measures.values())

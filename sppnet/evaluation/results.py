@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,9 @@ from sppnet.errors import counted
 CurveMetric = Literal["11point", "area", "ilsvrc"]  # of one curve
 Metric = Literal["11point", "area", "ilsvrc", "coco"]
 Floats = NDArray[np.float64]
+Checked = tuple[Sequence[str], Floats, Floats]  # image ids, scores (R,), boxes (R, 4) of one class
+
+COCO_OVERLAPS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class ClassResult:
     curve: PRCurve
     objects: int  # objects that count as missed when not found
     detections: int  # all detections, the ignored ones included
+    more: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # of the metric coco: AP50, AP75, small, medium, large
 
 
 @dataclass(frozen=True)
@@ -54,33 +60,54 @@ class VOCEvaluation:
         return {name: result.objects for name, result in self.results.items()}
 
     @property
+    def measures(self) -> dict[str, dict[str, float | None]]:
+        """By class: AP, and the others of the metric coco; None where there is no object of that size."""
+        return {name: {"AP": result.ap, **result.more} for name, result in self.results.items()}
+
+    @property
+    def mean(self) -> dict[str, float | None]:
+        """Means of the measures over the classes that have them; None where none has."""
+        means = dict[str, float | None]()
+        for key in next(iter(self.measures.values())):
+            present = [value for own in self.measures.values() if (value := own[key]) is not None]
+            means[key] = float(np.mean(present)) if present else None
+        return means
+
+    @property
     def map(self) -> float:
         """Mean AP over the classes that have objects; nan where none has."""
-        present = [ap for ap in self.ap.values() if ap is not None]
-        return float(np.mean(present)) if present else math.nan
+        mean = self.mean["AP"]
+        return math.nan if mean is None else mean
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the curves, as JSON can hold it (an undefined mean is null)."""
-        return {
+        """Everything but the curves, as JSON can hold it (what is undefined is null)."""
+        own = {
             "metric": self.metric,
             "iou": self.iou,
             "use_difficult": self.use_difficult,
-            "map": None if math.isnan(self.map) else self.map,
+            "map": self.mean["AP"],
             "ap": self.ap,
             "objects": self.objects,
             "detections": {name: result.detections for name, result in self.results.items()},
         }
+        coco = {"iou": list(COCO_OVERLAPS), "mean": self.mean, "measures": self.measures}
+        return own | coco if self.metric == "coco" else own
 
     def table(self) -> str:
         """One line per class and one for the mean, as text."""
-        width = max(len("class"), *map(len, self.results))
-        lines = [f"{'class':{width}}      AP  objects  detections  recall  precision"]
-        lines += [f"{name:{width}}  {_row(result)}" for name, result in self.results.items()]
+        columns = [*self.mean, "objects", "detections", *(() if self.metric == "coco" else ("recall", "precision"))]
+        rows: list[tuple[str, Sequence[object]]] = [("class", columns)]
+        for name, own in self.results.items():
+            reached, exact = own.curve.recall[-1:].tolist() or [0.0], own.curve.precision[-1:].tolist() or [None]
+            last = (*reached, *exact) if own.objects else (None, None)
+            rows.append((name, (*self.measures[name].values(), own.objects, own.detections, *last)))
+        rows.append(("mean", list(self.mean.values())))
+        width, widths = max(len(name) for name, _ in rows), [max(6, len(column)) for column in columns]
+        lines = [" ".join([f"{name:{width}}", *map(_cell, cells, widths)]) for name, cells in rows]
         present = sum(ap is not None for ap in self.ap.values())
-        mean = "     -" if math.isnan(self.map) else f"{self.map:6.4f}"
-        rule = f"{self.metric} at IoU {self.iou:g}" + (", difficult objects count" if self.use_difficult else "")
-        lines.append(f"{'mean':{width}}  {mean}  over {present} of {counted(len(self.results), 'class')}, {rule}")
-        return "\n".join(lines)
+        overlaps = "0.5 to 0.95" if self.metric == "coco" else f"{self.iou:g}"
+        rule = f"{self.metric} at IoU {overlaps}" + (", difficult objects count" if self.use_difficult else "")
+        return "\n".join(lines) + f"  over {present} of {counted(len(self.results), 'class')}, {rule}"
 
 
 def best_threshold(curve: PRCurve) -> tuple[float, float]:
@@ -98,10 +125,6 @@ def best_threshold(curve: PRCurve) -> tuple[float, float]:
     return float(scores[last : last + 2].mean()), float(f1[last])
 
 
-def _row(result: ClassResult) -> str:
-    counts = f"{result.objects:7d}  {result.detections:10d}"
-    if result.ap is None:
-        return f"     -  {counts}       -          -  no objects"
-    recall = f"{result.curve.recall[-1]:6.4f}" if len(result.curve.recall) else f"{0:6.4f}"
-    precision = f"{result.curve.precision[-1]:9.4f}" if len(result.curve.precision) else f"{'-':>9}"
-    return f"{result.ap:6.4f}  {counts}  {recall}  {precision}"
+def _cell(value: object, width: int) -> str:
+    text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f" {text:>{width}}"

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sppnet.checks import as_boxes, as_column, check_classes, check_overlap, first_bad_box
 from sppnet.errors import SppnetError
 from sppnet.evaluation.coco import evaluate_coco
-from sppnet.evaluation.results import ClassResult, CurveMetric, Floats, Metric, PRCurve, VOCEvaluation
+from sppnet.evaluation.results import Checked, ClassResult, CurveMetric, Floats, Metric, PRCurve, VOCEvaluation
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
@@ -45,46 +45,24 @@ def evaluate_voc(
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
     order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
     which names the image, for an image with detections but without annotation, for values that are no Detections and
-    Annotation (which check their numbers), and for a class that no detections know. The metric "coco" gives a
-    `COCOEvaluation`; it has overlaps of its own in place of `iou`.
+    Annotation (which check their numbers), and for a class that no detections know. The metric "coco" has
+    overlaps of its own in place of `iou`.
     """
-    names = _check_rules(classes, metric, iou, use_difficult)
-    return evaluate_flat(*flatten(detections, annotations, names), names, metric, iou, use_difficult)
-
-
-def flatten(
-    detections: Mapping[str, Detections] | Sequence[Detections],
-    annotations: Mapping[str, Annotation] | Sequence[Annotation],
-    classes: Sequence[str],
-) -> tuple[dict[str, tuple[list[str], Floats, Floats]], dict[str, Annotation]]:
-    """Class -> (image ids, scores, boxes), in the order of the annotations, and image id -> these; checked."""
-    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
-    if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
-        raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
-    if not isinstance(detections, Mapping) and len(detections) != len(annotations):
-        counts = f"{len(detections)} detections and {len(annotations)} annotations"
-        raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
-    _require_annotations(found_in, truth_of, "detections")
-    known = {name for found in found_in.values() for name in found.classes}
-    unknown = [name for name in classes if found_in and name not in known]
-    if unknown:
-        raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
-    ids: dict[str, list[str]] = {name: [] for name in classes}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in classes}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in classes}
+    names = check_rules(classes, metric, iou, use_difficult)
+    found_in, truth_of = check_images(detections, annotations, names)
+    ids: dict[str, list[str]] = {name: [] for name in names}
+    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in names}
+    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
     for image_id in (key for key in truth_of if key in found_in):
         found = found_in[image_id]
-        labels = np.unique(found.labels)
-        if len(labels) and not 0 <= labels[0] <= labels[-1] < len(found.classes):
-            raise SppnetError(f"image {image_id}: labels {labels.tolist()} are no places in {found.classes}")
-        for label in labels:
+        for label in np.unique(found.labels):
             name, rows = found.classes[label], np.flatnonzero(found.labels == label)
             if name in ids:
                 ids[name] += [image_id] * len(rows)
                 scores[name].append(found.scores[rows])
                 boxes[name].append(found.boxes[rows])
-    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in classes}
-    return flat, truth_of
+    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in names}
+    return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
 
 
 def evaluate_flat(
@@ -96,32 +74,26 @@ def evaluate_flat(
     use_difficult: bool = False,
 ) -> VOCEvaluation:
     """AP per class from class -> (image ids, scores, boxes), the content of one comp4 file per class."""
-    names, truth_of = _check_rules(classes, metric, iou, use_difficult), _by_image(annotations, Annotation)
+    names, truth_of = check_rules(classes, metric, iou, use_difficult), _by_image(annotations, Annotation)
     if not isinstance(detections, Mapping):
         raise SppnetError(f"expected class -> (image ids, scores, boxes), got {type(detections).__name__}")
     missing = [name for name in names if name not in detections]
     if missing:
         raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
+    if use_difficult or metric == "ilsvrc":
+        use_difficult, truth_of = True, all_counted(truth_of)
+    flat = {name: _check_flat(*detections[name], truth_of, name) for name in names}
     if metric == "coco":
-        checked = {name: _check_flat(*detections[name], truth_of, name) for name in names}
-        return evaluate_coco(checked, truth_of, use_difficult)
-    use_difficult = use_difficult or metric == "ilsvrc"
-    results = {name: evaluate_class(*detections[name], truth_of, name, metric, iou, use_difficult) for name in names}
+        results = evaluate_coco(flat, truth_of)
+    else:
+        results = {name: _evaluate_class(flat[name], truth_of, name, metric, iou) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
 
 
-def evaluate_class(
-    image_ids: Sequence[str],
-    scores: ArrayLike,
-    boxes: ArrayLike,
-    annotations: Mapping[str, Annotation],
-    name: str,
-    metric: CurveMetric = "11point",
-    iou: float = 0.5,
-    use_difficult: bool = False,
+def _evaluate_class(
+    found: Checked, annotations: Mapping[str, Annotation], name: str, metric: CurveMetric, iou: float
 ) -> ClassResult:
-    """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    _, values, rows = _check_flat(image_ids, scores, boxes, annotations, name)
+    image_ids, values, rows = found
     order = np.argsort(-values, kind="stable")
     scenes = _scenes([image_ids[row] for row in order], rows[order], annotations, name)
     ignored = np.zeros(len(values), dtype=bool)
@@ -129,8 +101,6 @@ def evaluate_class(
         positive, difficult = _first_free(scenes, len(values), iou)
     else:
         overlaps, objects, difficult = _best_objects(scenes, len(values))
-        if use_difficult:
-            difficult = np.zeros_like(difficult)
         hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
         on_difficult = difficult[objects[hits]]
         ignored[hits[on_difficult]] = True
@@ -165,7 +135,7 @@ def _check_metric(metric: object, known: object = Metric) -> None:
         raise SppnetError(f"metric must be one of {', '.join(get_args(known))}, got {metric!r}")
 
 
-def _check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
+def check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
     """The classes to evaluate; SppnetError for what no evaluation can be made by."""
     names = check_classes(classes)
     if not names:
@@ -176,6 +146,34 @@ def _check_rules(classes: Sequence[str], metric: object, iou: object, use_diffic
     if not check_overlap(iou, "iou") > 0:
         raise SppnetError(f"iou must lie above 0, got {iou!r}; VOC takes 0.5")
     return names
+
+
+def check_images(
+    detections: Mapping[str, Detections] | Sequence[Detections],
+    annotations: Mapping[str, Annotation] | Sequence[Annotation],
+    names: Sequence[str],
+) -> tuple[dict[str, Detections], dict[str, Annotation]]:
+    """Both by image id, as `evaluate_voc` takes them; SppnetError for what cannot be evaluated."""
+    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
+    if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
+        raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
+    if not isinstance(detections, Mapping) and len(detections) != len(annotations):
+        counts = f"{len(detections)} detections and {len(annotations)} annotations"
+        raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
+    _require_annotations(found_in, truth_of, "detections")
+    known = {name for found in found_in.values() for name in found.classes}
+    unknown = [name for name in names if found_in and name not in known]
+    if unknown:
+        raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
+    for image_id, found in found_in.items():  # arrays that may have been changed since they were checked
+        if not np.isin(found.labels, range(len(found.classes))).all():
+            raise SppnetError(f"image {image_id}: labels {found.labels.tolist()} are no places in {found.classes}")
+    return found_in, truth_of
+
+
+def all_counted(annotations: Mapping[str, Annotation]) -> dict[str, Annotation]:
+    """The same objects, none of them difficult."""
+    return {image: Annotation(own.boxes, own.names) for image, own in annotations.items()}
 
 
 def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str, T]:
@@ -194,7 +192,7 @@ def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str,
 
 def _check_flat(
     image_ids: Sequence[str], scores: ArrayLike, boxes: ArrayLike, annotations: Mapping[str, Annotation], name: str
-) -> tuple[Sequence[str], Floats, Floats]:
+) -> Checked:
     values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
     if not len(image_ids) == len(values) == len(rows):
         counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"

@@ -14,8 +14,8 @@ from sppnet.data.comp4 import read_comp4
 from sppnet.data.splits import read_image_set
 from sppnet.data.voc import read_annotation
 from sppnet.evaluation.proposals import proposal_recall
-from sppnet.evaluation.results import best_threshold
-from sppnet.evaluation.voc import average_precision, evaluate_class, evaluate_flat, evaluate_voc
+from sppnet.evaluation.results import ClassResult, best_threshold
+from sppnet.evaluation.voc import average_precision, evaluate_flat, evaluate_voc
 from sppnet.records import Annotation, Detections
 
 NO_DETECTIONS = ([], np.zeros(0), np.zeros((0, 4)))
@@ -38,6 +38,10 @@ def detections(*found: tuple, classes: tuple[str, ...] = ("cat", "dog")) -> Dete
         np.array([classes.index(f[0]) for f in found], dtype=np.int64),
         classes,
     )
+
+
+def evaluate_class(ids, scores, boxes, truth, name, metric="11point", iou=0.5) -> ClassResult:
+    return evaluate_flat({name: (ids, scores, boxes)}, truth, [name], metric, iou).results[name]
 
 
 # ---- the oracle: the rules as plain loops --------------------------------------------------------------------------
