@@ -56,8 +56,9 @@ class DetectionErrors:
             count, most = max((count, name) for name, count in self.counts[kind].items())
             cells = f"{sum(self.counts[kind].values()):8d}  {'-' if lost is None else f'{lost:.4f}':>8}"
             lines.append(f"{kind:21}{cells}" + (f"  {most} ({count})" if count else ""))
-        found = f"{sum(self.counts['found'].values())} of {self.objects} objects found"
-        return "\n".join([*lines, f"{found}, shown from each class's threshold on, IoU {self.iou:g}"])
+        found = f"{sum(self.counts['found'].values())} of {self.objects} objects are found"
+        rule = f"{self.metric} at IoU {self.iou:g}"
+        return "\n".join([*lines, f"shown: from the threshold of the class on, where {found}; mAP: of all, {rule}"])
 
 
 def find_errors(
