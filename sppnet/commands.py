@@ -167,8 +167,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"windows: {quality.mean_windows:.0f} an image, {recall}")
     if result.seconds_per_image is not None:
         print(f"detection: {result.seconds_per_image:.3f} s an image, without proposals")
-    if result.evaluation is not None:
-        print(result.evaluation.table())
+    for part in (result.evaluation, result.errors):
+        if part is not None:
+            print(part.table())
     print(f"results in {output.folder}")
     return 0
 
@@ -236,11 +237,8 @@ def _score(options: argparse.Namespace) -> int:
     found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
     evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
     values = evaluation.to_dict()
-    print(
-        json.dumps({key: values[key] for key in ("ap", "map", "measures") if key in values})
-        if options.json
-        else evaluation.table()
-    )
+    kept = {key: values[key] for key in ("ap", "map", "measures") if key in values}
+    print(json.dumps(kept) if options.json else evaluation.table())
     return 0
 
 

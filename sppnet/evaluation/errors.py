@@ -23,17 +23,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.checks import as_boxes, check_thresholds
-from sppnet.evaluation.results import CurveMetric, Floats, Metric
-from sppnet.evaluation.voc import all_counted, average_precision, check_images, check_rules
+from sppnet.evaluation.results import CurveMetric, Metric
+from sppnet.evaluation.voc import all_counted, average_precision, check_images, check_rules, match_voc
 from sppnet.records import Annotation, Detections, pairwise_iou
-
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 NEAR = 0.1  # TIDE's overlap from which on a detection is not of the background
 MISSED = ("missed by proposals", "missed by score")
 KINDS = (*MISSED, "badly placed", "wrong class", "wrong class and place", "duplicate", "background")
-UNCOVERED, UNSCORED, PLACED, CLASS, BOTH, DUPLICATE, BACKGROUND, FOUND, IGNORED = range(9)  # FOUND: without error
+PLACED, CLASS, BOTH, DUPLICATE, BACKGROUND, FOUND, IGNORED = range(2, 9)  # places in KINDS; FOUND: without error
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class DetectionErrors:
     """
 
     counts: Mapping[str, Mapping[str, int]]
-    map_lost: Mapping[str, float | None]  # None: no objects
+    map_lost: Mapping[str, float]
     objects: int  # those that are not difficult
     metric: CurveMetric
     iou: float
@@ -54,8 +51,8 @@ class DetectionErrors:
         lines = [f"{'errors':21}   shown  mAP lost  most in"]
         for kind, lost in self.map_lost.items():
             count, most = max((count, name) for name, count in self.counts[kind].items())
-            cells = f"{sum(self.counts[kind].values()):8d}  {'-' if lost is None else f'{lost:.4f}':>8}"
-            lines.append(f"{kind:21}{cells}" + (f"  {most} ({count})" if count else ""))
+            total = sum(self.counts[kind].values())
+            lines.append(f"{kind:21}{total:8d}  {lost:8.4f}" + (f"  {most} ({count})" if count else ""))
         found = f"{sum(self.counts['found'].values())} of {self.objects} objects are found"
         rule = f"{self.metric} at IoU {self.iou:g}"
         return "\n".join([*lines, f"shown: from the threshold of the class on, where {found}; mAP: of all, {rule}"])
@@ -81,12 +78,11 @@ def find_errors(
     matched = _match(found_in, truth_of, names, windows, iou)
     shown, counts = matched.scores >= check_thresholds(thresholds, names)[matched.labels], {}
     for kind, name in enumerate((*KINDS, "found")):
-        rows = shown & (matched.kinds == kind)
-        own = matched.classes[matched.missed(name, shown)] if name in MISSED else matched.labels[rows]
+        own = matched.labels[shown & (matched.kinds == kind)]
+        own = matched.classes[matched.missed(name, shown)] if name in MISSED else own
         counts[name] = dict(zip(names, np.bincount(own, minlength=len(names)).tolist(), strict=True))
     rule: CurveMetric = "11point" if metric == "11point" else "area"
-    costs = {kind: matched.mean_ap(rule, kind) - matched.mean_ap(rule) for kind in KINDS}
-    lost = {kind: None if math.isnan(cost) else cost for kind, cost in costs.items()}
+    lost = {kind: matched.mean_ap(rule, kind) - matched.mean_ap(rule) for kind in KINDS}
     return DetectionErrors(counts, lost, int(np.count_nonzero(~matched.difficult)), rule, iou)
 
 
@@ -94,22 +90,22 @@ def find_errors(
 class _Matched:
     """Detections, best first (R,), with the object that each means; the objects of all images (M,)."""
 
-    scores: Floats
-    labels: Ints
-    kinds: Ints
-    targets: Ints
-    classes: Ints
-    difficult: Flags
-    covered: Flags  # by a window
+    scores: NDArray[Any]
+    labels: NDArray[Any]
+    kinds: NDArray[Any]
+    targets: NDArray[Any]
+    classes: NDArray[Any]
+    difficult: NDArray[np.bool_]
+    covered: NDArray[np.bool_]  # by a window
 
-    def missed(self, kind: str, shown: Flags) -> Flags:
+    def missed(self, kind: str, shown: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The objects that are missed in this way where these detections are shown (M,)."""
-        missed = ~self.difficult & (self.covered != (kind == KINDS[UNCOVERED]))
+        missed = ~self.difficult & (self.covered != (kind == MISSED[0]))
         missed[self.targets[shown & np.isin(self.kinds, (FOUND, PLACED, CLASS))]] = False
         return missed
 
     def mean_ap(self, metric: CurveMetric, mended: str | None = None) -> float:
-        """Mean AP over the classes with objects, with a kind of errors mended; nan without objects."""
+        """Mean AP over the classes with objects, with a kind of errors mended; 0 without objects."""
         labels, right, kept, wanted = self.labels.copy(), self.kinds == FOUND, self.kinds != IGNORED, ~self.difficult
         present, wrong = np.unique(self.classes[wanted]), self.kinds == (KINDS.index(mended) if mended else -1)
         if mended in MISSED:
@@ -128,20 +124,16 @@ class _Matched:
             total = np.count_nonzero(wanted & (self.classes == label))
             ap = average_precision(true / max(total, 1), true / np.arange(1, len(true) + 1), metric)
             aps.append(ap if total else 1.0)
-        return float(np.mean(aps)) if aps else math.nan
+        return float(np.mean(aps)) if aps else 0.0
 
 
 def _match(
-    detections: Mapping[str, Detections],
-    annotations: Mapping[str, Annotation],
-    names: tuple[str, ...],
-    windows: Any,
-    iou: float,
+    given: Mapping[str, Detections], truth: Mapping[str, Annotation], names: tuple[str, ...], windows: Any, iou: float
 ) -> _Matched:
     none: Any = np.zeros(0, np.int64)
     found, objects, count = [(np.zeros(0), none, none, none)], [(none, none > 0, none > 0)], 0
-    for image, annotation in annotations.items():
-        known, own = annotation.of(names), detections.get(image, Detections(none, none, none, names))
+    for image, annotation in truth.items():
+        known, own = annotation.of(names), given.get(image, Detections(none, none, none, names))
         corners, classes = as_boxes(known.boxes), np.array([names.index(name) for name in known.names], np.int64)
         searched = corners if windows is None else as_boxes(windows.get(image, ()), f"windows of image {image}")
         covered = pairwise_iou(corners, searched).max(axis=1, initial=0) >= iou
@@ -152,12 +144,10 @@ def _match(
         overlaps = np.pad(pairwise_iou(as_boxes(own.boxes[rows]), corners), ((0, 0), (0, 1)))  # argmax needs a column
         same = labels[rows, None] == np.append(classes, -1)
         near, other = np.where(same, overlaps, 0), np.where(same, 0, overlaps)
-        tests = [each.max(axis=1) >= least for each in (near, other) for least in (iou, NEAR)]
-        kinds = np.select(tests, [DUPLICATE, PLACED, CLASS, BOTH], BACKGROUND)
+        right, ignored = match_voc(near, np.append(known.difficult, False), iou)
+        tests = [right, ignored, *(each.max(axis=1) >= least for each in (near, other) for least in (iou, NEAR))]
+        kinds = np.select(tests, [FOUND, IGNORED, DUPLICATE, PLACED, CLASS, BOTH], BACKGROUND)
         targets = np.where(kinds == CLASS, other.argmax(axis=1), near.argmax(axis=1))
-        hits = np.flatnonzero(kinds == DUPLICATE)
-        kinds[hits[np.unique(targets[hits], return_index=True)[1]]] = FOUND
-        kinds[hits[known.difficult[targets[hits]]]] = IGNORED
         found.append((own.scores[rows].astype(float), labels[rows], kinds, targets + count))
         count += len(known)
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]

@@ -17,8 +17,6 @@ Metric = Literal["11point", "area", "ilsvrc", "coco"]
 Floats = NDArray[np.float64]
 Checked = tuple[Sequence[str], Floats, Floats]  # image ids, scores (R,), boxes (R, 4) of one class
 
-COCO_OVERLAPS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-
 
 @dataclass(frozen=True)
 class PRCurve:
@@ -90,7 +88,7 @@ class VOCEvaluation:
             "objects": self.objects,
             "detections": {name: result.detections for name, result in self.results.items()},
         }
-        coco = {"iou": list(COCO_OVERLAPS), "mean": self.mean, "measures": self.measures}
+        coco = {"iou": None, "mean": self.mean, "measures": self.measures}  # it has ten overlaps
         return own | coco if self.metric == "coco" else own
 
     def table(self) -> str:

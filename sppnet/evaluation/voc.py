@@ -26,6 +26,7 @@ from sppnet.evaluation.results import Checked, ClassResult, CurveMetric, Floats,
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
+Flags = NDArray[np.bool_]
 Scene = tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]  # objects, detections and their IoU
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
 
@@ -50,18 +51,13 @@ def evaluate_voc(
     """
     names = check_rules(classes, metric, iou, use_difficult)
     found_in, truth_of = check_images(detections, annotations, names)
-    ids: dict[str, list[str]] = {name: [] for name in names}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in names}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
-    for image_id in (key for key in truth_of if key in found_in):
-        found = found_in[image_id]
-        for label in np.unique(found.labels):
-            name, rows = found.classes[label], np.flatnonzero(found.labels == label)
-            if name in ids:
-                ids[name] += [image_id] * len(rows)
-                scores[name].append(found.scores[rows])
-                boxes[name].append(found.boxes[rows])
-    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in names}
+    images = [image for image in truth_of if image in found_in]
+    ids, said = (
+        np.array([(image, name) for image in images for name in found_in[image].class_names], object).reshape(-1, 2).T
+    )
+    scores = np.concatenate([np.zeros(0), *(found_in[image].scores for image in images)])
+    boxes = np.concatenate([np.zeros((0, 4)), *(found_in[image].boxes for image in images)])
+    flat = {name: (ids[said == name].tolist(), scores[said == name], boxes[said == name]) for name in names}
     return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
 
 
@@ -84,7 +80,7 @@ def evaluate_flat(
         use_difficult, truth_of = True, all_counted(truth_of)
     flat = {name: _check_flat(*detections[name], truth_of, name) for name in names}
     if metric == "coco":
-        results = evaluate_coco(flat, truth_of)
+        results, iou = evaluate_coco(flat, truth_of), 0.5  # that of its curves
     else:
         results = {name: _evaluate_class(flat[name], truth_of, name, metric, iou) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
@@ -95,18 +91,13 @@ def _evaluate_class(
 ) -> ClassResult:
     image_ids, values, rows = found
     order = np.argsort(-values, kind="stable")
-    scenes = _scenes([image_ids[row] for row in order], rows[order], annotations, name)
-    ignored = np.zeros(len(values), dtype=bool)
-    if metric == "ilsvrc":
-        positive, difficult = _first_free(scenes, len(values), iou)
-    else:
-        overlaps, objects, difficult = _best_objects(scenes, len(values))
-        hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
-        on_difficult = difficult[objects[hits]]
-        ignored[hits[on_difficult]] = True
-        claims, positive = hits[~on_difficult], np.zeros(len(values), dtype=bool)
-        positive[claims[np.unique(objects[claims], return_index=True)[1]]] = True  # the best of each object
-    total = int((~difficult).sum())
+    positive, ignored, total = np.zeros(len(values), bool), np.zeros(len(values), bool), 0
+    for objects, own, overlaps in _scenes([image_ids[row] for row in order], rows[order], annotations, name):
+        if metric == "ilsvrc":
+            positive[own] = _match_ilsvrc(overlaps, objects.boxes, iou)
+        else:
+            positive[own], ignored[own] = match_voc(overlaps, objects.difficult, iou)
+        total += int((~objects.difficult).sum())
     true = np.cumsum(positive[~ignored], dtype=np.float64)
     curve = PRCurve(true / max(total, 1), true / np.arange(1, len(true) + 1), values[order][~ignored])
     ap = average_precision(curve.recall, curve.precision, metric)
@@ -226,25 +217,23 @@ def _scenes(ids: Sequence[str], boxes: Floats, truth: Mapping[str, Annotation], 
             yield objects, rows, pairwise_iou(boxes[rows], as_boxes(objects.boxes))
 
 
-def _best_objects(scenes: Iterator[Scene], count: int) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Per detection the best IoU (R,) and the number of that object (R,); per object of the class: difficult?"""
-    overlaps, best = np.zeros(count), np.zeros(count, dtype=np.int64)
-    flags: list[bool] = []
-    for objects, rows, table in scenes:
-        overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
-        flags += objects.difficult.tolist()
-    return overlaps, best, np.array(flags, dtype=bool)
+def match_voc(overlaps: NDArray[Any], difficult: NDArray[np.bool_], iou: float) -> tuple[Flags, Flags]:
+    """Which detections, best first, find an object and which are ignored (r,), by their IoU with the objects (r, G)."""
+    best = overlaps.argmax(axis=1)
+    hits = overlaps.max(axis=1) >= iou
+    ignored = hits & difficult[best]
+    claims, positive = np.flatnonzero(hits & ~ignored), np.zeros(len(hits), dtype=bool)
+    positive[claims[np.unique(best[claims], return_index=True)[1]]] = True  # the best of each object
+    return positive, ignored
 
 
-def _first_free(scenes: Iterator[Scene], count: int, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which detections find an object by the rule of ILSVRC (R,), best first; per object of the class: False."""
-    positive, total = np.zeros(count, dtype=bool), 0
-    for objects, rows, table in scenes:
-        width, height = (objects.boxes[:, 2:].astype(np.float64) - objects.boxes[:, :2]).T
-        free = np.where(table >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), table, 0)
-        for row, own in zip(rows, free, strict=True):
-            if own.any():
-                positive[row] = True
-                free[:, own.argmax()] = 0
-        total += len(objects)
-    return positive, np.zeros(total, dtype=bool)
+def _match_ilsvrc(overlaps: NDArray[Any], boxes: NDArray[np.floating], iou: float) -> Flags:
+    """Which detections, best first, find an object by the rule of ILSVRC (r,)."""
+    width, height = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).T
+    free = np.where(overlaps >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), overlaps, 0)
+    positive = np.zeros(len(free), dtype=bool)
+    for row, own in enumerate(free):
+        positive[row] = own.any()
+        if own.any():
+            free[:, own.argmax()] = 0
+    return positive

@@ -24,6 +24,7 @@ from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import BackboneError, SppnetError, counted
+from sppnet.evaluation.errors import DetectionErrors, find_errors
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
 from sppnet.evaluation.results import Metric, VOCEvaluation
 from sppnet.evaluation.voc import evaluate_voc
@@ -39,7 +40,6 @@ from sppnet.report.plots import draw_precision_recall
 
 log = logging.getLogger("sppnet")
 
-SHOWN_SCORE = 0.0  # the SVM's own boundary
 SHOWN_IMAGES = 12  # on the sheet of examples
 FIGURES = ("metrics.json", "curves.json", "precision_recall.png", "examples.jpg")
 HELD_OUT = "held-out"  # stands for a split where none is named
@@ -47,11 +47,13 @@ HELD_OUT = "held-out"  # stands for a split where none is named
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Detections of every image of a split; their evaluation and the quality of the windows where annotated."""
+    """Detections of every image of a split; evaluation, errors and the quality of the windows where annotated."""
 
     detections: Mapping[str, Detections]
     classes: tuple[str, ...]
+    thresholds: tuple[float, ...]  # the lowest score that `detect` shows, by class
     evaluation: VOCEvaluation | None
+    errors: DetectionErrors | None
     proposals: ProposalQuality | None
     seconds_per_image: float | None  # of those detected now, in one process, without proposals; None if none was
     origin: str  # names the detector and the windows by their content
@@ -98,17 +100,21 @@ def detect_split(
         log.info("%s left out detections of %s, %s the first; a larger one keeps them", limit, images, cut[0])
     known = restrict([r for r in records if r.annotation is not None], description.classes)
     annotations = {r.id: r.annotation for r in known if r.annotation is not None}
-    evaluation = quality = None
+    thresholds = tuple(map(min, zip(*(own.thresholds for own in (description, *description.others)), strict=True)))
+    evaluation = errors = quality = None
     if annotations:
         rules = (config.evaluate.metric, config.evaluate.iou, config.evaluate.use_difficult)
         found = {image: detections[image] for image in annotations}
-        evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
-        quality = proposal_recall({r.id: _read_all(windows, r) for r in known}, annotations)
+        searched = {r.id: _read_all(windows, r) for r in known}
+        quality = proposal_recall(searched, annotations)
+        if evaluate:
+            evaluation = evaluate_voc(found, annotations, description.classes, *rules)
+            errors = find_errors(found, annotations, description.classes, searched, thresholds, *rules)
     else:
         log.info(
             "no annotation for any of %s: detections are written, but not evaluated", counted(len(records), "image")
         )
-    return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
+    return SplitResult(detections, description.classes, thresholds, evaluation, errors, quality, seconds, folder.name)
 
 
 def _read_all(windows: Iterable[Path], record: ImageRecord) -> Windows:
@@ -271,6 +277,7 @@ def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
             "mean_best_overlap": quality.mean_best_overlap,
             "windows": quality.mean_windows,
         },
+        "errors": vars(result.errors),
     }
 
 
@@ -283,5 +290,5 @@ def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[Imag
     write_json(folder / "curves.json", curves)
     save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
     shown = spread(records, SHOWN_IMAGES)
-    pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
-    save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
+    pictures = [Picture(read_image(r.path), result.detections[r.id].above(result.thresholds), r.id) for r in shown]
+    save_image(contact_sheet(pictures), folder / "examples.jpg")

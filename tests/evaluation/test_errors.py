@@ -26,7 +26,7 @@ def found(*rows: tuple) -> dict[str, Detections]:
 
 
 def scenes(seed: int, images: int = 8) -> tuple[dict[str, Detections], dict[str, Annotation], dict[str, np.ndarray]]:
-    """Crowded images with objects of two classes, difficult ones among them, with detections of three, and some windows."""
+    """Crowded images with objects of two classes, detections of three, and some windows."""
     rng = np.random.default_rng(seed)
     detections, truth, windows = {}, {}, {}
     for number in range(images):
@@ -205,7 +205,7 @@ def test_without_windows_every_missed_object_is_missed_by_score():
 
 def test_without_objects_nothing_costs_and_false_alarms_count():
     errors = find_errors(found(("cat", 1, FAR)), {"a": Annotation([], [])}, CLASSES)
-    assert errors.map_lost == dict.fromkeys(KINDS)
+    assert errors.map_lost == dict.fromkeys(KINDS, 0)
     assert errors.counts["background"]["cat"] == 1
     assert "0 of 0 objects are found" in errors.table()
     assert find_errors({}, {}, CLASSES).objects == 0
