@@ -148,7 +148,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--import", dest="imports", nargs="+", type=PATH, metavar="FILE", help=text)
             command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
-    evaluations = {"eval": "evaluate on a split: mAP, errors, comp4 files, curves", "test": "detect over a split: comp4 files"}
+    evaluations = {
+        "eval": "evaluate on a split: mAP, errors by kind, curves",
+        "test": "detect over a split: comp4 files",
+    }
     for name, text in evaluations.items():
         test = _command(commands, name, text)
         test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")

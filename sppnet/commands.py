@@ -161,8 +161,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not distributed.is_main():
         return 0
     result = output.result
-    if result.proposals is not None:
-        quality = result.proposals
+    if (quality := result.proposals) is not None:
         recall = f"recall at IoU 0.5 {quality.recall:.3f}, mean best overlap {quality.mean_best_overlap:.3f}"
         print(f"windows: {quality.mean_windows:.0f} an image, {recall}")
     if result.seconds_per_image is not None:
@@ -236,8 +235,7 @@ def _score(options: argparse.Namespace) -> int:
             print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
     found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
     evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
-    values = evaluation.to_dict()
-    kept = {key: values[key] for key in ("ap", "map", "measures") if key in values}
+    kept = {key: value for key, value in evaluation.to_dict().items() if key in ("ap", "map", "measures")}
     print(json.dumps(kept) if options.json else evaluation.table())
     return 0
 

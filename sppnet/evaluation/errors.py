@@ -7,14 +7,13 @@ wrong class where it overlaps one of another class by `iou`; of a wrong class an
 An object that is neither found nor meant by a badly placed detection or one of a wrong class is missed: by the
 proposals where no window overlaps it by `iou`, else by its score. Difficult objects are not missed.
 
-A kind costs the mean AP that is won where it is mended. A badly placed detection gets the box of its object, one of a
-wrong class the class: the best of all detections of the object then counts, and the others go. Detections of other
-kinds go. Missed objects count no longer; the AP of a class with no other objects is 1 then (ours).
+A kind costs the mean AP that mending it wins. A badly placed detection gets the box of its object, one of a wrong class
+the class: the best of all detections of the object then counts, the others go. Detections of other kinds go. Missed
+objects count no longer; the AP of a class with no other objects is 1 then (ours).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +52,9 @@ class DetectionErrors:
             count, most = max((count, name) for name, count in self.counts[kind].items())
             total = sum(self.counts[kind].values())
             lines.append(f"{kind:21}{total:8d}  {lost:8.4f}" + (f"  {most} ({count})" if count else ""))
-        found = f"{sum(self.counts['found'].values())} of {self.objects} objects are found"
-        rule = f"{self.metric} at IoU {self.iou:g}"
-        return "\n".join([*lines, f"shown: from the threshold of the class on, where {found}; mAP: of all, {rule}"])
+        found = f"where {sum(self.counts['found'].values())} of {self.objects} objects are found"
+        rule = f"shown: from the threshold of the class on, {found}; mAP: of all, {self.metric} at IoU {self.iou:g}"
+        return "\n".join([*lines, rule])
 
 
 def find_errors(
@@ -63,7 +62,7 @@ def find_errors(
     annotations: Mapping[str, Annotation] | Sequence[Annotation],
     classes: Sequence[str],
     windows: Mapping[str, ArrayLike] | None = None,
-    thresholds: float | ArrayLike = -math.inf,
+    thresholds: float | ArrayLike = -np.inf,
     metric: Metric = "11point",
     iou: float = 0.5,
     use_difficult: bool = False,
@@ -136,11 +135,9 @@ def _match(
         known, own = annotation.of(names), given.get(image, Detections(none, none, none, names))
         corners, classes = as_boxes(known.boxes), np.array([names.index(name) for name in known.names], np.int64)
         searched = corners if windows is None else as_boxes(windows.get(image, ()), f"windows of image {image}")
-        covered = pairwise_iou(corners, searched).max(axis=1, initial=0) >= iou
-        objects.append((classes, known.difficult, covered))
+        objects.append((classes, known.difficult, pairwise_iou(corners, searched).max(axis=1, initial=0) >= iou))
         labels = np.array([names.index(name) if name in names else -1 for name in own.classes])[own.labels]
-        rows = np.argsort(-own.scores, kind="stable")
-        rows = rows[labels[rows] >= 0]
+        rows = [row for row in np.argsort(-own.scores, kind="stable") if labels[row] >= 0]
         overlaps = np.pad(pairwise_iou(as_boxes(own.boxes[rows]), corners), ((0, 0), (0, 1)))  # argmax needs a column
         same = labels[rows, None] == np.append(classes, -1)
         near, other = np.where(same, overlaps, 0), np.where(same, 0, overlaps)

@@ -65,17 +65,14 @@ class VOCEvaluation:
     @property
     def mean(self) -> dict[str, float | None]:
         """Means of the measures over the classes that have them; None where none has."""
-        means = dict[str, float | None]()
-        for key in next(iter(self.measures.values())):
-            present = [value for own in self.measures.values() if (value := own[key]) is not None]
-            means[key] = float(np.mean(present)) if present else None
-        return means
+        every = list(self.measures.values())
+        present = {key: [value for own in every if (value := own[key]) is not None] for key in every[0]}
+        return {key: float(np.mean(values)) if values else None for key, values in present.items()}
 
     @property
     def map(self) -> float:
         """Mean AP over the classes that have objects; nan where none has."""
-        mean = self.mean["AP"]
-        return math.nan if mean is None else mean
+        return math.nan if (mean := self.mean["AP"]) is None else mean
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, as JSON can hold it (what is undefined is null)."""

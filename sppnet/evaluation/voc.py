@@ -46,8 +46,7 @@ def evaluate_voc(
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
     order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
     which names the image, for an image with detections but without annotation, for values that are no Detections and
-    Annotation (which check their numbers), and for a class that no detections know. The metric "coco" has
-    overlaps of its own in place of `iou`.
+    Annotation (which check their numbers), and for a class that no detections know. Metric coco: no `iou`.
     """
     names = check_rules(classes, metric, iou, use_difficult)
     found_in, truth_of = check_images(detections, annotations, names)

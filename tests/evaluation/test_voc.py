@@ -534,7 +534,7 @@ def test_proposal_recall_agrees_with_a_naive_loop():
     assert quality.best_overlaps == pytest.approx(np.array(best))
     assert quality.recall == pytest.approx(np.mean(np.array(best) >= 0.3))
     assert quality.mean_best_overlap == pytest.approx(np.mean(best))
-    assert (quality.objects, quality.mean_windows) == (10, 10)
+    assert (len(quality.best_overlaps), quality.mean_windows) == (10, 10)
 
 
 @pytest.mark.shared_data
