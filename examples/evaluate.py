@@ -1,4 +1,4 @@
-"""PASCAL VOC's evaluation of the boxes of any detector, from plain arrays (sec. 4.2).
+"""PASCAL VOC's and COCO's evaluation of the boxes of any detector, and their errors, from plain arrays (sec. 4.2).
 
 python examples/evaluate.py
 """
@@ -6,6 +6,7 @@ python examples/evaluate.py
 import numpy as np
 
 from sppnet import Annotation, Detections, evaluate_voc
+from sppnet.evaluation.errors import find_errors
 
 classes = ("cat", "dog")
 truth = {
@@ -21,9 +22,10 @@ found = {  # labels count from 0; pixels, x1 y1 x2 y2
     "b": {"boxes": [[6, 5, 49, 52]], "scores": [0.8], "labels": [0]},
 }
 detections = {name: Detections(**own, classes=classes) for name, own in found.items()}
-for metric in ("11point", "area"):
+for metric in ("11point", "area", "coco"):
     evaluation = evaluate_voc(detections, truth, classes, metric=metric)
     print(metric)
     print(evaluation.table())
-curve = evaluation.results["cat"].curve
+print(find_errors(detections, truth, classes).table())
+curve = evaluate_voc(detections, truth, classes).results["cat"].curve
 print("cat: recall", np.round(curve.recall, 2), "precision", np.round(curve.precision, 2))

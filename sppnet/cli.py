@@ -23,7 +23,7 @@ from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
 
 T = TypeVar("T")
-METRICS = ("11point", "area", "ilsvrc")
+METRICS = ("11point", "area", "ilsvrc", "coco")
 VIEWS = ("centre", "ten", "full", "multiview")  # of an image that is classified
 
 # Commands that run one stage alone; low_rank goes with `train`.
@@ -148,7 +148,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--import", dest="imports", nargs="+", type=PATH, metavar="FILE", help=text)
             command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
-    evaluations = {"eval": "evaluate on a split: mAP, comp4 files, curves", "test": "detect over a split: comp4 files"}
+    evaluations = {
+        "eval": "evaluate on a split: mAP, errors by kind, curves",
+        "test": "detect over a split: comp4 files",
+    }
     for name, text in evaluations.items():
         test = _command(commands, name, text)
         test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
@@ -177,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=METRICS, default="11point")
-    score.add_argument("--iou", type=OVERLAP, default=0.5)
+    score.add_argument("--iou", type=OVERLAP, default=0.5, help="of all metrics but coco (default: 0.5)")
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     _add_classify(commands)

@@ -35,7 +35,7 @@ from sppnet.data.voc import normalise, read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
-from sppnet.evaluation.voc import VOCEvaluation, evaluate_flat
+from sppnet.evaluation.voc import evaluate_flat
 from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
@@ -161,14 +161,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not distributed.is_main():
         return 0
     result = output.result
-    if result.proposals is not None:
-        quality = result.proposals
+    if (quality := result.proposals) is not None:
         recall = f"recall at IoU 0.5 {quality.recall:.3f}, mean best overlap {quality.mean_best_overlap:.3f}"
         print(f"windows: {quality.mean_windows:.0f} an image, {recall}")
     if result.seconds_per_image is not None:
         print(f"detection: {result.seconds_per_image:.3f} s an image, without proposals")
-    if result.evaluation is not None:
-        print(result.evaluation.table())
+    for part in (result.evaluation, result.errors):
+        if part is not None:
+            print(part.table())
     print(f"results in {output.folder}")
     return 0
 
@@ -234,9 +234,9 @@ def _score(options: argparse.Namespace) -> int:
         for reason, count in skips.counts.items():
             print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
     found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
-    evaluation: VOCEvaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
-    values = evaluation.to_dict()
-    print(json.dumps({"ap": values["ap"], "map": values["map"]}) if options.json else evaluation.table())
+    evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)
+    kept = {key: value for key, value in evaluation.to_dict().items() if key in ("ap", "map", "measures")}
+    print(json.dumps(kept) if options.json else evaluation.table())
     return 0
 
 

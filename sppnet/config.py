@@ -297,10 +297,10 @@ class DetectSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """The measures of PASCAL VOC and ILSVRC."""
+    """The measures of PASCAL VOC, ILSVRC and COCO."""
 
-    metric: Literal["11point", "area", "ilsvrc"] = "11point"  # VOC07; "area" from VOC10 on; sec. 4.5
-    iou: float = Field(0.5, gt=0, le=1)
+    metric: Literal["11point", "area", "ilsvrc", "coco"] = "11point"  # VOC07; "area" from VOC10 on; sec. 4.5; COCO's
+    iou: float = Field(0.5, gt=0, le=1)  # not of coco, which has ten
     use_difficult: bool = False  # VOC: difficult objects are neither found nor missed
 
 

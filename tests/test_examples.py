@@ -93,6 +93,8 @@ def test_own_features_to_svms(run: Any) -> None:
 def test_the_boxes_of_another_detector(run: Any) -> None:
     said = run("evaluate")
     assert "11point" in said
+    assert "over 2 of 2 classes, coco at IoU 0.5 to 0.95" in said
+    assert re.search(r"background +1 +0\.0000  cat \(1\)", said)
     assert "cat: recall [1. 1.] precision [1.  0.5]" in said  # the difficult cat is neither
 
 

@@ -1,4 +1,4 @@
-"""How good detections and windows are, from values in memory: `voc` judges detections, `proposals` candidate windows.
+"""How good detections (`voc`, `coco`) and windows (`proposals`) are, what is wrong (`errors`), from values in memory.
 
 Nothing here reads a file or knows a detector; the caller brings detections and annotations.
 """

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sppnet.errors import SppnetError
-from sppnet.evaluation.voc import Metric, average_precision
+from sppnet.evaluation.results import CurveMetric
+from sppnet.evaluation.voc import average_precision
 
 
 def top_k_error(scores: ArrayLike, labels: ArrayLike, k: int) -> float:
@@ -26,7 +27,7 @@ def top_k_error(scores: ArrayLike, labels: ArrayLike, k: int) -> float:
     return float(np.mean(before >= k))
 
 
-def multi_label_ap(scores: ArrayLike, presence: ArrayLike, metric: Metric = "11point") -> list[float | None]:
+def multi_label_ap(scores: ArrayLike, presence: ArrayLike, metric: CurveMetric = "11point") -> list[float | None]:
     """AP of each class over images: scores and presence (N, C), VOC's classification task.
 
     presence: 1 where an image shows the class, -1 where not, 0 where it is ignored (it shows difficult objects alone).

@@ -23,18 +23,14 @@ class ProposalQuality:
     mean_windows: float
 
     @property
-    def objects(self) -> int:
-        return len(self.best_overlaps)
-
-    @property
     def recall(self) -> float:
         """Share of the objects that a window covers with IoU >= `iou`; nan without objects."""
-        return float((self.best_overlaps >= self.iou).mean()) if self.objects else math.nan
+        return float((self.best_overlaps >= self.iou).mean()) if len(self.best_overlaps) else math.nan
 
     @property
     def mean_best_overlap(self) -> float:
         """Mean over the objects of their best IoU; nan without objects."""
-        return float(self.best_overlaps.mean()) if self.objects else math.nan
+        return float(self.best_overlaps.mean()) if len(self.best_overlaps) else math.nan
 
 
 def proposal_recall(

@@ -7,97 +7,30 @@ Only objects that are not difficult count as missed. Boxes are half-open, so pla
 
 By the rule "ilsvrc" a detection finds the object that it overlaps most among those that none found before it and that
 it overlaps enough: by the IoU threshold, or by less where an object is so small that a border of 5 pixels around it is
-more. No object is difficult. AP is "area".
+more. No object is difficult. AP is "area". The rule "coco" is in `sppnet.evaluation.coco`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sppnet.checks import as_boxes, as_column, check_classes, check_overlap, first_bad_box
-from sppnet.errors import SppnetError, counted
+from sppnet.errors import SppnetError
+from sppnet.evaluation.coco import evaluate_coco
+from sppnet.evaluation.results import Checked, ClassResult, CurveMetric, Floats, Metric, PRCurve, VOCEvaluation
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 T = TypeVar("T")
-Metric = Literal["11point", "area", "ilsvrc"]
-Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 Scene = tuple[Annotation, NDArray[np.int64], NDArray[np.floating]]  # objects, detections and their IoU
 FlatDetections = tuple[Sequence[str], ArrayLike, ArrayLike]  # image ids, scores (R,), boxes (R, 4) of one class
 
 RECALL_TOLERANCE = 1e-9  # recall is a fraction of two counts: 3 of 10 must reach the threshold 0.3
-
-
-@dataclass(frozen=True)
-class PRCurve:
-    """Recall, precision and score after each counted detection, best first: float64 (R,); ignored ones are left out."""
-
-    recall: Floats
-    precision: Floats
-    scores: Floats
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class: its AP (None = no object to find), its curve, and how many objects and detections there were."""
-
-    ap: float | None
-    curve: PRCurve
-    objects: int  # objects that count as missed when not found
-    detections: int  # all detections, the ignored ones included
-
-
-@dataclass(frozen=True)
-class VOCEvaluation:
-    """Results per class, in the order given. A class without objects is absent: AP None, not in the mean."""
-
-    results: Mapping[str, ClassResult]
-    metric: Metric
-    iou: float
-    use_difficult: bool
-
-    @property
-    def ap(self) -> dict[str, float | None]:
-        return {name: result.ap for name, result in self.results.items()}
-
-    @property
-    def objects(self) -> dict[str, int]:
-        return {name: result.objects for name, result in self.results.items()}
-
-    @property
-    def map(self) -> float:
-        """Mean AP over the classes that have objects; nan where none has."""
-        present = [ap for ap in self.ap.values() if ap is not None]
-        return float(np.mean(present)) if present else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the curves, as JSON can hold it (an undefined mean is null)."""
-        return {
-            "metric": self.metric,
-            "iou": self.iou,
-            "use_difficult": self.use_difficult,
-            "map": None if math.isnan(self.map) else self.map,
-            "ap": self.ap,
-            "objects": self.objects,
-            "detections": {name: result.detections for name, result in self.results.items()},
-        }
-
-    def table(self) -> str:
-        """One line per class and one for the mean, as text."""
-        width = max(len("class"), *map(len, self.results))
-        lines = [f"{'class':{width}}      AP  objects  detections  recall  precision"]
-        lines += [f"{name:{width}}  {_row(result)}" for name, result in self.results.items()]
-        present = sum(ap is not None for ap in self.ap.values())
-        mean = "     -" if math.isnan(self.map) else f"{self.map:6.4f}"
-        rule = f"{self.metric} at IoU {self.iou:g}" + (", difficult objects count" if self.use_difficult else "")
-        lines.append(f"{'mean':{width}}  {mean}  over {present} of {counted(len(self.results), 'class')}, {rule}")
-        return "\n".join(lines)
 
 
 def evaluate_voc(
@@ -113,35 +46,17 @@ def evaluate_voc(
     Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
     order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
     which names the image, for an image with detections but without annotation, for values that are no Detections and
-    Annotation (which check their numbers), and for a class that no detections know.
+    Annotation (which check their numbers), and for a class that no detections know. Metric coco: no `iou`.
     """
-    names = _check_rules(classes, metric, iou, use_difficult)
-    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
-    if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
-        raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
-    if not isinstance(detections, Mapping) and len(detections) != len(annotations):
-        counts = f"{len(detections)} detections and {len(annotations)} annotations"
-        raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
-    _require_annotations(found_in, truth_of, "detections")
-    known = {name for found in found_in.values() for name in found.classes}
-    unknown = [name for name in names if found_in and name not in known]
-    if unknown:
-        raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
-    ids: dict[str, list[str]] = {name: [] for name in names}
-    scores: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0)] for name in names}
-    boxes: dict[str, list[NDArray[Any]]] = {name: [np.zeros((0, 4))] for name in names}
-    for image_id in (key for key in truth_of if key in found_in):
-        found = found_in[image_id]
-        labels = np.unique(found.labels)
-        if len(labels) and not 0 <= labels[0] <= labels[-1] < len(found.classes):
-            raise SppnetError(f"image {image_id}: labels {labels.tolist()} are no places in {found.classes}")
-        for label in labels:
-            name, rows = found.classes[label], np.flatnonzero(found.labels == label)
-            if name in ids:
-                ids[name] += [image_id] * len(rows)
-                scores[name].append(found.scores[rows])
-                boxes[name].append(found.boxes[rows])
-    flat = {name: (ids[name], np.concatenate(scores[name]), np.concatenate(boxes[name])) for name in names}
+    names = check_rules(classes, metric, iou, use_difficult)
+    found_in, truth_of = check_images(detections, annotations, names)
+    images = [image for image in truth_of if image in found_in]
+    ids, said = (
+        np.array([(image, name) for image in images for name in found_in[image].class_names], object).reshape(-1, 2).T
+    )
+    scores = np.concatenate([np.zeros(0), *(found_in[image].scores for image in images)])
+    boxes = np.concatenate([np.zeros((0, 4)), *(found_in[image].boxes for image in images)])
+    flat = {name: (ids[said == name].tolist(), scores[said == name], boxes[said == name]) for name in names}
     return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
 
 
@@ -154,76 +69,41 @@ def evaluate_flat(
     use_difficult: bool = False,
 ) -> VOCEvaluation:
     """AP per class from class -> (image ids, scores, boxes), the content of one comp4 file per class."""
-    names, truth_of = _check_rules(classes, metric, iou, use_difficult), _by_image(annotations, Annotation)
+    names, truth_of = check_rules(classes, metric, iou, use_difficult), _by_image(annotations, Annotation)
     if not isinstance(detections, Mapping):
         raise SppnetError(f"expected class -> (image ids, scores, boxes), got {type(detections).__name__}")
     missing = [name for name in names if name not in detections]
     if missing:
         raise SppnetError(f"no detections given for {', '.join(missing)}; pass empty arrays for a class without any")
-    use_difficult = use_difficult or metric == "ilsvrc"
-    results = {name: evaluate_class(*detections[name], truth_of, name, metric, iou, use_difficult) for name in names}
+    if use_difficult or metric == "ilsvrc":
+        use_difficult, truth_of = True, all_counted(truth_of)
+    flat = {name: _check_flat(*detections[name], truth_of, name) for name in names}
+    if metric == "coco":
+        results, iou = evaluate_coco(flat, truth_of), 0.5  # that of its curves
+    else:
+        results = {name: _evaluate_class(flat[name], truth_of, name, metric, iou) for name in names}
     return VOCEvaluation(results, metric, iou, use_difficult)
 
 
-def evaluate_class(
-    image_ids: Sequence[str],
-    scores: ArrayLike,
-    boxes: ArrayLike,
-    annotations: Mapping[str, Annotation],
-    name: str,
-    metric: Metric = "11point",
-    iou: float = 0.5,
-    use_difficult: bool = False,
+def _evaluate_class(
+    found: Checked, annotations: Mapping[str, Annotation], name: str, metric: CurveMetric, iou: float
 ) -> ClassResult:
-    """Evaluate one class on flat arrays: R image ids, scores (R,), boxes (R, 4); equal scores keep this order."""
-    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
-    if not len(image_ids) == len(values) == len(rows):
-        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
-        raise SppnetError(f"{name}: {counts}; give one of each per detection")
-    _require_annotations(image_ids, annotations, f"{name}: detections")
-    bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
-    if bad is not None:
-        raise SppnetError(
-            f"{name}: detection {bad}, in image {image_ids[bad]}, has the score {values[bad]} and the box "
-            f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
-        )
+    image_ids, values, rows = found
     order = np.argsort(-values, kind="stable")
-    scenes = _scenes([image_ids[row] for row in order], rows[order], annotations, name)
-    ignored = np.zeros(len(values), dtype=bool)
-    if metric == "ilsvrc":
-        positive, difficult = _first_free(scenes, len(values), iou)
-    else:
-        overlaps, objects, difficult = _best_objects(scenes, len(values))
-        if use_difficult:
-            difficult = np.zeros_like(difficult)
-        hits = np.flatnonzero((overlaps >= iou) & (overlaps > 0))
-        on_difficult = difficult[objects[hits]]
-        ignored[hits[on_difficult]] = True
-        claims, positive = hits[~on_difficult], np.zeros(len(values), dtype=bool)
-        positive[claims[np.unique(objects[claims], return_index=True)[1]]] = True  # the best of each object
-    total = int((~difficult).sum())
+    positive, ignored, total = np.zeros(len(values), bool), np.zeros(len(values), bool), 0
+    for objects, own, overlaps in _scenes([image_ids[row] for row in order], rows[order], annotations, name):
+        if metric == "ilsvrc":
+            positive[own] = _match_ilsvrc(overlaps, objects.boxes, iou)
+        else:
+            positive[own], ignored[own] = match_voc(overlaps, objects.difficult, iou)
+        total += int((~objects.difficult).sum())
     true = np.cumsum(positive[~ignored], dtype=np.float64)
     curve = PRCurve(true / max(total, 1), true / np.arange(1, len(true) + 1), values[order][~ignored])
     ap = average_precision(curve.recall, curve.precision, metric)
     return ClassResult(ap if total else None, curve, total, len(values))
 
 
-def best_threshold(curve: PRCurve) -> tuple[float, float]:
-    """The lowest score to accept so that F1 is best, and that F1: (score, F1); (nan, 0) where nothing is found.
-
-    The threshold lies halfway between the last score accepted and the next lower one of the curve, and is that score
-    where it is the lowest of all. Of thresholds with equal F1 the highest is taken.
-    """
-    recall, precision, scores = curve.recall, curve.precision, curve.scores
-    f1 = 2 * recall * precision / np.maximum(recall + precision, np.finfo(np.float64).tiny)
-    f1[:-1][scores[1:] == scores[:-1]] = 0  # no threshold divides equal scores
-    if not f1.any():
-        return math.nan, 0.0
-    last = int(f1.argmax())
-    return float(scores[last : last + 2].mean()), float(f1[last])
-
-
-def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = "11point") -> float:
+def average_precision(recall: ArrayLike, precision: ArrayLike, metric: CurveMetric = "11point") -> float:
     """AP of a curve, both (R,), best score first: `11point` (VOC07) or `area` (VOC10 on, ILSVRC); 0 for an empty curve.
 
     11point: mean over recall 0, 0.1, ... 1 of the best precision at that recall or more. area, ilsvrc: the area under
@@ -232,7 +112,7 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     reached, exact = np.asarray(recall, dtype=np.float64), np.asarray(precision, dtype=np.float64)
     if reached.shape != exact.shape or reached.ndim != 1:
         raise SppnetError(f"recall and precision must both have shape (R,), got {reached.shape} and {exact.shape}")
-    _check_metric(metric)
+    _check_metric(metric, CurveMetric)
     envelope = np.maximum.accumulate(exact[::-1])[::-1]
     if metric != "11point":
         return float(np.sum(np.diff(reached, prepend=0.0) * envelope))
@@ -240,12 +120,12 @@ def average_precision(recall: ArrayLike, precision: ArrayLike, metric: Metric = 
     return float(np.append(envelope, 0.0)[first].sum() / 11)
 
 
-def _check_metric(metric: object) -> None:
-    if metric not in ("11point", "area", "ilsvrc"):
-        raise SppnetError(f"metric must be '11point' (VOC07), 'area' (VOC10 on) or 'ilsvrc', got {metric!r}")
+def _check_metric(metric: object, known: object = Metric) -> None:
+    if metric not in get_args(known):
+        raise SppnetError(f"metric must be one of {', '.join(get_args(known))}, got {metric!r}")
 
 
-def _check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
+def check_rules(classes: Sequence[str], metric: object, iou: object, use_difficult: object) -> tuple[str, ...]:
     """The classes to evaluate; SppnetError for what no evaluation can be made by."""
     names = check_classes(classes)
     if not names:
@@ -256,6 +136,34 @@ def _check_rules(classes: Sequence[str], metric: object, iou: object, use_diffic
     if not check_overlap(iou, "iou") > 0:
         raise SppnetError(f"iou must lie above 0, got {iou!r}; VOC takes 0.5")
     return names
+
+
+def check_images(
+    detections: Mapping[str, Detections] | Sequence[Detections],
+    annotations: Mapping[str, Annotation] | Sequence[Annotation],
+    names: Sequence[str],
+) -> tuple[dict[str, Detections], dict[str, Annotation]]:
+    """Both by image id, as `evaluate_voc` takes them; SppnetError for what cannot be evaluated."""
+    found_in, truth_of = _by_image(detections, Detections), _by_image(annotations, Annotation)
+    if isinstance(detections, Mapping) != isinstance(annotations, Mapping):
+        raise SppnetError("detections and annotations must both be mappings by image id, or both be sequences")
+    if not isinstance(detections, Mapping) and len(detections) != len(annotations):
+        counts = f"{len(detections)} detections and {len(annotations)} annotations"
+        raise SppnetError(f"{counts}: sequences must hold one of each for every image; Detections may be empty")
+    _require_annotations(found_in, truth_of, "detections")
+    known = {name for found in found_in.values() for name in found.classes}
+    unknown = [name for name in names if found_in and name not in known]
+    if unknown:
+        raise SppnetError(f"class {unknown[0]!r} is none of the detections' classes: {', '.join(sorted(known))}")
+    for image_id, found in found_in.items():  # arrays that may have been changed since they were checked
+        if not np.isin(found.labels, range(len(found.classes))).all():
+            raise SppnetError(f"image {image_id}: labels {found.labels.tolist()} are no places in {found.classes}")
+    return found_in, truth_of
+
+
+def all_counted(annotations: Mapping[str, Annotation]) -> dict[str, Annotation]:
+    """The same objects, none of them difficult."""
+    return {image: Annotation(own.boxes, own.names) for image, own in annotations.items()}
 
 
 def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str, T]:
@@ -270,6 +178,23 @@ def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str,
         if not isinstance(value, kind):
             raise SppnetError(f"image {image_id}: expected sppnet.{kind.__name__}, got {type(value).__name__}")
     return found
+
+
+def _check_flat(
+    image_ids: Sequence[str], scores: ArrayLike, boxes: ArrayLike, annotations: Mapping[str, Annotation], name: str
+) -> Checked:
+    values, rows = as_column(scores, f"{name}: scores").astype(np.float64), as_boxes(boxes, f"{name}: boxes")
+    if not len(image_ids) == len(values) == len(rows):
+        counts = f"{len(image_ids)} image ids, {len(values)} scores and {len(rows)} boxes"
+        raise SppnetError(f"{name}: {counts}; give one of each per detection")
+    _require_annotations(image_ids, annotations, f"{name}: detections")
+    bad = first_bad_box(np.where(np.isfinite(values)[:, None], rows, np.nan))
+    if bad is not None:
+        raise SppnetError(
+            f"{name}: detection {bad}, in image {image_ids[bad]}, has the score {values[bad]} and the box "
+            f"{rows[bad].tolist()}; expected finite numbers, x1 < x2 and y1 < y2"
+        )
+    return image_ids, values, rows
 
 
 def _require_annotations(image_ids: Iterable[str], annotations: Mapping[str, Annotation], what: str) -> None:
@@ -291,34 +216,23 @@ def _scenes(ids: Sequence[str], boxes: Floats, truth: Mapping[str, Annotation], 
             yield objects, rows, pairwise_iou(boxes[rows], as_boxes(objects.boxes))
 
 
-def _best_objects(scenes: Iterator[Scene], count: int) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Per detection the best IoU (R,) and the number of that object (R,); per object of the class: difficult?"""
-    overlaps, best = np.zeros(count), np.zeros(count, dtype=np.int64)
-    flags: list[bool] = []
-    for objects, rows, table in scenes:
-        overlaps[rows], best[rows] = table.max(axis=1), table.argmax(axis=1) + len(flags)
-        flags += objects.difficult.tolist()
-    return overlaps, best, np.array(flags, dtype=bool)
+def match_voc(overlaps: NDArray[Any], difficult: NDArray[np.bool_], iou: float) -> tuple[Flags, Flags]:
+    """Which detections, best first, find an object and which are ignored (r,), by their IoU with the objects (r, G)."""
+    best = overlaps.argmax(axis=1)
+    hits = overlaps.max(axis=1) >= iou
+    ignored = hits & difficult[best]
+    claims, positive = np.flatnonzero(hits & ~ignored), np.zeros(len(hits), dtype=bool)
+    positive[claims[np.unique(best[claims], return_index=True)[1]]] = True  # the best of each object
+    return positive, ignored
 
 
-def _first_free(scenes: Iterator[Scene], count: int, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which detections find an object by the rule of ILSVRC (R,), best first; per object of the class: False."""
-    positive, total = np.zeros(count, dtype=bool), 0
-    for objects, rows, table in scenes:
-        width, height = (objects.boxes[:, 2:].astype(np.float64) - objects.boxes[:, :2]).T
-        free = np.where(table >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), table, 0)
-        for row, own in zip(rows, free, strict=True):
-            if own.any():
-                positive[row] = True
-                free[:, own.argmax()] = 0
-        total += len(objects)
-    return positive, np.zeros(total, dtype=bool)
-
-
-def _row(result: ClassResult) -> str:
-    counts = f"{result.objects:7d}  {result.detections:10d}"
-    if result.ap is None:
-        return f"     -  {counts}       -          -  no objects"
-    recall = f"{result.curve.recall[-1]:6.4f}" if len(result.curve.recall) else f"{0:6.4f}"
-    precision = f"{result.curve.precision[-1]:9.4f}" if len(result.curve.precision) else f"{'-':>9}"
-    return f"{result.ap:6.4f}  {counts}  {recall}  {precision}"
+def _match_ilsvrc(overlaps: NDArray[Any], boxes: NDArray[np.floating], iou: float) -> Flags:
+    """Which detections, best first, find an object by the rule of ILSVRC (r,)."""
+    width, height = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).T
+    free = np.where(overlaps >= np.minimum(iou, width * height / ((width + 10) * (height + 10))), overlaps, 0)
+    positive = np.zeros(len(free), dtype=bool)
+    for row, own in enumerate(free):
+        positive[row] = own.any()
+        if own.any():
+            free[:, own.argmax()] = 0
+    return positive

@@ -24,8 +24,10 @@ from sppnet.data.selection import restrict
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import BackboneError, SppnetError, counted
+from sppnet.evaluation.errors import DetectionErrors, find_errors
 from sppnet.evaluation.proposals import ProposalQuality, proposal_recall
-from sppnet.evaluation.voc import Metric, VOCEvaluation, evaluate_voc
+from sppnet.evaluation.results import Metric, VOCEvaluation
+from sppnet.evaluation.voc import evaluate_voc
 from sppnet.images import read_image
 from sppnet.jobs import map_in_workers
 from sppnet.paths import LONGEST_NAME, fitting_name
@@ -38,7 +40,6 @@ from sppnet.report.plots import draw_precision_recall
 
 log = logging.getLogger("sppnet")
 
-SHOWN_SCORE = 0.0  # the SVM's own boundary
 SHOWN_IMAGES = 12  # on the sheet of examples
 FIGURES = ("metrics.json", "curves.json", "precision_recall.png", "examples.jpg")
 HELD_OUT = "held-out"  # stands for a split where none is named
@@ -46,11 +47,12 @@ HELD_OUT = "held-out"  # stands for a split where none is named
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Detections of every image of a split; their evaluation and the quality of the windows where annotated."""
+    """Detections of every image of a split; evaluation, errors and the quality of the windows where annotated."""
 
     detections: Mapping[str, Detections]
-    classes: tuple[str, ...]
+    thresholds: tuple[float, ...]  # the lowest score that `detect` shows, by class
     evaluation: VOCEvaluation | None
+    errors: DetectionErrors | None
     proposals: ProposalQuality | None
     seconds_per_image: float | None  # of those detected now, in one process, without proposals; None if none was
     origin: str  # names the detector and the windows by their content
@@ -97,17 +99,20 @@ def detect_split(
         log.info("%s left out detections of %s, %s the first; a larger one keeps them", limit, images, cut[0])
     known = restrict([r for r in records if r.annotation is not None], description.classes)
     annotations = {r.id: r.annotation for r in known if r.annotation is not None}
-    evaluation = quality = None
+    lowest = [dict(zip(own.classes, own.thresholds, strict=True)) for own in (description, *description.others)]
+    thresholds = tuple(min(own[name] for own in lowest) for name in description.classes)
+    evaluation = errors = quality = None
     if annotations:
         rules = (config.evaluate.metric, config.evaluate.iou, config.evaluate.use_difficult)
         found = {image: detections[image] for image in annotations}
-        evaluation = evaluate_voc(found, annotations, description.classes, *rules) if evaluate else None
-        quality = proposal_recall({r.id: _read_all(windows, r) for r in known}, annotations)
+        searched = {r.id: _read_all(windows, r) for r in known}
+        quality = proposal_recall(searched, annotations)
+        if evaluate:
+            evaluation = evaluate_voc(found, annotations, description.classes, *rules)
+            errors = find_errors(found, annotations, description.classes, searched, thresholds, *rules)
     else:
-        log.info(
-            "no annotation for any of %s: detections are written, but not evaluated", counted(len(records), "image")
-        )
-    return SplitResult(detections, description.classes, evaluation, quality, seconds, folder.name)
+        log.info("no annotation for any of %s, so they are not evaluated", counted(len(records), "image"))
+    return SplitResult(detections, thresholds, evaluation, errors, quality, seconds, folder.name)
 
 
 def _read_all(windows: Iterable[Path], record: ImageRecord) -> Windows:
@@ -191,7 +196,7 @@ def evaluate_run(
         if evaluate or not _describe(folder, result, names):
             for name in FIGURES:  # of earlier detections
                 (folder / name).unlink(missing_ok=True)
-        _write_comp4(folder, names, result.detections, result.classes)
+        _write_comp4(folder, names, result.detections, classes)
         if result.evaluation is not None:
             tested = {"data": str(data or config.data.root), "splits": names}
             counts = {"training_images": len(found.trained), "validation_images": len(found.validation)}
@@ -258,8 +263,7 @@ def _check_comp4_names(splits: tuple[str, ...], classes: tuple[str, ...]) -> Non
 
 
 def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
-    quality = result.proposals
-    assert quality is not None  # it is measured with the evaluation
+    quality: Any = result.proposals  # it is measured with the evaluation
     return {
         **evaluation.to_dict(),
         "images": len(result.detections),
@@ -270,17 +274,16 @@ def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
             "mean_best_overlap": quality.mean_best_overlap,
             "windows": quality.mean_windows,
         },
+        "errors": vars(result.errors),
     }
 
 
 def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
     """Curves, as numbers and as a picture, and a sheet of examples spread over the images."""
-    curves = {
-        name: {key: getattr(of_class.curve, key).tolist() for key in ("recall", "precision", "scores")}
-        for name, of_class in evaluation.results.items()
-    }
-    write_json(folder / "curves.json", curves)
+    curves = {name: vars(own.curve) for name, own in evaluation.results.items()}
+    lists = {name: {key: values.tolist() for key, values in own.items()} for name, own in curves.items()}
+    write_json(folder / "curves.json", lists)
     save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
     shown = spread(records, SHOWN_IMAGES)
-    pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
-    save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
+    pictures = [Picture(read_image(r.path), result.detections[r.id].above(result.thresholds), r.id) for r in shown]
+    save_image(contact_sheet(pictures), folder / "examples.jpg")

@@ -11,7 +11,8 @@ from sppnet.detection.detector import SPPDetector
 from sppnet.detection.training_windows import TrainingWindows
 from sppnet.distributed import barrier, shard
 from sppnet.errors import counted
-from sppnet.evaluation.voc import best_threshold, evaluate_voc
+from sppnet.evaluation.results import best_threshold
+from sppnet.evaluation.voc import evaluate_voc
 from sppnet.jobs import progress_bar
 from sppnet.proposals.search import read_windows
 from sppnet.records import Detections

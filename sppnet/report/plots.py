@@ -11,14 +11,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sppnet.evaluation.voc import ClassResult, VOCEvaluation
+from sppnet.evaluation.results import ClassResult, VOCEvaluation
 from sppnet.report.fonts import font_file, legible
 
 DOTS_PER_INCH = 120
 MAIN, PALE = "#1f5fa8", "#9aa3ad"
 MOST_PANELS = 48  # of a figure that is drawn in seconds and can be looked at
 LONGEST_TITLE = 18
-METRIC_NAMES = {"11point": "11-point AP", "area": "area AP", "ilsvrc": "ILSVRC AP"}
+METRIC_NAMES = {"11point": "11-point AP", "area": "area AP", "ilsvrc": "ILSVRC AP", "coco": "COCO AP; curves"}
 
 
 def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
@@ -41,7 +41,7 @@ def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
         else:
             axes.set_visible(False)
     mean = "undefined" if math.isnan(evaluation.map) else f"{evaluation.map:.3f}"
-    title = f"mean AP {mean}  ({METRIC_NAMES[evaluation.metric]}, IoU {evaluation.iou:g})"
+    title = f"mean AP {mean}  ({METRIC_NAMES[evaluation.metric]} at IoU {evaluation.iou:g})"
     if len(names) < len(evaluation.results):
         title += f"\nthe {len(names)} lowest of {len(evaluation.results)} classes"
     figure.suptitle(title, fontsize=12)

@@ -40,7 +40,7 @@ def test_the_cover_is_that_of_torchvision_image_by_image(images: list, iou: floa
             overlaps = box_iou(torch.tensor([box], dtype=torch.float64), given)
             best.append(float(overlaps.max()) if len(given) else 0.0)
     np.testing.assert_allclose(quality.best_overlaps, best)
-    assert quality.objects == len(best)
+    assert len(quality.best_overlaps) == len(best)
     assert (
         quality.recall == pytest.approx(np.mean(quality.best_overlaps >= iou)) if best else math.isnan(quality.recall)
     )

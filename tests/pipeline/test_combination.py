@@ -83,7 +83,9 @@ def test_evaluation_is_on_the_windows_of_all(small_run, another, both):
         assert len(expected) > 0
     alone = [[len(read_windows(folder, record)) for record in records] for folder in folders]
     assert result.proposals.mean_windows > np.mean(alone, axis=1).max()
-    assert result.classes == detector.classes
+    each = [dict(zip(own.classes, own.thresholds, strict=True)) for own in (detector, *detector.others)]
+    assert result.thresholds == tuple(min(each[0][name], each[1][name]) for name in detector.classes)
+    assert result.thresholds not in [own.thresholds for own in (detector, *detector.others)]
     again = evaluate_run(both, metric="area").result
     assert again.seconds_per_image is None
     assert again.evaluation.metric == "area"

@@ -16,8 +16,11 @@ from sppnet.backbones import backbone as backbones
 from sppnet.data.comp4 import read_comp4
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import BackboneError, ImageError, SppnetError
+from sppnet.evaluation.errors import find_errors
+from sppnet.pipeline import evaluation
 from sppnet.pipeline.evaluation import RunEvaluation, detect_split, evaluate_run
 from sppnet.pipeline.run_data import load_run_data, load_test_data
+from sppnet.report.drawing import contact_sheet
 
 CLASSES = ("cross", "disc", "square", "star", "triangle")
 
@@ -64,12 +67,12 @@ def evaluate(detector, root, data=None, splits=(), **options) -> RunEvaluation:
     return evaluate_run(root, "cpu", data, splits, **options)
 
 
-def score(folder: Path, devkit: Path, split: str, name: str) -> dict:
+def score(folder: Path, devkit: Path, split: str, name: str, *more: str) -> dict:
     year, image_set = split.split("/")
     files = ["--annotations", devkit / year / "Annotations"]
     files += ["--image-set", devkit / year / f"ImageSets/Main/{image_set}.txt"]
     pattern = folder / f"comp4_det_{name}_{{}}.txt"
-    result = run_command("score", *files, "--detections", pattern, "--classes", ",".join(CLASSES), "--json")
+    result = run_command("score", *files, "--detections", pattern, "--classes", ",".join(CLASSES), "--json", *more)
     assert result.status == 0, result.err
     return json.loads(result.out)
 
@@ -121,6 +124,48 @@ def test_the_area_rule_is_taken_where_it_is_asked_for(run, detector):
     assert (eleven.evaluation.metric, area.evaluation.metric) == ("11point", "area")
     assert eleven.evaluation.map != area.evaluation.map
     assert area.seconds_per_image is None  # nothing was detected again
+
+
+def test_the_errors_by_kind_are_printed_and_kept(run, detector):
+    thresholds = tuple(np.linspace(-0.5, 0.5, len(CLASSES)))
+    output = evaluate(replace(detector, thresholds=thresholds), run.root)
+    result, errors = output.result, output.result.errors
+    truth = {r.id: r.annotation for r in load_test_data(detector.config).records}
+    searched = find_errors(result.detections, truth, CLASSES, None, thresholds)
+    missed = [sum(errors.counts[kind].values()) for kind in ("missed by proposals", "missed by score")]
+    assert sum(missed) == sum(searched.counts["missed by score"].values())
+    assert 0 < missed[0] < sum(missed)  # a detector of seconds
+    assert errors.counts["background"] == searched.counts["background"]
+    assert result.thresholds == pytest.approx(thresholds)
+    kept = json.loads((output.folder / "metrics.json").read_text())["errors"]
+    assert kept == {**vars(errors), "counts": errors.counts, "map_lost": errors.map_lost}
+    assert errors.table() in run_command("eval", run.root).out
+
+
+def test_the_examples_show_what_detect_would_show(run, detector, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "contact_sheet", lambda pictures: seen.extend(pictures) or contact_sheet(pictures))
+    thresholds = (9.0, -9.0, 0.3, -0.2, -9.0)
+    result = evaluate(replace(detector, thresholds=thresholds), run.root).result
+    assert [len(p.detections) for p in seen] == [len(own.above(thresholds)) for own in result.detections.values()]
+    assert 0 < sum(len(p.detections) for p in seen) < sum(map(len, result.detections.values()))
+
+
+def test_cocos_figures_are_printed_kept_and_those_of_the_written_files(run, detector):
+    detector.save(run.root / "detector")
+    said = run_command("eval", run.root, "--metric", "coco")
+    assert said.status == 0
+    folder = run.root / "results/SHAPES-test"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["metric"] == "coco"
+    assert metrics["map"] == metrics["mean"]["AP"] > 0
+    assert metrics["errors"]["metric"] == "area"
+    assert f"mean      {metrics['map']:.4f}" in said.out
+    assert "Average Precision" not in said.out + said.err
+    assert all(path.stat().st_size > 5000 for path in folder.glob("*.[pj][np]g"))
+    found = score(folder, run.devkit, "SHAPES/test", "test", "--metric", "coco")
+    assert found["measures"].keys() == set(CLASSES)
+    assert found["map"] == pytest.approx(metrics["map"], abs=1e-9)
 
 
 def test_figures_of_earlier_detections_do_not_stay_beside_new_ones(run, detector):

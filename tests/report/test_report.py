@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from sppnet.evaluation.voc import ClassResult, PRCurve, VOCEvaluation
+from sppnet.evaluation.results import ClassResult, PRCurve, VOCEvaluation
 from sppnet.records import Detections
 from sppnet.report import fonts
 from sppnet.report.drawing import Picture, class_colour, contact_sheet, draw_detections, is_drawn, save_image
