@@ -28,16 +28,15 @@ from sppnet.artifacts import (
     write_tensors,
     write_text,
 )
-from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.runtime import device_of, resolve_precision
-from sppnet.classification.classifier import DESCRIPTION, Classifier
+from sppnet.classification.classifier import DESCRIPTION, Classifier, build_network
 from sppnet.classification.dataset import ClassData, epoch_batches, load_class_data
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.sources import FeatureSource, ImageSource, Source
 from sppnet.config_files import dump_config
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.jobs import progress_bar
-from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout, start_head
+from sppnet.models.sppnet import SPPNet, momentum_of, restore_momentum, seed_dropout
 
 log = logging.getLogger("sppnet")
 
@@ -60,7 +59,7 @@ def train_classifier(
     config = config.model_copy(update={"training": settings})
     data = load_class_data(config.data, run)
     log.info("%s", data)
-    network = start_network(config, len(data.classes)).to(device)
+    network = build_network(config, len(data.classes), start=True).to(device)
     few = min(settings.batch, len(data.train.images))
     if few < distributed.world_size():
         raise SppnetError(
@@ -74,11 +73,10 @@ def train_classifier(
         write_text(run / "config.yaml", dump_config(config))
         data.write(run)
     distributed.barrier()
-    source: Source
-    if settings.train_backbone:
-        source = ImageSource(network, data, config)
-    else:
-        source = FeatureSource(network, data, config, run, progress)
+    whole = settings.train_backbone
+    source: Source = (
+        ImageSource(network, data, config) if whole else FeatureSource(network, data, config, run, progress)
+    )
     if not (folder / STATE).exists():
         _scale_input(network, source, config)
     _Trainer(network, source, config, run, folder).train(progress)
@@ -94,15 +92,6 @@ def _made_by(run: Path) -> str:
         return str(read_json(run / DESCRIPTION)["training"])
     except (ArtifactError, TypeError, KeyError):
         return ""
-
-
-def start_network(config: ClassifierConfig, classes: int) -> SPPNet:
-    """The network that training starts from: the backbone with its weights, the head as head.init says."""
-    backbone = build_backbone(config.backbone, config.training.seed)
-    levels = config.pyramid.levels
-    head = build_head(backbone.channels, levels, classes, config.head, config.training.seed)
-    start_head(head, config.head, config.backbone, backbone.channels, levels)
-    return SPPNet(backbone, levels, head)
 
 
 def rate_divisions(losses: Sequence[float], patience: int) -> int:
