@@ -5,7 +5,7 @@ import torch
 from doubles import picture
 from small_classifier import CLASSES, config_of
 
-from sppnet.classification.classifier import Classifier
+from sppnet.classification.classifier import Classifier, build_network
 from sppnet.classification.features import image_features
 
 
