@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sppnet.artifacts import write_tensors
 from sppnet.backbones.backbone import build_backbone
 from sppnet.classification.classifier import Classifier, build_network
+from sppnet.classification.dataset import training_view
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.testing import evaluate_classifiers
 from sppnet.classification.training import rate_divisions, train_classifier
@@ -24,6 +25,7 @@ from sppnet.config_files import load_settings
 from sppnet.data.class_folder import read_class_folder
 from sppnet.errors import SppnetError
 from sppnet.evaluation.classification import top_k_error
+from sppnet.images import normalise, read_image
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 CPU = torch.device("cpu")
@@ -137,6 +139,28 @@ def test_an_image_that_is_cut_short_is_named_and_nothing_of_it_trains(tmp_path):
         with pytest.raises(SppnetError, match=r"disc/01\.png: expected a complete image"):
             train(config_of(folder, train_backbone=train_backbone), tmp_path / "run")
     assert not (tmp_path / "run/classifier").exists()
+
+
+def test_what_is_no_image_is_named_before_anything_is_written(tmp_path):
+    folder = write_classes(tmp_path / "data", 3)
+    (folder / "disc/01.png").write_bytes(b"no picture")
+    with pytest.raises(SppnetError, match=r"disc/01\.png: expected an image"):
+        train(config_of(folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_input_is_scaled_by_what_batch_norm_gives_in_training(folder, tmp_path):
+    """Of random weights the kept statistics are not those of any image; the first step sees those of its batch."""
+    config = config_of(folder, epochs=1, batch=24, sizes=[48])
+    trained = train(config, tmp_path)
+    backbone = build_network(config, 3, start=True).backbone.train()
+    views = [training_view(read_image(path), 48, config.training, None) for path in sorted(folder.glob("*/*.png"))]
+    with torch.no_grad():
+        pooled = spatial_pyramid_pool(
+            backbone(normalise(torch.stack(views), backbone.mean, backbone.weights.std)), (1, 2)
+        )
+    norm = float(pooled.norm(dim=1).mean() * trained.network.head.input_scale)
+    assert norm == pytest.approx(100, rel=0.1)
 
 
 def test_a_loss_that_is_not_finite_names_the_rate(folder, tmp_path):
