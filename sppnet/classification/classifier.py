@@ -14,14 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sppnet import distributed
-from sppnet.artifacts import (
-    names_from_tensor,
-    names_to_tensor,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
 from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.runtime import Runtime, device_of, make_runtime, resolve_precision
 from sppnet.classification.settings import ClassifierConfig
@@ -127,22 +120,19 @@ def of_images(
             found = [*compute(read_image(paths[place]))]
         except (ImageError, BackboneError) as error:
             reason = f"{paths[place]}: {error}" if isinstance(error, BackboneError) else str(error)
-        return [names_to_tensor([as_text(reason)]).long(), *found]  # numbers, for other processes
+        return [np.array([*as_text(reason).encode()], np.int64), *found]  # numbers, for other processes
 
     for path, (reason, *found) in zip(paths, distributed.in_order(own, len(paths)), strict=True):
-        yield path, names_from_tensor(reason)[0] or found
+        yield path, bytes(reason.tolist()).decode() or found
 
 
 def usable(
     results: Iterable[tuple[Path, list[Tensor] | str]],
 ) -> tuple[dict[int, list[Tensor]], dict[Path, str]]:
     """Results of `of_images` by place, and the files that cannot be used with the reason; SppnetError for no result."""
-    found, skipped, count = dict[int, list[Tensor]](), dict[Path, str](), 0
-    for count, (path, result) in enumerate(results, 1):
-        if isinstance(result, str):
-            skipped[path] = result
-        else:
-            found[count - 1] = result
+    every = list(results)
+    found = {place: result for place, (_, result) in enumerate(every) if not isinstance(result, str)}
+    skipped = {path: result for path, result in every if isinstance(result, str)}
     if not found:
-        raise SppnetError(f"expected images, none of {count} can be used: {next(iter(skipped.values()), '')}")
+        raise SppnetError(f"expected images, none of {len(every)} can be used: {next(iter(skipped.values()), '')}")
     return found, skipped

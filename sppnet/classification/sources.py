@@ -67,7 +67,7 @@ class ImageSource:
 
     def pooled(self) -> Iterator[Tensor]:
         """Pooled features (B, D) of some training images, by the statistics that batch norm trains with."""
-        places = np.linspace(0, self.count - 1, min(NORM_IMAGES, self.count)).astype(np.int64)
+        places = _sample(self.count)
         batches = [Batch(part, max(self.settings.sizes)) for part in np.array_split(places, -(-len(places) // 32))]
         backbone = copy.deepcopy(self.trained.backbone).train()  # those of random weights are not known yet
         for images, _ in self._load(batches):
@@ -140,14 +140,17 @@ class FeatureSource:
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for first in distributed.shard(range(self.count, len(self.labels), TOGETHER)):
             places = np.arange(first, min(first + TOGETHER, len(self.labels)))
-            yield self._rows(places, np.full(len(places), 2 * len(self.sizes) - 2)), self.labels[places]
+            yield self._rows(places, 2 * len(self.sizes) - 2), self.labels[places]
 
     def pooled(self) -> Iterator[Tensor]:
-        places = np.linspace(0, self.count - 1, min(NORM_IMAGES, self.count)).astype(np.int64)
-        yield self._rows(places, np.full(len(places), 2 * len(self.sizes) - 2))
+        yield self._rows(_sample(self.count), 2 * len(self.sizes) - 2)
 
-    def _rows(self, places: NDArray[np.int64], kinds: NDArray[np.int64]) -> Tensor:
+    def _rows(self, places: NDArray[np.int64], kinds: NDArray[np.int64] | int) -> Tensor:
         return torch.from_numpy(self.features[places, kinds]).float()
+
+
+def _sample(count: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(NORM_IMAGES, count)).astype(np.int64)
 
 
 def _share(places: NDArray[np.int64]) -> NDArray[np.int64]:

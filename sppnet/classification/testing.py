@@ -92,8 +92,8 @@ def classify_image(
     that the detector's projection gives it (sec. 3.1.4), the whole map where it is the whole image. Otherwise each view
     is cut out and runs on its own, whose borders see padding and not the image around.
     """
-    pooled = []
-    for scale, of_scale in itertools.groupby(sorted(views, key=_by_map), key=lambda view: view.scale):
+    pooled, by_map = [], sorted(views, key=lambda view: (view.scale, view.flip, view.box[2] - view.box[0]))
+    for scale, of_scale in itertools.groupby(by_map, key=lambda view: view.scale):
         pixels = classifier.pixels(image, scale)
         for flip, own in itertools.groupby(of_scale, key=lambda view: view.flip):
             boxes = np.array([view.box for view in own])
@@ -137,11 +137,6 @@ def evaluate_classifiers(
     found, skipped = usable(progress_bar(done, "test", "image", len(folder.images), shown=progress))
     probabilities, seconds = np.stack([row.numpy() for (row,) in found.values()]), time.perf_counter() - start
     return ClassificationResult(views, folder.classes, folder.labels[[*found]], probabilities, skipped, seconds)
-
-
-def _by_map(view: View) -> tuple[float, bool, int]:
-    """Views of one map beside each other, and among them those of one size."""
-    return view.scale, view.flip, view.box[2] - view.box[0]
 
 
 def _pool_maps(classifier: Classifier, pixels: Tensor, boxes: NDArray[np.int64]) -> Tensor:

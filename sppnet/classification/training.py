@@ -60,11 +60,9 @@ def train_classifier(
     data = load_class_data(config.data, run)
     log.info("%s", data)
     network = build_network(config, len(data.classes), start=True).to(device)
-    few = min(settings.batch, len(data.train.images))
-    if few < distributed.world_size():
-        raise SppnetError(
-            f"expected an image of a batch of {few} for each of {distributed.world_size()} processes; start fewer"
-        )
+    few, processes = min(settings.batch, len(data.train.images)), distributed.world_size()
+    if few < processes:
+        raise SppnetError(f"expected an image of a batch of {few} for each of {processes} processes; start fewer")
     folder = run / f"training-{_digest(config, data, network)}"
     check_writable(run)
     if distributed.is_main():
@@ -107,12 +105,8 @@ def rate_divisions(losses: Sequence[float], patience: int) -> int:
 
 def _digest(config: ClassifierConfig, data: ClassData, network: SPPNet) -> str:
     """Names a training by what decides its result; of files the contents, of the schedule all but where it ends."""
-    unnamed: Any = {
-        "data": True,
-        "training": {"epochs"},
-        "head": {"checkpoint"},
-        "backbone": {"weights": {"file", "mean_image"}},
-    }
+    files = {"head": {"checkpoint"}, "backbone": {"weights": {"file", "mean_image"}}}
+    unnamed: Any = {"data": True, "training": {"epochs"}, **files}
     own = config.model_dump(mode="json", exclude=unnamed)
     start = tensors_digest({**network.state_dict(), "mean": torch.as_tensor(network.backbone.mean)})
     return digest_of(own, data.classes, data.split["train"], data.split["held_out"], start)
@@ -236,11 +230,10 @@ class _Trainer:
             self.rows = state["rows"].tolist()
 
     def _history(self) -> str:
-        sizes, losses = self.settings.sizes, [row[1] for row in self.rows]
-        lines = [",".join(COLUMNS)]
+        sizes, losses, lines = self.settings.sizes, [row[1] for row in self.rows], [",".join(COLUMNS)]
+        named = [f"{min(sizes)}-{max(sizes)}"] if self.settings.size_choice == "range" else sizes
         for epoch, row in enumerate(self.rows):
-            drawn = f"{min(sizes)}-{max(sizes)}"
-            size = drawn if self.settings.size_choice == "range" else sizes[epoch % len(sizes)]
+            size = named[epoch % len(named)]
             rate = self.settings.learning_rate / 10 ** rate_divisions(losses[:epoch], self.settings.patience)
             lines.append(",".join(map(str, [epoch + 1, size, rate, *row])))
         return "\n".join(lines) + "\n"
