@@ -88,8 +88,8 @@ def _predict(options: argparse.Namespace) -> int:
         if isinstance(found, str):
             skipped[path] = found
         elif distributed.is_main():
-            best = (-found).argsort(kind="stable")[:3]
-            classes = ", ".join(f"{classifier.classes[label]} {found[label]:.3f}" for label in best)
+            best = found[0].sort(descending=True, stable=True).indices[:3].tolist()
+            classes = ", ".join(f"{classifier.classes[label]} {found[0][label]:.3f}" for label in best)
             print(f"{path}: {classes}", flush=True)
     return _report(skipped) if distributed.is_main() else 0
 
@@ -99,6 +99,8 @@ def _features(options: argparse.Namespace) -> int:
     classifier = open_classifier(options.run, choose_device(options.device))
     images, labels, classes, _ = _labelled(options.data, options.split, ())
     found = folder_features(classifier, images, options.layer, options.side)
+    if not distributed.is_main():
+        return 0
     paths = np.array([as_text(images[place]) for place in found.places])
     labels, names = labels[found.places], np.array(classes)
     write_arrays(options.out, features=found.features, paths=paths, labels=labels, classes=names)
@@ -113,6 +115,8 @@ def _linear(options: argparse.Namespace) -> int:
     classifier, voc = open_classifier(options.run, choose_device(options.device)), is_voc(options.data)
     images, labels, classes, train = _labelled(options.data, options.train, options.test, options.classes)
     found = folder_features(classifier, images, options.layer, options.side)
+    if not distributed.is_main():
+        return 0
     labels = labels[found.places]
     if voc:
         result = voc07(found.features, labels, int((found.places < train).sum()), classes)
@@ -131,6 +135,8 @@ def _strongest(options: argparse.Namespace) -> int:
     named, side = find_images([options.images]), classifier.config.training.whole_side
     images = named.images
     responses, skipped = strongest_responses(classifier, images, options.filter, side)
+    if not distributed.is_main():
+        return 0
     save_image(draw_responses(responses, options.filter), options.out)
     for response in responses:
         print(f"{response.value:10.4g}  {as_text(response.path)}")

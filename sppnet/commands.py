@@ -67,6 +67,7 @@ DEMO_CLASSIFIER = {
 
 def run(options: argparse.Namespace) -> int:
     """Do what parsed options say; returns the exit status as `sppnet.cli.main` describes it."""
+    action = getattr(options, "action", "train")  # of classify, of which training alone resumes
     try:
         distributed.start()
         _start_logging(options.verbose)
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as ending:
-        resumes = options.command not in ("detect", "score")
+        resumes = options.command not in ("detect", "score") and action == "train"
         after = "and the same command goes on from there" if resumes else "the same command starts again"
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 128 + (ending.args[0] if ending.args else signal.SIGINT)
@@ -92,8 +93,9 @@ def run(options: argparse.Namespace) -> int:
         if not ran_out_of_memory(error):
             print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
             raise
-        trains = options.command not in ("eval", "test", "combine", "detect", "score")
-        hint = "set smaller maps.scales or finetune.batch" if trains else "end other programs"
+        trains = options.command not in ("eval", "test", "combine", "detect", "score") and action == "train"
+        smaller = "training.batch" if options.command == "classify" else "maps.scales or finetune.batch"
+        hint = f"set smaller {smaller}" if trains else "end other programs"
         reason = f"not enough memory ({error}); {hint}, or take another --device"
         print(f"sppnet {options.command}: error: {reason}", file=sys.stderr)
         return 2

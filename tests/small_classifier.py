@@ -21,7 +21,7 @@ def config_of(**changes) -> ClassifierConfig:
 
 def small_classifier() -> Classifier:
     config = config_of()
-    network = build_network(config, CLASSES).requires_grad_(False).eval()
+    network = build_network(config, len(CLASSES)).requires_grad_(False).eval()
     for seed, layer in enumerate((network.head.fc6, network.head.fc7)):
         torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
     return Classifier(network, CLASSES, config)

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from sppnet.artifacts import file_digest, read_json, write_json
+from sppnet import distributed
+from sppnet.artifacts import file_digest, names_from_tensor, names_to_tensor, read_json, write_json
 from sppnet.backbones.backbone import Backbone
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
 from sppnet.classification.views import list_views
 from sppnet.data.class_folder import ClassFolder, read_class_folder
 from sppnet.errors import ArtifactError, BackboneError, SppnetError, counted
-from sppnet.images import normalise, read_image, scaled_size
+from sppnet.images import image_header, normalise, read_image, scaled_size
 from sppnet.jobs import progress_bar
 from sppnet.paths import as_text
 
@@ -89,9 +90,15 @@ def load_class_data(settings: ClassDataSettings, run: Path) -> ClassData:
 
 
 def _contents(folder: ClassFolder) -> dict[str, str]:
-    """Path below the folder -> digest of the file, in the order of the images."""
-    bar = progress_bar(folder.images, "contents", "image")
-    return {as_text(path.relative_to(folder.root).as_posix()): file_digest(path) for path in bar}
+    """Path below the folder -> digest of the file, in the order of the images; ImageError for what is no image."""
+
+    def digest(place: int) -> list[Tensor]:
+        image_header(folder.images[place])
+        return [names_to_tensor([file_digest(folder.images[place])]).long()]  # numbers, for other processes
+
+    bar = progress_bar(distributed.in_order(digest, len(folder.images)), "contents", "image", len(folder.images))
+    names = (as_text(path.relative_to(folder.root).as_posix()) for path in folder.images)
+    return {name: names_from_tensor(found)[0] for name, (found,) in zip(names, bar, strict=True)}
 
 
 def _known(contents: Mapping[str, str], held: Mapping[str, str]) -> NDArray[np.bool_]:

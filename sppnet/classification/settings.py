@@ -45,9 +45,7 @@ class ClassTrainingSettings(Settings):
     @model_validator(mode="after")
     def _crops_fit(self) -> ClassTrainingSettings:
         if self.train_backbone and max(self.sizes) > self.min_side:
-            larger = (
-                f"sizes={list(self.sizes)}: crops of {max(self.sizes)} pixels do not fit in min_side={self.min_side}"
-            )
+            larger = f"crops of {max(self.sizes)} pixels do not fit in min_side={self.min_side}"
             raise ValueError(f"{larger}; set training.min_side to at least the largest size")
         return self
 

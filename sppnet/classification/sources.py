@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sppnet import distributed
@@ -31,25 +31,11 @@ TOGETHER = 64  # validation images
 LARGEST = torch.finfo(torch.float16).max  # of the features kept
 
 
-class Source(Protocol):
-    """What is trained, and its input: batches of this process and their labels (B,)."""
-
-    count: int  # of training images
-    validation_count: int  # of batches, of all processes
-
-    @property
-    def trained(self) -> nn.Module: ...
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def pooled(self) -> Iterator[Tensor]:
-        """Pooled features (B, D) of some training images."""
-
-
 class ImageSource:
-    """The whole network, on crops of images."""
+    """The whole network, on crops of images.
+
+    `trained` is the network, `count` the training images, `validation_count` the batches of all processes.
+    """
 
     def __init__(self, network: SPPNet, data: ClassData, config: ClassifierConfig) -> None:
         self.trained, self.settings, self.count = network, config.training, len(data.train.images)
@@ -73,15 +59,17 @@ class ImageSource:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         batches = epoch_batches(self.count, epoch, self.settings)
+        """Batches of this process and their labels (B,)."""
         return self._load([one._replace(places=_share(one.places)) for one in batches])
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._load(distributed.shard(self.held_out))
 
     def pooled(self) -> Iterator[Tensor]:
-        places = np.linspace(0, self.count - 1, min(NORM_IMAGES, self.count)).astype(np.int64)
+        """Pooled features (B, D) of some training images, by the statistics that batch norm trains with."""
+        places = _sample(self.count)
         batches = [Batch(part, max(self.settings.sizes)) for part in np.array_split(places, -(-len(places) // 32))]
-        backbone = self.trained.backbone
+        backbone = copy.deepcopy(self.trained.backbone).train()  # those of random weights are not known yet
         for images, _ in self._load(batches):
             yield spatial_pyramid_pool(backbone(images.to(device_of(backbone))), self.trained.levels)
 
@@ -100,7 +88,7 @@ class ImageSource:
 
 
 class FeatureSource:
-    """The head alone, on features of full images and their mirror images, computed once (ours).
+    """The head alone, on features of full images and their mirror images, computed once (ours); as `ImageSource`.
 
     The full image rather than crops: that is what is tested by default, and the backbone runs twice an image and size
     instead of in every epoch. They are kept in 16 bits, as maps are, in <run>/features-<digest>.npz.
@@ -152,14 +140,17 @@ class FeatureSource:
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for first in distributed.shard(range(self.count, len(self.labels), TOGETHER)):
             places = np.arange(first, min(first + TOGETHER, len(self.labels)))
-            yield self._rows(places, np.full(len(places), 2 * len(self.sizes) - 2)), self.labels[places]
+            yield self._rows(places, 2 * len(self.sizes) - 2), self.labels[places]
 
     def pooled(self) -> Iterator[Tensor]:
-        places = np.linspace(0, self.count - 1, min(NORM_IMAGES, self.count)).astype(np.int64)
-        yield self._rows(places, np.full(len(places), 2 * len(self.sizes) - 2))
+        yield self._rows(_sample(self.count), 2 * len(self.sizes) - 2)
 
-    def _rows(self, places: NDArray[np.int64], kinds: NDArray[np.int64]) -> Tensor:
+    def _rows(self, places: NDArray[np.int64], kinds: NDArray[np.int64] | int) -> Tensor:
         return torch.from_numpy(self.features[places, kinds]).float()
+
+
+def _sample(count: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(NORM_IMAGES, count)).astype(np.int64)
 
 
 def _share(places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -169,3 +160,6 @@ def _share(places: NDArray[np.int64]) -> NDArray[np.int64]:
 def _ignore_ctrl_c(_: int) -> None:
     """Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+Source = ImageSource | FeatureSource

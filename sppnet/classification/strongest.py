@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from sppnet.backbones.probing import probe
-from sppnet.classification.classifier import Classifier
-from sppnet.classification.features import prepared
-from sppnet.errors import BackboneError, ImageError, SppnetError
+from sppnet.classification.classifier import Classifier, of_images, usable
+from sppnet.errors import SppnetError
 from sppnet.images import read_image
 from sppnet.jobs import progress_bar
 from sppnet.paths import as_text
@@ -45,22 +44,20 @@ def strongest_responses(
     channels = classifier.network.backbone.channels
     if not 0 <= filter < channels:
         raise SppnetError(f"filter {filter}: expected one of the last layer's {channels}, from 0 to {channels - 1}")
-    grid, found, skipped = probe(classifier.network.backbone), list[Response](), dict[Path, str]()
-    for path in progress_bar(images, "responses", "image", shown=progress):
-        try:
-            image = read_image(path)
-            pixels = prepared(classifier, image, side)
-            response = classifier.runtime(pixels)[0, filter].cpu().numpy()
-        except (ImageError, BackboneError) as error:
-            skipped[path] = str(error) if isinstance(error, ImageError) else f"{path}: {error}"
-            continue
+    grid = probe(classifier.network.backbone)
+
+    def strongest(image: NDArray[np.uint8]) -> tuple[float, NDArray[np.float64]]:
+        pixels = classifier.pixels(image, side)
+        response = classifier.maps(pixels)[0, filter].cpu().numpy()
         cell = np.array(np.unravel_index(response.argmax(), response.shape))
         low = (grid.first_centre + cell * grid.stride - (grid.field - 1) / 2)[::-1]  # x, y of the scaled image
         scale = np.array(image.shape[1::-1]) / np.array(pixels.shape[:1:-1])
-        found.append(Response(path, float(response.max()), np.concatenate([low * scale, (low + grid.field) * scale])))
-    if not found:
-        raise SppnetError(f"expected images, none of {len(images)} can be used: {next(iter(skipped.values()), '')}")
-    return sorted(found, key=lambda response: -response.value)[:count], skipped
+        return float(response.max()), np.concatenate([low * scale, (low + grid.field) * scale])
+
+    results = of_images(images, strongest)
+    found, skipped = usable(progress_bar(results, "responses", "image", len(images), shown=progress))
+    responses = [Response(images[place], float(value), field.numpy()) for place, (value, field) in found.items()]
+    return sorted(responses, key=lambda response: -response.value)[:count], skipped
 
 
 def draw_responses(responses: Sequence[Response], filter: int) -> Image.Image:

@@ -17,15 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet import distributed
-from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.backbones.windows import project_windows
-from sppnet.classification.classifier import Classifier
+from sppnet.classification.classifier import Classifier, of_images, usable
 from sppnet.classification.views import View, list_views
 from sppnet.data.class_folder import ClassFolder
-from sppnet.errors import BackboneError, ImageError, SppnetError
+from sppnet.errors import SppnetError
 from sppnet.evaluation.classification import top_k_error
-from sppnet.images import read_image, scaled_size
 from sppnet.jobs import progress_bar
 from sppnet.ops.pyramid import pool_windows, spatial_pyramid_pool
 from sppnet.paths import as_text
@@ -95,14 +92,13 @@ def classify_image(
     that the detector's projection gives it (sec. 3.1.4), the whole map where it is the whole image. Otherwise each view
     is cut out and runs on its own, whose borders see padding and not the image around.
     """
-    pooled = []
-    for scale, of_scale in itertools.groupby(sorted(views, key=_by_map), key=lambda view: view.scale):
-        size, _ = scaled_size(image.shape[:2], scale)
-        pixels = classifier.runtime.prepare(image, size)
+    pooled, by_map = [], sorted(views, key=lambda view: (view.scale, view.flip, view.box[2] - view.box[0]))
+    for scale, of_scale in itertools.groupby(by_map, key=lambda view: view.scale):
+        pixels = classifier.pixels(image, scale)
         for flip, own in itertools.groupby(of_scale, key=lambda view: view.flip):
             boxes = np.array([view.box for view in own])
             if flip:
-                boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+                boxes[:, [0, 2]] = pixels.shape[3] - boxes[:, [2, 0]]
             pool = _pool_maps if on_maps else _pool_crops
             pooled.append(pool(classifier, pixels.flip(3) if flip else pixels, boxes))
     with torch.inference_mode():
@@ -111,26 +107,15 @@ def classify_image(
 
 def classify_files(
     classifiers: Sequence[Classifier], paths: Sequence[Path], views: str
-) -> Iterator[tuple[Path, NDArray[np.float64] | str]]:
-    """Every file and the mean of the classifiers' probabilities (K,), or why it cannot be used; in order.
+) -> Iterator[tuple[Path, list[Tensor] | str]]:
+    """Every file and [the mean of the classifiers' probabilities (K,)], or why it cannot be used; see `of_images`."""
 
-    Processes of torchrun share the files and all must iterate.
-    """
+    def classify(image: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
+        size, on_maps = (image.shape[0], image.shape[1]), views not in CROPPED
+        found = [classify_image(each, image, views_of(each, views, size), on_maps) for each in classifiers]
+        return [np.mean(found, axis=0)]
 
-    def classify(place: int) -> tuple[Any, Any]:
-        try:
-            image = read_image(paths[place])
-            found = [
-                classify_image(each, image, views_of(each, views, image.shape[:2]), views not in CROPPED)
-                for each in classifiers
-            ]
-            return np.mean(found, axis=0), names_to_tensor([""]).long()
-        except (ImageError, BackboneError) as error:
-            reason = f"{paths[place]}: {error}" if isinstance(error, BackboneError) else str(error)
-            return np.zeros(0), names_to_tensor([as_text(reason)]).long()  # numbers, for other processes
-
-    for path, (found, reason) in zip(paths, distributed.in_order(classify, len(paths)), strict=True):
-        yield path, names_from_tensor(reason)[0] or found.numpy()
+    return of_images(paths, classify)
 
 
 def views_of(classifier: Classifier, views: str, image_size: tuple[int, int]) -> list[View]:
@@ -149,24 +134,15 @@ def evaluate_classifiers(
     """
     start = time.perf_counter()
     done = classify_files(classifiers, folder.images, views)
-    results = [result for _, result in progress_bar(done, "test", "image", len(folder.images), shown=progress)]
-    skipped = {path: why for path, why in zip(folder.images, results, strict=True) if isinstance(why, str)}
-    kept = [place for place, path in enumerate(folder.images) if path not in skipped]
-    if not kept:
-        raise SppnetError(f"{folder.root}: none of its images can be used: {next(iter(skipped.values()))}")
-    found, seconds = np.stack([results[place] for place in kept]), time.perf_counter() - start
-    return ClassificationResult(views, folder.classes, folder.labels[kept], found, skipped, seconds)
-
-
-def _by_map(view: View) -> tuple[float, bool, int]:
-    """Views of one map beside each other, and among them those of one size."""
-    return view.scale, view.flip, view.box[2] - view.box[0]
+    found, skipped = usable(progress_bar(done, "test", "image", len(folder.images), shown=progress))
+    probabilities, seconds = np.stack([row.numpy() for (row,) in found.values()]), time.perf_counter() - start
+    return ClassificationResult(views, folder.classes, folder.labels[[*found]], probabilities, skipped, seconds)
 
 
 def _pool_maps(classifier: Classifier, pixels: Tensor, boxes: NDArray[np.int64]) -> Tensor:
     """Pixels (1, 3, h, w) and boxes (V, 4) in them -> pooled windows of their map (V, D)."""
     height, width = pixels.shape[2:]
-    feature_map, geometry = classifier.runtime(pixels)[0], classifier.network.backbone.geometry
+    feature_map, geometry = classifier.maps(pixels)[0], classifier.network.backbone.geometry
     cells = (feature_map.shape[1], feature_map.shape[2])
     windows = project_windows(boxes, (height, width), min(height, width), geometry, cells)
     windows[(boxes == (0, 0, width, height)).all(axis=1)] = 0, 0, cells[1], cells[0]
@@ -178,5 +154,5 @@ def _pool_crops(classifier: Classifier, pixels: Tensor, boxes: NDArray[np.int64]
     pooled = []
     for _, own in itertools.groupby(boxes.tolist(), key=lambda box: (box[2] - box[0], box[3] - box[1])):
         crops = torch.cat([pixels[..., y1:y2, x1:x2] for x1, y1, x2, y2 in own])
-        pooled.append(spatial_pyramid_pool(classifier.runtime(crops), classifier.network.levels))
+        pooled.append(spatial_pyramid_pool(classifier.maps(crops), classifier.network.levels))
     return torch.cat(pooled)

@@ -28,16 +28,15 @@ from sppnet.artifacts import (
     write_tensors,
     write_text,
 )
-from sppnet.backbones.backbone import build_backbone
 from sppnet.backbones.runtime import device_of, resolve_precision
-from sppnet.classification.classifier import DESCRIPTION, Classifier
+from sppnet.classification.classifier import DESCRIPTION, Classifier, build_network
 from sppnet.classification.dataset import ClassData, epoch_batches, load_class_data
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.sources import FeatureSource, ImageSource, Source
 from sppnet.config_files import dump_config
 from sppnet.errors import ArtifactError, SppnetError
 from sppnet.jobs import progress_bar
-from sppnet.models.sppnet import SPPNet, build_head, momentum_of, restore_momentum, seed_dropout, start_head
+from sppnet.models.sppnet import SPPNet, momentum_of, restore_momentum, seed_dropout
 
 log = logging.getLogger("sppnet")
 
@@ -60,12 +59,10 @@ def train_classifier(
     config = config.model_copy(update={"training": settings})
     data = load_class_data(config.data, run)
     log.info("%s", data)
-    network = start_network(config, len(data.classes)).to(device)
-    few = min(settings.batch, len(data.train.images))
-    if few < distributed.world_size():
-        raise SppnetError(
-            f"expected an image of a batch of {few} for each of {distributed.world_size()} processes; start fewer"
-        )
+    network = build_network(config, len(data.classes), start=True).to(device)
+    few, processes = min(settings.batch, len(data.train.images)), distributed.world_size()
+    if few < processes:
+        raise SppnetError(f"expected an image of a batch of {few} for each of {processes} processes; start fewer")
     folder = run / f"training-{_digest(config, data, network)}"
     check_writable(run)
     if distributed.is_main():
@@ -74,11 +71,10 @@ def train_classifier(
         write_text(run / "config.yaml", dump_config(config))
         data.write(run)
     distributed.barrier()
-    source: Source
-    if settings.train_backbone:
-        source = ImageSource(network, data, config)
-    else:
-        source = FeatureSource(network, data, config, run, progress)
+    whole = settings.train_backbone
+    source: Source = (
+        ImageSource(network, data, config) if whole else FeatureSource(network, data, config, run, progress)
+    )
     if not (folder / STATE).exists():
         _scale_input(network, source, config)
     _Trainer(network, source, config, run, folder).train(progress)
@@ -96,15 +92,6 @@ def _made_by(run: Path) -> str:
         return ""
 
 
-def start_network(config: ClassifierConfig, classes: int) -> SPPNet:
-    """The network that training starts from: the backbone with its weights, the head as head.init says."""
-    backbone = build_backbone(config.backbone, config.training.seed)
-    levels = config.pyramid.levels
-    head = build_head(backbone.channels, levels, classes, config.head, config.training.seed)
-    start_head(head, config.head, config.backbone, backbone.channels, levels)
-    return SPPNet(backbone, levels, head)
-
-
 def rate_divisions(losses: Sequence[float], patience: int) -> int:
     """How often the rate has been divided: whenever no loss of `patience` epochs fell below all before (sec. 3.1)."""
     best, waited, divisions = math.inf, 0, 0
@@ -118,12 +105,8 @@ def rate_divisions(losses: Sequence[float], patience: int) -> int:
 
 def _digest(config: ClassifierConfig, data: ClassData, network: SPPNet) -> str:
     """Names a training by what decides its result; of files the contents, of the schedule all but where it ends."""
-    unnamed: Any = {
-        "data": True,
-        "training": {"epochs"},
-        "head": {"checkpoint"},
-        "backbone": {"weights": {"file", "mean_image"}},
-    }
+    files = {"head": {"checkpoint"}, "backbone": {"weights": {"file", "mean_image"}}}
+    unnamed: Any = {"data": True, "training": {"epochs"}, **files}
     own = config.model_dump(mode="json", exclude=unnamed)
     start = tensors_digest({**network.state_dict(), "mean": torch.as_tensor(network.backbone.mean)})
     return digest_of(own, data.classes, data.split["train"], data.split["held_out"], start)
@@ -247,11 +230,10 @@ class _Trainer:
             self.rows = state["rows"].tolist()
 
     def _history(self) -> str:
-        sizes, losses = self.settings.sizes, [row[1] for row in self.rows]
-        lines = [",".join(COLUMNS)]
+        sizes, losses, lines = self.settings.sizes, [row[1] for row in self.rows], [",".join(COLUMNS)]
+        named = [f"{min(sizes)}-{max(sizes)}"] if self.settings.size_choice == "range" else sizes
         for epoch, row in enumerate(self.rows):
-            drawn = f"{min(sizes)}-{max(sizes)}"
-            size = drawn if self.settings.size_choice == "range" else sizes[epoch % len(sizes)]
+            size = named[epoch % len(named)]
             rate = self.settings.learning_rate / 10 ** rate_divisions(losses[:epoch], self.settings.patience)
             lines.append(",".join(map(str, [epoch + 1, size, rate, *row])))
         return "\n".join(lines) + "\n"

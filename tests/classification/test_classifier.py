@@ -5,9 +5,8 @@ import torch
 from doubles import picture
 from small_classifier import CLASSES, config_of
 
-from sppnet.classification.classifier import Classifier
+from sppnet.classification.classifier import Classifier, build_network
 from sppnet.classification.features import image_features
-from sppnet.classification.training import start_network
 
 
 def test_a_classifier_keeps_its_mean_image_where_the_file_is_gone(tmp_path):
@@ -16,7 +15,7 @@ def test_a_classifier_keeps_its_mean_image_where_the_file_is_gone(tmp_path):
     found = []
     for weights in ({"source": "random", "mean_image": path}, {"source": "random"}):
         config = config_of(backbone={"name": "tiny5", "weights": weights})
-        made = Classifier(start_network(config, 2).requires_grad_(False).eval(), CLASSES, config)
+        made = Classifier(build_network(config, 2, start=True).requires_grad_(False).eval(), CLASSES, config)
         found.append(image_features(made, image, side=64))
         made.save(tmp_path / f"run{len(found)}")
     path.unlink()

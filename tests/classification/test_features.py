@@ -109,7 +109,7 @@ def test_a_head_from_a_checkpoint_gives_its_own_features(classifier, run, tmp_pa
 def test_the_head_of_imagenet_gives_features_too(tmp_path, monkeypatch):
     own = build_head(4, (6,), 2, config_of().head)  # stands for the file
     monkeypatch.setattr("sppnet.models.sppnet.torchvision_state", lambda name: {"name": name})
-    monkeypatch.setattr("sppnet.classification.features.build_backbone", lambda *_: _Channels())
+    monkeypatch.setattr("sppnet.classification.classifier.build_backbone", lambda *_: _Channels())
     loaded = []
     monkeypatch.setattr("sppnet.models.sppnet.load_pretrained_fc", lambda *given: loaded.append(given[1:]))
     path = tmp_path / "alexnet.yaml"

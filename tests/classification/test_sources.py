@@ -7,9 +7,9 @@ from class_pictures import write_classes
 from small_classifier import config_of
 from torch.nn.functional import adaptive_max_pool2d
 
+from sppnet.classification.classifier import build_network
 from sppnet.classification.dataset import epoch_batches, load_class_data
 from sppnet.classification.sources import FeatureSource
-from sppnet.classification.training import start_network
 from sppnet.images import prepare, read_image, scaled_size
 
 SIZES = (64, 48)  # not in their order
@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     training = {"train_backbone": False, "sizes": SIZES, "batch": 4, "seed": 3}
     config = config_of(data=data, training=training, head={"fc6": 4, "fc7": 4})
     loaded = load_class_data(config.data, folder / "run")
-    network = start_network(config, 3)
+    network = build_network(config, 3, start=True)
     return FeatureSource(network, loaded, config, folder / "run", progress=False), network, loaded, config.training
 
 

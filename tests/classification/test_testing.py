@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from small_run import refused, run_command
 from torch import nn
@@ -37,7 +38,7 @@ def make_classifier(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Classi
         "head": {"fc6": 16, "fc7": 16},
         "training": {"sizes": [48, 56], "min_side": 64, "seed": seed},
     })  # fmt: skip
-    network = build_network(config, classes)
+    network = build_network(config, len(classes))
     generator = torch.Generator().manual_seed(seed)
     for layer in (network.head.fc6, network.head.fc7, network.head.classifier):  # so that classes differ
         torch.nn.init.normal_(layer.weight, std=0.3, generator=generator)
@@ -148,6 +149,36 @@ def test_a_mirrored_image_has_the_classes_of_its_mirrored_views(classifier: Clas
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("on_maps", [True, False])
+def test_a_mean_image_is_warped_to_what_is_shown_and_never_mirrored(tmp_path: Path, on_maps: bool) -> None:
+    mean = np.random.default_rng(0).uniform(0, 255, (3, 40, 50)).astype(np.float32)
+    np.save(tmp_path / "mean.npy", mean)
+    weights = {"source": "random", "mean_image": tmp_path / "mean.npy", "std": (50, 60, 80)}
+    config = ClassifierConfig(
+        precision="float32",
+        backbone={"name": "tiny5", "weights": weights},
+        pyramid={"levels": [1, 2]},
+        head={"fc6": 16, "fc7": 16},
+    )
+    backbone = build_backbone(config.backbone)
+    head = build_head(backbone.channels, (1, 2), len(CLASSES), config.head)
+    for layer in (head.fc6, head.fc7, head.classifier):
+        torch.nn.init.normal_(layer.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    network = SPPNet(backbone, (1, 2), head).requires_grad_(False).eval()
+    image, std = picture(6, (64, 90)), torch.tensor((50.0, 60, 80))[:, None, None]
+    views = list_views("full" if on_maps else "ten", (64, 90), **SIDES)
+    expected = []
+    for view in views:
+        x1, y1, x2, y2 = view.box
+        shown = image[y1:y2, x1:x2, ::1][:, :: -1 if view.flip else 1]
+        warped = F.interpolate(torch.from_numpy(mean)[None], shown.shape[:2], mode="bilinear", align_corners=False)[0]
+        pixels = (torch.tensor(shown.copy()).permute(2, 0, 1).float() - warped) / std
+        expected.append(network(pixels[None]).double().softmax(1).numpy()[0])
+    found = classify_image(Classifier(network, CLASSES, config), image, views, on_maps)
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=1e-5)
+    assert np.ptp(found) > 0.01
+
+
 def test_views_go_with_the_training(classifier: Classifier) -> None:
     assert views_of(classifier, "ten", (70, 100)) == list_views("ten", (70, 100), 56, 64)
 
@@ -246,5 +277,5 @@ def test_a_folder_without_usable_images_is_refused(run: Path, tmp_path: Path) ->
     (tmp_path / "bad" / "cat").mkdir(parents=True)
     (tmp_path / "bad" / "cat" / "a.png").write_bytes(b"")
     message = refused("classify", "test", run, tmp_path / "bad", "--json", tmp_path / "r.json")
-    assert "bad: none of its images can be used: " in message
+    assert "expected images, none of 1 can be used: " in message
     assert not (tmp_path / "r.json").exists()

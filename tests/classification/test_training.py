@@ -15,15 +15,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sppnet.artifacts import write_tensors
 from sppnet.backbones.backbone import build_backbone
-from sppnet.classification.classifier import Classifier
+from sppnet.classification.classifier import Classifier, build_network
+from sppnet.classification.dataset import training_view
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.testing import evaluate_classifiers
-from sppnet.classification.training import rate_divisions, start_network, train_classifier
+from sppnet.classification.training import rate_divisions, train_classifier
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.config_files import load_settings
 from sppnet.data.class_folder import read_class_folder
 from sppnet.errors import SppnetError
 from sppnet.evaluation.classification import top_k_error
+from sppnet.images import normalise, read_image
 from sppnet.ops.pyramid import spatial_pyramid_pool
 
 CPU = torch.device("cpu")
@@ -80,7 +82,7 @@ def equal(first, second):
 def test_every_size_trains_the_same_tensors_and_a_run_goes_on_to_what_it_would_have_been(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     config = config_of(folder)
-    before = start_network(config, 3).state_dict()
+    before = build_network(config, 3, start=True).state_dict()
     first = train(config, tmp_path / "parts", 1)
     after_one = first.network.state_dict()
     second = train(config, tmp_path / "parts", 2)
@@ -139,6 +141,28 @@ def test_an_image_that_is_cut_short_is_named_and_nothing_of_it_trains(tmp_path):
     assert not (tmp_path / "run/classifier").exists()
 
 
+def test_what_is_no_image_is_named_before_anything_is_written(tmp_path):
+    folder = write_classes(tmp_path / "data", 3)
+    (folder / "disc/01.png").write_bytes(b"no picture")
+    with pytest.raises(SppnetError, match=r"disc/01\.png: expected an image"):
+        train(config_of(folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_input_is_scaled_by_what_batch_norm_gives_in_training(folder, tmp_path):
+    """Of random weights the kept statistics are not those of any image; the first step sees those of its batch."""
+    config = config_of(folder, epochs=1, batch=24, sizes=[48])
+    trained = train(config, tmp_path)
+    backbone = build_network(config, 3, start=True).backbone.train()
+    views = [training_view(read_image(path), 48, config.training, None) for path in sorted(folder.glob("*/*.png"))]
+    with torch.no_grad():
+        pooled = spatial_pyramid_pool(
+            backbone(normalise(torch.stack(views), backbone.mean, backbone.weights.std)), (1, 2)
+        )
+    norm = float(pooled.norm(dim=1).mean() * trained.network.head.input_scale)
+    assert norm == pytest.approx(100, rel=0.1)
+
+
 def test_a_loss_that_is_not_finite_names_the_rate(folder, tmp_path):
     with pytest.raises(SppnetError, match=r"not finite in epoch 1; lower training\.learning_rate"):
         train(config_of(folder, learning_rate=1e20), tmp_path)
@@ -158,22 +182,28 @@ def test_the_rate_falls_where_torchs_plateau_schedule_lowers_it(patience):
     assert divisions > 3
 
 
-def test_training_ends_at_the_third_plateau(folder, tmp_path):
-    train(config_of(folder, epochs=200, patience=1, learning_rate=1e-9), tmp_path)
-    losses = [float(row["val_loss"]) for row in history(tmp_path)]
-    assert rate_divisions(losses, 1) == 3
-    assert rate_divisions(losses[:-1], 1) == 2
-
-
-def test_the_rate_is_a_tenth_for_every_plateau_of_the_validation_loss(folder, tmp_path):
+@pytest.fixture
+def exchanged(tmp_path):
     """Validation images of other classes than their folders': what trains well makes their loss grow."""
     val = write_classes(tmp_path / "val", 3, seed=7)
     for old, new in (("across", "x"), ("disc", "across"), ("down", "disc"), ("x", "down")):
         (val / old).rename(val / new)
+    return val
+
+
+def test_training_ends_at_the_third_plateau(folder, exchanged, tmp_path):
+    config = config_of(folder, train_backbone=False, epochs=60, patience=1)
+    train(changed(config, data={"train": folder, "val": exchanged}), tmp_path / "run")
+    losses = [float(row["val_loss"]) for row in history(tmp_path / "run")]
+    assert rate_divisions(losses, 1) == 3
+    assert rate_divisions(losses[:-1], 1) == 2
+
+
+def test_the_rate_is_a_tenth_for_every_plateau_of_the_validation_loss(folder, exchanged, tmp_path):
     config = config_of(folder, train_backbone=False, epochs=9, patience=2, learning_rate=0.01)
     rates = []
     with before_steps(lambda optimiser: rates.append(optimiser.param_groups[0]["lr"])):
-        train(changed(config, data={"train": folder, "val": val}), tmp_path / "run")
+        train(changed(config, data={"train": folder, "val": exchanged}), tmp_path / "run")
     rows = history(tmp_path / "run")
     assert rates[::4] == rates[1::4] == rates[2::4] == rates[3::4]  # 36 images are four whole batches
     by_loss, by_val_loss = (
@@ -280,7 +310,7 @@ def test_the_network_has_the_bins_of_its_levels(levels):
         pyramid={"levels": levels},
         head={"fc6": 4, "fc7": 4},
     )
-    network = start_network(config, 3)
+    network = build_network(config, 3, start=True)
     assert network.head.fc6.in_features == 128 * {(1, 2, 3, 6): 50, (1, 2, 3, 4): 30, (1, 2, 4): 21, (6,): 36}[levels]
     assert network(torch.zeros(2, 3, 64, 80)).shape == (2, 3)
 
