@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Self
@@ -12,14 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.backbones.architectures import BACKBONES, Plan
-from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import Geometry, geometry_of, layers_of, limit_stride, map_side, steps_of
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
-from sppnet.backbones.weights import load_mean_image, load_weight_file, load_weights, package_state, torchvision_state
+from sppnet.backbones.timm_models import PREFIX, TimmFeatures, timm_names
+from sppnet.backbones.weights import (
+    PACKAGES,
+    load_mean_image,
+    load_weight_file,
+    load_weights,
+    package_file,
+    package_names,
+    torchvision_state,
+)
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
 
+_TIMM_GRIDS: dict[tuple[str, str], Grid] = {}  # by name and layer: probing takes seconds, and a run makes several
 MAX_STRIDE = 16  # sec. 4.1: the stride of the maps that windows are projected onto
 
 
@@ -48,13 +59,13 @@ class Backbone(nn.Module):
         self.weights = weights
         self._order = tuple(layers)
         self._outputs = outputs
-        self._steps = steps_of(layers.values())
-        joined = {output: [*_up_to(layers, output).values()] for output in outputs}
-        self.channels: int = sum(channels_of(own) for own in joined.values())
-        for output, own in joined.items():
-            steps = steps_of(own)
+        joined = {output: nn.Sequential(*_up_to(layers, output).values()) for output in outputs}
+        self.channels: int = sum(layers_of(own)[2] for own in joined.values())
+        steps = {output: steps_of(own) for output, own in joined.items()}
+        self._steps = steps[outputs[-1]]
+        for output, own in steps.items():
             # every remainder of the strides in question
-            if any(map_side(steps, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
+            if any(map_side(own, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
                 raise BackboneError(
                     f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
                     f"{outputs[-1]} differ; join layers of the same stride"
@@ -68,9 +79,15 @@ class Backbone(nn.Module):
     def mean(self) -> tuple[float, ...] | Tensor:
         """What is subtracted from the pixels, as `sppnet.images.prepare` takes it: the mean, or the mean image."""
         weights = self.weights
-        return (
-            weights.mean if weights.mean_image is None else load_mean_image(weights.mean_image, weights.channel_order)
-        )
+        if weights.mean_image is not None:
+            return load_mean_image(weights.mean_image, weights.channel_order)
+        assert weights.mean is not None  # build_backbone has filled it in
+        return weights.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        assert self.weights.std is not None
+        return self.weights.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""
@@ -105,15 +122,20 @@ class OwnBackbone(Backbone):
 
     def __init__(self, module: nn.Module, name: str, weights: WeightsSettings) -> None:
         nn.Module.__init__(self)
-        self.module, self.name, self.layer, self.weights = module, name, "its map", weights
+        self.module, self.name, self.layer, self.weights = module, name, getattr(module, "layer", "its map"), weights
+        self._setting = f"backbone.{'name' if isinstance(module, TimmFeatures) else 'module'}={name}"
         self._sides: dict[tuple[int, int], int] = {}
 
     @cached_property
     def _grid(self) -> Grid:
+        key = (self.name, self.layer)
         try:
-            return probe(self.module)
+            grid = _TIMM_GRIDS.get(key) or probe(self.module)
         except BackboneError as error:
-            raise BackboneError(f"backbone.module={self.name}: {error}") from error
+            raise BackboneError(f"{self._setting}: {error}") from error
+        if isinstance(self.module, TimmFeatures):
+            _TIMM_GRIDS[key] = grid
+        return grid
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -143,7 +165,7 @@ class OwnBackbone(Backbone):
 
     def _too_small(self, images: Tensor, reason: str) -> BackboneError:
         return BackboneError(
-            f"backbone.module={self.name} fails on an image of {images.shape[2]} × {images.shape[3]} pixels "
+            f"{self._setting} fails on an image of {images.shape[2]} × {images.shape[3]} pixels "
             f"({reason}); use a larger scale, or a network that takes images of any size"
         )
 
@@ -155,20 +177,27 @@ def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module 
     backbone.module names; it is copied. Raises BackboneError for unknown names and networks that do not fit, and
     SppnetError for weights that cannot be had.
     """
-    weights, own = settings.weights, settings.module
+    weights, own, name = settings.weights, settings.module, settings.name or ""
     if module is not None:
         check_object(module)
         module, own = copy.deepcopy(module), own or "object"
     elif own is not None:
         module = import_module(own, seed)
+    elif name.startswith(PREFIX):
+        module = TimmFeatures(name.removeprefix(PREFIX), settings.layer, weights.source == "timm", seed, MAX_STRIDE)
+        theirs = {key: getattr(module, key) for key in ("mean", "std") if getattr(weights, key) is None}
+        own, weights = name, weights.model_copy(update=theirs)
     backbone = _named_backbone(settings, seed) if module is None else OwnBackbone(module.float(), str(own), weights)
-    if weights.source == "torchvision" and module is None:
-        load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
+    if weights.source == "torchvision" and (module is None or own == name):
+        load_weights(backbone, torchvision_state(name), f"torchvision's {name}")
     elif weights.source == "package":
-        load_weights(backbone, package_state(backbone.name), f"the package's {backbone.name}")
+        load_weights(backbone, package_names(load_weight_file(package_file(backbone.name))), f"the package's {name}")
     elif weights.source == "file":
         assert weights.file is not None  # WeightsSettings has checked it
-        load_weights(backbone if module is None else module, load_weight_file(weights.file), str(weights.file))
+        state, target = load_weight_file(weights.file), backbone if module is None else module
+        if isinstance(module, TimmFeatures):
+            state, target = module.own_names(state), module.net
+        load_weights(target, package_names(state) if name in PACKAGES else state, str(weights.file))
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
@@ -177,13 +206,14 @@ def _named_backbone(settings: BackboneSettings, seed: int) -> Backbone:
     name = settings.name or ""  # BackboneSettings has checked it
     if name not in BACKBONES:
         near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}")
+        near += [f"{PREFIX}{name}"] if importlib.util.find_spec("timm") and name in timm_names() else []
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}, {PREFIX}NAME")
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
         plan = BACKBONES[name]()
     outputs = _outputs(settings, plan)
     layers = _up_to(plan.layers, outputs[-1])
-    limit_stride(layers.values(), MAX_STRIDE)
+    limit_stride(nn.Sequential(*layers.values()), MAX_STRIDE)
     backbone = Backbone(name, layers, outputs, settings.weights).to_empty(device="cpu")
     _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
     return backbone

@@ -2,34 +2,25 @@
 
 Of the built-in backbones all follows from the layers, before there are weights; `Geometry.of` finds it for any network.
 Along the main path of a network every convolution or pool adds ((kernel - 1) · dilation / 2 - padding) · stride so
-far to the centre of the first cell, and multiplies the stride. Kernels are square and the same in both axes.
+far to the centre of the first cell, and multiplies the stride. Kernels are square and the same in both axes. Which
+layers lie on it shows a run without values, on the meta device, which takes milliseconds; probing takes seconds.
 """
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.squeezenet import Fire
 
-from sppnet.backbones.architectures import LocalResponseNorm, MBConv
 from sppnet.backbones.probing import probe
 from sppnet.errors import SppnetError
 
 SHRINK = 6.5  # release: pixels by which a window is narrowed on each side before rounding, at stride 16
-_MAIN_PATH = {  # blocks with branches -> the children that decide stride and centre, in order
-    BasicBlock: ("conv1", "conv2"),
-    Bottleneck: ("conv1", "conv2", "conv3"),
-    InvertedResidual: ("conv",),
-    Fire: ("squeeze", "expand3x3"),
-}
-_IN_PLACE = {f"torch.nn.modules.{kind}" for kind in ("activation", "batchnorm", "dropout")}  # cell by cell
+Layer = nn.Conv2d | nn.MaxPool2d
 
 
 @dataclass(frozen=True)
@@ -96,13 +87,37 @@ class Step:
         return cells - 1 if (cells - 1) * self.stride >= side + self.padding else cells
 
 
-def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
-    """The convolutions and pools that an input passes through, blocks by their main path."""
-    steps = []
-    for layer in (layer for module in modules for layer in _main_path(module)):
-        kernel, stride, padding = (_int(value) for value in (layer.kernel_size, layer.stride, layer.padding))
-        ceil = isinstance(layer, nn.MaxPool2d) and layer.ceil_mode
-        steps.append(Step(kernel, stride, padding, _int(layer.dilation), ceil))
+def layers_of(network: nn.Module) -> tuple[dict[Layer, int], int, int]:
+    """Convolutions and pools as they run -> pixels between the cells that they read; stride and channels of the map."""
+    sides: dict[Layer, list[int]] = {}
+    layers = [layer for layer in network.modules() if isinstance(layer, Layer)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, images: sides.setdefault(layer, []).append(images[0].shape[2]))
+        for layer in layers
+    ]
+    device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
+    with torch.no_grad():
+        maps = [network.eval()(torch.zeros(1, 3, side, side, device=device)) for side in (256, 256 + 192)]
+    for hook in hooks:
+        hook.remove()
+    read = {layer: 192 // (both[1] - both[0]) for layer, both in sides.items()}
+    return read, 192 // (maps[1].shape[2] - maps[0].shape[2]), maps[0].shape[1]
+
+
+def steps_of(network: nn.Module) -> list[Step]:
+    """The convolutions and pools of the main path; what stands beside it must be 1×1 and run after it."""
+    steps, stride = list[Step](), 1
+    layers, total, _ = layers_of(network)
+    for layer, read in layers.items():
+        if read == stride:  # else beside a path that has stepped on: the convolution of a shortcut
+            kernel, own, padding = (_int(value) for value in (layer.kernel_size, layer.stride, layer.padding))
+            steps.append(Step(kernel, own, padding, _int(layer.dilation), bool(getattr(layer, "ceil_mode", False))))
+            stride *= own
+    if stride != total:
+        raise TypeError(
+            f"the map has stride {total}, its Conv2d and MaxPool2d one behind the other {stride}; "
+            "Geometry.of(module) runs the network"
+        )
     return steps
 
 
@@ -122,55 +137,21 @@ def map_side(steps: Sequence[Step], side: int) -> int:
     return side
 
 
-def limit_stride(modules: Iterable[nn.Module], limit: int) -> None:
+def limit_stride(network: nn.Module, limit: int) -> None:
     """Change the layers in place so that the total stride stays within `limit`, without changing what a cell sees.
 
     A layer that would pass the limit loses its stride, and everything after it is dilated by as much: at every
     position that the strided network had, the new map holds the same value.
     """
-    stride, dilation = 1, 1
-    for module in modules:
-        for layer in _main_path(module):
-            if dilation > 1 and _int(layer.kernel_size) > 1:
-                layer.padding = (_int(layer.padding) * dilation,) * 2
-                layer.dilation = (_int(layer.dilation) * dilation,) * 2
-            if stride * _int(layer.stride) > limit:
-                dilation *= _int(layer.stride)
-                layer.stride = (1, 1)
-            stride *= _int(layer.stride)
-        _restride_shortcuts(module)
-
-
-def channels_of(modules: Sequence[nn.Module]) -> int:
-    """Channels of the map behind these modules."""
-    last = [layer for module in modules for layer in _main_path(module) if isinstance(layer, nn.Conv2d)][-1]
-    for fire in (inner for module in modules for inner in module.modules() if isinstance(inner, Fire)):
-        if fire.expand3x3 is last:  # a fire block joins two branches
-            return fire.expand1x1.out_channels + last.out_channels
-    return last.out_channels
-
-
-def _main_path(module: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
-    if isinstance(module, nn.Conv2d | nn.MaxPool2d):
-        yield module
-        return
-    kind, children = type(module), list(module.children())
-    names, in_order = _MAIN_PATH.get(kind), kind.forward in (nn.Sequential.forward, MBConv.forward)
-    in_place = not children and (kind.__module__ in _IN_PLACE or kind in (nn.Identity, LocalResponseNorm))
-    if names is None and not in_order and not in_place:
-        raise TypeError(
-            f"the geometry of a layer of type {kind.__name__} is not known; use Conv2d or MaxPool2d, "
-            "one behind the other, or Geometry.of(module), which runs the network"
-        )
-    for child in children if names is None else [getattr(module, name) for name in names]:
-        yield from _main_path(child)
-
-
-def _restride_shortcuts(module: nn.Module) -> None:
-    """The 1×1 convolution beside a residual block takes the stride that is left on the block's main path."""
-    for block in module.modules():
-        if isinstance(block, BasicBlock | Bottleneck) and block.downsample is not None:
-            block.downsample[0].stride = (math.prod(_int(layer.stride) for layer in _main_path(block)),) * 2
+    kept = {1: 1}  # stride of the network as it was -> as it becomes
+    for layer, read in layers_of(network)[0].items():
+        stride, dilation = _int(layer.stride), read // kept[read]
+        if dilation > 1 and _int(layer.kernel_size) > 1:
+            layer.padding = (_int(layer.padding) * dilation,) * 2
+            layer.dilation = (_int(layer.dilation) * dilation,) * 2
+        if kept[read] * stride > limit:
+            layer.stride = (1, 1)
+        kept[read * stride] = kept[read] * _int(layer.stride)
 
 
 def _int(value: Any) -> int:

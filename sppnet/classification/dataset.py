@@ -179,15 +179,15 @@ class TrainingViews(Dataset[Any]):
         self, images: Sequence[Path], labels: Iterable[int], settings: ClassTrainingSettings, backbone: Backbone
     ) -> None:
         self.images, self.labels = list(images), torch.tensor([*labels])
-        self.settings, self.weights, self.mean = settings, backbone.weights, backbone.mean
+        self.settings, self.order, self.statistics = settings, backbone.weights.channel_order, (backbone.mean, backbone.std)
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | SppnetError:
         try:
             views = torch.stack([self._view(int(place), batch) for place in batch.places])
         except SppnetError as error:
             return error
-        views = views.flip(1) if self.weights.channel_order == "bgr" else views
-        return normalise(views, self.mean, self.weights.std), self.labels[torch.from_numpy(batch.places)]
+        views = views.flip(1) if self.order == "bgr" else views
+        return normalise(views, *self.statistics), self.labels[torch.from_numpy(batch.places)]
 
     def _view(self, place: int, batch: Batch) -> Tensor:
         # from 1 on: seeds are padded with zeros, so that 0 would be the stream of the epoch's order
