@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.backbones.architectures import BACKBONES, Plan
-from sppnet.backbones.geometry import Geometry, geometry_of, layers_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import Geometry, geometry_of, limit_stride, map_side, steps_of
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
@@ -59,11 +59,10 @@ class Backbone(nn.Module):
         self.weights = weights
         self._order = tuple(layers)
         self._outputs = outputs
-        joined = {output: nn.Sequential(*_up_to(layers, output).values()) for output in outputs}
-        self.channels: int = sum(layers_of(own)[2] for own in joined.values())
-        steps = {output: steps_of(own) for output, own in joined.items()}
-        self._steps = steps[outputs[-1]]
-        for output, own in steps.items():
+        found = {output: steps_of(nn.Sequential(*_up_to(layers, output).values())) for output in outputs}
+        self.channels: int = sum(channels for _, channels in found.values())
+        self._steps = found[outputs[-1]][0]
+        for output, (own, _) in found.items():
             # every remainder of the strides in question
             if any(map_side(own, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
                 raise BackboneError(

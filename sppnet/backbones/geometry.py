@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sppnet.backbones.probing import probe
 from sppnet.errors import SppnetError
 
 SHRINK = 6.5  # release: pixels by which a window is narrowed on each side before rounding, at stride 16
 Layer = nn.Conv2d | nn.MaxPool2d
+Step = tuple[int, int, int, int, bool]  # kernel, stride, padding, dilation and whether the last cell may be cut off
 
 
 @dataclass(frozen=True)
@@ -65,75 +66,53 @@ def is_number(value: object) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Step:
-    """One convolution or pool of the main path."""
+def layers_of(network: nn.Module) -> tuple[dict[Layer, int], int]:
+    """Convolutions and pools as they run -> pixels between the cells that they read; channels of the map."""
+    read: dict[Layer, int] = {}
 
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int
-    ceil: bool
+    def note(layer: Any, images: tuple[Tensor, ...]) -> None:  # both axes have one stride, so one image has two sizes
+        read[layer] = 192 // (images[0].shape[3] - images[0].shape[2])
 
-    def map_side(self, side: int) -> int:
-        """Cells along one axis for `side` cells of input; 0 where the input is too small."""
-        spare = side + 2 * self.padding - self.dilation * (self.kernel - 1) - 1
-        if side < 1 or spare < 0:
-            return 0
-        if not self.ceil:
-            return spare // self.stride + 1
-        cells = -(-spare // self.stride) + 1
-        # the last pool must start inside the input or its left padding
-        return cells - 1 if (cells - 1) * self.stride >= side + self.padding else cells
-
-
-def layers_of(network: nn.Module) -> tuple[dict[Layer, int], int, int]:
-    """Convolutions and pools as they run -> pixels between the cells that they read; stride and channels of the map."""
-    sides: dict[Layer, list[int]] = {}
-    layers = [layer for layer in network.modules() if isinstance(layer, Layer)]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, images: sides.setdefault(layer, []).append(images[0].shape[2]))
-        for layer in layers
-    ]
-    device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
+    hooks = [layer.register_forward_pre_hook(note) for layer in network.modules() if isinstance(layer, Layer)]
     with torch.no_grad():
-        maps = [network.eval()(torch.zeros(1, 3, side, side, device=device)) for side in (256, 256 + 192)]
+        found = network.eval()(torch.zeros(1, 3, 256, 256 + 192, device=next(network.parameters()).device))
     for hook in hooks:
         hook.remove()
-    read = {layer: 192 // (both[1] - both[0]) for layer, both in sides.items()}
-    return read, 192 // (maps[1].shape[2] - maps[0].shape[2]), maps[0].shape[1]
+    return read, found.shape[1]
 
 
-def steps_of(network: nn.Module) -> list[Step]:
-    """The convolutions and pools of the main path; what stands beside it must be 1×1 and run after it."""
+def steps_of(network: nn.Module) -> tuple[list[Step], int]:
+    """The convolutions and pools of the main path, and the channels of the map.
+
+    What stands beside that path, as the convolution of a shortcut, must be 1×1 and run after it.
+    """
     steps, stride = list[Step](), 1
-    layers, total, _ = layers_of(network)
+    layers, channels = layers_of(network)
     for layer, read in layers.items():
-        if read == stride:  # else beside a path that has stepped on: the convolution of a shortcut
-            kernel, own, padding = (_int(value) for value in (layer.kernel_size, layer.stride, layer.padding))
-            steps.append(Step(kernel, own, padding, _int(layer.dilation), bool(getattr(layer, "ceil_mode", False))))
-            stride *= own
-    if stride != total:
-        raise TypeError(
-            f"the map has stride {total}, its Conv2d and MaxPool2d one behind the other {stride}; "
-            "Geometry.of(module) runs the network"
-        )
-    return steps
+        if read == stride:  # else beside a path that has stepped on
+            steps.append(_numbers(layer))
+            stride *= steps[-1][1]
+    return steps, channels
 
 
 def geometry_of(steps: Sequence[Step]) -> Geometry:
     """Stride and first centre of the map behind these steps."""
     stride, centre = 1, 0.0
-    for step in steps:
-        centre += ((step.kernel - 1) * step.dilation / 2 - step.padding) * stride
-        stride *= step.stride
+    for kernel, step, padding, dilation, _ in steps:
+        centre += ((kernel - 1) * dilation / 2 - padding) * stride
+        stride *= step
     return Geometry(stride, centre)
 
 
 def map_side(steps: Sequence[Step], side: int) -> int:
     """Cells along one axis for an input of `side` pixels; 0 where the input is too small."""
-    for step in steps:
-        side = step.map_side(side)
+    for kernel, stride, padding, dilation, ceil in steps:
+        spare = side + 2 * padding - dilation * (kernel - 1) - 1
+        if side < 1 or spare < 0:
+            return 0
+        cells = spare // stride + 1
+        # one more pool, cut off at the end, must start inside the input or its left padding
+        side = cells + (ceil and spare % stride > 0 and cells * stride < side + padding)
     return side
 
 
@@ -145,18 +124,16 @@ def limit_stride(network: nn.Module, limit: int) -> None:
     """
     kept = {1: 1}  # stride of the network as it was -> as it becomes
     for layer, read in layers_of(network)[0].items():
-        stride, dilation = _int(layer.stride), read // kept[read]
-        if dilation > 1 and _int(layer.kernel_size) > 1:
-            layer.padding = (_int(layer.padding) * dilation,) * 2
-            layer.dilation = (_int(layer.dilation) * dilation,) * 2
+        kernel, stride, padding, own, _ = _numbers(layer)
+        dilation = read // kept[read]
+        if dilation > 1 and kernel > 1:
+            layer.padding, layer.dilation = (padding * dilation,) * 2, (own * dilation,) * 2
         if kept[read] * stride > limit:
             layer.stride = (1, 1)
-        kept[read * stride] = kept[read] * _int(layer.stride)
+        kept[read * stride] = kept[read] * _numbers(layer)[1]
 
 
-def _int(value: Any) -> int:
-    """A layer's number, given once or once per axis."""
-    both = value if isinstance(value, tuple) else (value, value)
-    if both[0] != both[1] or not isinstance(both[0], int):
-        raise TypeError(f"expected the same number for both axes of a layer, got {value}")
-    return int(both[0])
+def _numbers(layer: Layer) -> Step:
+    given = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    kernel, stride, padding, dilation = (own[0] if isinstance(own, tuple) else int(own) for own in given)
+    return kernel, stride, padding, dilation, bool(getattr(layer, "ceil_mode", False))

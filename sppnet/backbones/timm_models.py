@@ -16,18 +16,18 @@ PREFIX = "timm/"
 
 
 class TimmFeatures(nn.Module):
-    """The map of a layer, or of several of one stride, joined along the channels."""
+    """The map of a layer, or of several of one stride ("layer3+layer4"), joined along the channels.
+
+    By default of the last layer within the stride `limit`, which timm keeps by dilation where it can. BackboneError for
+    a model or layer that timm does not have, and weights that it cannot load.
+    """
 
     def __init__(self, name: str, layer: str | None, pretrained: bool, seed: int, limit: int) -> None:
-        """The model `name` up to `layer`; by default the last one within the stride `limit`, which is kept where timm
-        can dilate. BackboneError for a model or layer that timm does not have, and weights that it cannot load.
-        """
         super().__init__()
         known = timm_names()
-        arch = name.partition(".")[0]  # behind it stands which of its weights
-        if arch not in known:
-            near = difflib.get_close_matches(arch, known, n=3)
-            hint = f"did you mean {', '.join(PREFIX + one for one in near)}?" if near else "see timm.list_models()"
+        if name.partition(".")[0] not in known:  # behind the point stands which of its weights
+            near = [PREFIX + one for one in difflib.get_close_matches(name, known, n=3)]
+            hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
             raise BackboneError(f"unknown backbone.name={PREFIX}{name}; {hint}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -35,24 +35,25 @@ class TimmFeatures(nn.Module):
                 options, info = {"output_stride": limit}, _create(name, output_stride=limit).feature_info
             except (TypeError, AssertionError):  # how timm says that it cannot dilate this model
                 options, info = {}, _create(name).feature_info
-            strides = dict(zip(info.module_name(), info.reduction(), strict=True))
-            fitting = [one for one, stride in strides.items() if stride <= limit] or list(strides)
-            wanted = fitting[-1:] if layer is None else layer.split("+")
-            unknown = [one for one in wanted if one not in strides]
-            if unknown:
-                known_here = ", ".join(f"{one} (stride {stride})" for one, stride in strides.items())
-                raise BackboneError(f"unknown backbone.layer={unknown[0]} of {PREFIX}{name}; known: {known_here}")
-            if len({strides[one] for one in wanted}) > 1:
-                raise BackboneError(f"backbone.layer={layer}: expected maps of one size; join layers of the same stride")
-            places = sorted(list(strides).index(one) for one in wanted)
-            self.net = _create(name, pretrained=pretrained, out_indices=places, **options)
-        self.layer = "+".join(list(strides)[place] for place in places)
+            names, strides = info.module_name(), info.reduction()
+            fitting = [one for one, stride in zip(names, strides, strict=True) if stride <= limit] or names
+            places = [names.index(one) if one in names else -1 for one in (layer or fitting[-1]).split("+")]
+            if -1 in places or len({strides[place] for place in places}) > 1:
+                known_here = ", ".join(f"{one} (stride {stride})" for one, stride in zip(names, strides, strict=True))
+                wanted = f"expected one of {known_here}, or several of one stride"
+                raise BackboneError(f"backbone.layer={layer} of {PREFIX}{name}: {wanted}")
+            self.net = _create(name, pretrained=pretrained, out_indices=sorted(places), **options)
+        for part in self.net.modules():
+            # TensorFlow's padding: with a stride, where a cell looks depends on the size of the image
+            if type(part).__name__ == "Conv2dSame" and part.stride != (1, 1):
+                part.__class__ = nn.Conv2d
+                part.padding = tuple((k - 1) * d // 2 for k, d in zip(part.kernel_size, part.dilation, strict=True))
+        self.layer = "+".join(names[place] for place in sorted(places))
         statistics = [self.net.pretrained_cfg[key] for key in ("mean", "std")]  # of pixels from 0 to 1
-        self.mean, self.std = (tuple(255 * value for value in values) for values in statistics)
+        self.mean, self.std = (tuple(round(255 * value, 6) for value in values) for values in statistics)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.net(images)
-        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+        return torch.cat(self.net(images), dim=1)
 
     def own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that bear timm's names, under those of `net`: timm flattens modules to take their maps."""
@@ -63,10 +64,8 @@ class TimmFeatures(nn.Module):
 def timm_names() -> list[str]:
     """All models of timm; BackboneError where it is not installed."""
     if importlib.util.find_spec("timm") is None:
-        raise BackboneError(
-            f"backbone.name={PREFIX}NAME: the package timm is not installed; pip install 'sppnet[timm]', "
-            "or choose another backbone.name"
-        )
+        hint = "pip install 'sppnet[timm]', or choose another backbone.name"
+        raise BackboneError(f"backbone.name={PREFIX}NAME: the package timm is not installed; {hint}")
     import timm
 
     return list(timm.list_models())
@@ -81,6 +80,6 @@ def _create(name: str, pretrained: bool = False, **options: Any) -> Any:
         raise
     except Exception as error:  # of its download, its files and its models, without a base
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        hint = "with weights at hand set backbone.weights.source=file and backbone.weights.file=PATH"
-        hint = hint if pretrained else "take a convolutional model"
+        files = "take a file by backbone.weights.source=file and backbone.weights.file=PATH"
+        hint = files if pretrained else "take a convolutional model"
         raise BackboneError(f"backbone.name={PREFIX}{name}: timm cannot give it ({reason}); {hint}") from error

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import expected_scale, nearest_area, release_window
+from torch import nn
 
 from sppnet import Geometry
 from sppnet.backbones.architectures import BACKBONES
@@ -388,9 +389,9 @@ def plans():
 def random_backbone_layers(name):
     with torch.device("meta"):
         plan = BACKBONES[name]()
-    layers = list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1]
+    layers = nn.Sequential(*list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1])
     limit_stride(layers, 16)
-    steps = steps_of(layers)
+    steps, _ = steps_of(layers)
     return steps, geometry_of(steps)
 
 
