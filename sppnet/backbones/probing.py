@@ -39,7 +39,7 @@ _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give a cell across."""
+    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give one across."""
 
     stride: int
     first_centre: float
@@ -132,18 +132,14 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
         first, last = start + i * stride, end + i * stride
         found = strip.reached(first - 1), strip.reached(first), strip.left(last - 1), strip.left(last)
         regular = regular and found == (low + i, low + i + 1, high + i, high + i + 1)
-    if not regular:
-        raise BackboneError(
-            f"{_WANTED}, one stride apart, but two neighbours begin {stride} pixels apart and others do not; "
-            "take a map that was not enlarged or resized"
-        )
-    found = low, low + 1, high, high + 1
     with contextlib.suppress(BackboneError):  # of a network that takes multiples of its stride alone
         longer = _Strip(module, axis, width, channels, length + 1)
         found = longer.reached(start - 1), longer.reached(start), longer.left(end - 1), longer.left(end)
-    if found != (low, low + 1, high, high + 1):
+        regular = regular and found == (low, low + 1, high, high + 1)
+    if not regular:
         raise BackboneError(
-            f"{_WANTED}, but in images of {length} and {length + 1} pixels a cell sees others; pad alike on both sides"
+            f"{_WANTED}, one stride apart in images of any size, but two neighbours begin {stride} pixels apart and "
+            "others do not; take a map that was not enlarged or resized, of layers that pad alike on both sides"
         )
     return stride, (start + end) / 2 - 1 - (low + high) * stride / 2, end - start + 1 - (high - low) * stride
 
@@ -293,5 +289,5 @@ def _marks_of_convolution(images: Tensor, weight: Tensor, bias: object, *options
     marks = images.isnan()
     groups = 1 if bool((marks == marks[:, :1]).all()) else options[-1]
     seen, ones = marks.unflatten(1, (groups, -1)).any(dim=2), weight.new_ones(groups, 1, *weight.shape[2:])
-    count = F.conv2d(seen.to(weight.dtype), ones, None, *options[:-1], groups)
+    count = torch.ops.aten.conv2d(seen.to(weight.dtype), ones, None, *options[:-1], groups)
     return torch.rand_like(count).masked_fill(count > 0, torch.nan).repeat_interleave(len(weight) // groups, dim=1)

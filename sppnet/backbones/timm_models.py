@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from sppnet.errors import BackboneError
 
-PREFIX = "timm/"
-
 
 class TimmFeatures(nn.Module):
-    """The map of a layer, or of several of one stride ("layer3+layer4"), joined along the channels.
+    """The map of a layer of "timm/NAME", or of several of one stride ("layer3+layer4"), joined along the channels.
 
     By default of the last layer within the stride `limit`, which timm keeps by dilation where it can. BackboneError for
     a model or layer that timm does not have, and weights that it cannot load.
@@ -24,31 +21,39 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, name: str, layer: str | None, pretrained: bool, seed: int, limit: int) -> None:
         super().__init__()
-        known = timm_names()
-        if name.partition(".")[0] not in known:  # behind the point stands which of its weights
-            near = [PREFIX + one for one in difflib.get_close_matches(name, known, n=3)]
-            hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-            raise BackboneError(f"unknown backbone.name={PREFIX}{name}; {hint}")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            try:
-                options, info = {"output_stride": limit}, _create(name, output_stride=limit).feature_info
-            except (TypeError, AssertionError):  # how timm says that it cannot dilate this model
-                options, info = {}, _create(name).feature_info
-            names, strides = info.module_name(), info.reduction()
-            fitting = [one for one, stride in zip(names, strides, strict=True) if stride <= limit] or names
-            places = [names.index(one) if one in names else -1 for one in (layer or fitting[-1]).split("+")]
-            if -1 in places or len({strides[place] for place in places}) > 1:
-                known_here = ", ".join(f"{one} (stride {stride})" for one, stride in zip(names, strides, strict=True))
-                wanted = f"expected one of {known_here}, or several of one stride"
-                raise BackboneError(f"backbone.layer={layer} of {PREFIX}{name}: {wanted}")
-            self.net = _create(name, pretrained=pretrained, out_indices=sorted(places), **options)
+        try:
+            import timm
+
+            create: Any = timm.create_model
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                options = {"model_name": name.removeprefix("timm/"), "features_only": True, "output_stride": limit}
+                try:
+                    info = create(**options).feature_info
+                except (TypeError, AssertionError):  # how timm says that it cannot dilate this model
+                    del options["output_stride"]
+                    info = create(**options).feature_info
+                names = info.module_name()
+                strides = dict(zip(names, info.reduction(), strict=True))
+                fitting = [one for one in names if strides[one] <= limit] or names
+                wanted = sorted((layer or fitting[-1]).split("+"), key=lambda one: [*names, one].index(one))
+                if len({strides.get(one) for one in wanted}) > 1 or wanted[-1] not in names:
+                    known = ", ".join(f"{one} (stride {stride})" for one, stride in strides.items())
+                    raise ValueError(f"backbone.layer={layer}: expected one of {known}, or several of one stride")
+                places = [names.index(one) for one in wanted]
+                self.net = create(**options, out_indices=places, pretrained=pretrained)
+        except Exception as error:  # of timm's models, files and download, without a base
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            hint = "take another convolutional model or layer, or weights by backbone.weights.source=file"
+            hint = "pip install 'sppnet[timm]'" if isinstance(error, ImportError) else hint
+            raise BackboneError(f"backbone.name={name}: timm cannot give it ({reason}); {hint}") from error
+        part: Any
         for part in self.net.modules():
             # TensorFlow's padding: with a stride, where a cell looks depends on the size of the image
             if type(part).__name__ == "Conv2dSame" and part.stride != (1, 1):
                 part.__class__ = nn.Conv2d
                 part.padding = tuple((k - 1) * d // 2 for k, d in zip(part.kernel_size, part.dilation, strict=True))
-        self.layer = "+".join(names[place] for place in sorted(places))
+        self.layer = "+".join(wanted)
         statistics = [self.net.pretrained_cfg[key] for key in ("mean", "std")]  # of pixels from 0 to 1
         self.mean, self.std = (tuple(round(255 * value, 6) for value in values) for values in statistics)
 
@@ -62,24 +67,9 @@ class TimmFeatures(nn.Module):
 
 
 def timm_names() -> list[str]:
-    """All models of timm; BackboneError where it is not installed."""
+    """timm/NAME of all models of timm; none where it is not installed."""
     if importlib.util.find_spec("timm") is None:
-        hint = "pip install 'sppnet[timm]', or choose another backbone.name"
-        raise BackboneError(f"backbone.name={PREFIX}NAME: the package timm is not installed; {hint}")
+        return []
     import timm
 
-    return list(timm.list_models())
-
-
-def _create(name: str, pretrained: bool = False, **options: Any) -> Any:
-    import timm
-
-    try:
-        return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
-    except (TypeError, AssertionError):
-        raise
-    except Exception as error:  # of its download, its files and its models, without a base
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        files = "take a file by backbone.weights.source=file and backbone.weights.file=PATH"
-        hint = files if pretrained else "take a convolutional model"
-        raise BackboneError(f"backbone.name={PREFIX}{name}: timm cannot give it ({reason}); {hint}") from error
+    return [f"timm/{name}" for name in timm.list_models()]

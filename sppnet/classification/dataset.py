@@ -179,14 +179,15 @@ class TrainingViews(Dataset[Any]):
         self, images: Sequence[Path], labels: Iterable[int], settings: ClassTrainingSettings, backbone: Backbone
     ) -> None:
         self.images, self.labels = list(images), torch.tensor([*labels])
-        self.settings, self.order, self.statistics = settings, backbone.weights.channel_order, (backbone.mean, backbone.std)
+        self.settings, self.weights = settings, backbone.weights
+        self.statistics = backbone.mean, backbone.std
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | SppnetError:
         try:
             views = torch.stack([self._view(int(place), batch) for place in batch.places])
         except SppnetError as error:
             return error
-        views = views.flip(1) if self.order == "bgr" else views
+        views = views.flip(1) if self.weights.channel_order == "bgr" else views
         return normalise(views, *self.statistics), self.labels[torch.from_numpy(batch.places)]
 
     def _view(self, place: int, batch: Batch) -> Tensor:

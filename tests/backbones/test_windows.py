@@ -16,7 +16,7 @@ from torch import nn
 
 from sppnet import Geometry
 from sppnet.backbones.architectures import BACKBONES
-from sppnet.backbones.geometry import geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import geometry_of, map_side, steps_of
 from sppnet.backbones.windows import choose_scales, project_windows
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.errors import SppnetError
@@ -390,8 +390,7 @@ def random_backbone_layers(name):
     with torch.device("meta"):
         plan = BACKBONES[name]()
     layers = nn.Sequential(*list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1])
-    limit_stride(layers, 16)
-    steps, _ = steps_of(layers)
+    steps, _ = steps_of(layers, 16)
     return steps, geometry_of(steps)
 
 
