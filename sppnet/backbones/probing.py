@@ -32,14 +32,14 @@ from sppnet.errors import BackboneError
 
 # px of a strip: the first in which inner cells see neither end
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-WIDTHS = (8, 16, 32, 64, 128, 256)  # px of a strip: the first that gives two cells
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # px of a strip: the first that gives a cell
 CELLS = 4  # neighbours that must lie one stride apart: maps that were enlarged come in pairs
 _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid of cells (N, C, h, w)"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give two cells."""
+    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give one across."""
 
     stride: int
     first_centre: float
@@ -77,7 +77,7 @@ def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
 
 
 def _narrowest(module: nn.Module) -> tuple[int, int]:
-    """The first of WIDTHS that gives two cells, and the channels of the map."""
+    """The first of WIDTHS that gives cells, and the channels of the map."""
     error = None
     for width in WIDTHS:
         images = _random_images(module, 2, 256, width)
@@ -90,7 +90,7 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
             raise BackboneError(f"{_WANTED}, but its map of finite images holds NaN; check its weights")
         if not torch.equal(found, _run(module, images)):
             raise BackboneError(f"{_WANTED}, but two runs on one image differ; leave out what is random in eval mode")
-        if min(found.shape[2:]) >= 2:
+        if found.shape[2] >= 2 and found.shape[3]:
             return width, found.shape[1]
         error = BackboneError(
             f"{_WANTED}, got a map of {found.shape[2]} × {found.shape[3]} cells for 256 × {width} pixels; "
@@ -132,10 +132,14 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
         first, last = start + i * stride, end + i * stride
         found = strip.reached(first - 1), strip.reached(first), strip.left(last - 1), strip.left(last)
         regular = regular and found == (low + i, low + i + 1, high + i, high + i + 1)
+    with contextlib.suppress(BackboneError):  # of a network that takes multiples of its stride alone
+        longer = _Strip(module, axis, width, channels, length + 1)
+        found = longer.reached(start - 1), longer.reached(start), longer.left(end - 1), longer.left(end)
+        regular = regular and found == (low, low + 1, high, high + 1)
     if not regular:
         raise BackboneError(
-            f"{_WANTED}, one stride apart, but two neighbours begin {stride} pixels apart and others do not; "
-            "take a map that was not enlarged or resized"
+            f"{_WANTED}, one stride apart in images of any size, but two neighbours begin {stride} pixels apart and "
+            "others do not; take a map that was not enlarged or resized, of layers that pad alike on both sides"
         )
     return stride, (start + end) / 2 - 1 - (low + high) * stride / 2, end - start + 1 - (high - low) * stride
 
@@ -266,6 +270,8 @@ class _Placeless(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.value is None and func is F.conv2d and len(args) == 7 and args[0].ndim == 4:
+            return _marks_of_convolution(*args)
         if func in (F.batch_norm, F.group_norm, F.instance_norm) and args:
             if self.value is not None:
                 return F.normalize(args[0], dim=1)  # every place by itself
@@ -276,3 +282,12 @@ class _Placeless(TorchFunctionMode):
         if not found.is_floating_point():
             return found
         return torch.nan_to_num(found) if self.value is None else torch.full_like(found, self.value)
+
+
+def _marks_of_convolution(images: Tensor, weight: Tensor, bias: object, *options: Any) -> Tensor:
+    """NaN where a convolution has NaN, numbers elsewhere: counted in one channel, which takes a tenth of the time."""
+    marks = images.isnan()
+    groups = 1 if bool((marks == marks[:, :1]).all()) else options[-1]
+    seen, ones = marks.unflatten(1, (groups, -1)).any(dim=2), weight.new_ones(groups, 1, *weight.shape[2:])
+    count = torch.ops.aten.conv2d(seen.to(weight.dtype), ones, None, *options[:-1], groups)
+    return torch.rand_like(count).masked_fill(count > 0, torch.nan).repeat_interleave(len(weight) // groups, dim=1)

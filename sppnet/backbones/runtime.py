@@ -54,7 +54,7 @@ class Runtime:
     def prepare(self, image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
         """uint8 RGB (H, W, 3) -> what the network sees of it at `size`: (1, 3, h, w) on its device."""
         weights = self.backbone.weights
-        return prepare(image, size, weights.channel_order, self.backbone.mean, weights.std, self.device)
+        return prepare(image, size, weights.channel_order, self.backbone.mean, self.backbone.std, self.device)
 
     @property
     def device(self) -> torch.device:

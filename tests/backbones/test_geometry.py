@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from sppnet.backbones.geometry import Geometry, channels_of, geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import Geometry, geometry_of, map_side, steps_of
 
 
 def test_the_shrink_is_the_releases_at_stride_16_and_in_proportion_elsewhere() -> None:
@@ -28,11 +29,12 @@ def test_the_map_side_of_a_layer_equals_running_it(kernel: int, stride: int, pad
         expected = (
             0 if side + 2 * padding < dilation * (kernel - 1) + 1 else layer(torch.zeros(1, 1, side, side)).shape[2]
         )
-        assert map_side(steps_of([layer]), side) == expected
+        step = (kernel, stride, padding, dilation, getattr(layer, "ceil_mode", False))
+        assert map_side([step], side) == expected
 
 
 def test_an_input_that_vanished_stays_vanished() -> None:
-    steps = steps_of([nn.Conv2d(1, 1, 5), nn.Conv2d(1, 1, 1, padding=3)])
+    steps, _ = steps_of(nn.Sequential(nn.Conv2d(3, 1, 5), nn.Conv2d(1, 1, 1, padding=3)))
     assert map_side(steps, 4) == 0
 
 
@@ -41,40 +43,41 @@ def test_no_layers_see_single_pixels() -> None:
     assert map_side([], 7) == 7
 
 
+def test_steps_are_the_layers_own_numbers_in_the_order_in_which_they_run() -> None:
+    first, second = nn.Conv2d(3, 5, 7, 3, 2, 2), nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    steps, channels = steps_of(nn.Sequential(OrderedDict(second=first, relu=nn.ReLU(), first=second)))
+    assert channels == 5
+    assert steps == [(7, 3, 2, 2, False), (3, 2, 1, 1, True)]
+    assert geometry_of(steps) == Geometry(6, 4.0)
+
+
 def test_a_pool_that_would_pass_the_limit_loses_its_stride_and_dilates_what_follows() -> None:
-    layers = [
-        nn.Conv2d(1, 2, 3, stride=2, padding=1),
-        nn.MaxPool2d(3, 3),
-        nn.Conv2d(2, 2, 3, padding=1),
-        nn.MaxPool2d(2),
-    ]
-    images = torch.rand(1, 1, 97, 97)
-    strided = nn.Sequential(*layers)(images)
-    limit_stride(layers, 2)
-    dense = nn.Sequential(*layers)(images)
-    assert geometry_of(steps_of(layers)).stride == 2
+    network = nn.Sequential(
+        nn.Conv2d(3, 2, 3, stride=2, padding=1), nn.MaxPool2d(3, 3), nn.Conv2d(2, 2, 3, padding=1), nn.MaxPool2d(2)
+    ).requires_grad_(False)
+    images = torch.rand(1, 3, 97, 97)
+    strided = network(images)
+    assert geometry_of(steps_of(network, 2)[0]).stride == 2
+    dense = network(images)
     torch.testing.assert_close(dense[..., ::6, ::6][..., : strided.shape[2], : strided.shape[3]], strided)
 
 
-def test_channels_are_those_of_the_last_convolution() -> None:
-    assert channels_of([nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 7, 1), nn.MaxPool2d(2)]) == 7
-
-
-class Branches(nn.Sequential):
-    """Its layers stand side by side, not one behind the other."""
+class Shortcuts(nn.Module):
+    """Two paths that step alike, and one that steps again."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 1, 2), nn.Conv2d(8, 8, 3, 2, 1))
+        super().__init__()
+        self.first, self.second, self.short = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(3, 8, 1, 4)
+        self.last = nn.Conv2d(8, 4, 3, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self[0](x) + self[1](x)
+        return self.last(self.second(self.first(x)) + self.short(x))
 
 
-def test_layers_of_unknown_geometry_are_refused() -> None:
-    for layer in (nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.PixelUnshuffle(2), Branches()):
-        with pytest.raises(TypeError, match=rf"a layer of type {type(layer).__name__} is not known; .*Geometry\.of"):
-            steps_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), layer)))
-    with pytest.raises(TypeError, match="same number for both axes of a layer, got same"):
-        steps_of([nn.Conv2d(1, 1, 3, padding="same")])
-    with pytest.raises(TypeError, match="same number for both axes"):
-        steps_of([nn.Conv2d(1, 1, (3, 5))])
+def test_the_stride_of_a_shortcut_follows_that_of_the_path_beside_it() -> None:
+    network, images = Shortcuts().requires_grad_(False), torch.rand(1, 3, 65, 65)
+    assert geometry_of(steps_of(network)[0]) == Geometry(8, 0.0) == Geometry.of(network)
+    strided = network(images)
+    assert geometry_of(steps_of(network, 4)[0]) == Geometry(4, 0.0) == Geometry.of(network)
+    assert (network.first.stride, network.second.stride, network.short.stride) == ((2, 2), (2, 2), (4, 4))
+    torch.testing.assert_close(network(images)[..., ::2, ::2], strided)

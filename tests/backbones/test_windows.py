@@ -12,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import expected_scale, nearest_area, release_window
+from torch import nn
 
 from sppnet import Geometry
 from sppnet.backbones.architectures import BACKBONES
-from sppnet.backbones.geometry import geometry_of, limit_stride, map_side, steps_of
+from sppnet.backbones.geometry import geometry_of, map_side, steps_of
 from sppnet.backbones.windows import choose_scales, project_windows
 from sppnet.detection.window_features import ProjectedWindows
 from sppnet.errors import SppnetError
@@ -388,9 +389,8 @@ def plans():
 def random_backbone_layers(name):
     with torch.device("meta"):
         plan = BACKBONES[name]()
-    layers = list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1]
-    limit_stride(layers, 16)
-    steps = steps_of(layers)
+    layers = nn.Sequential(*list(plan.layers.values())[: list(plan.layers).index(plan.default) + 1])
+    steps, _ = steps_of(layers, 16)
     return steps, geometry_of(steps)
 
 

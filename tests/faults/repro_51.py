@@ -22,7 +22,7 @@ class Residual(nn.Module):
 
 net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Residual(), Residual())
 try:
-    stride = geometry_of(steps_of(net)).stride
+    stride = geometry_of(steps_of(net)[0]).stride
 except (TypeError, ValueError) as error:
     print("refused:", error)
     sys.exit(0)
