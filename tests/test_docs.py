@@ -240,9 +240,11 @@ def test_every_configuration_is_valid_and_named_after_its_file(path: Path) -> No
 
 
 def test_the_configuration_of_a_backbone_of_ones_own_is_valid(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(blocks("yaml", "docs/own-backbone.md")[0])
-    config = load_config(tmp_path / "own.yaml")
-    assert config.backbone.module == "my_networks:small_resnet"
+    found = []
+    for block in blocks("yaml", "docs/own-backbone.md"):
+        (tmp_path / "own.yaml").write_text(block)
+        found.append(load_config(tmp_path / "own.yaml").backbone)
+    assert [own.module or own.name for own in found] == ["timm/resnet34.a1_in1k", "my_networks:small_resnet"]
 
 
 # --- the project ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.errors import BackboneError
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of the hub that timm downloads from, read when it is imported
 
 
 class TimmFeatures(nn.Module):
