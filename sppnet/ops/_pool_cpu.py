@@ -108,14 +108,9 @@ def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: i
     if threads == 1 or count_parts <= 1:
         run(0, count)
         return
-    parts = list(pairwise(count * part // count_parts for part in range(count_parts + 1)))
-    with ThreadPoolExecutor(min(threads, count_parts) - 1) as pool:
-        futures = [pool.submit(run, *part) for part in parts]
-        for part, future in reversed(list(zip(parts, futures, strict=True))):  # the caller works too, from the end
-            if future.cancel():
-                run(*part)
-            else:  # this part and all before it have begun
-                future.result()
+    parts = pairwise(count * part // count_parts for part in range(count_parts + 1))
+    with ThreadPoolExecutor(min(threads, count_parts)) as pool:
+        list(pool.map(run, *zip(*parts, strict=True)))
 
 
 class _ReusedMemory:
