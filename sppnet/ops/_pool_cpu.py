@@ -95,11 +95,10 @@ def _group_windows(windows: Ints, height: int, width: int) -> tuple[Ints, Ints, 
 
 
 def _count_planes(windows: Ints, plan: Ints, height: int, width: int, limit: int) -> int:
-    """How many planes the table has: the cells themselves, and squares as long as they save more than they cost."""
-    most = min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1)
-    reads = _count_reads(windows, plan, max(most, 0) + 1)
-    saved = reads[:-1] - reads[1:]
-    return 1 + int(np.append(saved >= READS_PER_SQUARE * height * width, False).argmin())
+    """How many planes the table has: the cells themselves, and squares where they save more reads than they cost."""
+    squares = max(0, min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1))
+    reads = (windows[:, 2:] - windows[:, :2]).prod(axis=1).sum() * (plan[:, 1] == 0).sum()  # at least, without squares
+    return 1 + squares * int(reads >= READS_PER_SQUARE * squares * height * width)
 
 
 def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
@@ -180,22 +179,6 @@ def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, ta
             builder.store(rows[row], place(arguments[3], arguments[4], row), align=align)
 
     return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
-
-
-@compiled
-def _count_reads(windows: Any, plan: Any, planes: int) -> Any:
-    """(planes,): how many vectors `_pool` reads from the table, if it has one plane, two, …"""
-    reads = np.zeros(planes, np.int64)
-    for level in range(plan.shape[0]):
-        n, m = plan[level, 0], plan[level, 1]
-        for r in range(windows.shape[0] if m == 0 else 0):
-            bin_height, bin_width = -(-(windows[r, 3] - windows[r, 1]) // n), -(-(windows[r, 2] - windows[r, 0]) // n)
-            side = 1
-            for k in range(planes):
-                if k > 0 and 2 * side <= min(bin_height, bin_width):
-                    side *= 2
-                reads[k] += 4 * n * n * (-(-bin_height // (2 * side))) * (-(-bin_width // (2 * side)))
-    return reads
 
 
 @compiled
