@@ -345,7 +345,7 @@ def test_files_of_other_images_are_refused_unless_they_are_not_needed(tmp_path: 
     export_windows(tmp_path / "w.npz", ["train1"], [[[0, 0, 60, 60]]])
     settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
     with pytest.raises(
-        SppnetError, match=r"w\.npz: windows of none of the images; its images are train1, those of .*0000"
+        SppnetError, match=r"w\.npz: windows of none of the images; its first image is train1, that of .*0000"
     ):
         propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
