@@ -35,15 +35,17 @@ class Strategies(NamedTuple):
     similarities: tuple[Similarity, ...]
 
 
-ALL_TERMS = Similarity()
-WITHOUT_COLOUR = Similarity(colour=False)
-FILL = Similarity(colour=False, texture=False, size=False)
-SIZE = Similarity(colour=False, texture=False, fill=False)
-
 MODES = {
-    "fast": Strategies(("hsv", "lab"), (100, 300), (ALL_TERMS, WITHOUT_COLOUR)),
+    "fast": Strategies(("hsv", "lab"), (100, 300), (Similarity(), Similarity(colour=False))),
     "quality": Strategies(
-        ("hsv", "lab", "rgi", "hue", "intensity"), (50, 100, 150, 300), (ALL_TERMS, WITHOUT_COLOUR, FILL, SIZE)
+        ("hsv", "lab", "rgi", "hue", "intensity"),
+        (50, 100, 150, 300),
+        (
+            Similarity(),
+            Similarity(colour=False),
+            Similarity(False, False, size=False),
+            Similarity(False, False, fill=False),
+        ),
     ),
 }
 # Ours: k, sigma and the smallest region by recall at IoU 0.5 and mean best overlap on 700 training images of VOC, where
