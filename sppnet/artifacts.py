@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from sppnet.errors import ArtifactError
@@ -52,30 +52,28 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:DIGEST_LENGTH]
 
 
-@contextlib.contextmanager
-def _replacing(path: Path, durable: bool = True) -> Iterator[Path]:
-    """A temporary file beside `path` for the block to fill; it becomes `path` if the block succeeds, else goes.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
+    """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`; ArtifactError if that fails.
 
-    Where it is `durable`, its content is on the disk before it takes the name, and the name before the block is left.
+    Where it is `durable`, its content is on the disk before it takes the name, and the name before this returns.
     """
     temporary = None
     try:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".sppnet-", dir=path.parent)
-        os.close(handle)
         temporary = Path(name)
-        yield temporary
+        with os.fdopen(handle, "wb") as file:
+            write(file)
         temporary.chmod(0o644)
         if durable:
             _sync(temporary)
         temporary.replace(path)
-        if durable:
-            for folder in (path.parent, *(folder.parent for folder in made)):
-                with contextlib.suppress(OSError):  # not every system and file system can do this for folders
-                    _sync(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        for folder in (path.parent, *(folder.parent for folder in made)) if durable else ():
+            with contextlib.suppress(OSError):  # not every system and file system can do this for folders
+                _sync(folder)
+    except OSError as error:
+        reason = error.strerror or error
         raise ArtifactError(f"{path}: cannot write ({reason}); free some space, or write to another place") from error
     finally:
         if temporary is not None:
@@ -99,12 +97,6 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = f"cannot write here ({error.strerror})"
         raise ArtifactError(f"{folder}: {reason}; expected a folder with space in it, name another one") from None
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: bool = True) -> None:
-    """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`; ArtifactError if that fails."""
-    with _replacing(path, durable) as temporary, temporary.open("wb") as file:
-        write(file)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,22 +173,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Named tensors as .safetensors."""
     # Copies: tensors that share memory, as tied weights do, are refused by safetensors.
     contiguous = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    own = dict(metadata) if metadata else None
-    with _replacing(path) as temporary:
-        if _is_text(path):
-            save_file(contiguous, temporary, metadata=own)
-        else:
-            temporary.write_bytes(save(contiguous, own))
+    data = save(contiguous, dict(metadata) if metadata else None)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     with _reading(path):
-        return load_file(path) if _is_text(path) else load(path.read_bytes())
-
-
-def _is_text(path: Path) -> bool:
-    """Whether safetensors takes the path: it must be UTF-8, else the file goes through memory as a whole."""
-    return str(path.absolute()).encode(errors="replace") == os.fsencode(path.absolute())
+        try:
+            return load_file(path)
+        except SafetensorError:  # also of a name that is not UTF-8
+            return load(path.read_bytes())
 
 
 def names_to_tensor(names: Sequence[str]) -> Tensor:

@@ -26,7 +26,6 @@ from sppnet.jpeg import open_jpeg
 
 T = TypeVar("T")
 
-MAX_PIXELS = 178_000_000  # ours: about 0.5 GB as RGB; a larger header is taken for damage or an attack
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 SAMPLE_FORMAT = 339  # TIFF tag; 1 = unsigned
 MAX_SCALED_PIXELS = 32_000_000  # ours: some 16 GB in the first layers of VGG16, 4 GB in those of MobileNetV2
@@ -82,10 +81,9 @@ def read_pixels(image: ImageInput) -> NDArray[np.uint8]:
 def check_pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
     """The array; ImageError unless it is (H, W, 3) uint8."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        hint = _hint(image.shape, 2, "np.ascontiguousarray(image.transpose(1, 2, 0))", "image[..., :3]")
-        remedy = f"{hint or 'scale it to 0 … 255 and round it'}, or read it with sppnet.read_image"
-        got = f"{image.dtype} of shape {image.shape}"
-        raise ImageError(f"image must be a uint8 RGB array of shape (H, W, 3), got {got}; {remedy}")
+        remedy = "scale it to 0 … 255 and round it, put its channels last, give several as a list"
+        got = f"{image.dtype} of shape {image.shape}; {remedy}, or read it with sppnet.read_image"
+        raise ImageError(f"image must be a uint8 RGB array of shape (H, W, 3), got {got}")
     return image
 
 
@@ -173,8 +171,8 @@ def flip_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _pixels_of_tensor(image: Tensor) -> NDArray[np.uint8]:
     if image.ndim != 3 or image.shape[0] != 3:
-        hint = _hint(tuple(image.shape), 0, "image.permute(2, 0, 1)", "image[:3]") or "pass (3, H, W)"
-        raise ImageError(f"a tensor must be an RGB image of shape (3, H, W), got {tuple(image.shape)}; {hint}")
+        remedy = "put its three channels first, and give several as a list"
+        raise ImageError(f"a tensor must be an RGB image of shape (3, H, W), got {tuple(image.shape)}; {remedy}")
     if image.dtype != torch.uint8:
         if not image.is_floating_point():
             raise ImageError(f"a tensor must be uint8, or floating-point in [0, 1], got {image.dtype}; convert it")
@@ -185,19 +183,6 @@ def _pixels_of_tensor(image: Tensor) -> NDArray[np.uint8]:
             raise ImageError(f"a floating-point tensor must lie in [0, 1], {got}")
         image = (image.double() * 255).round().to(torch.uint8)
     return np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
-
-
-def _hint(shape: tuple[int, ...], channels: int, turned: str, cut: str) -> str:
-    """What makes the shape one with three channels last (`channels` = 2) or first (0), where that can be told."""
-    if len(shape) == 4:
-        return "give a batch as a list of images"
-    if len(shape) == 2:
-        return "it is grey: stack it three times"
-    if len(shape) == 3 and shape[2 - channels] == 3:
-        return f"its channels are {'first' if channels else 'last'}: pass {turned}"
-    if len(shape) == 3 and shape[channels] == 4:
-        return f"it has four channels: pass {cut} if the fourth is transparency"
-    return ""
 
 
 @contextmanager
@@ -216,15 +201,14 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
             warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # what matters below is raised
             # A file and not its name: Pillow maps the pixels of a named TIFF into memory, turned ones in a wrong order.
             with Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise _too_large(path)
                 yield image
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: expected an image, but there is no such file; check the path") from None
     except Image.DecompressionBombError:
-        raise _too_large(path) from None
+        problem = "expected at most 178,956,970 pixels, but its header announces more"
+        raise ImageError(f"{path}: {problem}; if the file is sound, scale it down first") from None
     except Image.UnidentifiedImageError:
         kinds, modern = ", ".join(FORMATS), Path(path).suffix.lower() in UNREAD_SUFFIXES
         hint = "save it as JPEG, or let the camera do so" if modern else "convert or remove it"
@@ -233,11 +217,6 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         problem = f"expected a complete image, but it cannot be read ({reason})"
         raise ImageError(f"{path}: {problem}; fetch the file again or remove it") from None
-
-
-def _too_large(path: Path | str) -> ImageError:
-    problem = f"expected at most {MAX_PIXELS:,} pixels, but its header announces more"
-    return ImageError(f"{path}: {problem}; if the file is sound, scale it down first")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -27,18 +27,7 @@ EXPECTED = {
 
 UNKNOWN = ("extra_forbidden", "invalid_key", "unexpected_keyword_argument")  # the second of a key that is no text
 
-# Settings of earlier versions -> what to write now.
-RENAMED = {
-    "trunk": "it is now called backbone",
-    "compress": "it is now called low_rank, with fc6, fc7, steps and learning_rates",
-    "backbone.stride": "layers beyond stride 16 are always dilated; leave it out",
-    "maps.compute": "the setting precision now holds for the whole run",
-    "finetune.precision": "the setting precision now holds for the whole run",
-    "detect.precision": "the setting precision now holds for the whole run",
-    "svm.solver": "there is one solver now; leave it out",
-    "svm.epochs": "mining is one pass; leave it out",
-    "pretrain": "train a classifier on crops of the objects, as examples/pretrain.py does, and name its checkpoint in "
-    "backbone.weights.file and head.checkpoint",
+OTHER_KIND = {  # settings of the other kind of configuration
     "training": "this is a classifier's configuration: sppnet classify train",
     "data.root": "this is a detector's configuration: sppnet train",
 }
@@ -102,4 +91,4 @@ def _remedy(kind: type[Settings], key: str, place: tuple[int | str, ...]) -> str
         section = get_args(section)[0] if isinstance(name, int) else section.model_fields[name].annotation
     known, prefix = section.model_fields, key.removesuffix(str(place[-1]))
     near = difflib.get_close_matches(str(place[-1]), known, n=1)
-    return RENAMED.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")
+    return OTHER_KIND.get(key) or (f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}")

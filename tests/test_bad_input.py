@@ -301,7 +301,7 @@ def test_windows_of_other_images(config, devkit, tmp_path):
     assert "outside the image" in message
     np.savez(file, **{**values, "ids": np.array([f"images/{name}" for name in values["ids"]])})
     message = refused("propose", config, "--run", tmp_path / "run", "--import", file)
-    assert f"{file}: windows of none of the images; its images are images/SHAPES/" in message
+    assert f"{file}: windows of none of the images; its first image is images/SHAPES/" in message
     file.write_text("no archive")
     message = refused("propose", config, "--run", tmp_path / "run", "--import", file)
     assert f"{file}: not a readable .npz file" in message

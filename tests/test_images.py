@@ -235,11 +235,11 @@ def test_a_truncated_file_is_refused_and_not_half_read(tmp_path: Path, name: str
         read_image(path)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (13_400, 13_300), (2_000_000_000, 1)])
+@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (13_400, 13_400), (2_000_000_000, 1)])
 def test_an_absurdly_large_header_is_refused_before_decoding(tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "a.png").write_bytes(png(width, height))
     for read in (read_image, image_header):
-        with pytest.raises(ImageError, match=r"a\.png: expected at most 178,000,000 pixels, .*scale it down"):
+        with pytest.raises(ImageError, match=r"a\.png: expected at most 178,956,970 pixels, .*scale it down"):
             read(tmp_path / "a.png")
 
 
@@ -440,7 +440,7 @@ def test_flipping_twice_gives_the_image_back() -> None:
 
 
 def test_an_image_of_another_shape_or_type_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"array of shape \(H, W, 3\), got uint8 of shape \(4, 5\); it is grey"):
+    with pytest.raises(ValueError, match=r"array of shape \(H, W, 3\), got uint8 of shape \(4, 5\); scale it"):
         prepare(photo()[:4, :5, 0], (4, 5), "rgb", (0, 0, 0), (1, 1, 1))
     with pytest.raises(ValueError, match=r"got float32 of shape"):
         prepare(photo().astype(np.float32), (4, 5), "rgb", (0, 0, 0), (1, 1, 1))  # type: ignore[arg-type]
@@ -516,15 +516,15 @@ def test_an_array_stays_as_it_is():
     [
         (PIXELS.astype(np.float32), "scale it to 0 … 255"), (PIXELS / 255, "scale it to 0 … 255"),
         (PIXELS.astype(int), "scale it"), (PIXELS > 9, "scale it"),
-        (PIXELS[..., 0], "it is grey"), (PIXELS.transpose(2, 0, 1), "channels are first: pass np.ascontiguousarray"),
-        (np.dstack([PIXELS, PIXELS[..., :1]]), r"pass image\[..., :3\]"), (PIXELS[None], "as a list"),
+        (PIXELS[..., 0], "put its channels last"), (PIXELS.transpose(2, 0, 1), "put its channels last"),
+        (np.dstack([PIXELS, PIXELS[..., :1]]), "shape .*, 4"), (PIXELS[None], "as a list"),
         (PIXELS[:0], "at least one pixel"), (PIXELS[:, :, :2], "read it with"),
         (TENSOR.float(), r"in \[0, 1\], got values from .* divide by 255"), (TENSOR / 255 - 1e-3, "clamp it"),
         (TENSOR / 255 * torch.nan, "got values from nan"), (TENSOR / 255 * torch.inf, "got values from"),
         (TENSOR.long(), "uint8, or floating-point"), (TENSOR > 9, "uint8, or floating-point"),
-        (TENSOR.permute(1, 2, 0), r"channels are last: pass image.permute\(2, 0, 1\)"), (TENSOR[0], "it is grey"),
+        (TENSOR.permute(1, 2, 0), "put its three channels first"), (TENSOR[0], "put its three"),
         (TENSOR[:, :0], "at least one pixel"), (TENSOR[None], "as a list"),
-        (torch.cat([TENSOR, TENSOR[:1]]), r"pass image\[:3\]"), (TENSOR[:0], r"pass \(3, H, W\)"),
+        (torch.cat([TENSOR, TENSOR[:1]]), r"got \(4, "), (TENSOR[:0], r"got \(0, "),
         (None, "got NoneType"), (b"GIF89a", "got bytes"), (3, "got int"), ({"image": PIXELS}, "got dict"),
         (Image.new("RGB", (0, 5)), "at least one pixel"), (Image.new("F", (4, 5)), "floating-point pixels"),
         ("no such file.jpg", "no such file"),

@@ -74,14 +74,6 @@ def test_cut_anywhere_they_are_refused_but_for_their_last_blocks(tmp_path, kind)
     assert refused > 0.85 * len(cuts)
 
 
-def test_a_progressive_one_without_its_last_scans_is_refused(tmp_path):
-    data = encoded(picture(), progressive=True)
-    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
-    for start in scans[1:]:
-        with pytest.raises(ImageError, match=r"cannot be read \(the picture in it is cut off\)"):
-            read(tmp_path, data[:start] + END)
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "arithmetic"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 1])
 def test_one_whose_tail_is_zeros_or_gone_is_refused(tmp_path, kind, share):
@@ -92,19 +84,6 @@ def test_one_whose_tail_is_zeros_or_gone_is_refused(tmp_path, kind, share):
     for tail in (b"", b"\0" * (len(data) - len(kept)), b"\0" * 5000):
         with pytest.raises(ImageError, match=r"no end marker; where a viewer shows it whole, save it again there"):
             read(tmp_path, kept + tail)
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
-def test_one_that_lost_parts_between_its_restart_markers_is_refused(tmp_path, options):
-    data = encoded(picture(), restart_marker_blocks=3, **options)
-    restarts = [place for place in range(len(data)) if data[place] == 255 and 0xD0 <= data[place + 1] <= 0xD7]
-    lost = data[: restarts[2] + 2] + data[restarts[3] :]  # only what lies between two: no marker is missing
-    assert read(tmp_path, lost).shape == (90, 120, 3)
-    for first, last in ((1, 2), (0, 3), (4, 9)):
-        start, end = restarts[first], restarts[last]
-        for damaged in (data[:start] + b"\0" * (end - start) + data[end:], data[:start] + data[end:]):
-            with pytest.raises(ImageError, match="a part of the picture in it is lost"):
-                read(tmp_path, damaged)
 
 
 def test_a_picture_of_several_frames_gives_the_first(tmp_path):

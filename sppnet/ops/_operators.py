@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import adaptive_max_pool2d, pad
+from torch.nn.functional import adaptive_max_pool2d
 
 LEAST = torch.finfo(torch.float32).min  # torchvision's roi_pool begins a maximum with it, in every type
 
@@ -34,17 +33,9 @@ def _pool_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor
 
     exact = _exact(maps).numpy()
     if np.isnan(exact.max(initial=-np.inf)):
-        pooled = exact.reshape(-1)[_argmax_on_cpu(maps, windows, levels).numpy()]
-    else:
-        pooled = _pool_cpu.pool_cells(exact, _checked_rows(windows, maps.shape), levels, torch.get_num_threads())
-    return torch.from_numpy(pooled).to(maps.dtype)
-
-
-def _argmax_on_cpu(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
-    from . import _argmax_cpu
-
-    rows, exact = _checked_rows(windows, maps.shape), _exact(maps).numpy()
-    return torch.from_numpy(_argmax_cpu.argmax_cells(exact, rows, levels, torch.get_num_threads()))
+        return pool_elsewhere(maps, windows, levels)
+    rows = _checked_rows(windows, maps.shape)
+    return torch.from_numpy(_pool_cpu.pool_cells(exact, rows, levels, torch.get_num_threads())).to(maps.dtype)
 
 
 def pool_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
@@ -52,7 +43,7 @@ def pool_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tens
     return torch.cat([_pool_level(_exact(maps), rows, n)[0] for n in levels], dim=1).to(maps.dtype)
 
 
-def argmax_elsewhere(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
+def _argmax(maps: Tensor, windows: Tensor, levels: Sequence[int]) -> Tensor:
     rows = _checked_rows(windows, maps.shape)
     return torch.cat([_pool_level(_exact(maps), rows, n)[1] for n in levels], dim=1)
 
@@ -63,23 +54,6 @@ def _pool_autograd(keys: Any, maps: Tensor, windows: Tensor, levels: Sequence[in
         return pool.redispatch(keys & torch._C._after_autograd_keyset, maps, windows, levels)
     places = argmax(maps.detach(), windows, levels)
     return maps.reshape(-1).gather(0, places.reshape(-1)).reshape(places.shape)
-
-
-def _vmap(operator: Callable[..., Tensor], info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
-    """The maps of all batches become one batch."""
-    maps, windows, levels = arguments
-    batches = torch.arange(info.batch_size, device=windows.device)[:, None, None]
-    rows = windows.expand(len(batches), -1, -1) if in_dims[1] is None else windows.movedim(in_dims[1], 0)
-    rows, shift = rows if rows.is_floating_point() else rows.long(), 0 * batches
-    rows = pad(rows, (1, 0)) if rows.shape[2] == 4 else rows
-    if in_dims[0] is not None:
-        maps, image = maps.movedim(in_dims[0], 0), rows[..., :1]
-        count, shift = maps.shape[1], batches * maps[0].numel()
-        image = torch.where((image >= 0) & (image < count), image + batches * count, -1)  # none of the next batch
-        maps, rows = maps.flatten(0, 1), torch.cat([image, rows[..., 1:]], dim=-1)
-    result = operator(maps, rows.flatten(0, 1), levels)
-    result = result.reshape(*rows.shape[:2], result.shape[-1])
-    return (result if result.is_floating_point() else result - shift.to(result.device)), 0
 
 
 def _define(name: str, dtype: torch.dtype | None, **kernels: Any) -> Any:
@@ -94,18 +68,12 @@ def _define(name: str, dtype: torch.dtype | None, **kernels: Any) -> Any:
         return maps.new_empty((windows.shape[0], maps.shape[1] * sum(n * n for n in levels)), dtype=dtype)
 
     torch.library.register_fake(operator, fake, lib=_library)
-    torch.library.register_vmap(operator, partial(_vmap, operator), lib=_library)
     return operator
 
 
 pool = _define("pool", None, CPU=_pool_on_cpu, CompositeExplicitAutograd=pool_elsewhere, Autograd=_pool_autograd)
-argmax = _define(
-    "argmax",
-    torch.int64,
-    CPU=_argmax_on_cpu,
-    CompositeExplicitAutograd=argmax_elsewhere,
-    Autograd=torch.library.fallthrough_kernel,  # places have no derivative
-)
+# Places have no derivative.
+argmax = _define("argmax", torch.int64, CompositeExplicitAutograd=_argmax, Autograd=torch.library.fallthrough_kernel)
 
 
 def _pool_level(maps: Tensor, rows: NDArray[np.int64], n: int) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ CACHE_LINE = 64
 SQUARE_SIZES = 3  # squares of 2, 4 and 8 cells a side; larger bins are rare
 READS_PER_SQUARE = 4  # the maximum of a square costs that many reads of the table
 TABLE_BYTES = 2**28  # no squares where the table would take more
+LARGEST_BLOCK = 2**28  # bytes that a thread keeps for its next result, and for its next table
 WINDOWS_PER_PART, PARTS_PER_THREAD = 32, 8  # parts take different times: several per thread even out the work
 
 
@@ -46,7 +47,7 @@ def pool_cells(maps: NDArray[Any], rows: Ints, levels: Sequence[int], threads: i
     and xyxy cells, half-open, not empty and inside the map (neither is checked here). Returns (K, C · Σn²): level after
     level, and within a level channel-major.
     """
-    pooled = _results.array((len(rows), maps.shape[1] * sum(n * n for n in levels)), maps.dtype)
+    pooled = _reused("result", (len(rows), maps.shape[1] * sum(n * n for n in levels)), maps.dtype)
     for image, feature_map in enumerate(maps):
         if len(own := np.flatnonzero(rows[:, 0] == image)) > 0:
             _pool_map(feature_map, rows[:, 1:], own, _plan(levels), pooled, threads)
@@ -63,7 +64,7 @@ def _pool_map(feature_map: NDArray[Any], windows: Ints, own: Ints, plan: Ints, p
     planes = _count_planes(unique, plan, height, width, TABLE_BYTES // plane_bytes)
     table = feature_map.transpose(1, 2, 0)[None, None]
     if planes > 1 or channels % LANE_STEP or not table.flags.c_contiguous:  # else few windows read the map itself
-        table = _tables.array((blocks, planes, height, width, lanes), feature_map.dtype)
+        table = _reused("table", (blocks, planes, height, width, lanes), feature_map.dtype)
         in_parts(lambda a, b: _fill(feature_map, table, a, b), blocks, threads, 1)
     groups = unique, begins, own[order]
     in_parts(lambda a, b: _pool(table, groups, plan, pooled, a, b), len(unique), threads, WINDOWS_PER_PART)
@@ -95,11 +96,10 @@ def _group_windows(windows: Ints, height: int, width: int) -> tuple[Ints, Ints, 
 
 
 def _count_planes(windows: Ints, plan: Ints, height: int, width: int, limit: int) -> int:
-    """How many planes the table has: the cells themselves, and squares as long as they save more than they cost."""
-    most = min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1)
-    reads = _count_reads(windows, plan, max(most, 0) + 1)
-    saved = reads[:-1] - reads[1:]
-    return 1 + int(np.append(saved >= READS_PER_SQUARE * height * width, False).argmin())
+    """How many planes the table has: the cells themselves, and squares where they save more reads than they cost."""
+    squares = max(0, min(SQUARE_SIZES, min(height, width).bit_length() - 1, limit - 1))
+    reads = (windows[:, 2:] - windows[:, :2]).prod(axis=1).sum() * (plan[:, 1] == 0).sum()  # at least, without squares
+    return 1 + squares * int(reads >= READS_PER_SQUARE * squares * height * width)
 
 
 def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: int) -> None:
@@ -108,43 +108,28 @@ def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: i
     if threads == 1 or count_parts <= 1:
         run(0, count)
         return
-    parts = list(pairwise(count * part // count_parts for part in range(count_parts + 1)))
-    with ThreadPoolExecutor(min(threads, count_parts) - 1) as pool:
-        futures = [pool.submit(run, *part) for part in parts]
-        for part, future in reversed(list(zip(parts, futures, strict=True))):  # the caller works too, from the end
-            if future.cancel():
-                run(*part)
-            else:  # this part and all before it have begun
-                future.result()
+    parts = pairwise(count * part // count_parts for part in range(count_parts + 1))
+    with ThreadPoolExecutor(min(threads, count_parts)) as pool:
+        list(pool.map(run, *zip(*parts, strict=True)))
 
 
-class _ReusedMemory:
-    """Memory for large arrays: that of the one before, once free. To fill fresh memory takes twice as long."""
-
-    def __init__(self, smallest: int, largest: int) -> None:
-        self._smallest, self._largest, self._lock = smallest, largest, threading.Lock()
-        self._block = np.empty(0, np.uint8)
-        self._references = sys.getrefcount(self._block)  # every array on the block, or view of one, adds to it
-
-    def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """As np.empty; a large array begins on a cache line."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        # Not waiting for the lock: in a forked process it may be held for ever.
-        if not self._smallest <= size <= self._largest or not self._lock.acquire(blocking=False):
-            return np.empty(shape, dtype)
-        try:
-            whole = size + CACHE_LINE
-            held = sys.getrefcount(self._block) > self._references
-            if held or not whole <= self._block.nbytes <= 2 * whole:  # a small array does not keep a large block
-                self._block = np.empty(whole, np.uint8)
-            first = -self._block.ctypes.data % CACHE_LINE
-            return self._block[first : first + size].view(dtype).reshape(shape)
-        finally:
-            self._lock.release()
+_blocks = threading.local()
 
 
-_results = _ReusedMemory(smallest=2**20, largest=2**28)
-_tables = _ReusedMemory(smallest=2**16, largest=2**26)
+def _reused(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """As np.empty, from a cache line on, in the memory of this thread's array before of the name, once that is free.
+
+    To fill fresh memory takes twice as long.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    whole, block = size + CACHE_LINE, getattr(_blocks, name, None)
+    held = sys.getrefcount(block) > 3  # this name, the argument and the thread's; an array on the block adds to it
+    if held or block is None or not whole <= block.nbytes <= 2 * whole:  # a small array does not keep a large block
+        block = np.empty(whole, np.uint8)
+        if size <= LARGEST_BLOCK:
+            setattr(_blocks, name, block)
+    first = -block.ctypes.data % CACHE_LINE
+    return block[first : first + size].view(dtype).reshape(shape)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -185,22 +170,6 @@ def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, ta
             builder.store(rows[row], place(arguments[3], arguments[4], row), align=align)
 
     return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
-
-
-@compiled
-def _count_reads(windows: Any, plan: Any, planes: int) -> Any:
-    """(planes,): how many vectors `_pool` reads from the table, if it has one plane, two, …"""
-    reads = np.zeros(planes, np.int64)
-    for level in range(plan.shape[0]):
-        n, m = plan[level, 0], plan[level, 1]
-        for r in range(windows.shape[0] if m == 0 else 0):
-            bin_height, bin_width = -(-(windows[r, 3] - windows[r, 1]) // n), -(-(windows[r, 2] - windows[r, 0]) // n)
-            side = 1
-            for k in range(planes):
-                if k > 0 and 2 * side <= min(bin_height, bin_width):
-                    side *= 2
-                reads[k] += 4 * n * n * (-(-bin_height // (2 * side))) * (-(-bin_width // (2 * side)))
-    return reads
 
 
 @compiled

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from sppnet.config import ProposalSettings, checked_settings
+from sppnet.images import ImageInput
 from sppnet.proposals.edge_forest import forest_edges
 from sppnet.proposals.selective_search import Image, Ranked, best_windows, ximgproc
 
@@ -25,7 +26,7 @@ SEARCH = {"alpha": 0.65, "beta": 0.7, "minScore": 0.01, "maxBoxes": 10_000}
 AREAS = (25, 1000)
 
 
-def edge_boxes(image: Image, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
+def edge_boxes(image: ImageInput, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
     """EdgeBoxes, in and out as `selective_search`; best first by the score of the paper, the same every time.
 
     A uniform image has no edges, and no windows. SppnetError also for an edge_model that cannot be used.

@@ -9,9 +9,8 @@ inclusive, and ``images``, a cell of names. Neither format needs pickle.
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def match_records(
             for key in {name, name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name}:
                 entries.setdefault(key, {})[path, name] = None
     stems = Counter(normalise(record.id).rpartition("/")[2] for record in records)
-    matched, used, outside = {}, set[Path](), list[tuple[ImageRecord, Path, NDArray[np.float32]]]()
+    matched, used = {}, set[Path]()
     for record in records:
         full = normalise(record.id)
         key = full if full in entries else full.rpartition("/")[2]
@@ -112,48 +111,28 @@ def match_records(
         used.add(path)
         windows = files[path][name]
         matched[record.id] = clip_boxes(windows, record.size)
-        if np.abs(windows - matched[record.id]).max(initial=0) > 1:  # a pixel is rounding, more is another image
-            outside.append((record, path, windows))
-    if outside:
-        raise _outside(outside)
+        far = np.abs(windows - matched[record.id]).max(initial=0)
+        if far > 1:  # a pixel is rounding, more is another image
+            raise SppnetError(
+                f"{path}: a window of {record.id} lies {far:g} px outside the image of (height, width) {record.size}; "
+                "were the windows computed on this image, and are its corners x1 y1 x2 y2, zero-based, half-open?"
+            )
     for path in files if records else ():
         if path not in used:
-            found = f"its images are {_examples(files[path])}, those of the data {_examples([r.id for r in records])}"
+            found = f"its first image is {next(iter(files[path]), None)}, that of the data {records[0].id}"
             if needed and not used:
                 raise SppnetError(f"{path}: windows of none of the images; {found}; name them by these ids or stems")
             logger.warning(f"{path}: windows of none of the images; {found}")
     return matched
 
 
-def _examples(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") or "none"
-
-
-def _outside(found: Sequence[tuple[ImageRecord, Path, NDArray[np.float32]]]) -> SppnetError:
-    """An error about images with windows that lie more than a pixel outside."""
-    far = [np.abs(windows - clip_boxes(windows, record.size)).max(axis=1) for record, _, windows in found]
-    swapped = all(np.abs(rows - clip_boxes(rows, record.size[::-1])).max() <= 1 for record, _, rows in found)
-    hint = "were the windows computed on this image, and are its corners x1 y1 x2 y2, zero-based, half-open?"
-    hint = "with x and y exchanged all lie inside; write x1 y1 x2 y2" if swapped else hint
-    (record, path, _), count = found[0], sum(int((rows > 1).sum()) for rows in far)
-    return SppnetError(
-        f"{path}: a window of {record.id} lies {far[0].max():g} px outside the image of (height, width) {record.size}, "
-        f"and in all {counted(count, 'window')} of {counted(len(found), 'image')}; {hint}"
-    )
-
-
 def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
-    if not zipfile.is_zipfile(path):
-        raise SppnetError(f"{path}: not a readable .npz file (no zip archive); copy or export it again")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # numpy leaves a damaged one open
-            _check_keys(path, ("ids", "offsets", "boxes"), archive.files)
-            ids, offsets, boxes = archive["ids"], archive["offsets"], archive["boxes"]
-    except SppnetError:
-        raise
-    except Exception as error:  # damaged files raise whatever zip, zlib and numpy stumble over
+            content = dict(archive)
+    except Exception as error:  # damaged files raise whatever zip, zlib and numpy stumble over, a single array too
         raise SppnetError(f"{path}: not a readable .npz file ({error}); export it again, plain arrays only") from None
+    ids, offsets, boxes = _arrays(path, ("ids", "offsets", "boxes"), content)
     if ids.ndim != 1 or ids.dtype.kind != "U":
         raise SppnetError(f"{path}: ids must be (N,) strings, got {_kind(ids)}; write numpy.array(ids, dtype=str)")
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
@@ -171,12 +150,10 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
 def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32]]:
     try:
         content = scipy.io.loadmat(path, variable_names=["boxes", "images"])
-    except NotImplementedError:
-        raise SppnetError(f"{path}: a MATLAB 7.3 (HDF5) file; save it again with save(..., '-v7')") from None
     except Exception as error:  # damaged files raise whatever the parser stumbles over
-        raise SppnetError(f"{path}: not a readable .mat file ({error}); copy or save it again") from None
-    _check_keys(path, ("boxes", "images"), content)
-    cells, names = content["boxes"], content["images"]
+        hint = "copy it again, or save it with save(..., '-v7')"  # MATLAB 7.3 is HDF5
+        raise SppnetError(f"{path}: not a readable .mat file ({error}); {hint}") from None
+    cells, names = _arrays(path, ("boxes", "images"), content)
     if cells.dtype != object or names.dtype != object or cells.size != names.size:
         wanted = "expected the cells boxes and images, one entry per image, as in R-CNN's releases"
         raise SppnetError(f"{path}: {wanted}, got {_kind(cells)} and {_kind(names)}")
@@ -192,6 +169,13 @@ def _read_mat(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.floa
     return ids, _offsets(arrays[1:]), np.concatenate(arrays)
 
 
+def _arrays(path: Path, names: Sequence[str], content: dict[str, Any]) -> list[NDArray[Any]]:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise SppnetError(f"{path}: {missing[0]} is missing; needed are {', '.join(names)}")
+    return [content[name] for name in names]
+
+
 def _kind(array: NDArray[Any]) -> str:
     return f"{array.dtype} of shape {array.shape}"
 
@@ -205,13 +189,6 @@ def _with_suffix(name: Path | str) -> Path:
     if path.suffix not in SUFFIXES:
         raise SppnetError(f"{path}: unknown kind of proposal file {path.suffix!r}; use {' or '.join(SUFFIXES)}")
     return path
-
-
-def _check_keys(path: Path, needed: Sequence[str], found: Any) -> None:
-    for key in needed:
-        if key not in found:
-            present = ", ".join(name for name in found if not name.startswith("__")) or "nothing"
-            raise SppnetError(f"{path}: {key} is missing, found {present}; needed are {', '.join(needed)}")
 
 
 def _check_unique(path: Path, ids: Sequence[str]) -> None:

@@ -47,11 +47,10 @@ def describe(labels: NDArray[np.int32], count: int, bins: NDArray[np.uint16]) ->
     textures = np.zeros((count, channels * ORIENTATIONS * MAGNITUDES), np.int32)
     sizes, boxes = np.zeros(count, np.int32), np.tile(np.array([*labels.shape[::-1], 0, 0], np.int32), (count, 1))
     _count(labels, bins, colours, textures, sizes, boxes)
-    borders = np.empty(2 * labels.size, np.int64)
-    found = _border_pairs(labels, np.full(count, -1, np.int32), borders)
-    keys = np.unique(borders[:found])
-    pairs = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1).astype(np.int32)
-    return Regions(colours, textures, sizes, boxes, pairs)
+    both = [(labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])]  # sides of every border
+    ends = np.concatenate([(a[a != b], b[a != b]) for a, b in both], axis=1).astype(np.int64)
+    keys = np.unique(ends.min(axis=0) << 32 | ends.max(axis=0))
+    return Regions(colours, textures, sizes, boxes, np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1).astype(np.int32))
 
 
 @cache
@@ -95,21 +94,3 @@ def _count(labels: Any, bins: Any, colours: Any, textures: Any, sizes: Any, boxe
             boxes[region, 1] = min(boxes[region, 1], y)
             boxes[region, 2] = max(boxes[region, 2], x + 1)
             boxes[region, 3] = max(boxes[region, 3], y + 1)
-
-
-@compiled(error_model="numpy")
-def _border_pairs(labels: Any, latest: Any, pairs: Any) -> int:
-    """Note the regions on both sides of every border pixel, unless the smaller one noted the other last; how many."""
-    height, width = labels.shape
-    found = 0
-    for y in range(height):
-        for x in range(width):
-            for lower in range(2):
-                v, u = y + lower, x + 1 - lower
-                if v < height and u < width:
-                    low, high = min(labels[y, x], labels[v, u]), max(labels[y, x], labels[v, u])
-                    if low != high and latest[low] != high:
-                        latest[low] = high
-                        pairs[found] = (np.int64(low) << 32) | high
-                        found += 1
-    return found

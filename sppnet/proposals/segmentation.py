@@ -2,8 +2,8 @@
 
 A pixel is joined to its right and its lower neighbour; an edge weighs the Euclidean distance of the two colours.
 Edges are visited by weight: two regions become one where the edge is no heavier than what either holds together
-inside, plus k / its pixels. Weights are counted in steps of 1 / STEPS, so that a counting sort orders them in linear
-time; edges of equal weight keep the order of the pixels. Both make the result one and the same on every machine.
+inside, plus k / its pixels. Weights are counted in steps of 1 / STEPS, and edges of equal weight keep the order of the
+pixels. Both make the result one and the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ def sorted_edges(image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[n
     image: C-contiguous (H, W, C) uint8. Edge 2p leads from pixel p = y · W + x to its right neighbour, edge 2p + 1 to
     the lower one; E = H (W - 1) + (H - 1) W.
     """
-    weights = np.full(2 * image.shape[0] * image.shape[1], NO_EDGE, np.uint16)
-    counts = np.zeros(NO_EDGE, np.int64)
-    _weigh(image, weights, counts)
-    edges = np.empty(int(counts.sum()), np.int32)
-    ordered = np.empty(len(edges), np.uint16)
-    _counting_sort(weights, np.cumsum(counts) - counts, edges, ordered)
-    return edges, ordered
+    height, width = image.shape[:2]
+    weights = np.full(2 * height * width, NO_EDGE, np.uint16)
+    _weigh(image, weights)
+    edges = np.argsort(weights, kind="stable")[: 2 * height * width - height - width].astype(np.int32)
+    return edges, weights[edges]
 
 
 def segment(
@@ -51,7 +49,7 @@ def segment(
 
 
 @compiled(error_model="numpy")
-def _weigh(image: Any, weights: Any, counts: Any) -> None:
+def _weigh(image: Any, weights: Any) -> None:
     height, width, channels = image.shape
     for y in range(height):
         for x in range(width):
@@ -62,19 +60,7 @@ def _weigh(image: Any, weights: Any, counts: Any) -> None:
                     for c in range(channels):
                         difference = np.int32(image[y, x, c]) - np.int32(image[v, u, c])
                         squares += difference * difference
-                    weight = np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
-                    weights[2 * (y * width + x) + lower] = weight
-                    counts[weight] += 1
-
-
-@compiled(error_model="numpy")
-def _counting_sort(weights: Any, places: Any, edges: Any, ordered: Any) -> None:
-    for e in range(weights.shape[0]):
-        q = weights[e]
-        if q != NO_EDGE:
-            edges[places[q]] = e
-            ordered[places[q]] = q
-            places[q] += 1
+                    weights[2 * (y * width + x) + lower] = np.int32(np.sqrt(np.float32(squares)) * np.float32(STEPS))
 
 
 @compiled(error_model="numpy")

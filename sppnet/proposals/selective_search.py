@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.checks import as_numbers
 from sppnet.config import ProposalSettings, checked_settings
 from sppnet.errors import SppnetError
+from sppnet.images import ImageInput, read_pixels
 from sppnet.proposals.grouping import Similarity, group
 from sppnet.proposals.regions import describe, pixel_bins
 from sppnet.proposals.segmentation import segment, sorted_edges
@@ -35,15 +35,17 @@ class Strategies(NamedTuple):
     similarities: tuple[Similarity, ...]
 
 
-ALL_TERMS = Similarity()
-WITHOUT_COLOUR = Similarity(colour=False)
-FILL = Similarity(colour=False, texture=False, size=False)
-SIZE = Similarity(colour=False, texture=False, fill=False)
-
 MODES = {
-    "fast": Strategies(("hsv", "lab"), (100, 300), (ALL_TERMS, WITHOUT_COLOUR)),
+    "fast": Strategies(("hsv", "lab"), (100, 300), (Similarity(), Similarity(colour=False))),
     "quality": Strategies(
-        ("hsv", "lab", "rgi", "hue", "intensity"), (50, 100, 150, 300), (ALL_TERMS, WITHOUT_COLOUR, FILL, SIZE)
+        ("hsv", "lab", "rgi", "hue", "intensity"),
+        (50, 100, 150, 300),
+        (
+            Similarity(),
+            Similarity(colour=False),
+            Similarity(False, False, size=False),
+            Similarity(False, False, fill=False),
+        ),
     ),
 }
 # Ours: k, sigma and the smallest region by recall at IoU 0.5 and mean best overlap on 700 training images of VOC, where
@@ -53,7 +55,7 @@ SMALLEST_REGION = 50  # pixels
 
 
 def selective_search(
-    image: Image,
+    image: ImageInput,
     settings: ProposalSettings | None = None,
     *,
     mode: Literal["fast", "quality"] | None = None,
@@ -62,16 +64,16 @@ def selective_search(
 ) -> NDArray[np.float32]:
     """At most max_windows distinct windows with both sides >= min_side pixels, best first.
 
-    Image uint8 or uint16, (H, W, 3) RGB or (H, W) grey, or a PIL image of these -> (R, 4) float32 xyxy half-open, whole
-    pixels inside the image, the same every time. What is given by name replaces the setting of that name. Images with a
-    side above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with a side below
-    min_side gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
+    A path, a PIL image, an array (H, W, 3) uint8 RGB, or a tensor (3, H, W), uint8 or in [0, 1] -> (R, 4) float32 xyxy
+    half-open, whole pixels inside the image, the same every time. What is given by name replaces the setting of that
+    name. Images with a side above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with
+    a side below min_side gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
     """
     own = checked_settings(ProposalSettings, settings, mode=mode, max_windows=max_windows, min_side=min_side)
     return best_windows(image, own, lambda small: _prioritised(hierarchies(small, MODES[own.mode])))
 
 
-def opencv_selective_search(image: Image, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
+def opencv_selective_search(image: ImageInput, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
     """OpenCV's selective search, in and out as `selective_search`.
 
     OpenCV gives a fixed set in an order of C's rand. Ours is by a hash of the corners, so that every prefix is a fair
@@ -81,9 +83,11 @@ def opencv_selective_search(image: Image, settings: ProposalSettings | None = No
     return best_windows(image, own, lambda small: (_opencv_boxes(small, own.mode), None))
 
 
-def best_windows(image: Image, settings: ProposalSettings, search: Callable[[Image], Ranked]) -> NDArray[np.float32]:
+def best_windows(
+    image: ImageInput, settings: ProposalSettings, search: Callable[[Image], Ranked]
+) -> NDArray[np.float32]:
     """What every search has in common: the image it sees, and which of the boxes it finds are windows."""
-    pixels = _as_rgb(image)
+    pixels = read_pixels(image)
     if min(pixels.shape[:2]) < settings.min_side:
         return np.zeros((0, 4), np.float32)
     small, scale = shrunk(pixels, settings.max_side)
@@ -92,21 +96,6 @@ def best_windows(image: Image, settings: ProposalSettings, search: Callable[[Ima
     places = box_hash(boxes) if priorities is None else priorities
     large = (boxes[:, 2:] - boxes[:, :2] >= settings.min_side).all(axis=1)
     return _distinct(boxes[large], places[large])[: settings.max_windows].astype(np.float32)
-
-
-def _as_rgb(image: Image) -> Image:
-    mode = getattr(image, "mode", "RGB")  # of a PIL image
-    if isinstance(mode, str) and mode not in ("RGB", "L", "I;16"):
-        raise SppnetError(f'image must be RGB or grey, got a PIL image of mode {mode}; pass image.convert("RGB")')
-    pixels = as_numbers(image, "image")
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.dtype == np.uint16:
-        most = max(255, 2 ** int(pixels.max(initial=0)).bit_length() - 1)  # of as many bits as there are in use
-        pixels = ((pixels.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
-        found = f"{pixels.dtype} of shape {pixels.shape}"
-        raise SppnetError(f"image must be (H, W, 3) uint8 or uint16 RGB, got {found}; read it with read_image")
-    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
 def shrunk(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float64]]:
@@ -181,12 +170,10 @@ def _mixed(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _distinct(boxes: NDArray[np.int64], priorities: Priorities) -> NDArray[np.int64]:
     """Each box once, at its first place; boxes of equal priority in the order of their corners."""
-    boxes = boxes[np.lexsort((*boxes.T[::-1], priorities))]
-    if boxes.max(initial=0) >= 1 << 15:
-        _, first = np.unique(boxes, axis=0, return_index=True)
-    else:  # four corners of 15 bits make one number, which is faster than rows
-        _, first = np.unique(boxes @ (np.int64(1) << np.arange(0, 60, 15)), return_index=True)
-    return boxes[np.sort(first)]
+    order = np.lexsort((priorities, *boxes.T[::-1]))
+    boxes, priorities = boxes[order], priorities[order]
+    first = np.append(True, (boxes[1:] != boxes[:-1]).any(axis=1))[: len(boxes)]
+    return boxes[first][np.argsort(priorities[first], kind="stable")]
 
 
 def ximgproc() -> Any:

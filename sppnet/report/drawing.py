@@ -127,19 +127,14 @@ def _tag_size(draw: ImageDraw.ImageDraw, text: str, font: Font) -> tuple[int, in
     return round(draw.textlength(text, font=font) + height * 0.5), height
 
 
-def _place(
-    rectangle: Rectangle, tag: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]
-) -> Rectangle | None:
+def _place(box: Rectangle, tag: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]) -> Rectangle | None:
     """Above the box, inside it or below it: the first place in the image that hides no other tag."""
-    x1, y1, x2, y2 = rectangle
-    left, right = x1, x2 - tag[0]
-    above, top, bottom, below = y1 - tag[1], y1, y2 - tag[1], y2
-    places = [(left, above), (left, top), (right, above), (right, top), (left, below), (left, bottom), (right, bottom)]
-    for x, y in [place for place in places if 0 <= place[1] <= size[1] - tag[1]] or [(left, top)]:
-        x, y = (max(0, min(corner, limit - side)) for corner, limit, side in zip((x, y), size, tag, strict=True))
-        right, low = x + tag[0], y + tag[1]
-        if not any(x < other[2] and other[0] < right and y < other[3] and other[1] < low for other in taken):
-            return x, y, right, low
+    left = max(0, min(box[0], size[0] - tag[0]))
+    for top in (box[1] - tag[1], box[1], box[3] - tag[1], box[3]):
+        right, bottom = left + tag[0], top + tag[1]
+        hidden = any(left < other[2] and other[0] < right and top < other[3] and other[1] < bottom for other in taken)
+        if 0 <= top <= size[1] - tag[1] and not hidden:
+            return left, top, right, bottom
     return None
 
 

@@ -12,7 +12,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BASIC = frozenset(range(32, 127)) | {ord("–"), ord("…")}  # what stands beside names
 
-log = logging.getLogger("sppnet")
+_warn_once = cache(logging.getLogger("sppnet").warning)
 
 
 @cache
@@ -22,17 +22,11 @@ def legible(text: str) -> str:
         return text
     known = _letters(font_file(text))
     if any(letter.isprintable() and ord(letter) not in known for letter in text):
-        _warn()
+        _warn_once("no font of this system has all letters of the names: pictures show those it lacks as codes")
     return "".join(
         c if c.isprintable() and ord(c) in known else c.encode("unicode_escape", "backslashreplace").decode()
         for c in text
     )
-
-
-@cache
-def _warn() -> None:
-    """Once in a process."""
-    log.warning("no font of this system has all letters of the names: pictures show those it lacks as codes")
 
 
 def font_for(text: str, points: int) -> Font:

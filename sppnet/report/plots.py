@@ -31,7 +31,9 @@ def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
         aps = {name: math.inf if ap is None else ap for name, ap in evaluation.ap.items()}
         worst = sorted(names, key=aps.__getitem__)[:MOST_PANELS]
         names = [name for name in names if name in set(worst)]
-    rows, columns = _grid_shape(len(names))
+    square = math.ceil(math.sqrt(len(names)))
+    columns = min(range(square, square + 3), key=lambda count: -len(names) % count)  # as few empty places as can be
+    rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(max(2.1 * columns + 0.6, 3.6), 2.1 * rows + 0.9), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for index, axes in enumerate(grid.flat):
@@ -50,13 +52,6 @@ def draw_precision_recall(evaluation: VOCEvaluation) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _grid_shape(panels: int) -> tuple[int, int]:
-    """(rows, columns) of a grid somewhat wider than high, with as few empty places as can be."""
-    square = math.ceil(math.sqrt(panels))
-    columns = min(range(square, square + 3), key=lambda columns: (-panels % columns, columns))
-    return math.ceil(panels / columns), columns
 
 
 def _precision_recall_panel(axes: Axes, name: str, result: ClassResult) -> None:

@@ -181,22 +181,19 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
 
 
 @pytest.mark.parametrize("search", [edge_boxes, selective_search, opencv_selective_search])
-def test_grey_and_16_bits_are_searched_as_8_bits_of_three_channels(search) -> None:
+def test_grey_pictures_are_searched_as_three_channels_of_8_bits(search) -> None:
     grey = cv2.cvtColor(scene(), cv2.COLOR_RGB2GRAY)
     expected = search(np.repeat(grey[..., None], 3, axis=2), ProposalSettings())
     assert len(expected) > 5
-    wide = grey.astype(np.uint16)
-    twelve = np.rint(grey * (4095 / 255)).astype(np.uint16)
-    for image in (grey, wide, wide * 257, Image.fromarray(wide * 257), twelve):
-        np.testing.assert_array_equal(search(image, ProposalSettings()), expected)
-    colour = scene().astype(np.uint16) * 257
-    np.testing.assert_array_equal(search(colour, ProposalSettings()), search(scene(), ProposalSettings()))
+    for image in (grey, grey.astype(np.uint16) * 257):
+        np.testing.assert_array_equal(search(Image.fromarray(image), ProposalSettings()), expected)
 
 
 @pytest.mark.parametrize("image", [np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3)), np.zeros(9, np.uint16)])
 def test_another_kind_of_image_is_refused(image: NDArray) -> None:
     with pytest.raises(
-        SppnetError, match=r"image must be \(H, W, 3\) uint8 or uint16 RGB, got .* read it with read_image"
+        SppnetError,
+        match=r"image must be a uint8 RGB array of shape \(H, W, 3\), got .* or read it with sppnet.read_image",
     ):
         edge_boxes(image)
 

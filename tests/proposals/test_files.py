@@ -117,7 +117,7 @@ def test_imported_windows_are_slices_of_one_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": None}, "ids is missing, found offsets, boxes"),
+        ({"ids": None}, "ids is missing; needed are ids, offsets, boxes"),
         ({"offsets": None}, "offsets is missing"),
         ({"boxes": None}, "boxes is missing"),
         ({"ids": np.array([1, 2])}, r"ids must be \(N,\) strings, got int64"),
@@ -150,8 +150,8 @@ def test_an_npz_of_another_layout_is_refused(tmp_path: Path, changes: dict, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"boxes": None}, "boxes is missing, found images"),
-        ({"images": None}, "images is missing, found boxes"),
+        ({"boxes": None}, "boxes is missing; needed are boxes, images"),
+        ({"images": None}, "images is missing; needed are boxes, images"),
         ({"images": cells("a")}, "one entry per image"),
         ({"boxes": np.zeros((2, 4))}, "expected the cells boxes and images"),
         ({"images": cells("a", 7)}, "images must hold one name per cell"),
@@ -169,7 +169,7 @@ def test_a_matlab_7_3_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "w.mat"
     head = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124, b" ")
     path.write_bytes(head + b"\x00\x02" + b"IM" + b"\x89HDF\r\n\x1a\n" + bytes(600))
-    with pytest.raises(SppnetError, match=r"MATLAB 7.3 \(HDF5\) file; save it again with .*-v7"):
+    with pytest.raises(SppnetError, match=r"not a readable .mat file .* save it with save\(..., '-v7'\)"):
         import_windows(path)
 
 
@@ -245,8 +245,8 @@ def test_files_that_fit_none_of_the_images_name_both(tmp_path: Path, names: list
     path = tmp_path / f"w{suffix}"
     export_windows(path, names, [[[0, 0, 5, 5]]] * len(names))
     records = [record(f"VOC2007/00000{i}") for i in range(5, 10)]
-    theirs, ours = ", ".join(names) or "none", "VOC2007/000005, VOC2007/000006, VOC2007/000007 and 2 more"
-    expected = f"windows of none of the images; its images are {theirs}, those of the data {ours}"
+    first = names[0] if names else None
+    expected = f"windows of none of the images; its first image is {first}, that of the data VOC2007/000005; name them"
     with pytest.raises(SppnetError, match=expected):
         match_records(records, [path])
     assert match_records(records, [path], needed=False) == {}
@@ -256,7 +256,7 @@ def test_a_file_that_fits_none_where_another_does_is_logged(tmp_path: Path, capl
     for name in ("5", "other"):
         export_windows(tmp_path / f"{name}.npz", [name], [[[0, 0, 5, 5]]])
     assert list(match_records([record("A/5")], [tmp_path / "5.npz", tmp_path / "other.npz"])) == ["A/5"]
-    assert "other.npz: windows of none of the images; its images are other, those of the data A/5" in caplog.text
+    assert "other.npz: windows of none of the images; its first image is other, that of the data A/5" in caplog.text
     assert "5.npz: windows" not in caplog.text
 
 
@@ -286,19 +286,6 @@ def test_windows_are_clipped_by_a_pixel_and_refused_farther_outside(tmp_path: Pa
     assert match_records([record("A/5")], [tmp_path / "w.npz"])["A/5"].tolist() == [[0, 0, 500, 375]]
     with pytest.raises(SppnetError, match=r"window of A/5 lies 76 px outside the image of .*\(300, 500\)"):
         match_records([record("A/5", (300, 500))], [tmp_path / "w.npz"])
-
-
-def test_windows_outside_are_counted_and_exchanged_corners_are_named(tmp_path: Path) -> None:
-    wide = [[0, 0, 500, 375], [300, 10, 480, 300]]
-    exchanged = [[y1, x1, y2, x2] for x1, y1, x2, y2 in wide]
-    for rows, hint in (
-        (exchanged, "with x and y exchanged all lie inside; write x1 y1 x2 y2"),
-        ([[0, 0, 800, 900], [0, 0, 600, 5]], "were the windows computed on this image"),
-    ):
-        export_windows(tmp_path / "w.npz", ["5", "6", "7"], [rows, rows, [[0, 0, 9, 9]]])
-        message = rf"w\.npz: a window of A/5 lies \d+ px .* in all 4 windows of 2 images; {hint}"
-        with pytest.raises(SppnetError, match=message):
-            match_records([record("A/5"), record("A/6"), record("A/7")], [tmp_path / "w.npz"])
 
 
 @pytest.mark.shared_data

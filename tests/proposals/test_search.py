@@ -145,7 +145,7 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
     "image", [np.zeros((9, 9), np.float32), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.uint32)]
 )
 def test_other_numbers_and_four_channels_are_refused(image: NDArray) -> None:
-    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 or uint16 RGB, got \w+ of shape"):
+    with pytest.raises(ValueError, match=r"image must be a uint8 RGB array of shape \(H, W, 3\), got \w+ of shape"):
         opencv_selective_search(image, ALONE)
 
 
@@ -345,7 +345,7 @@ def test_files_of_other_images_are_refused_unless_they_are_not_needed(tmp_path: 
     export_windows(tmp_path / "w.npz", ["train1"], [[[0, 0, 60, 60]]])
     settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
     with pytest.raises(
-        SppnetError, match=r"w\.npz: windows of none of the images; its images are train1, those of .*0000"
+        SppnetError, match=r"w\.npz: windows of none of the images; its first image is train1, that of .*0000"
     ):
         propose_images(make_records(tmp_path), settings, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -399,24 +399,14 @@ def test_a_large_image_is_searched_in_a_shrunk_copy_and_answered_in_its_own_pixe
     np.testing.assert_allclose(scale, [601 / 200, 3, 601 / 200, 3])
 
 
-@pytest.mark.parametrize(
-    "image", [np.zeros((9, 9), np.uint32), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 4), np.uint16)]
-)
-def test_32_bit_arrays_and_four_channels_are_refused(image: NDArray) -> None:
-    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 or uint16 RGB, got uint\d+ of shape"):
-        selective_search(image, ProposalSettings())
-
-
 @pytest.mark.parametrize("size", [(150, 200), (1, 1), (1, 60), (700, 30)])
-def test_grey_tensors_and_pil_images_are_the_arrays_that_they_hold(size: tuple[int, int]) -> None:
-    image, grey = scene(*size), np.ascontiguousarray(scene(*size)[..., 0])
-    for expected, same in (
-        (image, [Image.fromarray(image), torch.from_numpy(image), image[::-1][::-1]]),
-        (np.stack([grey] * 3, axis=2), [grey, grey[..., None], Image.fromarray(grey)]),
-    ):
-        windows = selective_search(expected, min_side=1)
-        for kind in same:
-            np.testing.assert_array_equal(selective_search(kind, min_side=1), windows)
+def test_files_tensors_and_pil_images_are_the_arrays_that_they_hold(size: tuple[int, int], tmp_path: Path) -> None:
+    image = scene(*size)
+    windows = selective_search(image, min_side=1)
+    Image.fromarray(image).save(tmp_path / "scene.png")
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for kind in (Image.fromarray(image), tensor, tensor / 255, image[::-1][::-1], tmp_path / "scene.png"):
+        np.testing.assert_array_equal(selective_search(kind, min_side=1), windows)
 
 
 @pytest.mark.parametrize(
@@ -425,17 +415,16 @@ def test_grey_tensors_and_pil_images_are_the_arrays_that_they_hold(size: tuple[i
         (scene() / 255, "got float64 of shape"),
         (scene().astype(int), "got int64 of shape"),
         (scene() > 100, "got bool of shape"),
+        (np.zeros((9, 9), np.uint32), "got uint32 of shape"),
+        (np.zeros((9, 9, 4), np.uint16), "got uint16 of shape"),
         (scene().transpose(2, 0, 1), r"got uint8 of shape \(3, 150, 200\)"),
-        (torch.from_numpy(scene()).permute(2, 0, 1), r"got uint8 of shape \(3, 150, 200\)"),
         (scene()[None], r"got uint8 of shape \(1, 150, 200, 3\)"),
-        (scene()[..., :2], r"got uint8 of shape \(150, 200, 2\)"),
-        (scene().tolist(), "got int64 of shape"),
-        (scene().astype(complex), "image must be an array of real numbers"),
-        ("photo.jpg", "image must be an array of real numbers"),
-        (None, "image must be an array of real numbers"),
-        (Image.fromarray(scene()).convert("RGBA"), r'mode RGBA; pass image\.convert\("RGB"\)'),
-        (Image.fromarray(scene()).convert("P"), "mode P; pass image"),
-        (Image.fromarray(scene()[..., 0].astype(np.int32)), "mode I; pass image"),
+        (scene()[..., 0], r"got uint8 of shape \(150, 200\)"),
+        (torch.from_numpy(scene()), r"got \(150, 200, 3\)"),
+        (scene().tolist(), "got list"),
+        ("photo.jpg", "there is no such file"),
+        (None, "got NoneType"),
+        (Image.fromarray(scene()[..., 0].astype(np.int32)), "expected 8 or 16 bits per channel"),
     ],
 )
 def test_other_images_are_refused_with_the_next_step(image: Any, message: str) -> None:

@@ -242,7 +242,7 @@ def test_different_names_are_drawn_differently_in_every_alphabet(alphabet):
 
 
 def test_letters_that_no_font_has_are_escapes_and_the_log_says_so_once(caplog, monkeypatch):
-    fonts._warn.cache_clear()
+    fonts._warn_once.cache_clear()
     monkeypatch.setattr(fonts, "_letters", lambda path: fonts.BASIC | {ord(letter) for letter in "кот"})
     fonts.legible.cache_clear()
     with caplog.at_level("WARNING", "sppnet"):
