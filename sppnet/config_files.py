@@ -6,6 +6,7 @@ A file holds only what differs from the defaults in ``config``; an unknown key i
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,10 @@ from sppnet.paths import expand_path
 from sppnet.settings import SettingError, Settings
 
 S = TypeVar("S", bound=Settings)
+
+# Numbers as YAML 1.2 has them; 1.1, which PyYAML reads, takes 010 for eight and 1:30 for ninety.
+WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)$", re.ASCII)
+NUMBER = re.compile(r"([-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,6 +42,14 @@ class _Loader(yaml.SafeLoader):
                 lines = f"lines {other.start_mark.line + 1} and {key.start_mark.line + 1}"
                 raise yaml.MarkedYAMLError(None, None, f"{key.value} stands twice, in {lines}; leave one out")
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float"))]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE_NUMBER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 def _read_yaml(text: str | bytes) -> Any:

@@ -339,6 +339,22 @@ def test_an_error_of_an_override_names_the_override(file, overrides, message):
         load_config(file(wrong), overrides)
 
 
+@pytest.mark.parametrize("text", ["1:30", "0x10", "1:30:00", "0b11", "0o10", "12:30.5"])
+@pytest.mark.parametrize("key", ["finetune.batch", "svm.C"])
+def test_numbers_of_another_base_are_refused(file, key, text):
+    section, name = key.split(".")
+    with pytest.raises(SppnetError, match=rf"{key}: expected a (whole )?number, got '{text}'"):
+        load_config(file(f"{section}: {{{name}: {text}}}"))
+    with pytest.raises(SppnetError, match=rf"{key}: expected a (whole )?number, got '{text}'"):
+        load_config(file(""), [f"{key}={text}"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("+7", 7), ("0012", 12), ("3.0", 3), ("100", 100)])
+def test_whole_numbers_are_decimal(file, text, value):
+    assert load_config(file(f"finetune: {{batch: {text}}}")).finetune.batch == value
+    assert value == load_config(file(f"svm: {{C: {text}}}")).svm.C
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
