@@ -99,7 +99,7 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
         ("detect.nms_overlap=30", "detect.nms_overlap: Input should be less than or equal to 1, got 30"),
         (
             "pretrain.enabled=true",
-            "unknown setting pretrain; train a classifier on crops of the objects, as examples/pretrain.py",
+            "unknown setting pretrain; known here: name, ",
         ),
         ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
         ("data.train=[]", "data.train: expected a list with something in it, got []"),

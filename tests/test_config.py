@@ -151,7 +151,7 @@ def test_the_last_override_counts_and_leaves_its_section_alone(file):
         ("svm.C=[", r"--set svm\.C=\[: the value is not valid YAML"),
         ("name.x=3", r"--set name\.x=3: name is not a section"),
         ("svm.layers=fc6", r"unknown setting svm\.layers; did you mean svm\.layer\?"),
-        ("svm.epochs=3", r"unknown setting svm\.epochs; known here: C, "),
+        ("svm.epochs=3", r"unknown setting svm\.epochs; known here: layer, "),
         (
             "train_proposals=[{}, {max_window: 9}]",
             r"train_proposals\.1\.max_window; did you mean train_proposals\.1\.max_windows\?",
