@@ -28,10 +28,11 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.crops import write_crops
+from sppnet.data.labels import normalise
 from sppnet.data.selection import choose_classes
 from sppnet.data.shapes import generate_shapes
 from sppnet.data.splits import files_by_stem, find_annotations, find_set, load_splits, read_image_set
-from sppnet.data.voc import normalise, read_annotation
+from sppnet.data.voc import read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.data.labels import normalise, read_lines
+from sppnet.data.voc import read_annotation
 from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, SkipCounts
 

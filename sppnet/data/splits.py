@@ -17,7 +17,8 @@ import numpy as np
 
 from sppnet.artifacts import file_digest
 from sppnet.data import ilsvrc
-from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.data.labels import normalise, read_lines
+from sppnet.data.voc import read_annotation
 from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
 from sppnet.records import Annotation, ImageRecord, SkipCounts
