@@ -29,9 +29,10 @@ from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
 from sppnet.data.crops import write_crops
 from sppnet.data.labels import normalise
+from sppnet.data.layouts import find_data
 from sppnet.data.selection import choose_classes
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import files_by_stem, find_annotations, find_set, load_splits, read_image_set
+from sppnet.data.splits import files_by_stem, find_annotations, find_part, load_splits, read_image_set
 from sppnet.data.voc import read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
@@ -41,6 +42,7 @@ from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
+from sppnet.pipeline.run_data import named_parts
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
 from sppnet.proposals.search import read_windows
@@ -115,9 +117,9 @@ def _train(options: argparse.Namespace) -> int:
     missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
     if not missing and "maps" in only and training.networks.map_costs:
         print(training.networks.map_costs)
-    for split in config.data.test:
+    for split in named_parts(config.data, find_data(config.data.root, config.data.format)).test:
         try:
-            find_set(config.data.root, split)
+            find_part(config.data.root, split, config.data.format)
         except SppnetError as error:
             missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:

@@ -183,7 +183,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, t
     before = modified(tmp_path)
     result = run_command("train", config, "--dry-run")
     assert result.status == 0
-    assert result.out.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc")
+    assert result.out.startswith("data: VOC, 8 training and 3 validation images, ")
     plan = plan_of(result.out)
     assert list(plan) == list(STAGES)
     assert {plan[stage][0] for stage in STAGES if stage != "low_rank"} == {"run"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +21,28 @@ def place_objects(
     drawn: NDArray[np.float64],
     names: Sequence[str],
     difficult: Sequence[bool],
-    faults: Mapping[str, NDArray[np.bool_]],
     size: tuple[int, int],
     stated: tuple[int, int] | None = None,
     orientation: int = 1,
+    faults: Mapping[str, Any] | None = None,
 ) -> tuple[Annotation, Counts]:
     """Half-open boxes (R, 4) as they are `drawn`, in the upright image of `size` (height, width).
 
-    Left out and counted are the objects with one of the `faults` (masks (R,), the first that fits counts), those that
-    are there twice and those wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn before
-    the EXIF `orientation` turned the image are turned with it: the size that the annotation has `stated` tells, or
-    that some lie beyond the upright image. Any other stated size is only counted.
+    Left out and counted are the objects with one of the `faults` (masks (R,), the first that fits counts; by default
+    boxes without extent), those that are there twice and those wholly outside the image. Boxes partly outside are
+    clipped. Boxes that were drawn before the EXIF `orientation` turned the image are turned with it: the size that the
+    annotation has `stated` tells, or that some lie beyond the upright image. Any other stated size is only counted.
     """
     unturned = _is_unturned(drawn, size, stated, orientation)
+    sides = drawn[:, 2:] - drawn[:, :2]
+    own = {"box with reversed corners": (sides < 0).any(axis=1), "zero-area box": (sides <= 0).any(axis=1)}
     turned = _turn(drawn, size, orientation) if unturned else drawn
     boxes = clip_boxes(turned, size)
     first: dict[tuple[str, tuple[float, ...]], int] = {}
     objects = enumerate(zip(names, map(tuple, drawn.tolist()), strict=True))
     faults = {
-        **faults,
-        "object annotated twice": np.array([first.setdefault(own, i) != i for i, own in objects], dtype=bool),
+        **(own if faults is None else faults),
+        "object annotated twice": np.array([first.setdefault(one, i) != i for i, one in objects], dtype=bool),
         "box outside the image": areas(boxes.astype(np.float32)) <= 0,
     }
     notes = {
@@ -52,7 +55,11 @@ def place_objects(
         counts[reason] = int((keep & fault).sum())
         keep &= ~fault
     counts["box clipped to the image"] = int((keep & (boxes != turned).any(axis=1)).sum())
-    found = Annotation(boxes[keep], tuple(np.array(names, dtype=object)[keep]), np.array(difficult, dtype=bool)[keep])
+    found = Annotation(
+        boxes[keep].astype(np.float32),
+        tuple(np.array(names, dtype=object)[keep]),
+        np.array(difficult, dtype=bool)[keep],
+    )
     return found, {reason: count for reason, count in {**counts, **notes}.items() if count}
 
 

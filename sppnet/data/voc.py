@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 from xml.sax.saxutils import escape
@@ -52,15 +52,27 @@ def read_annotation(
     if size is None:
         whole = (drawn[:, 2:] > drawn[:, :2]).all(axis=1)
         reversed_corners = [path.stem] * int((~whole).sum())
-        own = Annotation(drawn[whole], tuple(np.array(names, dtype=object)[whole]), np.array(flags, dtype=bool)[whole])
+        own = Annotation(
+            drawn[whole].astype(np.float32),
+            tuple(np.array(names, dtype=object)[whole]),
+            np.array(flags, dtype=bool)[whole],
+        )
         return own, SkipCounts({"box with reversed corners": reversed_corners} if reversed_corners else {})
     faults = {
         "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
         # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
         "zero-area box": (corners[:, 2:] <= corners[:, :2]).any(axis=1),
     }
-    found, counts = place_objects(drawn, names, flags, faults, size, _stated_size(root), orientation)
+    found, counts = place_objects(drawn, names, flags, size, _stated_size(root), orientation, faults)
     return found, SkipCounts({reason: [path.stem] * count for reason, count in counts.items()})
+
+
+def annotate(
+    files: Mapping[str, Path], image: str, size: tuple[int, int], orientation: int
+) -> tuple[Annotation, Mapping[str, int]]:
+    """The objects of an image of `size`, and how often what was skipped; `files`: id -> annotation file."""
+    found, skips = read_annotation(files[image], size, orientation)
+    return found, skips.counts
 
 
 def write_annotation(

@@ -1,0 +1,113 @@
+"""What a folder of pictures and labels is: found by looking.
+
+VOC's year folders (and ILSVRC's lists), plain VOC (XML files and images anywhere, beside one another or in folders that
+mirror each other), COCO's JSON, YOLO's text files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from sppnet.data import coco, ilsvrc, yolo
+from sppnet.data.labels import normalise
+from sppnet.data.parts import DataFolder, Part, Tree, group, pair
+from sppnet.data.voc import annotate
+from sppnet.errors import SppnetError, counted
+from sppnet.records import SkipCounts
+
+SETS = "*/ImageSets/Main/*.txt"
+LOOKED_FOR = {
+    "voc": "year folders with ImageSets/Main, or .xml files with <annotation>, one for an image",
+    "coco": ".json files with images, categories and annotations",
+    "yolo": "data.yaml, or classes.txt and a .txt file for each image",
+}
+
+
+def find_data(root: Path | str, format: str = "auto") -> DataFolder:
+    """What the folder is. Of several formats in it, the one that labels most images, and a note that says so.
+
+    SppnetError for a folder that is not there or has none of the formats, or not the one that is asked for, and for
+    files of the only one found that cannot be used.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
+    looks: dict[str, Callable[[Tree], DataFolder | None]] = {"voc": _look_voc, "coco": coco.look, "yolo": yolo.look}
+    if format not in ("auto", *looks):
+        raise SppnetError(f"format {format!r}: expected auto, {', '.join(looks)}")
+    years = find_years(root) if format in ("auto", "voc") else None
+    if years is not None:
+        return years
+    tree, found, faults = Tree(root), list[DataFolder](), dict[str, SppnetError]()
+    for name, look in looks.items() if format == "auto" else [(format, looks[format])]:
+        try:
+            found += filter(None, [look(tree)])
+        except SppnetError as error:
+            faults[name] = error
+    if not found:
+        raise next(iter(faults.values()), _nothing(tree, format))
+    best, *others = sorted(found, key=lambda folder: -folder.labelled)
+    notes = [
+        f"the folder is {other.format.upper()} too, which labels {counted(other.labelled, 'image')} and "
+        f"{best.format.upper()} {best.labelled}: the latter was taken; data.format={other.format} takes the former"
+        for other in others
+    ]
+    notes += [f"it may be {name.upper()} too, but {error} (data.format={name})" for name, error in faults.items()]
+    return replace(best, notes=(*notes, *best.notes))
+
+
+def find_years(root: Path) -> DataFolder | None:
+    """VOC's year folders or ILSVRC's detection data, in the folder or one below; None where there are none."""
+    for place in (root, root / "VOCdevkit", root / "ILSVRC"):
+        lists = [f"{path.parents[2].name}/{path.stem}" for path in sorted(place.glob(SETS))]
+        if (place / ilsvrc.LISTS).is_dir():
+            names = (path.stem for path in sorted((place / ilsvrc.LISTS).glob("*.txt")))
+            lists += dict.fromkeys(f"DET/{'train' if ilsvrc.OF_CLASS.fullmatch(name) else name}" for name in names)
+        if lists or (place / ilsvrc.LISTS).is_dir():
+            own = {
+                one for one in lists if f"{one.partition('/')[0]}/{one.rpartition('_')[2]}" not in lists
+            }  # per class
+            return DataFolder(place, "voc", tuple(normalise(one) for one in lists if one in own))
+    return None
+
+
+def _look_voc(tree: Tree) -> DataFolder | None:
+    labels = tree.of(".xml")
+    if not any(b"<annotation>" in _head(tree.root / path) for path in labels):
+        return None
+    pairs, lost = pair(tree, labels)
+    if not pairs:
+        where = f"none of {counted(len(labels), '.xml file')} has an image of its name"
+        raise SppnetError(f"{tree.root}: {where}, e.g. {labels[0]}; put the images beside them")
+    parts = group(tree, pairs)
+    listed = {path for images in parts.values() for path in images}
+    files = {tree.id_of(path): tree.root / pairs.get(path, path.with_suffix(".xml")) for path in listed}
+    contents = {
+        name: Part(tree.by_id(images), partial(annotate, files), {tree.id_of(p) for p in images if p not in pairs})
+        for name, images in parts.items()
+    }
+    left_out = {
+        "image without annotation file, left out": [p for p in tree.images if p not in pairs and p not in listed],
+        "image in no list, left out": [p for p in pairs if p not in listed],
+    }
+    skips = {why: [tree.id_of(path) for path in paths] for why, paths in left_out.items() if paths}
+    skips |= {"annotation file without an image, left out": [str(path) for path in lost]} if lost else {}
+    return DataFolder(tree.root, "voc", tuple(contents), contents, SkipCounts(skips), labelled=len(pairs))
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
+def _nothing(tree: Tree, format: str) -> SppnetError:
+    kinds = {kind: text for kind, text in LOOKED_FOR.items() if format in ("auto", kind)}
+    looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in kinds.items())
+    endings = [".xml", ".json", ".yaml", ".txt"]
+    files = ", ".join(counted(len(tree.of(ending)), f"{ending} file") for ending in endings if tree.of(ending))
+    found = f"{counted(len(tree.images), 'image')}{', ' if files else ''}{files}"
+    remedy = yolo.hint(tree) or "docs/own-data.md shows how each looks"
+    return SppnetError(f"{tree.root}: no annotated pictures found; looked for {looked}; found {found}; {remedy}")
