@@ -107,9 +107,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: 
         write(file)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, durable: bool = True) -> None:
     """UTF-8; what cannot be written so, such as half a character, becomes an escape."""
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")), durable)
 
 
 def write_json(path: Path, value: Any) -> None:

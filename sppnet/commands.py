@@ -27,6 +27,7 @@ from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
+from sppnet.data.convert import convert
 from sppnet.data.crops import write_crops
 from sppnet.data.labels import normalise
 from sppnet.data.layouts import find_data
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as ending:
-        resumes = options.command not in ("detect", "score")
+        resumes = options.command not in ("detect", "score", "convert")
         after = "and the same command goes on from there" if resumes else "the same command starts again"
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 128 + (ending.args[0] if ending.args else signal.SIGINT)
@@ -243,6 +244,11 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    print(convert(options.source, options.out, options.to, options.format, tuple(options.split)))
+    return 0
+
+
 def _comp4_file(pattern: str, name: str) -> Path:
     """The file of a class, in either form of Unicode: macOS may give a file another one than was typed."""
     forms = [Path(pattern.replace("{}", unicodedata.normalize(form, name))) for form in ("NFC", "NFD")]
@@ -297,6 +303,7 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "combine": _combine,
     "detect": _detect,
     "score": _score,
+    "convert": _convert,
     "classify": classify,
     "demo": _demo,
 }

@@ -93,8 +93,8 @@ def _look_voc(tree: Tree) -> DataFolder | None:
         "image without annotation file, left out": [p for p in tree.images if p not in pairs and p not in listed],
         "image in no list, left out": [p for p in pairs if p not in listed],
     }
-    skips = {why: [tree.id_of(path) for path in paths] for why, paths in left_out.items() if paths}
-    skips |= {"annotation file without an image, left out": [str(path) for path in lost]} if lost else {}
+    skips = {why: [tree.id_of(path) for path in paths] for why, paths in left_out.items()}
+    skips["annotation file without an image, left out"] = [str(path) for path in lost]
     return DataFolder(tree.root, "voc", tuple(contents), contents, SkipCounts(skips), labelled=len(pairs))
 
 

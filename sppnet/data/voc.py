@@ -57,7 +57,7 @@ def read_annotation(
             tuple(np.array(names, dtype=object)[whole]),
             np.array(flags, dtype=bool)[whole],
         )
-        return own, SkipCounts({"box with reversed corners": reversed_corners} if reversed_corners else {})
+        return own, SkipCounts({"box with reversed corners": reversed_corners})
     faults = {
         "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
         # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
@@ -76,7 +76,12 @@ def annotate(
 
 
 def write_annotation(
-    path: Path, size: tuple[int, int], boxes: ArrayLike, names: Sequence[str], difficult: Sequence[bool]
+    path: Path,
+    size: tuple[int, int],
+    boxes: ArrayLike,
+    names: Sequence[str],
+    difficult: Sequence[bool],
+    durable: bool = True,
 ) -> None:
     """Write (R, 4) half-open `boxes` of an image of `size` (height, width) as a VOC annotation file."""
     lines = [f"<annotation>\n  <folder>{escape(path.parent.parent.name)}</folder>"]
@@ -85,7 +90,7 @@ def write_annotation(
         lines += [f"  <object>\n    <name>{escape(name)}</name>\n    <difficult>{int(flag)}</difficult>"]
         bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in zip(CORNERS, corners, strict=True))
         lines += [f"    <bndbox>{bndbox}</bndbox>\n  </object>"]
-    write_text(path, "\n".join([*lines, "</annotation>\n"]))
+    write_text(path, "\n".join([*lines, "</annotation>\n"]), durable)
 
 
 def _xml_root(path: Path) -> Element:

@@ -7,7 +7,7 @@ data.yaml; without one the names stand in classes.txt, one a line.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,29 +44,26 @@ def look(tree: Tree) -> DataFolder | None:
     if base.is_dir() and not base.is_relative_to(os.path.normpath(tree.root)):
         tree = Tree(base)  # the pictures lie elsewhere
     pairs, lost = pair(tree, [path for path in tree.of(".txt") if path.name not in NAMES])
-    if paths:
-        parts, more = _parts_of(tree, values, where)
-        notes += more
-    elif pairs:
-        folders = {label.parent for label in pairs.values()}
-        parts = group(tree, [p for p in tree.images if p in pairs or not folders.isdisjoint(_label_folders(p))])
-    else:
+    if not paths and not pairs:
         return None
-    listed = {path for own in parts.values() for path in own}
+    parts, more = _parts_of(tree, values, where) if paths else (group(tree, tree.images), [])
     labels = {tree.id_of(path): tree.root / label for path, label in pairs.items()}
+    read = partial(read_labels, names=names, where=where, keypoints="kpt_shape" in values)
     contents = dict[str, Part]()
-    for name, own in parts.items():
-        found = tree.by_id(own)
-        bare = "" if set(found) & set(labels) else f"{tree.root}: part {name}"
-        read = partial(_annotate, labels, names, where, "kpt_shape" in values, bare)
-        contents[name] = Part(found, read, found if bare else ())
+    for name, images in parts.items():
+        found = tree.by_id(images)
+        bare = [] if labels.keys() & found.keys() else list(found)
+        contents[name] = Part(
+            found, partial(_annotate, read, labels, f"{tree.root}: part {name}" if bare else ""), bare
+        )
+    listed = {path for images in parts.values() for path in images}
     left_out = {
         "image of no part, left out": [tree.id_of(path) for path in tree.images if path not in listed],
         "label file without an image, left out": [str(path) for path in lost],
     }
-    skips = SkipCounts({why: left for why, left in left_out.items() if left})
     classes, labelled = tuple(names.values()), len(listed & set(pairs))
-    return DataFolder(tree.root, "yolo", tuple(contents), contents, skips, classes, labelled, tuple(notes))
+    skips = SkipCounts(left_out)
+    return DataFolder(tree.root, "yolo", tuple(contents), contents, skips, classes, labelled, (*notes, *more))
 
 
 def hint(tree: Tree) -> str:
@@ -76,13 +73,6 @@ def hint(tree: Tree) -> str:
         if len(line) >= 5 and line[0].isdecimal() and tree.find(path.stem, path.parent)[1]:
             return f"{path} looks like YOLO's labels: write the names of its classes to classes.txt, one a line"
     return ""
-
-
-def _label_folders(image: Path) -> list[Path]:
-    """Where the label of an image would be: beside it, or in labels in place of images."""
-    parts = image.parent.parts
-    swapped = [Path(*parts[:i], "labels", *parts[i + 1 :]) for i, name in enumerate(parts) if name == "images"]
-    return [image.parent, *swapped]
 
 
 def _find_yaml(tree: Tree) -> tuple[list[Path], dict[str, Any], list[str]]:
@@ -169,10 +159,8 @@ def _images_of(tree: Tree, named: str, bases: Sequence[Path], key: str) -> list[
 
 
 def _annotate(
+    read: Callable[[Path], tuple[list[str], list[tuple[float, ...]], Counts]],
     labels: Mapping[str, Path],
-    names: Mapping[int, str],
-    where: Path,
-    keypoints: bool,
     bare: str,
     image: str,
     size: tuple[int, int],
@@ -182,7 +170,7 @@ def _annotate(
         raise SppnetError(f"{bare}: none of its images has a label file; add labels/<image>.txt, empty for background")
     if image not in labels:
         return Annotation(np.zeros((0, 4), np.float32), ()), {BACKGROUND: 1}
-    classes, shares, counts = read_labels(labels[image], names, where, keypoints)
+    classes, shares, counts = read(labels[image])
     height, width = size
     drawn = as_boxes(shares) * [width, height, width, height]
     found, more = place_objects(drawn, classes, [False] * len(classes), size)

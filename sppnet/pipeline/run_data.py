@@ -159,7 +159,7 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         first: dict[str, str] = {}
         copies = [f"{r.id} of {first[r.digest]}" for r in images if first.setdefault(r.digest, r.id) != r.id]
         remarkable = {BARE[kind]: bare, f"{kind} image that is a copy of another": copies}
-        skips = skips.plus(SkipCounts({reason: names for reason, names in remarkable.items() if names}))
+        skips = skips.plus(SkipCounts(remarkable))
     for reason, names in skips.images.items():
         log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
     used = {*settings.train, *settings.val, *settings.test, *settings.objects_only}
@@ -189,7 +189,7 @@ def _load_objects(settings: DataSettings, classes: tuple[str, ...]) -> tuple[lis
     shown = {r.id for r in restrict(records, classes) if shown_classes(r, settings.train_on_difficult)}
     bare = [r.id for r in records if r.id not in shown]
     reason = "image of data.objects_only without objects to train on, left out"
-    skips = skips.plus(SkipCounts({reason: bare} if bare else {}))
+    skips = skips.plus(SkipCounts({reason: bare}))
     return [r for r in restrict(records, classes) if r.id in shown], skips
 
 
@@ -324,7 +324,7 @@ def load_test_data(
         else:
             records = [r for r in records if r.id in held_out]
             own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
-            skips = SkipCounts({why: images for why, images in own.items() if images})
+            skips = SkipCounts(own)
     of_run = Split({}, {}, {}) if kept is None else kept
     train = {**of_run.train, **of_run.objects}
     known = {**train, **of_run.held_out}
