@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from sppnet.checks import as_boxes
 from sppnet.data.labels import Counts, class_name, place_objects
 from sppnet.data.parts import DataFolder, Part, Tree
 from sppnet.errors import SppnetError, counted
@@ -152,21 +151,18 @@ def look(tree: Tree) -> DataFolder | None:
         return None
     names, best, missing = _part_names(list(chosen)), dict[Path, int](), list[str]()
     claims = [
-        (path, entry, *tree.find(entry.file_name, path.parent, names[path]))
+        (path, entry, *tree.find(entry.file_name, path, names[path]))
         for path, (entries, _) in chosen.items()
         for entry in entries
     ]
-    for path, entry, alike, hits in claims:
-        if len(hits) > 1:
-            both = f"{entry.file_name!r} fits {hits[0]} and {hits[1]} alike"
-            raise SppnetError(f"{tree.root / path}: {both}; write the folder into its file_name")
-        best |= {image: max(alike, best.get(image, 0)) for image in hits}
+    for _, _, alike, image in claims:
+        best |= {image: max(alike, best.get(image, 0))} if image else {}
     found: dict[Path, dict[Path, Listed]] = {path: {} for path in chosen}
-    for path, entry, alike, hits in claims:
-        if not hits or alike < best[hits[0]]:  # or one that another folder has under its name
+    for path, entry, alike, image in claims:
+        if image is None or alike < best[image]:  # or one that another folder has under its name
             missing.append(f"{entry.file_name} of {path}")
-        elif found[path].setdefault(hits[0], entry) is not entry:
-            raise SppnetError(f"{tree.root / path}: lists {hits[0]} twice; merge the entries")
+        elif found[path].setdefault(image, entry) is not entry:
+            raise SppnetError(f"{tree.root / path}: lists {image} twice; merge the entries")
     empty = next((path for path, (entries, _) in chosen.items() if entries and not found[path]), None)
     if empty is not None:
         where = f"none of its {counted(len(chosen[empty][0]), 'image')} is below {tree.root}"
@@ -192,7 +188,7 @@ def _annotate(
     if entry.objects is None:
         raise SppnetError(f"{path}: no list of annotations, so none of {image}; name a part that is annotated")
     names, boxes, difficult = zip(*entry.objects, strict=True) if entry.objects else ((), (), ())
-    found, counts = place_objects(as_boxes(boxes), names, difficult, size, entry.stated, orientation)
+    found, counts = place_objects(boxes, names, difficult, size, entry.stated, orientation)
     return found, {**entry.counts, **counts}
 
 

@@ -1,18 +1,15 @@
 """Any format from any other: boxes, flags and parts stay, the source too."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
-from devkit import make_devkit, thing
-from layouts import XML, coco, coco_of, picture, text, xml
-from PIL import Image
+from devkit import thing
+from layouts import picture, text
 
 from sppnet.data.convert import convert
 from sppnet.data.layouts import find_data
 from sppnet.data.splits import load_split, load_splits
-from sppnet.errors import SppnetError
 
 
 def contents(root):
