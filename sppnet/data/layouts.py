@@ -51,11 +51,11 @@ def find_data(root: Path | str, format: str = "auto") -> DataFolder:
         raise next(iter(faults.values()), _nothing(tree, format))
     best, *others = sorted(found, key=lambda folder: -folder.labelled)
     notes = [
-        f"the folder is {other.format.upper()} too, which labels {counted(other.labelled, 'image')} and "
-        f"{best.format.upper()} {best.labelled}: the latter was taken; data.format={other.format} takes the former"
+        f"it has labels of two formats: {best.format.upper()} ({counted(best.labelled, 'image')}) is taken, "
+        f"{other.format.upper()} ({other.labelled}) with data.format={other.format}"
         for other in others
     ]
-    notes += [f"it may be {name.upper()} too, but {error} (data.format={name})" for name, error in faults.items()]
+    notes += [f"it may be {name.upper()} too (data.format={name}), but {error}" for name, error in faults.items()]
     return replace(best, notes=(*notes, *best.notes))
 
 

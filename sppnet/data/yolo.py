@@ -45,7 +45,10 @@ def look(tree: Tree) -> DataFolder | None:
     pairs, lost = pair(tree, [path for path in tree.of(".txt") if path.name not in NAMES])
     if not yaml and not pairs:
         return None
-    parts, more = _parts_of(tree, values, where) if yaml else (group(tree, tree.images), [])
+    folders = {path.parent for path in pairs}  # where an image without labels is background
+    parts, more = group(tree, [path for path in tree.images if path.parent in folders]), list[str]()
+    if yaml:
+        parts, more = _parts_of(tree, values, where)
     bare = {path for images in parts.values() if not pairs.keys() & {*images} for path in images}
     labels = {tree.id_of(path): None if path in bare else tree.root / pairs[path] for path in [*pairs, *bare]}
     read = _reader(labels, names, named, "kpt_shape" in values)
