@@ -83,7 +83,7 @@ def test_training_ends_with_a_detector_and_the_next_step(config, tmp_path):
     assert result.out == f"detector of 5 classes in {tmp_path / 'run/detector'}; next: sppnet eval {tmp_path / 'run'}\n"
     assert len(SPPDetector.load(tmp_path / "run").classes) == 5
     log = result.err
-    assert "data: 8 training and 3 validation images, 5 classes" in log
+    assert "data: VOC, 8 training and 3 validation images, " in log
     assert (
         log.index("proposals:") < log.index("maps:") < log.index("finetune:") < log.index("svm:") < log.index("boxes:")
     )
@@ -357,9 +357,7 @@ def test_eval_on_data_that_moved_needs_only_their_new_place(run, tmp_path):
     description = json.loads(path.read_text())
     description["config"]["data"]["root"] = "nowhere"
     path.write_text(json.dumps(description))
-    assert "nowhere: no such data folder; name the one that holds the year folders with --data" in refused(
-        "eval", run.root
-    )
+    assert "nowhere: no such data folder; name the one that holds the pictures with --data" in refused("eval", run.root)
     result = run_command("eval", run.root, "--data", devkit, "--split", "SHAPES/val", "SHAPES/test")
     assert result.status == 0, result.err
     assert len(list(run.root.glob("results/moved-*/SHAPES-val+SHAPES-test/metrics.json"))) == 1
