@@ -52,8 +52,7 @@ def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
 class DataSettings(Settings):
     """Which images, of which classes, for which purpose.
 
-    Splits are ``<year folder>/<set>``, ILSVRC's ``DET/<set>``, else the parts that the folder has: ``train``, ``all``.
-    Where `train` names none of the folder, the names of its parts say which train, validate and test.
+    Splits are ``<year folder>/<set>``, ILSVRC's ``DET/<set>``, else parts of the folder: ``train``, ``all``.
     """
 
     root: FilePath = Path("data/VOCdevkit")

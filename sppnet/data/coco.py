@@ -176,9 +176,7 @@ def look(tree: Tree) -> DataFolder | None:
     unlisted = [tree.id_of(image) for image in tree.images if image not in best]
     left_out = SkipCounts({"image that is not there, left out": missing, "image in no JSON, left out": unlisted})
     classes = tuple(dict.fromkeys(name for _, own in chosen.values() for name in own))
-    others = ", ".join(str(path) for path in files if path not in chosen)
-    notes = (f"not read: {others}",) if others else ()
-    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled), notes)
+    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled))
 
 
 def _annotate(

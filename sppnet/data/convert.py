@@ -15,7 +15,7 @@ import numpy as np
 from sppnet.artifacts import write_json, write_text
 from sppnet.data.layouts import find_data
 from sppnet.data.parts import role_of
-from sppnet.data.splits import load_split
+from sppnet.data.splits import find_part, load_splits
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError, counted
 from sppnet.paths import fitting_name
@@ -28,8 +28,7 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
     """Write the parts of a folder (all that have a role, or `splits`) to the new folder `out`; returns what was done.
 
     Images are copied, so that no later change of one changes the other. `out` appears only when it is complete.
-    SppnetError for what `load_split` refuses, an image in two parts, and an `out` that holds something or lies in the
-    source.
+    SppnetError for what `load_splits` refuses, and for an `out` that holds something or lies in the source.
     """
     folder = find_data(source, format)
     parts = tuple(splits) or tuple(part for own in folder.roles.values() for part in own)
@@ -37,19 +36,14 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
         raise SppnetError(f"{out}: expected a folder outside of the source; name another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SppnetError(f"{out}: expected a new or an empty folder, but there is something; name another")
-    skips, records = folder.left_out, dict[str, list[ImageRecord]]()
-    for part in parts:
-        records[part], more = load_split(source, part, require_annotations=False, format=format)
-        skips = skips.plus(more)
-        hard = [r.id for r in records[part] if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
-        bare = [r.id for r in records[part] if r.annotation is None and to != "voc"]
-        lost = {"image without annotation, left out": bare, "difficult flag lost, which YOLO does not have": hard}
-        skips = skips.plus(SkipCounts(lost))
-        records[part] = [r for r in records[part] if r.annotation is not None or to == "voc"]
-    everything = [record for own in records.values() for record in own]
-    twice, times = max(Counter(r.id for r in everything).items(), key=lambda item: item[1], default=("", 0))
-    if times > 1:
-        raise SppnetError(f"{source}: image {twice} is in several of {', '.join(parts)}; name some with --split")
+    everything, skips = load_splits(source, parts, require_annotations=False, format=format)
+    hard = [r.id for r in everything if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
+    bare = {r.id: r for r in everything if r.annotation is None and to != "voc"}
+    lost = {"image without annotation, left out": [*bare], "difficult flag lost, which YOLO does not have": hard}
+    skips = folder.left_out.plus(skips).plus(SkipCounts(lost))
+    everything = [record for record in everything if record.id not in bare]
+    of_part = {part: find_part(source, part, format).images for part in parts}
+    records = {part: [record for record in everything if record.id in of_part[part]] for part in parts}
     found = {name for record in everything if record.annotation for name in record.annotation.names}
     classes = folder.classes or tuple(sorted(found))
     names, short = _names([record.id for record in everything]), _names(parts)

@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,15 @@ def find_part(root: Path, split: str) -> Part:
         if kind == "train" and not annotations[image].exists()
     }
     unlabelled = () if kind == "train" else [image for image, path in annotations.items() if not path.exists()]
-    return Part(images, partial(_annotate, annotations, bare, read_names(root)), unlabelled)
+    names = read_names(root)
+
+    def annotate(image: str, size: tuple[int, int], orientation: int) -> tuple[Annotation, Mapping[str, int]]:
+        if image in bare:
+            return Annotation(np.zeros((0, 4), np.float32), ()), bare[image]
+        found, skips = read_annotation(annotations[image], size, orientation, INWARD)
+        return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips.counts
+
+    return Part(images, annotate, unlabelled)
 
 
 def read_list(path: Path) -> dict[str, tuple[int, bool]]:
@@ -121,18 +128,3 @@ def read_names(root: Path) -> dict[str, str]:
             names[synset] = " ".join(rest[1].split())
     counts = Counter(names.values())
     return {synset: name for synset, name in names.items() if counts[name] == 1}
-
-
-def _annotate(
-    files: Mapping[str, Path],
-    bare: Mapping[str, Mapping[str, int]],
-    names: Mapping[str, str],
-    image: str,
-    size: tuple[int, int],
-    orientation: int,
-) -> tuple[Annotation, Mapping[str, int]]:
-    """The objects of an image, by English names where there are some; `bare` images have none."""
-    if image in bare:
-        return Annotation(np.zeros((0, 4), np.float32), ()), bare[image]
-    found, skips = read_annotation(files[image], size, orientation, INWARD)
-    return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips.counts

@@ -77,8 +77,7 @@ def _look_voc(tree: Tree) -> DataFolder | None:
         return None
     pairs, lost = pair(tree, labels)
     if not pairs:
-        where = f"none of {counted(len(labels), '.xml file')} has an image of its name"
-        raise SppnetError(f"{tree.root}: {where}, e.g. {labels[0]}; put the images beside them")
+        return None
     parts = group(tree, pairs)
     listed = {path for images in parts.values() for path in images}
     files = {tree.id_of(path): tree.root / pairs.get(path, path.with_suffix(".xml")) for path in listed}

@@ -61,10 +61,8 @@ class DataFolder:
         found = {p: role for p, role in found.items() if p.replace("trainval", "train") not in halves or p in halves}
         roles = {role: tuple(part for part, own in found.items() if own == role) for role in ROLES}
         roles["train"] = roles["train"] or tuple(part for part, own in found.items() if own is None)
-        train, val = (
-            {image for part in roles[role] if part in self.contents for image in self.contents[part].images}
-            for role in ROLES[:2]
-        )
+        images = {part: set(own.images) for part, own in self.contents.items()}
+        train, val = (set[str]().union(*(images.get(part, ()) for part in roles[role])) for role in ROLES[:2])
         return roles | ({"val": ()} if val and val <= train else {})
 
     def part(self, name: str) -> Part:

@@ -139,11 +139,12 @@ def find_part(root: Path, split: str, format: str = "auto") -> Part:
 
 def _find_set(root: Path, split: str) -> Path:
     found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob(SETS))}
-    alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
-    if split not in found and len(alike) != 1:
+    alike = [path for name, path in found.items() if name == split]
+    alike = alike or [path for name, path in found.items() if normalise(name) == normalise(split)]
+    if len(alike) != 1:
         here = f"splits here: {', '.join([*found][:20]) or 'none'}"
         raise SppnetError(f"{root}: no such image set for split {split!r}; {here}; name <year folder>/<set>")
-    return found[split] if split in found else alike[0]
+    return alike[0]
 
 
 def _find_images(set_file: Path) -> dict[str, Path]:

@@ -131,7 +131,7 @@ def test_an_image_in_two_parts_is_an_error(tmp_path):
     for name in ("train", "val"):
         coco(tmp_path / f"in/{name}.json", coco_of("a.jpg"))
     picture(tmp_path / "in/b.jpg"), coco(tmp_path / "in/val.json", coco_of("a.jpg", "b.jpg"))
-    with pytest.raises(SppnetError, match=r"image a is in several of train, val; name some with --split"):
+    with pytest.raises(SppnetError, match=r"image a is in train and in val; name splits that share no image"):
         convert(tmp_path / "in", tmp_path / "out", "yolo")
 
 

@@ -249,7 +249,7 @@ def test_a_listed_image_without_annotation_is_an_error_in_training_alone(tmp_pat
             ("one/a.jpg", "two/a.jpg"),
             r"annotations/a\.xml: 'a' fits one/a\.jpg and two/a\.jpg alike; name the folder too",
         ),
-        ((), r"none of 1 \.xml file has an image of its name, e\.g\. annotations/a\.xml; put the images beside them"),
+        ((), r"no annotated pictures found; .*; found 0 images, 1 \.xml; docs/own-data\.md shows how each looks"),
     ],
 )
 def test_an_annotation_of_no_image_or_of_two_is_an_error(tmp_path, files, message):
