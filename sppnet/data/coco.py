@@ -46,11 +46,6 @@ class _Object(BaseModel):
     ignore: Any = 0  # of detectors' own files: a difficult object
     attributes: Any = None  # of CVAT
 
-    @property
-    def difficult(self) -> bool:
-        own = self.attributes if isinstance(self.attributes, dict) else {}
-        return bool(self.iscrowd or self.ignore or own.get("difficult"))
-
 
 class _File(BaseModel):
     images: list[_Image]
@@ -113,8 +108,10 @@ def _read(path: Path, modified: int, size: int) -> tuple[list[Listed], tuple[str
         image = images[str(one.image_id)]
         corners, reason = _corners(one, f"{path}: annotation {one.id!r} of {image.file_name}")
         image.counts.update([reason] * bool(reason) + [CROWD] * bool(one.iscrowd and corners))
+        own = one.attributes if isinstance(one.attributes, dict) else {}
         if corners and image.objects is not None:
-            image.objects.append((names[str(one.category_id)], corners, one.difficult))
+            hard = bool(one.iscrowd or one.ignore or own.get("difficult"))
+            image.objects.append((names[str(one.category_id)], corners, hard))
     return list(images.values()), tuple(names.values())
 
 

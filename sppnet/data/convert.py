@@ -32,10 +32,9 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
     """
     folder = find_data(source, format)
     parts = tuple(splits) or tuple(part for own in folder.roles.values() for part in own)
-    if any(out.resolve().is_relative_to(path.resolve()) for path in (source, folder.root)):
-        raise SppnetError(f"{out}: expected a folder outside of the source; name another")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SppnetError(f"{out}: expected a new or an empty folder, but there is something; name another")
+    inside = any(out.resolve().is_relative_to(path.resolve()) for path in (source, folder.root))
+    if inside or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise SppnetError(f"{out}: expected a new or an empty folder outside of the source; name another")
     everything, skips = load_splits(source, parts, require_annotations=False, format=format)
     hard = [r.id for r in everything if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
     bare = {r.id: r for r in everything if r.annotation is None and to != "voc"}

@@ -1,8 +1,4 @@
-"""What a folder of pictures and labels is: found by looking.
-
-VOC's year folders (and ILSVRC's lists), plain VOC (XML files and images anywhere, beside one another or in folders that
-mirror each other), COCO's JSON, YOLO's text files.
-"""
+"""What a folder of pictures and labels is, found by looking: VOC's year folders, plain VOC, COCO or YOLO."""
 
 from __future__ import annotations
 
@@ -38,8 +34,7 @@ def find_data(root: Path | str, format: str = "auto") -> DataFolder:
     looks: dict[str, Callable[[Tree], DataFolder | None]] = {"voc": _look_voc, "coco": coco.look, "yolo": yolo.look}
     if format not in ("auto", *looks):
         raise SppnetError(f"format {format!r}: expected auto, {', '.join(looks)}")
-    years = find_years(root) if format in ("auto", "voc") else None
-    if years is not None:
+    if format in ("auto", "voc") and (years := find_years(root)):
         return years
     tree, found, faults = Tree(root), list[DataFolder](), dict[str, SppnetError]()
     for name, look in looks.items() if format == "auto" else [(format, looks[format])]:

@@ -56,11 +56,9 @@ class DataFolder:
 
         A trainval beside its own train is left out, and so is a val part of the very images of train.
         """
-        found = {part: role_of(part) for part in self.parts}
-        halves = {part.replace("trainval", "train") for part in self.parts if "trainval" in part} & set(found)
-        found = {p: role for p, role in found.items() if p.replace("trainval", "train") not in halves or p in halves}
-        roles = {role: tuple(part for part, own in found.items() if own == role) for role in ROLES}
-        roles["train"] = roles["train"] or tuple(part for part, own in found.items() if own is None)
+        parts = [p for p in self.parts if "trainval" not in p or p.replace("trainval", "train") not in self.parts]
+        roles = {role: tuple(part for part in parts if role_of(part) == role) for role in ROLES}
+        roles["train"] = roles["train"] or tuple(part for part in parts if role_of(part) is None)
         images = {part: set(own.images) for part, own in self.contents.items()}
         train, val = (set[str]().union(*(images.get(part, ()) for part in roles[role])) for role in ROLES[:2])
         return roles | ({"val": ()} if val and val <= train else {})

@@ -19,7 +19,7 @@ from pathlib import Path
 from sppnet.artifacts import file_digest
 from sppnet.data import ilsvrc
 from sppnet.data.labels import normalise, read_lines
-from sppnet.data.layouts import SETS, find_data, find_years
+from sppnet.data.layouts import SETS, find_data
 from sppnet.data.parts import Part
 from sppnet.data.voc import annotate
 from sppnet.errors import ImageError, SppnetError, counted
@@ -123,17 +123,18 @@ def load_splits(
 
 def find_part(root: Path, split: str, format: str = "auto") -> Part:
     """The images of a split and what reads their annotations; SppnetError, with those here, for another."""
-    years = find_years(root) if format in ("auto", "voc") else None
-    if years is None:
-        return find_data(root, format).part(split)
-    root = years.root
+    folder = find_data(root, format)
+    if folder.contents:
+        return folder.part(split)
+    root = folder.root
     if ilsvrc.is_det(root, split):
         return ilsvrc.find_part(root, split)
     set_file = _find_set(root, split)
-    folder, images = set_file.parents[2], _find_images(set_file)
-    annotations = find_annotations(folder / "Annotations", images)
-    year = normalise(folder.name)
-    files, xml = ({f"{year}/{name}": path for name, path in paths.items()} for paths in (images, annotations))
+    year, images = set_file.parents[2], _find_images(set_file)
+    annotations = find_annotations(year / "Annotations", images)
+    files, xml = (
+        {f"{normalise(year.name)}/{name}": path for name, path in paths.items()} for paths in (images, annotations)
+    )
     return Part(files, partial(annotate, xml), [name for name, path in xml.items() if not path.exists()])
 
 

@@ -81,16 +81,16 @@ def write_annotation(
     boxes: ArrayLike,
     names: Sequence[str],
     difficult: Sequence[bool],
-    durable: bool = True,
+    **options: bool,
 ) -> None:
-    """Write (R, 4) half-open `boxes` of an image of `size` (height, width) as a VOC annotation file."""
+    """Write (R, 4) half-open `boxes` of an image of `size` (height, width) as a VOC annotation file (`write_text`)."""
     lines = [f"<annotation>\n  <folder>{escape(path.parent.parent.name)}</folder>"]
     lines += [f"  <size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"]
     for name, corners, flag in zip(names, as_boxes(boxes) + INWARD, difficult, strict=True):
         lines += [f"  <object>\n    <name>{escape(name)}</name>\n    <difficult>{int(flag)}</difficult>"]
         bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in zip(CORNERS, corners, strict=True))
         lines += [f"    <bndbox>{bndbox}</bndbox>\n  </object>"]
-    write_text(path, "\n".join([*lines, "</annotation>\n"]), durable)
+    write_text(path, "\n".join([*lines, "</annotation>\n"]), **options)
 
 
 def _xml_root(path: Path) -> Element:

@@ -23,7 +23,6 @@ from sppnet.records import Annotation
 
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names")  # of files that list the classes, one a line
 KEYS = ("train", "val", "valid", "test")
-FAR = 1.0  # shares of the image: what lies further outside is no share but pixels
 BACKGROUND = "image without label file, taken as background"
 TURNED = "image with EXIF orientation, boxes taken as drawn upright"
 
@@ -46,9 +45,8 @@ def look(tree: Tree) -> DataFolder | None:
     if not yaml and not pairs:
         return None
     folders = {path.parent for path in pairs}  # where an image without labels is background
-    parts, more = group(tree, [path for path in tree.images if path.parent in folders]), list[str]()
-    if yaml:
-        parts, more = _parts_of(tree, values, where)
+    known = [path for path in tree.images if path.parent in folders]
+    parts, more = _parts_of(tree, values, where) if yaml else (group(tree, known), [])
     bare = {path for images in parts.values() if not pairs.keys() & {*images} for path in images}
     labels = {tree.id_of(path): None if path in bare else tree.root / pairs[path] for path in [*pairs, *bare]}
     read = _reader(labels, names, named, "kpt_shape" in values)
@@ -162,7 +160,7 @@ def _read_line(line: str, place: str, keypoints: bool) -> tuple[int, tuple[float
     box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     if polygon:
         box = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
-    if not all(-FAR <= value <= 1 + FAR for value in (*box, *values[:4])):
+    if not all(-1 <= value <= 2 for value in (*box, *values[:4])):  # further outside no slip, but pixels
         expected = "expected shares of the image's width and height, from 0 to 1"
         raise SppnetError(f"{place}: {expected}, got {line!r:.200}; divide pixels by the size of the image")
     return int(label), box, "polygon turned into its box" if polygon else "key points left out" if values[4:] else ""

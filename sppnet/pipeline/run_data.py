@@ -122,8 +122,8 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     folder = find_data(settings.root, settings.format)
     settings = named_parts(settings, folder)
     if not settings.train:
-        here = ", ".join(folder.parts) or "none"
-        raise SppnetError(f"{settings.root}: no part is called train; name those to train on in data.train: {here}")
+        where = f"{settings.root}: no part is called train"
+        raise SppnetError(f"{where}; name those to train on in data.train: {', '.join(folder.parts)}")
     records, skips = load_splits(settings.root, settings.train, format=settings.format)
     skips = skips.plus(folder.left_out)
     classes = choose_classes(records, settings.classes)

@@ -86,9 +86,9 @@ def test_what_is_written_is_what_other_programs_read(tmp_path, source):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("source/new", r"source/new: expected a folder outside of the source; name another"),
-        ("source", r"expected a folder outside of the source"),
-        ("full", r"full: expected a new or an empty folder, but there is something; name another"),
+        ("source/new", r"source/new: expected a new or an empty folder outside of the source; name another"),
+        ("source", r"expected a new or an empty folder outside"),
+        ("full", r"full: expected a new or an empty folder"),
         ("full/file", r"file: expected a new or an empty folder"),
     ],
 )
