@@ -1,7 +1,6 @@
 """The parts of a data set, the files below its folder, and how labels and lists find their images.
 
-Paths of a `Tree` are relative to its root. An image is found by name or stem; of several, the one whose folders are
-most like those of the file that names it: beside it, in a folder of the same name, or in one that mirrors it.
+Of several images of a name it is the one whose folders are most like those of the file that names it.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ class DataFolder:
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """The parts to train on, to validate and to test on, by their names; where no name says, all parts train.
+        """The parts to train, validate and test on, by their names; where none says train, all without a role.
 
-        A trainval beside its own train is left out, and so is a val part of the very images of train.
+        A trainval beside its train has no role, nor has a val within train.
         """
         parts = [p for p in self.parts if "trainval" not in p or p.replace("trainval", "train") not in self.parts]
         roles = {role: tuple(part for part in parts if role_of(part) == role) for role in ROLES}

@@ -1,7 +1,6 @@
 """YOLO's text files: a line "class x y width height" for each object, centre and size as shares of the upright image.
 
-A line of more numbers is a polygon, of which the box is taken. Names of classes and folders of images stand in a
-data.yaml; without one the names stand in classes.txt, one a line.
+Names and folders stand in a data.yaml, or the names in classes.txt, one a line.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def look(tree: Tree) -> DataFolder | None:
     bare = {path for images in parts.values() if not pairs.keys() & {*images} for path in images}
     labels = {tree.id_of(path): None if path in bare else tree.root / pairs[path] for path in [*pairs, *bare]}
     read = _reader(labels, names, named, "kpt_shape" in values)
-    own = {"format": "yolo", "classes": tuple(names.values()), "notes": (*notes, *more)}
-    return label_files(tree, parts, (pairs, lost), read, bare, **own)
+    own = {"classes": tuple(names.values()), "notes": (*notes, *more)}
+    return label_files(tree, parts, (pairs, lost), read, bare, format="yolo", **own)
 
 
 def _find_yaml(tree: Tree) -> tuple[list[Path], dict[str, Any], list[str]]:
