@@ -99,9 +99,9 @@ def check_writable(folder: Path) -> None:
         raise ArtifactError(f"{folder}: {reason}; expected a folder with space in it, name another one") from None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, durable: bool = True) -> None:
     """UTF-8; what cannot be written so, such as half a character, becomes an escape."""
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")), durable)
 
 
 def write_json(path: Path, value: Any) -> None:

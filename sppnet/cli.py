@@ -24,6 +24,7 @@ from sppnet.paths import expand_path
 
 T = TypeVar("T")
 METRICS = ("11point", "area", "ilsvrc", "coco")
+FORMATS = ("voc", "coco", "yolo")
 VIEWS = ("centre", "ten", "full", "multiview")  # of an image that is classified
 
 # Commands that run one stage alone; low_rank goes with `train`.
@@ -182,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--metric", choices=METRICS, default="11point")
     score.add_argument("--iou", type=OVERLAP, default=0.5, help="of all metrics but coco (default: 0.5)")
     score.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    convert = _command(commands, "convert", "write annotated pictures of any format as VOC, COCO or YOLO")
+    convert.add_argument("source", type=PATH, metavar="FOLDER", help="the pictures and their annotations")
+    convert.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
+    convert.add_argument("--out", type=PATH, required=True, metavar="DIR", help="a new folder")
+    convert.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of FOLDER (default: by looking)")
+    convert.add_argument("--split", nargs="+", default=[], metavar="PART", help="default: all that train, val or test")
 
     _add_classify(commands)
 

@@ -27,11 +27,14 @@ from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
+from sppnet.data.convert import convert
 from sppnet.data.crops import write_crops
+from sppnet.data.labels import normalise
+from sppnet.data.layouts import find_data
 from sppnet.data.selection import choose_classes
 from sppnet.data.shapes import generate_shapes
-from sppnet.data.splits import files_by_stem, find_annotations, find_set, load_splits, read_image_set
-from sppnet.data.voc import normalise, read_annotation
+from sppnet.data.splits import files_by_stem, find_annotations, find_part, load_splits, read_image_set
+from sppnet.data.voc import read_annotation
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
@@ -40,6 +43,7 @@ from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.prediction import detect_files
+from sppnet.pipeline.run_data import named_parts
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
 from sppnet.proposals.search import read_windows
@@ -81,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"sppnet {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as ending:
-        resumes = options.command not in ("detect", "score") and action == "train"
+        resumes = options.command not in ("detect", "score", "convert") and action == "train"
         after = "and the same command goes on from there" if resumes else "the same command starts again"
         print(f"interrupted; what is complete is kept, {after}", file=sys.stderr)
         return 128 + (ending.args[0] if ending.args else signal.SIGINT)
@@ -116,9 +120,9 @@ def _train(options: argparse.Namespace) -> int:
     missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
     if not missing and "maps" in only and training.networks.map_costs:
         print(training.networks.map_costs)
-    for split in config.data.test:
+    for split in named_parts(config.data, find_data(config.data.root, config.data.format)).test:
         try:
-            find_set(config.data.root, split)
+            find_part(config.data.root, split, config.data.format)
         except SppnetError as error:
             missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:
@@ -242,6 +246,11 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    print(convert(options.source, options.out, options.to, options.format, tuple(options.split)))
+    return 0
+
+
 def _comp4_file(pattern: str, name: str) -> Path:
     """The file of a class, in either form of Unicode: macOS may give a file another one than was typed."""
     forms = [Path(pattern.replace("{}", unicodedata.normalize(form, name))) for form in ("NFC", "NFD")]
@@ -296,6 +305,7 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "combine": _combine,
     "detect": _detect,
     "score": _score,
+    "convert": _convert,
     "classify": classify,
     "demo": _demo,
 }

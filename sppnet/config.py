@@ -50,10 +50,14 @@ def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
 
 
 class DataSettings(Settings):
-    """Which images, of which classes, for which purpose. Splits are ``<year folder>/<set>``, ILSVRC's ``DET/<set>``."""
+    """Which images, of which classes, for which purpose.
+
+    Splits are ``<year folder>/<set>``, ILSVRC's ``DET/<set>``, else parts of the folder: ``train``, ``all``.
+    """
 
     root: FilePath = Path("data/VOCdevkit")
-    train: tuple[str, ...] = Field(("VOC2007/trainval",), min_length=1)
+    format: Literal["auto", "voc", "coco", "yolo"] = "auto"  # ours: of the annotations; auto = by looking
+    train: tuple[str, ...] = ("VOC2007/trainval",)  # empty = by the names of the parts, where there is no VOC2007 too
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
     objects_only: tuple[str, ...] = ()  # sec. 4.5: splits of which the objects alone train, as positives

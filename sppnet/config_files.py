@@ -52,10 +52,25 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE_NUMBER, list("-+012
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
-def _read_yaml(text: str | bytes) -> Any:
+class _TextLoader(_Loader):
+    """The same with every value as text: in a list of names "yes" is one."""
+
+
+_TextLoader.yaml_implicit_resolvers = {}
+
+
+def read_yaml_texts(path: Path) -> Any:
+    """Mappings, lists and texts of a YAML file of another program; SppnetError for one that cannot be read."""
+    try:
+        return _read_yaml(path.read_bytes(), _TextLoader)
+    except (OSError, ValueError) as error:
+        raise SppnetError(f"{path}: not valid YAML: {error}; repair it, or remove it") from None
+
+
+def _read_yaml(text: str | bytes, loader: type[_Loader] = _Loader) -> Any:
     """The values in YAML; ValueError in one line for what cannot be read."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except RecursionError:
         raise ValueError("brackets or sections are nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # a date that is none, a list as a key

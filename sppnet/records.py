@@ -258,6 +258,9 @@ class SkipCounts:
 
     images: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _set(self, images={reason: images for reason, images in self.images.items() if images})
+
     @property
     def counts(self) -> dict[str, int]:
         return {reason: len(images) for reason, images in self.images.items()}

@@ -83,7 +83,7 @@ def test_training_ends_with_a_detector_and_the_next_step(config, tmp_path):
     assert result.out == f"detector of 5 classes in {tmp_path / 'run/detector'}; next: sppnet eval {tmp_path / 'run'}\n"
     assert len(SPPDetector.load(tmp_path / "run").classes) == 5
     log = result.err
-    assert "data: 8 training and 3 validation images, 5 classes" in log
+    assert "data: VOC, 8 training and 3 validation images, " in log
     assert (
         log.index("proposals:") < log.index("maps:") < log.index("finetune:") < log.index("svm:") < log.index("boxes:")
     )
@@ -183,7 +183,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, t
     before = modified(tmp_path)
     result = run_command("train", config, "--dry-run")
     assert result.status == 0
-    assert result.out.startswith("data: 8 training and 3 validation images, 5 classes (cross, disc")
+    assert result.out.startswith("data: VOC, 8 training and 3 validation images, ")
     plan = plan_of(result.out)
     assert list(plan) == list(STAGES)
     assert {plan[stage][0] for stage in STAGES if stage != "low_rank"} == {"run"}
@@ -357,9 +357,7 @@ def test_eval_on_data_that_moved_needs_only_their_new_place(run, tmp_path):
     description = json.loads(path.read_text())
     description["config"]["data"]["root"] = "nowhere"
     path.write_text(json.dumps(description))
-    assert "nowhere: no such data folder; name the one that holds the year folders with --data" in refused(
-        "eval", run.root
-    )
+    assert "nowhere: no such data folder; name the one that holds the pictures with --data" in refused("eval", run.root)
     result = run_command("eval", run.root, "--data", devkit, "--split", "SHAPES/val", "SHAPES/test")
     assert result.status == 0, result.err
     assert len(list(run.root.glob("results/moved-*/SHAPES-val+SHAPES-test/metrics.json"))) == 1
@@ -777,3 +775,13 @@ def test_score_finds_files_as_a_shell_and_macos_name_them(tmp_path, monkeypatch,
     for typed in ("NFC", "NFD"):
         result = run_command(*options, "--classes", unicodedata.normalize(typed, "é"), "--json")
         assert json.loads(result.out)["map"] == 1
+
+
+def test_a_folder_is_converted_and_what_cannot_be_is_said(small_run, tmp_path):
+    result = run_command(
+        "convert", small_run.devkit, "--to", "yolo", "--out", tmp_path / "yolo", "--split", "SHAPES/val"
+    )
+    assert result.status == 0
+    assert result.out.startswith("VOC to YOLO: 3 images (val 3) of ")
+    again = run_command("convert", small_run.devkit, "--to", "yolo", "--out", tmp_path / "yolo")
+    assert (again.status, "expected a new or an empty folder" in again.err) == (2, True)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppnet.artifacts import write_text
-from sppnet.data.voc import INWARD, normalise, read_lines
+from sppnet.data.labels import normalise, read_lines
+from sppnet.data.voc import INWARD
 from sppnet.errors import SppnetError
 from sppnet.paths import fitting_name
 from sppnet.records import Detections

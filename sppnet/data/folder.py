@@ -15,9 +15,10 @@ from sppnet.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 @dataclass
 class FoundImages:
-    """What paths name. Nothing that lies below them is in none of the three."""
+    """What paths name. Nothing that lies below them is in none of these."""
 
     images: list[Path] = field(default_factory=list)  # sorted, each once
+    others: list[Path] = field(default_factory=list)  # files of other kinds
     unusable: dict[Path, str] = field(default_factory=dict)  # links without an end and the like, with the reason
     passed_over: Counter[str] = field(default_factory=Counter)  # hidden things and other files, by ending
 
@@ -41,7 +42,7 @@ def find_images(paths: Sequence[str | Path]) -> FoundImages:
     for path in dict.fromkeys(map(Path, paths)):
         before = len(found.images) + len(found.unusable)
         if path.is_dir():
-            _search(path, found)
+            search(path, found)
             missing = "no image in this folder; expected files ending in {}"
         elif path.exists() or path.is_symlink():
             found.images.append(path)  # whatever it is: reading it says what is wrong
@@ -60,8 +61,8 @@ def find_images(paths: Sequence[str | Path]) -> FoundImages:
     return found
 
 
-def _search(top: Path, found: FoundImages) -> None:
-    """All below a folder; linked folders last, so that what lies below `top` itself keeps its own name."""
+def search(top: Path, found: FoundImages) -> FoundImages:
+    """Add all below a folder; linked folders last, so that what lies below `top` itself keeps its own name."""
 
     def refused(error: OSError) -> None:
         found.unusable[Path(error.filename)] = f"{error.filename}: cannot be searched ({error.strerror})"
@@ -81,6 +82,7 @@ def _search(top: Path, found: FoundImages) -> None:
             waiting += [Path(folder, name) for name in names if Path(folder, name).is_symlink()]
             for name in sorted(set(files) - set(hidden)):
                 _take(Path(folder, name), found)
+    return found
 
 
 def _take(path: Path, found: FoundImages) -> None:
@@ -89,4 +91,5 @@ def _take(path: Path, found: FoundImages) -> None:
     elif path.is_symlink() and not path.exists():
         found.unusable[path] = f"{path}: a link to {path.readlink()}, which is not there"
     else:
+        found.others.append(path)
         found.passed_over[path.suffix.lower() or "without ending"] += 1

@@ -14,16 +14,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.data.labels import normalise, read_lines
+from sppnet.data.parts import Part
+from sppnet.data.voc import read_annotation
 from sppnet.errors import SppnetError, counted
-from sppnet.records import Annotation, SkipCounts
+from sppnet.records import Annotation
 
 LISTS = "ImageSets/DET"
 KINDS = "train|val|test"
@@ -31,20 +32,6 @@ NAMES = ("devkit/data/map_det.txt", "map_det.txt")
 OF_CLASS = re.compile(r"train_\d+")  # its second column says whether an image shows the class: 1, 0 (in part) or -1
 INWARD = np.array([0, 0, -1, -1], dtype=np.float64)  # 0-based inclusive corners minus half-open ones
 BARE = "image listed as positive that has no annotation, taken as one without objects"
-
-Reader = Callable[[Path, tuple[int, int], int], tuple[Annotation, SkipCounts]]
-
-
-class SplitFiles(NamedTuple):
-    """By the ids of the images of a split: their files, their annotation files, there or not, and what reads these.
-
-    `bare` are those that need none, having no objects, with what is to be counted of them.
-    """
-
-    images: dict[str, Path]
-    annotations: dict[str, Path]
-    read: Reader
-    bare: dict[str, dict[str, int]]
 
 
 def is_det(root: Path, split: str) -> bool:
@@ -67,8 +54,8 @@ def find_lists(root: Path, split: str) -> list[Path]:
     return sets[name]
 
 
-def find_files(root: Path, split: str) -> SplitFiles:
-    """The files of a split, by ids ``DET/<train, val or test>/<name>``; an image in several lists counts once.
+def find_part(root: Path, split: str) -> Part:
+    """The images of a split, by ids ``DET/<train, val or test>/<name>``; an image in several lists counts once.
 
     Images of train that have no annotation show no object.
     """
@@ -94,7 +81,16 @@ def find_files(root: Path, split: str) -> SplitFiles:
         for image, (_, shown) in zip(images, listed.values(), strict=True)
         if kind == "train" and not annotations[image].exists()
     }
-    return SplitFiles(images, annotations, _reader(root), bare)
+    unlabelled = () if kind == "train" else [image for image, path in annotations.items() if not path.exists()]
+    names = read_names(root)
+
+    def annotate(image: str, size: tuple[int, int], orientation: int) -> tuple[Annotation, Mapping[str, int]]:
+        if image in bare:
+            return Annotation(np.zeros((0, 4), np.float32), ()), bare[image]
+        found, skips = read_annotation(annotations[image], size, orientation, INWARD)
+        return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips.counts
+
+    return Part(images, annotate, unlabelled)
 
 
 def read_list(path: Path) -> dict[str, tuple[int, bool]]:
@@ -132,14 +128,3 @@ def read_names(root: Path) -> dict[str, str]:
             names[synset] = " ".join(rest[1].split())
     counts = Counter(names.values())
     return {synset: name for synset, name in names.items() if counts[name] == 1}
-
-
-def _reader(root: Path) -> Reader:
-    """Reads annotations, with English names where there are some."""
-    names = read_names(root)
-
-    def read(path: Path, size: tuple[int, int], orientation: int) -> tuple[Annotation, SkipCounts]:
-        found, skips = read_annotation(path, size, orientation, INWARD)
-        return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips
-
-    return read

@@ -1,29 +1,32 @@
-"""Splits of a data set in PASCAL VOC's layout, or in that of ILSVRC's detection data (`ilsvrc`), read from disk.
+"""Splits of a data set, read from disk: the one door to records, whatever the format.
+
+Those of VOC's year folders are read here, those of ILSVRC's detection data in `ilsvrc`, others where `layouts` says.
 
     <root>/<year folder>/ImageSets/Main/<set>.txt     one image id per line
     <root>/<year folder>/JPEGImages/<id>.jpg          or .jpeg, .png, .bmp, .webp, in upper or lower case
     <root>/<year folder>/Annotations/<id>.xml
 
-A split is named ``<year folder>/<set>``.
+A split of these is named ``<year folder>/<set>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from sppnet.artifacts import file_digest
 from sppnet.data import ilsvrc
-from sppnet.data.voc import normalise, read_annotation, read_lines
+from sppnet.data.labels import normalise, read_lines
+from sppnet.data.layouts import SETS, find_data
+from sppnet.data.parts import Part
+from sppnet.data.voc import annotate
 from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
-from sppnet.records import Annotation, ImageRecord, SkipCounts
+from sppnet.records import ImageRecord, SkipCounts
 
 FLAGS = ("-1", "0", "1")  # second column of the per-class sets
-NOTHING = Annotation(np.zeros((0, 4), np.float32), ())
 
 
 def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str]:
@@ -64,26 +67,26 @@ def _id_of(line: str, known: Collection[str] | None) -> str:
     return next((name for name in (line, stem, *endings) if name in known), stem)
 
 
-def load_split(root: Path | str, split: str, require_annotations: bool = True) -> tuple[list[ImageRecord], SkipCounts]:
-    """The images of ``<year folder>/<set>``, in the order of the set, and what was skipped in them.
+def load_split(
+    root: Path | str, split: str, require_annotations: bool = True, format: str = "auto"
+) -> tuple[list[ImageRecord], SkipCounts]:
+    """The images of ``<year folder>/<set>``, or of a part that `find_data` finds, and what was skipped in them.
 
-    A missing annotation file is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
+    A missing annotation is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
     record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
-    header and all of `read_annotation`.
+    header and faulty annotations.
     """
-    files, records, skipped = _find_files(Path(root), split), list[ImageRecord](), dict[str, list[str]]()
-    for image_id, path in files.images.items():
+    part, records, skipped = find_part(Path(root), split, format), list[ImageRecord](), dict[str, list[str]]()
+    for image_id, path in part.images.items():
         try:
             size, orientation = image_header(path)
             record = ImageRecord(image_id, path, size, file_digest(path))
         except (ImageError, OSError) as error:
             raise SppnetError(f"an image of the data set cannot be used: {error}") from None
         counts: Mapping[str, int] = {"image without annotation, not evaluated": 1}
-        if image_id in files.bare:
-            record, counts = replace(record, annotation=NOTHING), files.bare[image_id]
-        elif require_annotations or files.annotations[image_id].exists():
-            annotation, skips = files.read(files.annotations[image_id], size, orientation)
-            record, counts = replace(record, annotation=annotation), skips.counts
+        if require_annotations or image_id not in part.unlabelled:
+            annotation, counts = part.annotate(image_id, size, orientation)
+            record = replace(record, annotation=annotation)
         for reason, count in counts.items():
             skipped.setdefault(reason, []).extend([record.id] * count)
         records.append(record)
@@ -96,18 +99,18 @@ def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: _only(files.get(name, [folder / f"{name}.xml"]), name) for name in names}
 
 
-def split_digests(root: Path | str, split: str) -> dict[str, str]:
+def split_digests(root: Path | str, split: str, format: str = "auto") -> dict[str, str]:
     """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
-    return {image_id: file_digest(path) for image_id, path in _find_files(Path(root), split).images.items()}
+    return {image_id: file_digest(path) for image_id, path in find_part(Path(root), split, format).images.items()}
 
 
 def load_splits(
-    root: Path | str, splits: Sequence[str], require_annotations: bool = True
+    root: Path | str, splits: Sequence[str], require_annotations: bool = True, format: str = "auto"
 ) -> tuple[list[ImageRecord], SkipCounts]:
     """Several splits one after the other; an image that is in two of them is an error."""
     records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
     for split in splits:
-        more, left_out = load_split(root, split, require_annotations)
+        more, left_out = load_split(root, split, require_annotations, format)
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
@@ -118,41 +121,31 @@ def load_splits(
     return records, skips
 
 
-def find_set(root: Path, split: str) -> list[Path]:
-    """The files of a split, one but for ILSVRC's; SppnetError, with those that there are, for one that is not."""
+def find_part(root: Path, split: str, format: str = "auto") -> Part:
+    """The images of a split and what reads their annotations; SppnetError, with those here, for another."""
+    folder = find_data(root, format)
+    if folder.contents:
+        return folder.part(split)
+    root = folder.root
     if ilsvrc.is_det(root, split):
-        return ilsvrc.find_lists(root, split)
-    parts = split.split("/")
-    if len(parts) != 2 or not all(parts) or ".." in parts:
-        raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
-    if not root.is_dir():
-        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
-    path = root / parts[0] / "ImageSets" / "Main" / f"{parts[1]}.txt"
-    if not path.is_file():
-        found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob("*/ImageSets/Main/*.txt"))}
-        alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
-        if len(alike) == 1:
-            return alike
-        nested = next((root / name for name in ("VOCdevkit", "ILSVRC") if (root / name).is_dir()), None)
-        hint = f"splits here: {', '.join([*found][:20]) or 'none'}"
-        if nested is not None:
-            hint = f"set data.root={nested}"
-        elif (root / "ImageSets").is_dir():
-            year = root.resolve()
-            hint = f"this is a year folder; set data.root={year.parent} and name splits {year.name}/…"
-        raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
-    return [path]
+        return ilsvrc.find_part(root, split)
+    set_file = _find_set(root, split)
+    year, images = set_file.parents[2], _find_images(set_file)
+    annotations = find_annotations(year / "Annotations", images)
+    files, xml = (
+        {f"{normalise(year.name)}/{name}": path for name, path in paths.items()} for paths in (images, annotations)
+    )
+    return Part(files, partial(annotate, xml), [name for name, path in xml.items() if not path.exists()])
 
 
-def _find_files(root: Path, split: str) -> ilsvrc.SplitFiles:
-    if ilsvrc.is_det(root, split):
-        return ilsvrc.find_files(root, split)
-    (set_file,) = find_set(root, split)
-    folder, images = set_file.parents[2], _find_images(set_file)
-    annotations = find_annotations(folder / "Annotations", images)
-    year = normalise(folder.name)
-    files, xml = ({f"{year}/{name}": path for name, path in paths.items()} for paths in (images, annotations))
-    return ilsvrc.SplitFiles(files, xml, read_annotation, {})
+def _find_set(root: Path, split: str) -> Path:
+    found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob(SETS))}
+    alike = [path for name, path in found.items() if name == split]
+    alike = alike or [path for name, path in found.items() if normalise(name) == normalise(split)]
+    if len(alike) != 1:
+        here = f"splits here: {', '.join([*found][:20]) or 'none'}"
+        raise SppnetError(f"{root}: no such image set for split {split!r}; {here}; name <year folder>/<set>")
+    return alike[0]
 
 
 def _find_images(set_file: Path) -> dict[str, Path]:

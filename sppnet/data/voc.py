@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 from xml.sax.saxutils import escape
 
@@ -22,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_text
 from sppnet.checks import as_boxes
+from sppnet.data.labels import class_name, place_objects
 from sppnet.errors import SppnetError
-from sppnet.images import SIDEWAYS
-from sppnet.records import Annotation, SkipCounts, areas, clip_boxes
+from sppnet.records import Annotation, SkipCounts
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -48,82 +46,51 @@ def read_annotation(
     """
     root = _xml_root(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
+    names, flags = [name for name, _, _ in objects], [flag for _, _, flag in objects]
     corners = as_boxes([own for _, own, _ in objects])
     drawn = corners - inward
-    boxes: NDArray[Any] = drawn
-    faults = {"box with reversed corners": (drawn[:, 2:] <= drawn[:, :2]).any(axis=1)}
-    notes: dict[str, bool] = {}
-    if size is not None:
-        stated = _stated_size(root)
-        unturned = _is_unturned(drawn, size, stated, orientation)
-        drawn = _turn(drawn, size, orientation) if unturned else drawn
-        boxes = clip_boxes(drawn, size)
-        first: dict[tuple[str, tuple[float, ...]], int] = {}
-        repeated = [first.setdefault((name, own), i) != i for i, (name, own, _) in enumerate(objects)]
-        faults = {
-            "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
-            # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
-            "zero-area box": (corners[:, 2:] <= corners[:, :2]).any(axis=1),
-            "object annotated twice": np.array(repeated, dtype=bool),
-            "box outside the image": areas(boxes.astype(np.float32)) <= 0,
-        }
-        notes = {
-            "annotation size disagrees with the image": stated not in (None, size) and not unturned,
-            "annotation turned with its image (EXIF orientation)": unturned is True,
-            "image with EXIF orientation, boxes taken as drawn upright: its <size> does not tell": unturned is None,
-        }
-    keep, counts = np.ones(len(objects), dtype=bool), dict[str, int]()
-    for reason, fault in faults.items():  # an object has the first fault that fits
-        counts[reason] = int((keep & fault).sum())
-        keep &= ~fault
-    counts["box clipped to the image"] = int((keep & (boxes != drawn).any(axis=1)).sum())
-    skips = {reason: [path.stem] * count for reason, count in {**counts, **notes}.items() if count}
-    names, flags = [name for name, _, _ in objects], np.array([flag for _, _, flag in objects], dtype=bool)
-    found = Annotation(boxes[keep], tuple(np.array(names, dtype=object)[keep]), flags[keep])
-    return found, SkipCounts(skips)
+    if size is None:
+        whole = (drawn[:, 2:] > drawn[:, :2]).all(axis=1)
+        reversed_corners = [path.stem] * int((~whole).sum())
+        own = Annotation(
+            drawn[whole].astype(np.float32),
+            tuple(np.array(names, dtype=object)[whole]),
+            np.array(flags, dtype=bool)[whole],
+        )
+        return own, SkipCounts({"box with reversed corners": reversed_corners})
+    faults = {
+        "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
+        # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
+        "zero-area box": (corners[:, 2:] <= corners[:, :2]).any(axis=1),
+    }
+    found, counts = place_objects(drawn, names, flags, size, _stated_size(root), orientation, faults)
+    return found, SkipCounts({reason: [path.stem] * count for reason, count in counts.items()})
 
 
-def _is_unturned(
-    boxes: NDArray[np.floating], size: tuple[int, int], stated: tuple[int, int] | None, orientation: int
-) -> bool | None:
-    """Whether boxes were drawn before the EXIF orientation turned the image; None where that cannot be told.
-
-    The stated size tells, unless a box lies beyond that frame and all fit the other; where it is none of the two, the
-    boxes tell.
-    """
-    stored = size[::-1]
-    if not 2 <= orientation <= 8 or not len(boxes):
-        return False
-    if orientation not in SIDEWAYS or stored == size:
-        return None
-    fits_stored, fits = (bool((boxes[:, 2:] <= np.array(frame[::-1]) + 1).all()) for frame in (stored, size))
-    if stated == size:  # perhaps a program's, which read the picture upright and wrote boxes as they came
-        return fits_stored and bool((boxes[:, :2] >= size[::-1]).any())  # one that only overshoots is clipped
-    if stated == stored:
-        return fits_stored or not fits
-    return fits_stored if fits_stored != fits else None
-
-
-def _turn(boxes: NDArray[np.float64], size: tuple[int, int], orientation: int) -> NDArray[np.float64]:
-    """Boxes of the image as it is stored in the upright one of `size`; the orientation is 5, 6, 7 or 8."""
-    width, height = size  # as stored
-    x, y = boxes[:, [0, 2]], boxes[:, [1, 3]]
-    across = height - y[:, ::-1] if orientation in (6, 7) else y
-    down = width - x[:, ::-1] if orientation in (7, 8) else x
-    return np.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], axis=1)
+def annotate(
+    files: Mapping[str, Path], image: str, size: tuple[int, int], orientation: int
+) -> tuple[Annotation, Mapping[str, int]]:
+    """The objects of an image of `size`, and how often what was skipped; `files`: id -> annotation file."""
+    found, skips = read_annotation(files[image], size, orientation)
+    return found, skips.counts
 
 
 def write_annotation(
-    path: Path, size: tuple[int, int], boxes: ArrayLike, names: Sequence[str], difficult: Sequence[bool]
+    path: Path,
+    size: tuple[int, int],
+    boxes: ArrayLike,
+    names: Sequence[str],
+    difficult: Sequence[bool],
+    **options: bool,
 ) -> None:
-    """Write (R, 4) half-open `boxes` of an image of `size` (height, width) as a VOC annotation file."""
+    """Write (R, 4) half-open `boxes` of an image of `size` (height, width) as a VOC annotation file (`write_text`)."""
     lines = [f"<annotation>\n  <folder>{escape(path.parent.parent.name)}</folder>"]
     lines += [f"  <size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"]
     for name, corners, flag in zip(names, as_boxes(boxes) + INWARD, difficult, strict=True):
         lines += [f"  <object>\n    <name>{escape(name)}</name>\n    <difficult>{int(flag)}</difficult>"]
         bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in zip(CORNERS, corners, strict=True))
         lines += [f"    <bndbox>{bndbox}</bndbox>\n  </object>"]
-    write_text(path, "\n".join([*lines, "</annotation>\n"]))
+    write_text(path, "\n".join([*lines, "</annotation>\n"]), **options)
 
 
 def _xml_root(path: Path) -> Element:
@@ -149,7 +116,7 @@ def _xml_root(path: Path) -> Element:
 
 def _read_object(element: Element, path: Path) -> tuple[str, tuple[float, ...], bool]:
     """Name, (xmin, ymin, xmax, ymax) as they stand in the file, and the difficult flag."""
-    name = normalise(" ".join((element.findtext("name") or "").split()))
+    name = class_name(element.findtext("name") or "")
     if not name:
         raise SppnetError(f"{path}: an <object> has no <name>; name its class or remove the object")
     bndbox = element.find("bndbox")
@@ -175,15 +142,3 @@ def _stated_size(root: Element) -> tuple[int, int] | None:
     height, width = ((root.findtext(f"size/{tag}") or "").strip() for tag in ("height", "width"))
     present = all(re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII) for text in (height, width))
     return (int(height), int(width)) if present else None
-
-
-def normalise(text: str) -> str:
-    """Names in Unicode's composed form (NFC): macOS may hand out another one than was typed."""
-    return unicodedata.normalize("NFC", text)
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines ends lines at U+2028 and U+0085 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise SppnetError(f"{path}: cannot read this text file ({error}); give an existing UTF-8 file") from None

@@ -11,6 +11,8 @@ from typing import Any
 
 from sppnet.artifacts import read_json, write_json
 from sppnet.config import Config, DataSettings
+from sppnet.data.layouts import find_data
+from sppnet.data.parts import DataFolder
 from sppnet.data.selection import annotations_digest, choose_classes, hold_out, restrict, shown_classes
 from sppnet.data.splits import load_splits, split_digests
 from sppnet.errors import ArtifactError, SppnetError, counted
@@ -72,6 +74,7 @@ class RunData:
     settings: Mapping[str, Any] = field(default_factory=dict)  # that decided the split
     notes: tuple[str, ...] = ()  # about classes and the split
     objects: list[ImageRecord] = field(default_factory=list)  # of data.objects_only: their objects train, nothing else
+    format: str = "voc"
 
     @property
     def validation(self) -> list[ImageRecord]:
@@ -92,10 +95,14 @@ class RunData:
         return annotations_digest(getattr(self, split), self.classes)
 
     def __str__(self) -> str:
-        """One line: images, classes, then all that was skipped or is remarkable, each with an image."""
+        """One line: format, images, objects by class, then what was skipped or is remarkable, each with an image."""
         images = f"{len(self.train)} training and {counted(len(self.held_out), 'validation image')}"
         images += f", the objects of {counted(len(self.objects), 'more image')}" if self.objects else ""
-        head = f"data: {images}, {counted(len(self.classes), 'class')} ({', '.join(self.classes)})"
+        shown = (r.annotation.names for r in (*self.train, *self.held_out, *self.objects) if r.annotation)
+        counts = Counter(name for names in shown for name in names)
+        objects = f"{counted(counts.total(), 'object')} of {counted(len(self.classes), 'class')}"
+        by_class = ", ".join(f"{name} {counts[name]}" for name in self.classes)
+        head = f"data: {self.format.upper()}, {images}, {objects} ({by_class})"
         return "; ".join([head, *self.notes, *self.skips.lines()])
 
 
@@ -112,14 +119,20 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         fetch = "fetch PASCAL VOC with scripts/fetch_voc, or " if default else ""
         own = f"{fetch}set data.root to your own folder (data/README.md shows the layout)"
         raise SppnetError(f"{settings.root}: no such data folder; {own}")
-    records, skips = load_splits(settings.root, settings.train)
+    folder = find_data(settings.root, settings.format)
+    settings = named_parts(settings, folder)
+    if not settings.train:
+        where = f"{settings.root}: no part is called train"
+        raise SppnetError(f"{where}; name those to train on in data.train: {', '.join(folder.parts)}")
+    records, skips = load_splits(settings.root, settings.train, format=settings.format)
+    skips = skips.plus(folder.left_out)
     classes = choose_classes(records, settings.classes)
     others, notes = _count_others(records, classes, "training"), list[str]()
     train, difficult = restrict(records, classes), settings.train_on_difficult
     drawn: dict[str, Any] = {"train": list(settings.train), "classes": settings.classes and list(settings.classes)}
     if settings.val:
         drawn |= {"val": list(settings.val)}
-        records, more = load_splits(settings.root, settings.val)
+        records, more = load_splits(settings.root, settings.val, format=settings.format)
         skips, others = skips.plus(more), [*others, *_count_others(records, classes, "validation")]
         held_out = restrict(records, classes)
         _check_apart(_contents(train), _contents(held_out), "data.val")
@@ -131,7 +144,7 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     _check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
     for split in settings.test:
         try:
-            digests = split_digests(settings.root, split)
+            digests = split_digests(settings.root, split, settings.format)
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
         _check_apart(_contents([*train, *objects]), digests, "data.test")
@@ -146,21 +159,37 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         first: dict[str, str] = {}
         copies = [f"{r.id} of {first[r.digest]}" for r in images if first.setdefault(r.digest, r.id) != r.id]
         remarkable = {BARE[kind]: bare, f"{kind} image that is a copy of another": copies}
-        skips = skips.plus(SkipCounts({reason: names for reason, names in remarkable.items() if names}))
+        skips = skips.plus(SkipCounts(remarkable))
     for reason, names in skips.images.items():
         log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
-    notes = [*others, *notes, *_classes_amiss([*train, *objects], held_out, classes, difficult)]
+    used = {*settings.train, *settings.val, *settings.test, *settings.objects_only}
+    unused = [f"part {name} not used" for name in folder.contents if name not in used]
+    notes = [*folder.notes, *unused, *others, *notes, *_classes_amiss([*train, *objects], held_out, classes, difficult)]
     validate = config.finetune.validate_images
-    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects)
+    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects, folder.format)
+
+
+def named_parts(settings: DataSettings, folder: DataFolder) -> DataSettings:
+    """The settings with the parts of the folder to train, validate and test on.
+
+    Where `train` names none, or the default's VOC2007 that the folder does not have, the names of the parts say.
+    """
+    default, roles, own = DataSettings(), folder.roles, dict[str, tuple[str, ...]]()
+    by_names = not settings.train or (settings.train == default.train and not {*default.train} <= {*folder.parts})
+    if by_names:
+        own = {"train": roles["train"], "val": settings.val or roles["val"]}
+    if settings.test in ((), default.test) and (by_names or folder.contents):
+        own["test"] = roles["test"] if by_names else ()
+    return settings.model_copy(update=own)
 
 
 def _load_objects(settings: DataSettings, classes: tuple[str, ...]) -> tuple[list[ImageRecord], SkipCounts]:
     """The images of data.objects_only that show an object to train on; the others are counted."""
-    records, skips = load_splits(settings.root, settings.objects_only)
+    records, skips = load_splits(settings.root, settings.objects_only, format=settings.format)
     shown = {r.id for r in restrict(records, classes) if shown_classes(r, settings.train_on_difficult)}
     bare = [r.id for r in records if r.id not in shown]
     reason = "image of data.objects_only without objects to train on, left out"
-    skips = skips.plus(SkipCounts({reason: bare} if bare else {}))
+    skips = skips.plus(SkipCounts({reason: bare}))
     return [r for r in restrict(records, classes) if r.id in shown], skips
 
 
@@ -263,18 +292,23 @@ def load_test_data(
     and for training images among them which `splits` does not name. In another folder images with the names of the
     run's count as these, saved anew, where most have such names.
     """
-    settings = config.data
-    names, folder = tuple(splits) or settings.test or settings.val, root or settings.root
-    other = folder.resolve() != settings.root.resolve()
+    folder = root or config.data.root
+    other = folder.resolve() != config.data.root.resolve()
     if not folder.is_dir():
-        raise SppnetError(f"{folder}: no such data folder; name the one that holds the year folders with --data")
+        raise SppnetError(f"{folder}: no such data folder; name the one that holds the pictures with --data")
+    form = "auto" if other else config.data.format
+    found = find_data(folder, form)
+    settings = named_parts(config.data, found)
+    names = tuple(splits) or settings.test or settings.val
+    if other and not splits and found.contents and not {*(names or settings.train)} <= {*found.parts}:
+        names = found.roles["test"] or found.roles["val"] or found.roles["train"]
     if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(
             "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
             "was put together elsewhere), or is combined of some that were trained on what others held out; name "
             "images with --split, or train again"
         )
-    records, skips = load_splits(folder, names or settings.train, require_annotations=False)
+    records, skips = load_splits(folder, names or settings.train, require_annotations=False, format=form)
     if not names:
         held_out = kept.held_out if kept is not None else {}
         today = {r.id: r.digest for r in records}
@@ -290,7 +324,7 @@ def load_test_data(
         else:
             records = [r for r in records if r.id in held_out]
             own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
-            skips = SkipCounts({why: images for why, images in own.items() if images})
+            skips = SkipCounts(own)
     of_run = Split({}, {}, {}) if kept is None else kept
     train = {**of_run.train, **of_run.objects}
     known = {**train, **of_run.held_out}

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_arrays, write_atomically
 from sppnet.checks import as_boxes
-from sppnet.data.voc import normalise
+from sppnet.data.labels import normalise
 from sppnet.errors import SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES
 from sppnet.records import ImageRecord, clip_boxes

@@ -65,7 +65,7 @@ def test_images_whose_objects_train_have_maps_but_no_windows(det_run):
 
 def test_what_is_left_out_and_what_trains_is_said(det_run):
     said = str(load_run_data(det_run.config))
-    assert "data: 6 training and 3 validation images, the objects of 6 more images, 3 classes (accordion, air" in said
+    assert "data: VOC, 6 training and 3 validation images, the objects of 6 more images, " in said
     assert f"1 × image of data.objects_only without objects to train on, left out, e.g. DET/train/{EXTRA}" in said
     few = load_run_data(config_of(det_run, data__classes=["car", "airplane"]))
     assert [r.annotation.names[0] for r in few.objects] == ["airplane"] * 2 + ["car"] * 2

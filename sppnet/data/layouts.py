@@ -1,0 +1,87 @@
+"""What a folder of pictures and labels is, found by looking: VOC's year folders, plain VOC, COCO or YOLO."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from sppnet.data import coco, ilsvrc, yolo
+from sppnet.data.labels import normalise
+from sppnet.data.parts import DataFolder, Tree, group, label_files, pair
+from sppnet.data.voc import annotate
+from sppnet.errors import SppnetError, counted
+
+SETS = "*/ImageSets/Main/*.txt"
+LOOKED_FOR = {
+    "voc": "year folders with ImageSets/Main, or .xml files with <annotation>, one for an image",
+    "coco": ".json files with images, categories and annotations",
+    "yolo": "data.yaml, or classes.txt and a .txt file for each image",
+}
+
+
+def find_data(root: Path | str, format: str = "auto") -> DataFolder:
+    """What the folder is. Of several formats in it, the one that labels most images, and a note that says so.
+
+    SppnetError for a folder that is not there or has none of the formats, or not the one that is asked for, and for
+    files of the only one found that cannot be used.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SppnetError(f"{root}: no such data folder; see data/README.md, or set data.root to an existing one")
+    looks: dict[str, Callable[[Tree], DataFolder | None]] = {"voc": _look_voc, "coco": coco.look, "yolo": yolo.look}
+    if format not in ("auto", *looks):
+        raise SppnetError(f"format {format!r}: expected auto, {', '.join(looks)}")
+    if format in ("auto", "voc") and (years := find_years(root)):
+        return years
+    tree, found, faults = Tree(root), list[DataFolder](), dict[str, SppnetError]()
+    for name, look in looks.items() if format == "auto" else [(format, looks[format])]:
+        try:
+            found += filter(None, [look(tree)])
+        except SppnetError as error:
+            faults[name] = error
+    if not found:
+        raise next(iter(faults.values()), _nothing(tree, format))
+    best, *others = sorted(found, key=lambda folder: -folder.labelled)
+    notes = [
+        f"it has labels of two formats: {best.format.upper()} ({counted(best.labelled, 'image')}) is taken, "
+        f"{other.format.upper()} ({other.labelled}) with data.format={other.format}"
+        for other in others
+    ]
+    notes += [f"it may be {name.upper()} too (data.format={name}), but {error}" for name, error in faults.items()]
+    return replace(best, notes=(*notes, *best.notes))
+
+
+def find_years(root: Path) -> DataFolder | None:
+    """VOC's year folders or ILSVRC's detection data, in the folder or one below; None where there are none."""
+    for place in (root, root / "VOCdevkit", root / "ILSVRC"):
+        lists = [f"{path.parents[2].name}/{path.stem}" for path in sorted(place.glob(SETS))]
+        names = (path.stem for path in sorted((place / ilsvrc.LISTS).glob("*.txt")))
+        lists += dict.fromkeys(f"DET/{'train' if ilsvrc.OF_CLASS.fullmatch(name) else name}" for name in names)
+        per_class = {one for one in lists if f"{one.partition('/')[0]}/{one.rpartition('_')[2]}" in lists}
+        if lists:
+            return DataFolder(place, "voc", tuple(normalise(one) for one in lists if one not in per_class))
+    return None
+
+
+def _look_voc(tree: Tree) -> DataFolder | None:
+    labels = tree.of(".xml")
+    if not any(b"<annotation>" in (tree.root / path).read_bytes() for path in labels):
+        return None
+    pairs, lost = pair(tree, labels)
+    if not pairs:
+        return None
+    parts = group(tree, pairs)
+    listed = {path for images in parts.values() for path in images}
+    files = {tree.id_of(path): tree.root / pairs.get(path, path.with_suffix(".xml")) for path in listed}
+    return label_files(tree, parts, (pairs, lost), partial(annotate, files), listed - set(pairs), format="voc")
+
+
+def _nothing(tree: Tree, format: str) -> SppnetError:
+    looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in LOOKED_FOR.items() if format in ("auto", kind))
+    files = Counter(path.suffix.lower() or "without ending" for path in tree.others).most_common(5)
+    found = ", ".join([counted(len(tree.images), "image"), *(f"{count} {ending}" for ending, count in files)])
+    where = f"{tree.root}: no annotated pictures found"
+    return SppnetError(f"{where}; looked for {looked}; found {found}; docs/own-data.md shows how each looks")
