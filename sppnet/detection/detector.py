@@ -29,9 +29,10 @@ from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
+from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
-from sppnet.detection.refinement import LOOSE, LOWEST, vote
+from sppnet.detection.refinement import LOOSE, LOWEST, UNLIKELY, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
@@ -66,7 +67,7 @@ class SPPDetector:
 
     backbone: Backbone
     head: SPPHead
-    svms: LinearSVMs
+    svms: LinearSVMs | SoftmaxClassifier  # the latter of a joint head: scores are probabilities
     regressors: BoxRegressors | None
     proposer: Proposer
     config: Config
@@ -79,10 +80,20 @@ class SPPDetector:
         object.__setattr__(self, "thresholds", tuple(values.tolist()))
         if any({*own.classes} != {*self.classes} for own in self.others):
             raise SppnetError("others: expected detectors of the same classes; combine_detectors says which differ")
+        if any(own.is_joint != self.is_joint for own in self.others):
+            raise SppnetError(
+                "expected detectors whose scores are of one kind, got probabilities of a joint head (head.training) and "
+                "margins of SVMs, which cannot be compared; combine detectors of the same head.training"
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.svms.classes
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether its head was trained jointly: scores are probabilities, 0 … 1, and all is read from fc7."""
+        return isinstance(self.svms, SoftmaxClassifier)
 
     @property
     def precision(self) -> Precision:
@@ -149,7 +160,10 @@ class SPPDetector:
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
 
     def score(self, maps: FeatureMaps, windows: ArrayLike) -> NDArray[np.float32]:
-        """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
+        """Scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from.
+
+        Margins of SVMs, about -1 for background and 1 for objects; of a joint head probabilities.
+        """
         boxes = check_boxes(windows, "windows", np.float64)
         with undisturbed():
             return self._score(maps, boxes).scores
@@ -220,9 +234,11 @@ class SPPDetector:
                 scores, label = scores[solid], label[solid]
         found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
-            votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
+            least = UNLIKELY if self.is_joint else LOWEST
+            votes, of = nms_per_class(windows, np.where(scored.scores > least, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
-            found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
+            candidates = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
+            found = vote(found, candidates, probabilities=self.is_joint)
         return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
@@ -233,7 +249,7 @@ class SPPDetector:
         if self.regressors is not None and len(kept):
             distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
             head = scored.head or self._frozen_head()
-            features = head.features(scored.maps, distinct, self.config.boxes.layer)
+            features = head.features(scored.maps, distinct, "fc7" if self.is_joint else self.config.boxes.layer)
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
@@ -246,7 +262,9 @@ class SPPDetector:
     def save(self, folder: Path | str) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
         folder = Path(folder)
-        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
+        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict()}
+        if isinstance(self.svms, LinearSVMs):
+            parts["svm"] = self.svms.to_tensors()
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()
         if self.config.backbone.weights.mean_image is not None:
@@ -294,7 +312,8 @@ class SPPDetector:
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
                 head.load_state_dict(tensors["head"])
-                svms = LinearSVMs.from_tensors(tensors["svm"])
+                joint = SoftmaxClassifier(head.classifier, classes)
+                svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else joint
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
@@ -307,7 +326,9 @@ class SPPDetector:
     def to(self, device: str | torch.device) -> SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
         device = as_device(device)
-        linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
+        linear = self.svms  # a softmax is part of the head
+        if isinstance(linear, LinearSVMs):
+            linear = replace(linear, weight=linear.weight.to(device), bias=linear.bias.to(device))
         others = tuple(own.to(device) for own in self.others)
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear, others=others)
 
@@ -321,7 +342,7 @@ class SPPDetector:
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
         head = head or self._frozen_head()
-        features = head.features(maps, distinct, config.svm.layer)
+        features = head.features(maps, distinct, "fc7" if self.is_joint else config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
             raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
