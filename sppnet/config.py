@@ -241,10 +241,9 @@ class LowRankSettings(Settings):
 
 
 class JointSettings(Settings):
-    """fc6, fc7, softmax and class-wise box regression learned together (ours; the loss of Fast R-CNN, sec. 2.3).
+    """fc6, fc7, softmax and box regression learned together from windows as rows of principal components (ours).
 
-    In place of finetune, low_rank, svm and boxes where head.training=joint. No map is stored: windows are pooled and
-    projected onto principal components once, and the layers train on these rows, again and again.
+    Of head.training=joint, in place of finetune, low_rank, svm and boxes. No map is stored.
     """
 
     rank: int = Field(768, ge=1)  # ours: principal components of pooled windows; in effect the rank of fc6
@@ -309,7 +308,7 @@ class BoxRegressionSettings(Settings):
 class DetectSettings(Settings):
     """From scores to detections (release)."""
 
-    score_threshold: float = -1.5  # release, of SVMs; of head.training=joint, whose scores are probabilities, 0.01
+    score_threshold: float = -1.5  # release; of probabilities (head.training=joint) at least 0.01
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
     refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too; their scores are averaged
@@ -351,10 +350,3 @@ class Config(Settings):
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_joint_head(cls, values: Any) -> Any:
-        head, detect = (values.get(name, {}) if isinstance(values, dict) else None for name in ("head", "detect"))
-        joint = isinstance(head, dict) and head.get("training") == "joint" and isinstance(detect, dict)
-        return {**values, "detect": {"score_threshold": 0.01, **detect}} if joint else values

@@ -15,15 +15,7 @@ from torch import nn
 
 from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.runtime import (
-    Kind,
-    Precision,
-    Runtime,
-    device_of,
-    make_runtime,
-    resolve_precision,
-    resolve_runtime,
-)
+from sppnet.backbones.runtime import Precision, Runtime, device_of, make_runtime, resolve_precision, resolve_runtime
 from sppnet.checks import as_boxes, check_boxes, check_overlap, check_thresholds, is_whole
 from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
@@ -32,7 +24,7 @@ from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
-from sppnet.detection.refinement import LOOSE, LOWEST, UNLIKELY, vote
+from sppnet.detection.refinement import vote, voters
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
@@ -43,6 +35,7 @@ from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
+IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +73,6 @@ class SPPDetector:
         object.__setattr__(self, "thresholds", tuple(values.tolist()))
         if any({*own.classes} != {*self.classes} for own in self.others):
             raise SppnetError("others: expected detectors of the same classes; combine_detectors says which differ")
-        if any(own.is_joint != self.is_joint for own in self.others):
-            raise SppnetError(
-                "expected detectors whose scores are of one kind, got probabilities of a joint head (head.training) and "
-                "margins of SVMs, which cannot be compared; combine detectors of the same head.training"
-            )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -92,7 +80,7 @@ class SPPDetector:
 
     @property
     def is_joint(self) -> bool:
-        """Whether its head was trained jointly: scores are probabilities, 0 … 1, and all is read from fc7."""
+        """Whether its head was trained jointly: scores are probabilities, and these and boxes are read from fc7."""
         return isinstance(self.svms, SoftmaxClassifier)
 
     @property
@@ -160,10 +148,7 @@ class SPPDetector:
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
 
     def score(self, maps: FeatureMaps, windows: ArrayLike) -> NDArray[np.float32]:
-        """Scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from.
-
-        Margins of SVMs, about -1 for background and 1 for objects; of a joint head probabilities.
-        """
+        """Scores (R, K) of windows (R, 4) of the image of `maps`: margins of SVMs, or probabilities of a joint head."""
         boxes = check_boxes(windows, "windows", np.float64)
         with undisturbed():
             return self._score(maps, boxes).scores
@@ -173,10 +158,11 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """As the release evaluates: all above detect.score_threshold, detect.max_per_class of a class at most.
 
-        Takes an image, or its maps. Also returns the classes of which the maximum left some out.
+        Takes an image, or its maps; of a joint head at least 0.01. Also returns the classes that the maximum cut.
         """
         own, boxes = self.config.detect, as_boxes(windows, "windows")
-        above = np.nextafter(check_thresholds(own.score_threshold, self.classes), np.float32(np.inf))
+        least = max(own.score_threshold, IMPROBABLE) if self.is_joint else own.score_threshold
+        above = np.nextafter(check_thresholds(least, self.classes), np.float32(np.inf))
         return self._search(image, boxes, self._by_class(above), own.nms_overlap, own.max_per_class)
 
     def _search(
@@ -234,11 +220,10 @@ class SPPDetector:
                 scores, label = scores[solid], label[solid]
         found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
-            least = UNLIKELY if self.is_joint else LOWEST
-            votes, of = nms_per_class(windows, np.where(scored.scores > least, scored.scores, -np.inf), LOOSE)
+            votes, of = voters(windows, scored.scores, self.is_joint)
             others, solid = self._regress(windows, scored, votes, of)
-            candidates = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
-            found = vote(found, candidates, probabilities=self.is_joint)
+            theirs = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
+            found = vote(found, theirs, probabilities=self.is_joint)
         return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
@@ -326,16 +311,13 @@ class SPPDetector:
     def to(self, device: str | torch.device) -> SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
         device = as_device(device)
-        linear = self.svms  # a softmax is part of the head
-        if isinstance(linear, LinearSVMs):
-            linear = replace(linear, weight=linear.weight.to(device), bias=linear.bias.to(device))
-        others = tuple(own.to(device) for own in self.others)
-        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear, others=others)
+        svms, others = self.svms.to(device), tuple(own.to(device) for own in self.others)
+        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=svms, others=others)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating], head: FrozenHead | None = None) -> WindowScores:
         config, channels = self.config, self.backbone.channels
         if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
-            found = f"{len(maps.maps[0])}" if isinstance(maps, FeatureMaps) else type(maps).__name__
+            found = len(maps.maps[0]) if isinstance(maps, FeatureMaps) else type(maps).__name__
             raise SppnetError(
                 f"maps: expected FeatureMaps of {channels} channels, got {found}; pass what embed returned"
             )
@@ -354,7 +336,8 @@ class SPPDetector:
 
     def _runtime(self) -> Runtime:
         # "openvino" was asked for where it was trained: elsewhere it may be missing
-        kind: Kind = "torch" if self.config.maps.runtime == "torch" else "auto"
+        asked = self.config.maps.runtime
+        kind = asked if asked == "torch" else "auto"
         if resolve_runtime(kind, self.device) == "torch":
             return make_runtime(self.backbone, "torch", self.precision)  # runs the layers themselves: nothing to keep
         return self._kept("runtime", self.backbone, lambda: make_runtime(self.backbone, kind, self.precision))

@@ -32,6 +32,7 @@ from sppnet.records import flip_boxes, pairwise_iou, spread
 
 SAMPLE_IMAGES = 64  # that choose principal components
 SAMPLE_RATIO = 8  # windows of these in all, for each component
+OVERSAMPLED = 32  # components that are computed and left out, since the last ones are the least exact
 LABELS = FinetuneSettings(negative_overlap=(0.0, 0.5))  # positives from sec. 4.1's IoU on, background all below
 
 
@@ -69,7 +70,7 @@ def fit_projection(pooled: Tensor, rank: int, seed: int = 0) -> Projection:
     centred = pooled - mean
     with torch.random.fork_rng(devices=[pooled.device] if pooled.is_cuda else []):
         seed_dropout(pooled.device, seed)
-        components = torch.svd_lowrank(centred, min(rank, *pooled.shape), niter=2)[2].T
+        components = torch.svd_lowrank(centred, min(rank + OVERSAMPLED, *pooled.shape), niter=2)[2].T[:rank]
     total, kept = (float(part.square().sum()) for part in (centred, centred @ components.T))
     scale = (len(components) * len(pooled) / kept) ** 0.5 if kept > 0 else 1.0
     return Projection(components * scale, components @ mean * scale, kept / total if total > 0 else 1.0)
@@ -189,7 +190,8 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
         if len(near):
             iou = pairwise_iou(windows[near].astype(np.float64), annotation.boxes.astype(np.float64))
             own = np.where(source.labels(annotation) == found.labels[:, None], iou, -1).argmax(axis=1)
-            targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own]) * ([-1, 1, 1, 1] if flip else 1)
+            targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own])
+            targets[:, 0] *= -1 if flip else 1
         labels = np.append(found.labels, np.full(len(found.negatives), len(source.classes)))
         parts.append((np.full(len(rows), len(features)), rows, labels, targets))
         features.append(arrays["rows"])

@@ -46,6 +46,10 @@ class SoftmaxClassifier:
         with torch.autocast(features.device.type, enabled=False):
             return self.linear(features.float()).softmax(dim=1)[:, : len(self.classes)]
 
+    def to(self, device: torch.device) -> SoftmaxClassifier:
+        """The same: its layer moves with the head that it is part of."""
+        return self
+
 
 class JointHead(nn.Module):
     """Rows (R, rank) -> logits (R, K + 1) and normalised box targets for every class (R, K, 4).
@@ -56,7 +60,9 @@ class JointHead(nn.Module):
     target_mean: Tensor
     target_std: Tensor
 
-    def __init__(self, rank: int, classes: int, settings: HeadSettings, targets: NDArray[np.floating], seed: int) -> None:
+    def __init__(
+        self, rank: int, classes: int, settings: HeadSettings, targets: NDArray[np.floating], seed: int
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             seed_dropout(torch.device("cpu"), seed)
@@ -156,7 +162,7 @@ class _Trainer:
         self.shared, self.half = distributed.data_parallel(model), precision == "bfloat16"
         decay = settings.weight_decay
         self.optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=decay, fused=True)
-        self.rates = list(_one_cycle(settings.learning_rate, settings.steps))
+        self.rates = list(one_cycle(settings.learning_rate, settings.steps))
         self.log: list[tuple[float, ...]] = []
         self.sums = torch.zeros(2, device=device)
         self.count = 0
@@ -187,12 +193,13 @@ class _Trainer:
             features, labels, targets = checked
             logits, boxes = self.model(features)
             error = (logits.argmax(1) != labels).float().mean()
-            measured = (*map(float, joint_loss(logits, boxes, labels, targets)), float(error))
+            loss, box_loss = joint_loss(logits, boxes, labels, targets)
+            measured = float(loss), float(box_loss), float(error)
             self.model.train()
-        loss, box_loss = (self.sums / self.count).tolist()
-        if not np.isfinite(loss + box_loss):
+        trained = (self.sums / self.count).tolist()
+        if not np.isfinite(trained).all():
             raise SppnetError(f"the loss is not finite at step {step}; lower joint.learning_rate")
-        self.log.append((step, loss, box_loss, *measured, self.rates[step - 1]))
+        self.log.append((step, *trained, *measured, self.rates[step - 1]))
         self.sums.zero_()
         self.count = 0
         self._save(step)
@@ -227,11 +234,11 @@ class _Trainer:
         return int(saved["step"])
 
 
-def _one_cycle(largest: float, steps: int) -> Iterator[float]:
+def one_cycle(largest: float, steps: int) -> Iterator[float]:
     """The learning rate of every step, by torch's OneCycleLR (Smith and Topin 2018)."""
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], largest)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, largest, total_steps=steps + 1, cycle_momentum=False)
     for _ in range(steps):
-        yield schedule.get_last_lr()[0]
+        yield float(schedule.get_last_lr()[0])
         optimiser.step()
         schedule.step()

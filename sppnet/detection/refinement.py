@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sppnet.checks import check_overlap
+from sppnet.detection.nms import nms_per_class
 from sppnet.errors import SppnetError
 from sppnet.records import Detections, pairwise_iou
 
@@ -15,9 +17,15 @@ LOWEST = -1.0  # the margin: what scores less is background to the SVM and has n
 UNLIKELY = 0.05  # the same of probabilities
 
 
-def vote(
-    found: Detections, candidates: Detections, overlap: float = 0.5, probabilities: bool = False
-) -> Detections:
+def voters(
+    windows: NDArray[np.floating], scores: NDArray[np.floating], probabilities: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which windows (R, 4) with scores (R, K) have a vote: (indices, labels), both (S,)."""
+    least = UNLIKELY if probabilities else LOWEST
+    return nms_per_class(windows, np.where(scores > least, scores, -np.inf), LOOSE)
+
+
+def vote(found: Detections, candidates: Detections, overlap: float = 0.5, probabilities: bool = False) -> Detections:
     """Each box found becomes the mean of the candidates of its class whose IoU with it is at least `overlap`.
 
     A box has a vote of its own where it is among the candidates; one without any vote stays as it is. Scores of SVMs

@@ -214,7 +214,7 @@ def _contents(*paths: Path | None) -> list[str]:
 
 
 def fc_layers(config: Config) -> tuple[str, ...]:
-    """The fully connected layers of the paper's head that the features wanted need."""
+    """The fully connected layers that the features wanted need; a joint head is of its own kind."""
     if config.head.training == "joint":
         return ()
     wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
@@ -235,25 +235,22 @@ def tunes_low_rank(config: Config) -> bool:
 # --- the declarations -------------------------------------------------------------------------------
 
 HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
-EMBED = ("rank", "windows", "flip", "seed")  # of `joint`
+EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.flip", "joint.seed")
 
 
-def _skip_joint(config: Config) -> str:
-    return "" if config.head.training == "joint" else "head.training is paper"
-
-
-def _skip_paper(config: Config) -> str:
-    return "head.training is joint" if config.head.training == "joint" else ""
+def _only(training: str) -> Callable[[Config], str]:
+    """Skips a stage of the other kind of head."""
+    return lambda config: "" if config.head.training == training else f"head.training is {config.head.training}"
 
 
 def _skip_finetune(config: Config) -> str:
     wanted = config.finetune.enabled and config.svm.finetuned and fc_layers(config)
-    return _skip_paper(config) or ("" if wanted else "the features wanted need no fine-tuned head")
+    return _only("paper")(config) or ("" if wanted else "the features wanted need no fine-tuned head")
 
 
 def _skip_low_rank(config: Config) -> str:
-    if ranks(config) or _skip_paper(config):
-        return _skip_paper(config)
+    if ranks(config) or _only("paper")(config):
+        return _only("paper")(config)
     return "low_rank.fc6 and low_rank.fc7 are 0" if fc_layers(config) else "no fc features are wanted"
 
 
@@ -283,7 +280,7 @@ GRAPH: dict[str, Stage] = {
             "maps",
             settings=lambda _: ["maps", "backbone", "precision"],
             outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.stored],
-            skipped=_skip_paper,
+            skipped=_only("paper"),
         ),
         Stage(
             "finetune",
@@ -305,14 +302,11 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "embed",
-            settings=lambda _: [
-                *("maps", "backbone", "precision", "pyramid", "data.train_on_difficult"),
-                *(f"joint.{name}" for name in EMBED),
-            ],
+            settings=lambda _: [*EMBED, "data.train_on_difficult"],
             reads=lambda _: ["proposals"],
             outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.images],
             data=["train", "validation", "objects"],
-            skipped=_skip_joint,
+            skipped=_only("joint"),
         ),
         Stage(
             "joint",
@@ -320,7 +314,7 @@ GRAPH: dict[str, Stage] = {
             reads=lambda _: ["embed"],
             outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
             data=["train", "validation", "objects"],
-            skipped=_skip_joint,
+            skipped=_only("joint"),
         ),
         Stage(
             "svm",
@@ -329,7 +323,7 @@ GRAPH: dict[str, Stage] = {
             reads=lambda config: _features(config.svm.layer),
             outputs=lambda _: [Path("svm.safetensors")],
             data=["train", "objects"],
-            skipped=_skip_paper,
+            skipped=_only("paper"),
         ),
         Stage(
             "boxes",
@@ -337,7 +331,7 @@ GRAPH: dict[str, Stage] = {
             reads=lambda config: _features(config.boxes.layer),
             outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],
             data=["train"],
-            skipped=lambda config: _skip_paper(config) or ("" if config.boxes.enabled else "boxes.enabled is false"),
+            skipped=lambda config: _only("paper")(config) or ("" if config.boxes.enabled else "boxes.enabled is false"),
         ),
         Stage(
             "thresholds",
