@@ -50,13 +50,13 @@ class Classifier:
         """Image (H, W, 3) uint8 RGB -> (1, 3, h, w), its shorter side `side` px: for `maps`, cut or mirrored too."""
         backbone, (size, _) = self.network.backbone, scaled_size((image.shape[0], image.shape[1]), side)
         mean = (0.0, 0.0, 0.0) if isinstance(backbone.mean, Tensor) else backbone.mean
-        return prepare(image, size, backbone.weights.channel_order, mean, backbone.weights.std, self.device)
+        return prepare(image, size, backbone.weights.channel_order, mean, backbone.std, self.device)
 
     def maps(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, h, w) -> their maps (N, C, h', w'). A mean image is warped to what is shown, never mirrored."""
         backbone = self.network.backbone
         if isinstance(backbone.mean, Tensor):
-            pixels = pixels + normalise(torch.zeros_like(pixels[:1]), backbone.mean, backbone.weights.std)
+            pixels = pixels + normalise(torch.zeros_like(pixels[:1]), backbone.mean, backbone.std)
         return self.runtime(pixels)
 
     @classmethod

@@ -104,7 +104,7 @@ class FeatureSource:
         backbone, weights = network.backbone, network.backbone.weights
         precision = resolve_precision(config.precision, device_of(network))
         mean = tensors_digest({"mean": torch.as_tensor(backbone.mean)})
-        used = weights.channel_order, mean, weights.std, backbone.layer, network.levels, precision, self.sizes
+        used = weights.channel_order, mean, backbone.std, backbone.layer, network.levels, precision, self.sizes
         contents = data.split["train"], data.split["held_out"]
         path = run / f"features-{digest_of(tensors_digest(backbone.state_dict()), contents, used)}.npz"
         if not path.exists():
