@@ -65,9 +65,8 @@ class Listed(NamedTuple):
 def read_coco(path: Path) -> tuple[list[Listed], tuple[str, ...]] | None:
     """The images and classes that a JSON file lists; None for JSON of another kind.
 
-    Raises SppnetError for what is no JSON, fields that are missing, ids and names that are there twice, and annotations
-    of images or categories that the file does not list. Objects without a box get that of their polygons, or are
-    counted and left out.
+    Objects without a box get that of their polygons, or are counted and left out. SppnetError for what is no JSON,
+    missing fields, ids and names that are there twice, and annotations of images or categories that are not listed.
     """
     status = path.stat()
     return _read(path, status.st_mtime_ns, status.st_size)
