@@ -116,7 +116,7 @@ def _train(options: argparse.Namespace) -> int:
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
     missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
-    if not missing and "maps" in only and training.networks.map_costs:
+    if not missing and {"maps", "embed"} & {*only} and training.networks.map_costs:
         print(training.networks.map_costs)
     for split in named_parts(config.data, find_data(config.data.root, config.data.format)).test:
         try:

@@ -35,7 +35,7 @@ ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NF
 FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
 
 # The stages of training, whose results are kept, in their order; all but the last have settings of their own.
-STAGES = ("proposals", "maps", "finetune", "low_rank", "svm", "boxes", "thresholds")
+STAGES = ("proposals", "maps", "finetune", "low_rank", "embed", "joint", "svm", "boxes", "thresholds")
 
 
 def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
@@ -174,14 +174,21 @@ class PyramidSettings(Settings):
 class HeadSettings(Settings):
     """fc6 and fc7 above the pyramid."""
 
-    fc6: int = Field(4096, ge=1)  # sec. 3.1
-    fc7: int = Field(4096, ge=1)  # sec. 3.1
+    training: Literal["paper", "joint"] = "paper"  # ours: joint = with the classifier and box regression, see `joint`
+    fc6: int = Field(4096, ge=1)  # sec. 3.1; of training=joint 1024
+    fc7: int = Field(4096, ge=1)  # sec. 3.1; of training=joint 1024
     dropout: float = Field(0.5, ge=0, lt=1)  # sec. 3.1
     # ours: pooled features are scaled to this mean norm before fc6, so that one learning rate suits every backbone;
     # None = as they are (the paper). Measured: 300 for MobileNetV2, 3,000 to 10,000 for the SqueezeNets.
     input_norm: float | None = Field(None, gt=0)
     init: Literal["random", "imagenet", "checkpoint"] = "random"
     checkpoint: FilePath | None = None  # an SPP classification checkpoint (.safetensors)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_joint_head(cls, values: Any) -> Any:
+        joint = isinstance(values, dict) and values.get("training") == "joint"
+        return {"fc6": 1024, "fc7": 1024, **values} if joint else values
 
 
 def _one_rate_per_phase(settings: Any) -> Any:
@@ -238,6 +245,23 @@ class LowRankSettings(Settings):
     _schedule = model_validator(mode="after")(_one_rate_per_phase)
 
 
+class JointSettings(Settings):
+    """fc6, fc7, softmax and box regression learned together from windows as rows of principal components (ours).
+
+    Of head.training=joint, in place of finetune, low_rank, svm and boxes. No map is stored.
+    """
+
+    rank: int = Field(768, ge=1)  # ours: principal components of pooled windows; in effect the rank of fc6
+    windows: int = Field(512, ge=2)  # ours: kept of an image: its objects, at most half near them, others
+    flip: bool = False  # ours: mirror images too
+    positive_share: float = Field(1 / 3, ge=0, le=1)  # ours: of a batch, as many of every class
+    steps: int = Field(1000, ge=1)  # ours
+    batch: int = Field(512, ge=1)  # ours
+    learning_rate: Rate = 1e-3  # ours: the largest of the one-cycle schedule (AdamW)
+    weight_decay: Decay = 0.01  # ours
+    seed: Seed = 0
+
+
 class SVMSettings(Settings):
     """One linear SVM per class with hard-negative mining (sec. 4.1; numbers of the release)."""
 
@@ -289,7 +313,7 @@ class BoxRegressionSettings(Settings):
 class DetectSettings(Settings):
     """From scores to detections (release)."""
 
-    score_threshold: float = -1.5  # release
+    score_threshold: float = -1.5  # release; of probabilities (head.training=joint) at least 0.01
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
     refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too; their scores are averaged
@@ -326,6 +350,7 @@ class Config(Settings):
     head: HeadSettings = HeadSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     low_rank: LowRankSettings = LowRankSettings()
+    joint: JointSettings = JointSettings()
     svm: SVMSettings = SVMSettings()
     boxes: BoxRegressionSettings = BoxRegressionSettings()
     detect: DetectSettings = DetectSettings()

@@ -19,7 +19,7 @@ def combine_detectors(detectors: Sequence[SPPDetector], names: Sequence[str] = (
     All score the windows of all, each distinct search running once, on their own maps, and refine what they find. In
     `detect` each has its own thresholds; the order of classes, detect.score_threshold, nms_overlap and max_per_class
     are those of the first.
-    SppnetError for fewer than two and for other classes, with the `names` of the detectors.
+    SppnetError for fewer than two, for scores of two kinds, and for other classes, with the `names` of the detectors.
     """
     members = [replace(own, others=()) for each in detectors for own in (each, *each.others)]
     if len(members) < 2:
@@ -30,5 +30,8 @@ def combine_detectors(detectors: Sequence[SPPDetector], names: Sequence[str] = (
             one, two = (names[0], names[place]) if names else ("detector 0", f"detector {place}")
             some = ", ".join(map(repr, differ[:5])) + (", …" if len(differ) > 5 else "")
             raise SppnetError(f"{one} and {two}: only one of them knows {some}; combine detectors of the same classes")
+    if len({own.is_joint for own in members}) > 1:
+        kinds = "some give probabilities (head.training=joint), others margins of SVMs"
+        raise SppnetError(f"{kinds}, which cannot be compared; combine detectors of the same head.training")
     search = make_proposer(*(own.config.proposals for own in members))
     return replace(members[0], proposer=search, others=tuple(members[1:]))

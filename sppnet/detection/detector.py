@@ -15,23 +15,16 @@ from torch import nn
 
 from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.runtime import (
-    Kind,
-    Precision,
-    Runtime,
-    device_of,
-    make_runtime,
-    resolve_precision,
-    resolve_runtime,
-)
+from sppnet.backbones.runtime import Precision, Runtime, device_of, make_runtime, resolve_precision, resolve_runtime
 from sppnet.checks import as_boxes, check_boxes, check_overlap, check_thresholds, is_whole
 from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
+from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
-from sppnet.detection.refinement import LOOSE, LOWEST, vote
+from sppnet.detection.refinement import vote, voters
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
@@ -42,6 +35,7 @@ from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
+IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +60,7 @@ class SPPDetector:
 
     backbone: Backbone
     head: SPPHead
-    svms: LinearSVMs
+    svms: LinearSVMs | SoftmaxClassifier  # the latter of a joint head: scores are probabilities
     regressors: BoxRegressors | None
     proposer: Proposer
     config: Config
@@ -83,6 +77,11 @@ class SPPDetector:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.svms.classes
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether its head was trained jointly: scores are probabilities, and these and boxes are read from fc7."""
+        return isinstance(self.svms, SoftmaxClassifier)
 
     @property
     def precision(self) -> Precision:
@@ -149,7 +148,7 @@ class SPPDetector:
             return replace(found, maps=tuple(m.clone() if m.is_inference() else m for m in found.maps))
 
     def score(self, maps: FeatureMaps, windows: ArrayLike) -> NDArray[np.float32]:
-        """SVM scores (R, K) of windows (R, 4), boxes in the image that `maps` were computed from."""
+        """Scores (R, K) of windows (R, 4) of the image of `maps`: margins of SVMs, or probabilities of a joint head."""
         boxes = check_boxes(windows, "windows", np.float64)
         with undisturbed():
             return self._score(maps, boxes).scores
@@ -159,10 +158,11 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """As the release evaluates: all above detect.score_threshold, detect.max_per_class of a class at most.
 
-        Takes an image, or its maps. Also returns the classes of which the maximum left some out.
+        Takes an image, or its maps; of a joint head at least 0.01. Also returns the classes that the maximum cut.
         """
         own, boxes = self.config.detect, as_boxes(windows, "windows")
-        above = np.nextafter(check_thresholds(own.score_threshold, self.classes), np.float32(np.inf))
+        least = max(own.score_threshold, IMPROBABLE) if self.is_joint else own.score_threshold
+        above = np.nextafter(check_thresholds(least, self.classes), np.float32(np.inf))
         return self._search(image, boxes, self._by_class(above), own.nms_overlap, own.max_per_class)
 
     def _search(
@@ -220,9 +220,10 @@ class SPPDetector:
                 scores, label = scores[solid], label[solid]
         found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
-            votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
+            votes, of = voters(windows, scored.scores, self.is_joint)
             others, solid = self._regress(windows, scored, votes, of)
-            found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
+            theirs = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
+            found = vote(found, theirs, probabilities=self.is_joint)
         return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
@@ -233,7 +234,7 @@ class SPPDetector:
         if self.regressors is not None and len(kept):
             distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
             head = scored.head or self._frozen_head()
-            features = head.features(scored.maps, distinct, self.config.boxes.layer)
+            features = head.features(scored.maps, distinct, "fc7" if self.is_joint else self.config.boxes.layer)
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
@@ -246,7 +247,9 @@ class SPPDetector:
     def save(self, folder: Path | str) -> None:
         """Everything that `load` needs, without pickle; detector.json comes last and names the contents."""
         folder = Path(folder)
-        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict(), "svm": self.svms.to_tensors()}
+        parts = {"backbone": self.backbone.state_dict(), "head": self.head.state_dict()}
+        if isinstance(self.svms, LinearSVMs):
+            parts["svm"] = self.svms.to_tensors()
         if self.regressors is not None:
             parts["boxes"] = self.regressors.to_tensors()
         if self.config.backbone.weights.mean_image is not None:
@@ -294,7 +297,8 @@ class SPPDetector:
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
                 head.load_state_dict(tensors["head"])
-                svms = LinearSVMs.from_tensors(tensors["svm"])
+                joint = SoftmaxClassifier(head.classifier, classes)
+                svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else joint
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
@@ -307,21 +311,20 @@ class SPPDetector:
     def to(self, device: str | torch.device) -> SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
         device = as_device(device)
-        linear = replace(self.svms, weight=self.svms.weight.to(device), bias=self.svms.bias.to(device))
-        others = tuple(own.to(device) for own in self.others)
-        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=linear, others=others)
+        svms, others = self.svms.to(device), tuple(own.to(device) for own in self.others)
+        return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=svms, others=others)
 
     def _score(self, maps: FeatureMaps, windows: NDArray[np.floating], head: FrozenHead | None = None) -> WindowScores:
         config, channels = self.config, self.backbone.channels
         if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
-            found = f"{len(maps.maps[0])}" if isinstance(maps, FeatureMaps) else type(maps).__name__
+            found = len(maps.maps[0]) if isinstance(maps, FeatureMaps) else type(maps).__name__
             raise SppnetError(
                 f"maps: expected FeatureMaps of {channels} channels, got {found}; pass what embed returned"
             )
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
         head = head or self._frozen_head()
-        features = head.features(maps, distinct, config.svm.layer)
+        features = head.features(maps, distinct, "fc7" if self.is_joint else config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
             raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
@@ -333,7 +336,8 @@ class SPPDetector:
 
     def _runtime(self) -> Runtime:
         # "openvino" was asked for where it was trained: elsewhere it may be missing
-        kind: Kind = "torch" if self.config.maps.runtime == "torch" else "auto"
+        asked = self.config.maps.runtime
+        kind = asked if asked == "torch" else "auto"
         if resolve_runtime(kind, self.device) == "torch":
             return make_runtime(self.backbone, "torch", self.precision)  # runs the layers themselves: nothing to keep
         return self._kept("runtime", self.backbone, lambda: make_runtime(self.backbone, kind, self.precision))

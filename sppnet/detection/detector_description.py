@@ -17,7 +17,7 @@ from sppnet.config_files import parse_config
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 
 FORMAT = 2  # of the detector folder
-_PARTS = ("backbone", "head", "svm")  # and boxes, where they are regressed
+_PARTS = ("backbone", "head")  # and svm, unless the head was trained jointly; boxes, where they are regressed
 _FIELDS = {"classes": list, "config": dict, "parts": dict, "ranks": dict}
 _TRAIN_AGAIN = "run `sppnet train` again, which puts the detector together from its stages, or `sppnet combine`"
 OTHER_VERSION = f"damaged, or from another version of sppnet: {_TRAIN_AGAIN}"
@@ -53,8 +53,8 @@ class DetectorDescription:
         if found != FORMAT:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
-        if missing or not {*_PARTS} <= set(values["parts"]):
-            raise ArtifactError(f"{path}: {[*missing, 'parts'][0]} is missing or incomplete; {OTHER_VERSION}")
+        if missing:
+            raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {OTHER_VERSION}")
         ranks = values["ranks"]
         if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
@@ -66,6 +66,8 @@ class DetectorDescription:
             thresholds = check_thresholds(values.get("thresholds", 0), values["classes"])
         except SppnetError as error:
             raise ArtifactError(f"{path}: {OTHER_VERSION} ({error})") from None
+        if not {*_PARTS, "svm" if config.head.training == "paper" else "boxes"} <= set(values["parts"]):
+            raise ArtifactError(f"{path}: parts is missing or incomplete; {OTHER_VERSION}")
         digests = values.get("others", [])
         count = len(digests) if isinstance(digests, list) else 0
         files = [folder / "others" / str(place) / "detector.json" for place in range(count)]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +95,9 @@ class LinearSVMs:
         weight = (self.weight * self.scale).to(features.device)
         with torch.autocast(features.device.type, enabled=False):
             return linear(features.float(), weight, self.bias.to(features.device))
+
+    def to(self, device: torch.device) -> LinearSVMs:
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
     @undisturbed()
     def to_tensors(self) -> dict[str, Tensor]:

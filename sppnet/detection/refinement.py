@@ -5,21 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sppnet.checks import check_overlap
+from sppnet.detection.nms import nms_per_class
 from sppnet.errors import SppnetError
 from sppnet.records import Detections, pairwise_iou
 
 LOOSE = 0.6  # NMS overlap of those that vote: nearly the same proposals have one vote
 LOWEST = -1.0  # the margin: what scores less is background to the SVM and has no vote
+UNLIKELY = 0.05  # the same of probabilities
 
 
-def vote(found: Detections, candidates: Detections, overlap: float = 0.5) -> Detections:
+def voters(
+    windows: NDArray[np.floating], scores: NDArray[np.floating], probabilities: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which windows (R, 4) with scores (R, K) have a vote: (indices, labels), both (S,)."""
+    least = UNLIKELY if probabilities else LOWEST
+    return nms_per_class(windows, np.where(scores > least, scores, -np.inf), LOOSE)
+
+
+def vote(found: Detections, candidates: Detections, overlap: float = 0.5, probabilities: bool = False) -> Detections:
     """Each box found becomes the mean of the candidates of its class whose IoU with it is at least `overlap`.
 
     A box has a vote of its own where it is among the candidates; one without any vote stays as it is. Scores of SVMs
     may be negative, so a candidate weighs exp(2 · score), the odds that boosting reads from a margin (Friedman et al.
-    2000): only differences of scores count. SppnetError for candidates of other classes.
+    2000): only differences of scores count. With `probabilities` it weighs its score. SppnetError for candidates of
+    other classes.
     """
     if found.classes != candidates.classes:
         raise SppnetError(f"candidates: expected the classes {found.classes}, got {candidates.classes}")
@@ -29,7 +41,8 @@ def vote(found: Detections, candidates: Detections, overlap: float = 0.5) -> Det
         mine, theirs = np.flatnonzero(found.labels == label), np.flatnonzero(candidates.labels == label)
         near = pairwise_iou(boxes[mine], others[theirs]) >= overlap
         mine, near = mine[near.any(axis=1)], near[near.any(axis=1)]
-        exponents = np.where(near, 2 * candidates.scores[theirs].astype(np.float64), -np.inf)
+        scores = candidates.scores[theirs].astype(np.float64)
+        exponents = np.where(near, np.log(np.maximum(scores, 1e-9)) if probabilities else 2 * scores, -np.inf)
         weights = np.exp(exponents - exponents.max(axis=1, initial=-np.inf, keepdims=True))  # the best weighs 1
         boxes[mine] = (weights / weights.sum(axis=1, keepdims=True)) @ others[theirs]
     return replace(found, boxes=boxes.astype(np.float32))

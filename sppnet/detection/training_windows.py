@@ -100,10 +100,13 @@ class TrainingWindows:
         return np.concatenate([self.annotation(index).boxes, read_windows(self.windows_folder, self.records[index])])
 
     def image_windows(self, index: int) -> ImageWindows:
-        annotation, windows = self.annotation(index), self.windows(index)
+        windows = self.windows(index)
+        return ImageWindows(windows, self.labels(self.annotation(index)), self.overlaps(index, windows))
+
+    def overlaps(self, index: int, windows: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Largest IoU of windows (R, 4) with the objects of each class of an image, also those that do not train."""
         every = self._annotation(index)
-        overlaps = class_overlaps(windows, every.boxes, self.labels(every), len(self.classes))
-        return ImageWindows(windows, self.labels(annotation), overlaps)
+        return class_overlaps(windows, every.boxes, self.labels(every), len(self.classes))
 
     def ignored(self, index: int, windows: NDArray[np.floating]) -> NDArray[np.float32]:
         """Largest IoU of windows (R, 4) with those objects of each class that do not train, being difficult: (R, K).
@@ -121,9 +124,10 @@ class TrainingWindows:
         return self.stored_maps(index, flip).to(self.device, torch.float32)
 
     def stored_maps(self, index: int, flip: bool = False) -> FeatureMaps:
-        """Those of the file; with maps.budget_gigabytes they are computed, the same, where there is none."""
+        """Those of the file; they are computed, the same, where maps.budget_gigabytes or a joint head stores none."""
         record, settings = self.records[index], self.config.maps
-        if settings.budget_gigabytes is None or record.path_in(self.maps_folder, flip).exists():
+        all_stored = settings.budget_gigabytes is None and self.config.head.training == "paper"
+        if all_stored or record.path_in(self.maps_folder, flip).exists():
             return read_maps(self.maps_folder, record, flip)
         return image_maps(self.runtime, record, flip, settings)
 

@@ -44,8 +44,12 @@ class SPPHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, D) -> logits (R, outputs); dropout after fc6 and fc7 while training."""
+        return self.classifier(self.hidden(pooled))
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """(R, D) -> what the classifier sees (R, fc7): features of fc7, with that dropout."""
         hidden = F.dropout(self.features(pooled, "fc6"), self.dropout, self.training)
-        return self.classifier(F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training))
+        return F.dropout(F.relu(self.fc7(self.basis7(hidden))), self.dropout, self.training)
 
     def features(self, pooled: Tensor, layer: Layer) -> Tensor:
         """(R, D) -> the rectified output of `layer`, (R, 4096 or so); "pool" gives the input back."""

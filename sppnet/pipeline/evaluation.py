@@ -38,7 +38,6 @@ from sppnet.report.plots import draw_precision_recall
 
 log = logging.getLogger("sppnet")
 
-SHOWN_SCORE = 0.0  # the SVM's own boundary
 SHOWN_IMAGES = 12  # on the sheet of examples
 FIGURES = ("metrics.json", "curves.json", "precision_recall.png", "examples.jpg")
 HELD_OUT = "held-out"  # stands for a split where none is named
@@ -196,7 +195,7 @@ def evaluate_run(
             tested = {"data": str(data or config.data.root), "splits": names}
             counts = {"training_images": len(found.trained), "validation_images": len(found.validation)}
             write_json(folder / "metrics.json", {**_metrics(result, result.evaluation), **tested, **counts})
-            _draw(result, result.evaluation, records, folder)
+            _draw(result, result.evaluation, records, folder, description.thresholds)
     distributed.barrier()
     return RunEvaluation(result, folder)
 
@@ -273,8 +272,14 @@ def _metrics(result: SplitResult, evaluation: VOCEvaluation) -> dict[str, Any]:
     }
 
 
-def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[ImageRecord], folder: Path) -> None:
-    """Curves, as numbers and as a picture, and a sheet of examples spread over the images."""
+def _draw(
+    result: SplitResult,
+    evaluation: VOCEvaluation,
+    records: Sequence[ImageRecord],
+    folder: Path,
+    thresholds: tuple[float, ...],
+) -> None:
+    """Curves, as numbers and as a picture, and a sheet of examples spread over the images, as `detect` shows them."""
     curves = {
         name: {key: getattr(of_class.curve, key).tolist() for key in ("recall", "precision", "scores")}
         for name, of_class in evaluation.results.items()
@@ -282,5 +287,5 @@ def _draw(result: SplitResult, evaluation: VOCEvaluation, records: Sequence[Imag
     write_json(folder / "curves.json", curves)
     save_image(draw_precision_recall(evaluation), folder / "precision_recall.png")
     shown = spread(records, SHOWN_IMAGES)
-    pictures = [Picture(read_image(r.path), result.detections[r.id], r.id) for r in shown]
-    save_image(contact_sheet(pictures, SHOWN_SCORE), folder / "examples.jpg")
+    pictures = [Picture(read_image(r.path), result.detections[r.id].above(thresholds), r.id) for r in shown]
+    save_image(contact_sheet(pictures), folder / "examples.jpg")

@@ -22,7 +22,9 @@ from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, res
 from sppnet.backbones.weights import package_file
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
+from sppnet.detection.embedding import Projection
 from sppnet.detection.feature_maps import compute_maps
+from sppnet.detection.joint_head import JointHead
 from sppnet.detection.linear_svm import mean_norm_scale
 from sppnet.detection.training_windows import TrainingWindows, sample_norms
 from sppnet.detection.window_features import Features, FrozenHead, pool_projected
@@ -61,9 +63,18 @@ class TrainingNetworks:
 
     def head(self) -> SPPHead:
         """The head whose features are used: of low rank where that is set, fine-tuned unless that is not wanted."""
+        if not GRAPH["joint"].skipped(self.config):
+            path = self._need("joint", "head.safetensors")
+            return self.saved_head(path, {"fc6": len(read_tensors(path)["basis6.weight"])})
         if not ranks(self.config):
             return self.whole_head()
         return self.saved_head(self._need("low_rank", "head.safetensors"), ranks(self.config))
+
+    def joint_head(self, model: JointHead, projection: Projection) -> SPPHead:
+        """The head of a joint training, on pooled features."""
+        head = self._new_head({"fc6": len(projection.basis)})
+        model.whole(projection, head)
+        return head
 
     def whole_head(self) -> SPPHead:
         """The head before its rank is reduced: fine-tuned, or as it was initialised."""
@@ -189,7 +200,7 @@ class TrainingNetworks:
                     fc6 = name == "fc6"
                     inputs = pooled_size(self.graph.layers.channels, config.pyramid.levels) if fc6 else config.head.fc6
                     check_rank(name, inputs, config.head.fc6 if fc6 else config.head.fc7, rank)
-                if "maps" in used:
+                if {"maps", "embed"} & used:
                     _ = self.map_costs
         except SppnetError as error:
             found.append(str(error))
@@ -199,21 +210,28 @@ class TrainingNetworks:
     def map_costs(self) -> str:
         """What the maps take of disk, memory and time; "" where all are there. SppnetError where the disk is too small.
 
+        With a joint head the rows of their windows lie on the disk, and maps take the time.
         They are those of an image of the first one's size, the time by random weights at the smallest scale.
         """
-        graph, config, settings, folder = self.graph, self.config, self.config.maps, self.graph.folder("maps")
-        there = np.array([record.path_in(folder, flip).exists() for record, flip in graph.stored], bool)
+        graph, config, settings = self.graph, self.config, self.config.maps
+        joint = not GRAPH["embed"].skipped(config)
+        what, folder = ("rows", graph.folder("embed")) if joint else ("maps", graph.folder("maps"))
+        stored = graph.images if joint else graph.stored
+        there = np.array([record.path_in(folder, flip).exists() for record, flip in stored], bool)
         others = len(graph.images) - len(there)
         if there.all() and not others:
             return ""
         sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
-        line = f"the maps of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
+        if joint:
+            sizes = np.full(len(there), config.joint.windows * (2 * config.joint.rank + 16) / 1e9)
+        line = f"the {what} of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
         free = shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9
         done = sizes[there].sum()
         if sizes[~there].sum() > free:
             room = f"{done:.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
-            hint = f"set maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read"
-            raise SppnetError(f"{line}, {room}; {hint}, fewer maps.scales, or another disk with --run")
+            hint = f"maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read, fewer maps.scales"
+            hint = "fewer joint.windows" if joint else hint
+            raise SppnetError(f"{line}, {room}; set {hint}, or another disk with --run")
         precision = resolve_precision(config.precision, self.device)
         runtime = make_runtime(graph.layers.to(self.device), settings.runtime, precision)
         smallest = settings.model_copy(update={"scales": (min(settings.scales),)})

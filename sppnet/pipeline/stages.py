@@ -33,9 +33,9 @@ from sppnet.records import ImageRecord
 log = logging.getLogger("sppnet")
 
 # One version more where difficult objects do not train: since windows on them are left alone.
-LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
+LEAVES_DIFFICULT = ("finetune", "low_rank", "embed", "joint", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
-CHOOSES_SCALE = ("low_rank", "svm", "boxes")
+CHOOSES_SCALE = ("low_rank", "embed", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -149,6 +149,8 @@ class StageGraph:
         else:
             values["backbone"]["weights"]["mean_image"] = _contents(self.config.backbone.weights.mean_image)
         values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
+        if self.config.head.training == "paper":
+            del values["head"]["training"]  # of no effect: the results of earlier versions stay
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
         if self.config.backbone.module is None:
@@ -161,8 +163,9 @@ class StageGraph:
 
     @property
     def images(self) -> list[tuple[ImageRecord, bool]]:
-        """Those that have maps, (image, mirrored): all, then the mirror images that fine-tuning needs."""
-        wanted = not GRAPH["finetune"].skipped(self.config) and self.config.finetune.flip
+        """Those that have maps, (image, mirrored): all, then the mirror images that the head needs."""
+        joint = not GRAPH["joint"].skipped(self.config)
+        wanted = self.config.joint.flip if joint else not _skip_finetune(self.config) and self.config.finetune.flip
         every = [*self.data.images, *self.data.objects]
         mirrored = [*self.data.train, *self.data.objects] if wanted else []
         return [(record, False) for record in every] + [(record, True) for record in mirrored]
@@ -211,7 +214,9 @@ def _contents(*paths: Path | None) -> list[str]:
 
 
 def fc_layers(config: Config) -> tuple[str, ...]:
-    """The fully connected layers that the features wanted need."""
+    """The fully connected layers that the features wanted need; a joint head is of its own kind."""
+    if config.head.training == "joint":
+        return ()
     wanted = {config.svm.layer} | ({config.boxes.layer} if config.boxes.enabled else set())
     return ("fc6", "fc7") if "fc7" in wanted else ("fc6",) if "fc6" in wanted else ()
 
@@ -230,16 +235,22 @@ def tunes_low_rank(config: Config) -> bool:
 # --- the declarations -------------------------------------------------------------------------------
 
 HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
+EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.flip", "joint.seed")
+
+
+def _only(training: str) -> Callable[[Config], str]:
+    """Skips a stage of the other kind of head."""
+    return lambda config: "" if config.head.training == training else f"head.training is {config.head.training}"
 
 
 def _skip_finetune(config: Config) -> str:
     wanted = config.finetune.enabled and config.svm.finetuned and fc_layers(config)
-    return "" if wanted else "the features wanted need no fine-tuned head"
+    return _only("paper")(config) or ("" if wanted else "the features wanted need no fine-tuned head")
 
 
 def _skip_low_rank(config: Config) -> str:
-    if ranks(config):
-        return ""
+    if ranks(config) or _only("paper")(config):
+        return _only("paper")(config)
     return "low_rank.fc6 and low_rank.fc7 are 0" if fc_layers(config) else "no fc features are wanted"
 
 
@@ -269,6 +280,7 @@ GRAPH: dict[str, Stage] = {
             "maps",
             settings=lambda _: ["maps", "backbone", "precision"],
             outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.stored],
+            skipped=_only("paper"),
         ),
         Stage(
             "finetune",
@@ -289,12 +301,29 @@ GRAPH: dict[str, Stage] = {
             skipped=_skip_low_rank,
         ),
         Stage(
+            "embed",
+            settings=lambda _: [*EMBED, "data.train_on_difficult"],
+            reads=lambda _: ["proposals"],
+            outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.images],
+            data=["train", "validation", "objects"],
+            skipped=_only("joint"),
+        ),
+        Stage(
+            "joint",
+            settings=lambda _: ["joint", "head", "precision", "data.train_on_difficult"],
+            reads=lambda _: ["embed"],
+            outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
+            data=["train", "validation", "objects"],
+            skipped=_only("joint"),
+        ),
+        Stage(
             "svm",
             version=2,  # 2: positives are drawn before their features are computed
             settings=lambda config: _settings_on("svm", config.svm.layer),
             reads=lambda config: _features(config.svm.layer),
             outputs=lambda _: [Path("svm.safetensors")],
             data=["train", "objects"],
+            skipped=_only("paper"),
         ),
         Stage(
             "boxes",
@@ -302,12 +331,12 @@ GRAPH: dict[str, Stage] = {
             reads=lambda config: _features(config.boxes.layer),
             outputs=lambda graph: [regressor_path(label) for label in range(len(graph.data.classes))],
             data=["train"],
-            skipped=lambda config: "" if config.boxes.enabled else "boxes.enabled is false",
+            skipped=lambda config: _only("paper")(config) or ("" if config.boxes.enabled else "boxes.enabled is false"),
         ),
         Stage(
             "thresholds",
             settings=lambda config: ["detect", *(["proposals"] if config.train_proposals else [])],
-            reads=lambda config: [*_features(config.svm.layer), "svm", "boxes"],
+            reads=lambda config: [*_features(config.svm.layer), "joint", "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],
         ),

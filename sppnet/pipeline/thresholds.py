@@ -23,9 +23,10 @@ def choose_thresholds(
     """Class -> the threshold of the best F1 at IoU 0.5 (VOC's matching), that F1, and the objects it was chosen on.
 
     `source` has the images and their maps, the folder `windows` the windows that are searched; an interrupted call goes
-    on from the detections in `kept`. A class without an object, or with none found, keeps 0, the SVM's boundary.
+    on from the detections in `kept`. A class without an object, or with none found, keeps 0, the SVM's boundary; with a
+    joint head 0.5, the probability of either.
     """
-    records = source.records
+    records, unknown = source.records, 0.5 if detector.is_joint else 0.0
     missing = [index for index in shard(range(len(records))) if not records[index].path_in(kept).exists()]
     for index in progress_bar(missing, "thresholds", "image", shown=progress):
         own = detector.detect_for_evaluation(source.maps(index), read_windows(windows, records[index]))[0]
@@ -35,8 +36,8 @@ def choose_thresholds(
     found = {r.id: Detections(**read_arrays(r.path_in(kept)), classes=detector.classes) for r in records}
     chosen = {}
     for name, result in evaluate_voc({i: found[i] for i in truth}, truth, detector.classes).results.items():
-        threshold, f1 = best_threshold(result.curve) if result.objects else (0.0, 0.0)
-        chosen[name] = {"threshold": threshold if f1 else 0.0, "f1": f1, "objects": result.objects}
+        threshold, f1 = best_threshold(result.curve) if result.objects else (unknown, 0.0)
+        chosen[name] = {"threshold": threshold if f1 else unknown, "f1": f1, "objects": result.objects}
     return chosen
 
 

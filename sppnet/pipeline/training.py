@@ -1,6 +1,7 @@
 """Train a detector: every stage of section 4.1 in order, on one screen; every stage resumes.
 
-proposals -> maps -> finetune -> (low_rank) -> svm -> boxes -> thresholds -> detector/
+proposals -> maps -> finetune -> (low_rank) -> svm -> boxes -> thresholds -> detector/, or with a joint head
+proposals -> embed -> joint -> thresholds -> detector/
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import dump_config
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
+from sppnet.detection.embedding import Projection, embed_images, fit_projection, label_rows, sample_pooled
 from sppnet.detection.feature_maps import extract_images
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
+from sppnet.detection.joint_head import SoftmaxClassifier, train_joint_head
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.errors import SppnetError, counted
@@ -109,7 +112,7 @@ class Training:
         if status.skipped:
             return f"{status.name:<10} {'0.0 s':>9}  skipped: {status.skipped}"
         start = time.monotonic()
-        reused = status.complete and status.name in ("finetune", "low_rank", "svm")
+        reused = status.complete and status.name in ("finetune", "low_rank", "joint", "svm")
         summary = "reused" if reused else RUN[status.name](self)
         if distributed.is_main():  # only the making of a result needed them
             for left in (CHECKPOINT, START):
@@ -133,13 +136,17 @@ class Training:
 
     def _detector(self) -> SPPDetector:
         """The detector from the artifacts of all stages but the last."""
+        networks, proposer, regressors = self.networks, make_proposer(self.config.proposals), None
+        if self.config.head.training == "joint":
+            head = networks.head()
+            boxes = BoxRegressors.from_tensors(read_tensors(self.graph.folder("joint") / "boxes.safetensors"))
+            softmax = SoftmaxClassifier(head.classifier, self.classes)
+            return SPPDetector(networks.backbone, head, softmax, boxes, proposer, self.asked)
         svms = LinearSVMs.from_tensors(read_tensors(self.graph.folder("svm") / "svm.safetensors"))
-        regressors = None
         if self.config.boxes.enabled:
             own = [read_tensors(self.graph.folder("boxes") / regressor_path(i)) for i in range(len(self.classes))]
             each = [BoxRegressors.from_tensors(tensors).per_class[0] for tensors in own]
             regressors = BoxRegressors.stack(dict(zip(self.classes, each, strict=True)))
-        networks, proposer = self.networks, make_proposer(self.config.proposals)
         return SPPDetector(networks.backbone, networks.head(), svms, regressors, proposer, self.asked)
 
     # 1. windows of every image
@@ -214,6 +221,39 @@ class Training:
             f"{done.best_error:.3f} at step {done.best_step} (always background: {done.untrained_error:.3f})"
         )
 
+    # 2 to 5 with a joint head: windows as rows of principal components …
+    def embed(self) -> str:
+        folder, own, networks = self.graph.folder("embed"), self.config.joint, self.networks
+        path = folder / "projection.safetensors"
+        if networks.map_costs:
+            log.info("%s", networks.map_costs)
+        if not path.exists():
+            pooled = sample_pooled(networks.windows(train=True, objects=True), own, self.progress)
+            if distributed.is_main():
+                write_tensors(path, fit_projection(pooled.to(self.device), own.rank, own.seed).to_tensors())
+            del pooled
+        distributed.barrier()
+        projection, made = Projection.from_tensors(read_tensors(path)), 0
+        for source, flips in ((networks.windows(train=True, objects=True), own.flip), (networks.windows(False), False)):
+            jobs = [(i, flip) for flip in (False, True)[: 1 + flips] for i in range(len(source.records))]
+            made += embed_images(source, jobs, projection, folder, self.progress)
+        rank = len(projection.basis)
+        return f"{counted(made, 'image')} embedded; {rank} components keep {projection.kept:.1%} of the variance"
+
+    # … and fc6, fc7, softmax and boxes on these
+    def joint(self) -> str:
+        config, rows, folder = self.config, self.graph.folder("embed"), self.graph.folder("joint")
+        train = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
+        validation = label_rows(self.networks.windows(train=False), rows, False)
+        own = config.head, config.joint, folder, self.device, self.precision, self.progress
+        model, summary = train_joint_head(train, validation, *own)
+        if distributed.is_main():
+            projection = Projection.from_tensors(read_tensors(rows / "projection.safetensors"))
+            write_tensors(folder / "boxes.safetensors", model.regressors(self.classes).to_tensors())
+            write_tensors(folder / "head.safetensors", self.networks.joint_head(model, projection).state_dict())
+        distributed.barrier()
+        return summary
+
     # 4. one linear SVM per class, with hard-negative mining
     def svm(self) -> str:
         target = self.graph.folder("svm") / "svm.safetensors"
@@ -272,6 +312,8 @@ RUN: dict[str, Callable[[Training], str]] = {
     "maps": Training.maps,
     "finetune": Training.finetune,
     "low_rank": Training.low_rank,
+    "embed": Training.embed,
+    "joint": Training.joint,
     "svm": Training.svm,
     "boxes": Training.boxes,
     "thresholds": Training.thresholds,

@@ -1,0 +1,200 @@
+"""Windows of training images as short rows, computed once: pooled, and projected onto principal components (ours).
+
+What low-rank layers do after fine-tuning is done first, so that the layers above train on hundreds of numbers a window
+and never see a map. A row is basis · pooled − shift: the pooled features, centred, along the directions in which they
+vary most (Zhang, Zou, He, Sun 2016, sec. 3.1, of features in place of responses), of unit mean square.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sppnet.artifacts import has_arrays, map_arrays, write_arrays
+from sppnet.config import FinetuneSettings, JointSettings
+from sppnet.detection.box_regression import regression_targets
+from sppnet.detection.training_windows import ImageWindows, TrainingWindows, label_windows
+from sppnet.detection.window_features import pool_projected
+from sppnet.distributed import barrier, in_order, shard
+from sppnet.errors import SppnetError
+from sppnet.jobs import map_in_workers, progress_bar
+from sppnet.models.sppnet import seed_dropout
+from sppnet.records import flip_boxes, pairwise_iou, spread
+
+SAMPLE_IMAGES = 64  # that choose principal components
+SAMPLE_RATIO = 8  # windows of these in all, for each component
+OVERSAMPLED = 32  # components that are computed and left out, since the last ones are the least exact
+LABELS = FinetuneSettings(negative_overlap=(0.0, 0.5))  # positives from sec. 4.1's IoU on, background all below
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Pooled features (R, D) -> rows (R, rank): basis (rank, D), shift (rank,); `kept` of the variance of a sample."""
+
+    basis: Tensor
+    shift: Tensor
+    kept: float = 1.0
+
+    def rows(self, pooled: Tensor, precision: str = "float32") -> Tensor:
+        """Rows (R, rank) float32 of pooled features (R, D), the product in `precision`, as at test time."""
+        kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        basis = self.basis.to(pooled.device, kind)
+        return F.linear(pooled.to(kind), basis).float() - self.shift.to(pooled.device)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis, "shift": self.shift, "kept": torch.tensor(self.kept, dtype=torch.float64)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Projection:
+        return cls(tensors["basis"], tensors["shift"], float(tensors["kept"]))
+
+
+@torch.no_grad()
+def fit_projection(pooled: Tensor, rank: int, seed: int = 0) -> Projection:
+    """Onto the first `rank` principal components of pooled features (N, D), fewer where N or D is less.
+
+    By a randomised method (Halko, Martinsson, Tropp 2011), the same for the same seed. SppnetError for no features.
+    """
+    if not len(pooled):
+        raise SppnetError("no training image has a window; check proposals.min_side and the images")
+    mean = pooled.mean(0)
+    centred = pooled - mean
+    with torch.random.fork_rng(devices=[pooled.device] if pooled.is_cuda else []):
+        seed_dropout(pooled.device, seed)
+        components = torch.svd_lowrank(centred, min(rank + OVERSAMPLED, *pooled.shape), niter=2)[2].T[:rank]
+    total, kept = (float(part.square().sum()) for part in (centred, centred @ components.T))
+    scale = (len(components) * len(pooled) / kept) ** 0.5 if kept > 0 else 1.0
+    return Projection(components * scale, components @ mean * scale, kept / total if total > 0 else 1.0)
+
+
+def sample_pooled(source: TrainingWindows, settings: JointSettings, progress: bool = True) -> Tensor:
+    """Pooled features (N, D) of a sample of windows, half of them near objects where there are as many."""
+    chosen = spread(range(len(source.records)), SAMPLE_IMAGES)
+    each = max(2, -(-SAMPLE_RATIO * settings.rank // max(1, len(chosen))))
+
+    def pool(place: int) -> list[Tensor]:
+        found = source.image_windows(chosen[place])
+        windows = found.windows[draw_windows(found, each, _generator(source, chosen[place], settings.seed))]
+        return [source.features(chosen[place], windows, partial(pool_projected, levels=source.config.pyramid.levels))]
+
+    every = progress_bar(in_order(pool, len(chosen)), "components", "image", len(chosen), shown=progress)
+    width = source.backbone.channels * sum(n * n for n in source.config.pyramid.levels)
+    return torch.cat([torch.empty(0, width), *(own.cpu() for (own,) in every)])
+
+
+def draw_windows(found: ImageWindows, limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """At most `limit` rows of an image's windows: its objects first, up to half near one, others; each once."""
+    count = len(found.objects)
+    order = np.concatenate([np.arange(count), count + rng.permutation(len(found.windows) - count)])
+    near = order[found.overlaps[order].max(axis=1, initial=0) >= LABELS.positive_overlap][: limit // 2]
+    return np.concatenate([near, order[~np.isin(order, near)][: limit - len(near)]])
+
+
+def embed_images(
+    source: TrainingWindows, jobs: Sequence[tuple[int, bool]], projection: Projection, folder: Path, progress: bool
+) -> int:
+    """Write the rows of (index of an image, whether mirrored) to `folder`; complete files stay. Returns how many."""
+    paths = [(source.records[index].path_in(folder, flip), index, flip) for index, flip in shard(jobs)]
+    missing = [job for job in paths if not has_arrays(job[0])]
+    workers = 0 if source.device.type == "cpu" else 1
+    map_in_workers(partial(_embedder, source, projection), missing, "embed", "image", workers, progress)
+    barrier()
+    return len(missing)
+
+
+def _embedder(source: TrainingWindows, projection: Projection) -> Callable[[tuple[Path, int, bool]], None]:
+    config = source.config
+
+    def embed(job: tuple[Path, int, bool]) -> None:
+        path, index, flip = job
+        found = source.image_windows(index)
+        windows = found.windows[draw_windows(found, config.joint.windows, _generator(source, index, config.joint.seed))]
+        windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
+        maps = source.maps(index, flip)
+        distinct, places = source.project(maps, windows).unique()
+        rows = projection.rows(pool_projected(maps, distinct, config.pyramid.levels), config.precision)
+        write_arrays(path, durable=False, windows=windows, rows=rows.cpu().numpy().astype(np.float16)[places])
+
+    return embed
+
+
+def _generator(source: TrainingWindows, index: int, seed: int) -> np.random.Generator:
+    """Of an image, whatever the others are."""
+    return np.random.default_rng((seed, int(source.records[index].digest, 16)))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """The rows of many images that a joint head trains on: positives, and background, which is label K.
+
+    features: of each image, on the disk; `image` and `row` (N,) say where each lies there. targets (N, 4) are those of
+    `regression_targets`, 0 for background.
+    """
+
+    features: Sequence[NDArray[np.float16]]
+    image: NDArray[np.int64]
+    row: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: NDArray[np.float32]
+    classes: int
+
+    def read(self, chosen: NDArray[np.int64]) -> Tensor:
+        """The features (B, rank) float32 of these of N."""
+        found = np.empty((len(chosen), self.features[0].shape[1]), np.float32)
+        for image in np.unique(self.image[chosen]):
+            own = np.flatnonzero(self.image[chosen] == image)
+            found[own] = self.features[image][self.row[chosen[own]]]
+        return torch.from_numpy(found)
+
+    def draw(self, count: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+        """`count` of N, with replacement: `share` of them positives, as many of every class that has some, first.
+
+        Where there is no background all are positives. SppnetError where there are no positives.
+        """
+        order, starts = self._by_label
+        present = np.flatnonzero(np.diff(starts[:-1]))
+        if not len(present):
+            raise SppnetError("no training window overlaps an object by half; check annotations and windows")
+        wanted = round(count * share) if starts[-1] > starts[-2] else count
+        labels = np.append(np.resize(rng.permutation(present), wanted), np.full(count - wanted, self.classes))
+        sizes = starts[labels + 1] - starts[labels]
+        return order[starts[labels] + np.floor(rng.random(count) * sizes).astype(np.int64)]
+
+    @cached_property
+    def _by_label(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All N by their labels, and where each label starts among them: (N,), (K + 2,)."""
+        order = np.argsort(self.labels, kind="stable")
+        return order, np.searchsorted(self.labels[order], np.arange(self.classes + 2))
+
+
+def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRows:
+    """The rows that `embed_images` wrote, with labels and targets from the annotations of today."""
+    features, parts = list[NDArray[np.float16]](), list[tuple[NDArray[np.generic], ...]]()
+    for index, flip in itertools.product(range(len(source.records)), (False, True)[: 1 + flips]):
+        record, annotation = source.records[index], source.annotation(index)
+        arrays = map_arrays(record.path_in(folder, flip))
+        stored = np.asarray(arrays["windows"])
+        windows = flip_boxes(stored, record.size[1]) if flip else stored
+        found = label_windows(source.overlaps(index, windows), LABELS, source.ignored(index, windows))
+        rows, near = np.concatenate([found.positives, found.negatives]), found.positives
+        targets = np.zeros((len(rows), 4), np.float32)
+        if len(near):
+            iou = pairwise_iou(windows[near].astype(np.float64), annotation.boxes.astype(np.float64))
+            own = np.where(source.labels(annotation) == found.labels[:, None], iou, -1).argmax(axis=1)
+            targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own])
+            targets[:, 0] *= -1 if flip else 1
+        labels = np.append(found.labels, np.full(len(found.negatives), len(source.classes)))
+        parts.append((np.full(len(rows), len(features)), rows, labels, targets))
+        features.append(arrays["rows"])
+    none = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+    image, row, labels, targets = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+    return LabelledRows(features, image, row, labels, targets, len(source.classes))

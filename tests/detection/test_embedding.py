@@ -1,0 +1,209 @@
+"""Windows as rows: the projection against an SVD, what is drawn and kept, and labels against naive loops."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from doubles import annotated, picture, picture_record, random_backbone
+
+from sppnet.artifacts import read_arrays, write_arrays
+from sppnet.config import Config
+from sppnet.detection.box_regression import apply_targets
+from sppnet.detection.embedding import (
+    LabelledRows,
+    Projection,
+    draw_windows,
+    embed_images,
+    fit_projection,
+    label_rows,
+    sample_pooled,
+)
+from sppnet.detection.training_windows import ImageWindows, TrainingWindows
+from sppnet.detection.window_features import pool_projected
+from sppnet.errors import SppnetError
+from sppnet.records import flip_boxes, pairwise_iou
+
+CLASSES = ("cat", "dog")
+OBJECTS = annotated(("dog", (20, 20, 100, 100)), ("cat", (110, 30, 170, 90)))
+WINDOWS = np.array([[24, 20, 104, 100], [114, 36, 174, 90], [60, 60, 140, 110], [0, 0, 180, 120]], np.float32)
+
+
+@pytest.fixture
+def source(tmp_path):
+    records = [picture_record(tmp_path, name, picture(120, 180, seed), OBJECTS) for seed, name in enumerate("ab")]
+    records[1] = replace(records[1], annotation=annotated(("cat", (30, 10, 90, 70))))
+    for record in records:
+        write_arrays(record.path_in(tmp_path / "windows"), windows=WINDOWS)
+    settings = {
+        **{"head": {"training": "joint"}, "precision": "float32", "pyramid": {"levels": [1, 2]}},
+        **{"maps": {"scales": [128, 240], "runtime": "torch"}, "joint": {"rank": 4, "windows": 5}},
+    }
+    config = Config.model_validate(settings)
+    folders = tmp_path / "windows", tmp_path / "no maps"
+    return TrainingWindows(records, CLASSES, *folders, random_backbone(), config, torch.device("cpu"))
+
+
+# ---- projection ----------------------------------------------------------------------------------------------------
+
+
+def low_rank_rows(count=200, width=30, rank=5):
+    """Points that vary along a few directions, far more along the first, and a little along all; not about 0."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(count, rank)) * [9, 7, 5, 3, 2] @ rng.normal(size=(rank, width)) + 4
+    return (rows + 1e-3 * rng.normal(size=rows.shape)).astype(np.float32)
+
+
+def test_rows_are_coordinates_along_the_directions_of_largest_variance():
+    points = low_rank_rows()
+    found = fit_projection(torch.from_numpy(points), 5)
+    centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+    values, vectors = np.linalg.svd(centred, full_matrices=False)[1:]
+    expected = centred @ vectors[:5].T
+    expected *= np.sqrt(expected.size / (expected**2).sum())
+    rows = found.rows(torch.from_numpy(points)).numpy()
+    signs = np.sign((rows * expected).sum(axis=0))
+    assert np.allclose(rows, expected * signs, atol=1e-3)
+    assert np.square(rows).mean() == pytest.approx(1, rel=1e-4)
+    assert found.kept == pytest.approx((values[:5] ** 2).sum() / (values**2).sum(), abs=1e-6)
+
+
+def test_less_is_kept_of_fewer_components_and_there_are_no_more_than_windows():
+    points = torch.from_numpy(low_rank_rows())
+    centred = points - points.mean(0)
+    values = torch.linalg.svdvals(centred)
+    found = fit_projection(points, 2)
+    assert found.kept == pytest.approx(float((values[:2] ** 2).sum() / (values**2).sum()), abs=1e-3)
+    assert fit_projection(points[:3], 768).basis.shape == (3, 30)
+    assert fit_projection(torch.ones(4, 6), 2).rows(torch.ones(1, 6)).abs().max() < 1e-5
+
+
+def test_a_projection_depends_on_its_seed_and_not_on_the_callers_numbers():
+    points = torch.from_numpy(low_rank_rows())
+    torch.manual_seed(1)
+    first, after = fit_projection(points, 3, 5), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert torch.equal(fit_projection(points, 3, 5).basis, first.basis)
+    read = Projection.from_tensors(first.to_tensors())
+    assert torch.equal(read.rows(points), first.rows(points))
+    assert read.kept == first.kept
+
+
+def test_without_a_window_there_is_no_projection():
+    with pytest.raises(SppnetError, match=r"no training image has a window"):
+        fit_projection(torch.zeros(0, 4), 2)
+
+
+# ---- what is kept of an image --------------------------------------------------------------------------------------
+
+
+def test_objects_come_first_then_at_most_half_near_them_then_others():
+    overlaps = np.zeros((40, 2), np.float32)
+    overlaps[:3, 0], overlaps[3:23, 1] = 1, 0.6
+    found = ImageWindows(np.zeros((40, 4), np.float32), np.zeros(3, np.int64), overlaps)
+    rows = draw_windows(found, 16, np.random.default_rng(0))
+    assert rows[:3].tolist() == [0, 1, 2]
+    assert len(set(rows.tolist())) == 16
+    assert (overlaps[rows[:8]].max(axis=1) >= 0.5).all()
+    assert sorted(draw_windows(found, 100, np.random.default_rng(0)).tolist()) == list(range(40))
+    seen = {row for seed in range(60) for row in draw_windows(found, 16, np.random.default_rng(seed)).tolist()}
+    assert seen == set(range(40))
+
+
+def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, tmp_path):
+    pooled = sample_pooled(source, source.config.joint, progress=False)
+    assert pooled.shape == (6 + 5, source.backbone.channels * 5)  # all windows: their objects, and four proposals each
+    projection = fit_projection(pooled, 4)
+    jobs = [(index, flip) for index in range(2) for flip in (False, True)]
+    assert embed_images(source, jobs, projection, tmp_path / "rows", False) == 4
+    assert embed_images(source, jobs, projection, tmp_path / "rows", False) == 0
+    for index, flip in jobs:
+        record = source.records[index]
+        stored = read_arrays(record.path_in(tmp_path / "rows", flip))
+        assert len(stored["windows"]) == 5
+        every = source.windows(index)
+        every = flip_boxes(every, 180) if flip else every
+        assert np.array_equal(stored["windows"][: len(record.annotation)], every[: len(record.annotation)])
+        assert {tuple(row) for row in stored["windows"].tolist()} <= {tuple(row) for row in every.tolist()}
+        maps = source.maps(index, flip)
+        features = pool_projected(maps, source.project(maps, stored["windows"]), (1, 2))
+        assert stored["rows"].dtype == np.float16
+        assert np.allclose(stored["rows"], projection.rows(features).numpy(), rtol=2e-3, atol=2e-3)
+
+
+# ---- labels and batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(source, tmp_path, flips):
+    projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
+    jobs = [(index, flip) for index in range(2) for flip in (False, True)[: 1 + flips]]
+    embed_images(source, jobs, projection, tmp_path / "rows", False)
+    rows = label_rows(source, tmp_path / "rows", flips)
+    assert len(rows.features) == len(jobs)
+    seen = 0
+    for place, (index, flip) in enumerate(jobs):
+        record = source.records[index]
+        boxes = flip_boxes(record.annotation.boxes, 180) if flip else record.annotation.boxes
+        windows = read_arrays(record.path_in(tmp_path / "rows", flip))["windows"]
+        own = rows.image == place
+        assert sorted(rows.row[own].tolist()) == list(range(len(windows)))
+        for row, label, target in zip(rows.row[own], rows.labels[own], rows.targets[own], strict=True):
+            iou = pairwise_iou(windows[row : row + 1], boxes)[0]
+            if iou.max() < 0.5:
+                assert label == 2
+                assert not target.any()
+                continue
+            seen += 1
+            best = iou.argmax()
+            assert CLASSES[label] == record.annotation.names[best]
+            assert np.allclose(apply_targets(windows[row : row + 1], target[None]), boxes[best : best + 1], atol=1e-3)
+    assert seen >= 4 * (1 + flips)
+
+
+def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(source, tmp_path):
+    difficult = replace(source.records[0], annotation=replace(OBJECTS, difficult=np.array([True, False])))
+    config = source.config.model_copy(
+        update={"data": source.config.data.model_copy(update={"train_on_difficult": False})}
+    )
+    source = replace(source, records=[difficult], config=config)
+    projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
+    embed_images(source, [(0, False)], projection, tmp_path / "rows", False)
+    rows = label_rows(source, tmp_path / "rows", False)
+    windows = read_arrays(difficult.path_in(tmp_path / "rows"))["windows"][rows.row]
+    assert (pairwise_iou(windows, OBJECTS.boxes[:1]) < 0.5).all()
+    assert sorted(set(rows.labels.tolist())) == [0, 2]
+
+
+def rows_of(labels, images=3, width=2, classes=3):
+    labels, rng = np.asarray(labels), np.random.default_rng(0)
+    image = rng.integers(images, size=len(labels))
+    features = [rng.normal(size=(len(labels), width)).astype(np.float16) for _ in range(images)]
+    return LabelledRows(features, image, np.arange(len(labels)), labels, np.zeros((len(labels), 4), "f4"), classes)
+
+
+def test_a_batch_has_its_share_of_positives_as_many_of_every_class_and_draws_all_rows():
+    rows = rows_of([0] * 50 + [2] * 3 + [3] * 200)  # no positive of class 1
+    drawn = [rows.draw(30, 1 / 3, np.random.default_rng(seed)) for seed in range(300)]
+    for chosen in drawn:
+        assert sorted(rows.labels[chosen[:10]].tolist()) == [0] * 5 + [2] * 5
+        assert (rows.labels[chosen[10:]] == 3).all()
+    counts = np.bincount(np.concatenate(drawn), minlength=253)
+    for first, last, expected in ((0, 50, 30), (50, 53, 500), (53, 253, 30)):
+        assert counts[first:last].min() > 0.3 * expected
+        assert counts[first:last].max() < 1.9 * expected
+
+
+def test_features_are_read_in_the_order_of_the_batch():
+    rows = rows_of([0, 1, 2, 3, 3, 3])
+    chosen = np.array([5, 0, 0, 3])
+    expected = [rows.features[rows.image[one]][rows.row[one]].tolist() for one in chosen]
+    assert rows.read(chosen).tolist() == expected
+
+
+def test_a_batch_without_background_is_all_positives_and_without_positives_refused():
+    rows = rows_of([0, 1])
+    assert set(rows.labels[rows.draw(8, 0.25, np.random.default_rng(0))].tolist()) == {0, 1}
+    with pytest.raises(SppnetError, match=r"no training window overlaps an object by half"):
+        rows_of([3, 3]).draw(8, 0.25, np.random.default_rng(0))
