@@ -34,7 +34,7 @@ ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NF
 # ``~`` and ``$NAME`` are filled in where a file is read, not in settings made in Python.
 FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
 
-# The stages of training, whose results are kept, in their order; all but the last have settings of their own.
+# The stages of training, whose results are kept, in their order; `embed` has settings of `joint`, and thresholds none.
 STAGES = ("proposals", "maps", "finetune", "low_rank", "embed", "joint", "svm", "boxes", "thresholds")
 
 

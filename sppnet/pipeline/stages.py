@@ -33,7 +33,7 @@ from sppnet.records import ImageRecord
 log = logging.getLogger("sppnet")
 
 # One version more where difficult objects do not train: since windows on them are left alone.
-LEAVES_DIFFICULT = ("finetune", "low_rank", "embed", "joint", "svm", "boxes")
+LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
 CHOOSES_SCALE = ("low_rank", "embed", "svm", "boxes")
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted

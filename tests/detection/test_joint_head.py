@@ -35,14 +35,14 @@ def toy_rows(seed, images=4, each=60, noise=0.3):
     return LabelledRows(features, image, row, labels, targets, CLASSES)
 
 
-NO_ROWS = LabelledRows(
-    [], *(np.zeros(0, np.int64) for _ in range(3)), np.zeros((0, 4), np.float32), CLASSES
-)
+NO_ROWS = LabelledRows([], *(np.zeros(0, np.int64) for _ in range(3)), np.zeros((0, 4), np.float32), CLASSES)
 
 
 def train(folder, settings=SETTINGS, validation=None, rows=None):
     validation = toy_rows(2) if validation is None else validation
-    return train_joint_head(rows or toy_rows(1), validation, HEAD, settings, folder, torch.device("cpu"), progress=False)
+    return train_joint_head(
+        rows or toy_rows(1), validation, HEAD, settings, folder, torch.device("cpu"), progress=False
+    )
 
 
 def log_of(folder):

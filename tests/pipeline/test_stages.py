@@ -23,7 +23,9 @@ from sppnet.pipeline.run_data import RunData, load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
 
-USED = tuple(stage for stage in STAGES if stage != "low_rank")
+PAPER = tuple(stage for stage in STAGES if stage not in ("embed", "joint"))
+USED = tuple(stage for stage in PAPER if stage != "low_rank")
+JOINT = ("proposals", "embed", "joint", "thresholds")
 
 
 def changed(run, **changes) -> Config:
@@ -96,6 +98,36 @@ def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run
 
 
 @pytest.mark.parametrize(
+    ("setting", "value", "stages"),
+    [
+        ("finetune__batch", 16, ""),
+        ("svm__C", 0.01, ""),
+        ("boxes__ridge", 10.0, ""),
+        ("head__fc6", 8, "joint thresholds"),
+        ("joint__steps", 7, "joint thresholds"),
+        ("joint__rank", 7, "embed joint thresholds"),
+        ("joint__windows", 7, "embed joint thresholds"),
+        ("joint__flip", True, "embed joint thresholds"),
+        ("maps__scales", [96], "embed joint thresholds"),
+        ("maps__budget_gigabytes", 1.0, ""),
+        ("data__train_on_difficult", False, "embed joint thresholds"),
+        ("proposals__min_side", 30, "proposals embed joint thresholds"),
+        ("detect__vote", False, "thresholds"),
+    ],
+)
+def test_a_changed_setting_of_a_joint_head_redoes_exactly_the_stages_that_depend_on_it(
+    small_run, setting, value, stages
+):
+    data, own = load_run_data(small_run.config), {"head__training": "joint"}
+    before, after = (
+        StageGraph(small_run.root, changed(small_run, **own, **more), data) for more in ({}, {setting: value})
+    )
+    assert tuple(status.name for status in before.statuses() if not status.skipped) == JOINT
+    changes = {name for name in JOINT if before.digests[name] != after.digests[name]}
+    assert changes == {*stages.split()}
+
+
+@pytest.mark.parametrize(
     ("changes", "stages"),
     [
         ({"maps__scale_choice": "paper"}, "low_rank svm boxes thresholds"),
@@ -113,7 +145,7 @@ def test_the_choice_of_a_scale_matters_where_windows_are_looked_at_in_their_own(
         StageGraph(small_run.root, changed(small_run, **several, **more), data).digests for more in ({}, changes)
     )
     expected = {*stages.split(), *(["finetune"] if stages and input_norm else [])}
-    assert {name for name in STAGES if before[name] != after[name]} == expected
+    assert {name for name in PAPER if before[name] != after[name]} == expected
 
 
 def test_the_two_rules_are_told_apart_by_more_than_their_side(small_run):
@@ -186,13 +218,13 @@ def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_trai
     monkeypatch.setattr(stages, "LEAVES_DIFFICULT", ())
     before = digests(), digests(**unlike)
     assert now[0] == before[0]
-    assert {name for name in STAGES if now[1][name] != before[1][name]} == set(STAGES[-5:])
+    assert {name for name in STAGES if now[1][name] != before[1][name]} == {*PAPER[-5:]}
 
 
 def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
     assert tuple(GRAPH) == STAGES
     for place, name in enumerate(STAGES):
-        assert hasattr(small_run.config, name) or name == "thresholds"
+        assert hasattr(small_run.config, name) or name in ("embed", "thresholds")
         assert set(GRAPH[name].reads(small_run.config)) <= set(STAGES[:place])
 
 
