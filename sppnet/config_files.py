@@ -53,7 +53,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.012345
 
 
 class _TextLoader(_Loader):
-    """The same with every value as text: "yes" is a name as good as any."""
+    """The same with every value as text: in a list of names "yes" is one."""
 
 
 _TextLoader.yaml_implicit_resolvers = {}

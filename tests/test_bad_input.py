@@ -166,7 +166,9 @@ def test_the_same_is_said_by_a_dry_run(config, tmp_path):
 def test_splits_that_are_not_there_or_overlap(config, devkit):
     message = training_refused(config, "data.train=[SHAPES/trian]")
     assert "no such image set for split 'SHAPES/trian'; splits here: SHAPES/test, SHAPES/train" in message
-    assert "expected <year folder>/<set>, e.g. VOC2007/trainval" in training_refused(config, "data.train=[train]")
+    assert "no such image set for split 'train'; splits here: SHAPES/test, SHAPES/train" in training_refused(
+        config, "data.train=[train]"
+    )
     message = training_refused(config, "data.train=[SHAPES/train,SHAPES/trainval]")
     assert "image SHAPES/train_00000 is in SHAPES/train and in SHAPES/trainval" in message
     message = training_refused(config, f"data.root={devkit.parent}")

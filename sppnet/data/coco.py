@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from sppnet.checks import as_boxes
 from sppnet.data.labels import Counts, class_name, place_objects
 from sppnet.data.parts import DataFolder, Part, Tree
 from sppnet.errors import SppnetError, counted
@@ -150,39 +149,36 @@ def look(tree: Tree) -> DataFolder | None:
     chosen = {path: own for path, own in files.items() if path.name.lower().startswith(PREFERRED)} or files
     if not chosen:
         return None
-    names, best, missing = _part_names(list(chosen)), dict[Path, int](), list[str]()
-    claims = [
-        (path, entry, *tree.find(entry.file_name, path.parent, names[path]))
-        for path, (entries, _) in chosen.items()
-        for entry in entries
-    ]
-    for path, entry, alike, hits in claims:
-        if len(hits) > 1:
-            both = f"{entry.file_name!r} fits {hits[0]} and {hits[1]} alike"
-            raise SppnetError(f"{tree.root / path}: {both}; write the folder into its file_name")
-        best |= {image: max(alike, best.get(image, 0)) for image in hits}
-    found: dict[Path, dict[Path, Listed]] = {path: {} for path in chosen}
-    for path, entry, alike, hits in claims:
-        if not hits or alike < best[hits[0]]:  # or one that another folder has under its name
+    names, best, missing = _part_names(list(chosen)), Counter[Path](), list[str]()
+    claims: dict[Path, dict[Path, tuple[int, Listed]]] = {path: {} for path in chosen}
+    for path, entry in [(path, entry) for path, (entries, _) in chosen.items() for entry in entries]:
+        alike, image = tree.find(entry.file_name, path, names[path])
+        if image is None:
             missing.append(f"{entry.file_name} of {path}")
-        elif found[path].setdefault(hits[0], entry) is not entry:
-            raise SppnetError(f"{tree.root / path}: lists {hits[0]} twice; merge the entries")
-    empty = next((path for path, (entries, _) in chosen.items() if entries and not found[path]), None)
-    if empty is not None:
-        where = f"none of its {counted(len(chosen[empty][0]), 'image')} is below {tree.root}"
-        raise SppnetError(f"{tree.root / empty}: {where}, e.g. {chosen[empty][0][0].file_name}; put them there")
-    contents = dict[str, Part]()
-    for path, images in found.items():
+        elif claims[path].setdefault(image, (alike, entry))[1] is not entry:
+            raise SppnetError(f"{tree.root / path}: lists {image} twice; merge the entries")
+        else:
+            best[image] = max(alike, best[image])
+    contents, labelled = dict[str, Part](), set[Path]()
+    for path, claimed in claims.items():
+        images = {image: entry for image, (alike, entry) in claimed.items() if alike == best[image]}
+        missing += [
+            f"{claimed[image][1].file_name} of {path}" for image in claimed if image not in images
+        ]  # of another folder
+        listed = chosen[path][0]
+        if listed and not images:
+            where = f"none of its {counted(len(listed), 'image')} is below {tree.root}"
+            raise SppnetError(f"{tree.root / path}: {where}, e.g. {listed[0].file_name}; put them there")
         entries = {tree.id_of(image): entry for image, entry in images.items()}
         unlabelled = [image for image, entry in entries.items() if entry.objects is None]
         contents[names[path]] = Part(tree.by_id(images), partial(_annotate, entries, path), unlabelled)
+        labelled |= {image for image, entry in images.items() if entry.objects}
     unlisted = [tree.id_of(image) for image in tree.images if image not in best]
     left_out = SkipCounts({"image that is not there, left out": missing, "image in no JSON, left out": unlisted})
     classes = tuple(dict.fromkeys(name for _, own in chosen.values() for name in own))
-    labelled = len({image for own in found.values() for image, entry in own.items() if entry.objects})
     others = ", ".join(str(path) for path in files if path not in chosen)
     notes = (f"not read: {others}",) if others else ()
-    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, labelled, notes)
+    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled), notes)
 
 
 def _annotate(
@@ -192,7 +188,7 @@ def _annotate(
     if entry.objects is None:
         raise SppnetError(f"{path}: no list of annotations, so none of {image}; name a part that is annotated")
     names, boxes, difficult = zip(*entry.objects, strict=True) if entry.objects else ((), (), ())
-    found, counts = place_objects(as_boxes(boxes), names, difficult, size, entry.stated, orientation)
+    found, counts = place_objects(boxes, names, difficult, size, entry.stated, orientation)
     return found, {**entry.counts, **counts}
 
 

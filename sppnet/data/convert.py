@@ -41,17 +41,15 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
     for part in parts:
         records[part], more = load_split(source, part, require_annotations=False, format=format)
         skips = skips.plus(more)
-        bare = [record.id for record in records[part] if record.annotation is None and to != "voc"]
         hard = [r.id for r in records[part] if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
+        bare = [r.id for r in records[part] if r.annotation is None and to != "voc"]
         lost = {"image without annotation, left out": bare, "difficult flag lost, which YOLO does not have": hard}
         skips = skips.plus(SkipCounts(lost))
-        records[part] = [record for record in records[part] if record.id not in bare]
+        records[part] = [r for r in records[part] if r.annotation is not None or to == "voc"]
     everything = [record for own in records.values() for record in own]
-    twice = next((one for one, times in Counter(record.id for record in everything).items() if times > 1), None)
-    if twice is not None:
-        raise SppnetError(
-            f"{source}: image {twice} is in several of the parts {', '.join(parts)}; name some with --split"
-        )
+    twice, times = max(Counter(r.id for r in everything).items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
+        raise SppnetError(f"{source}: image {twice} is in several of {', '.join(parts)}; name some with --split")
     found = {name for record in everything if record.annotation for name in record.annotation.names}
     classes = folder.classes or tuple(sorted(found))
     names, short = _names([record.id for record in everything]), _names(parts)

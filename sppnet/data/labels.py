@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from sppnet.checks import as_boxes
 from sppnet.errors import SppnetError
 from sppnet.images import SIDEWAYS
 from sppnet.records import Annotation, areas, clip_boxes
@@ -18,7 +19,7 @@ Counts = dict[str, int]  # reason -> how often
 
 
 def place_objects(
-    drawn: NDArray[np.float64],
+    drawn: ArrayLike,
     names: Sequence[str],
     difficult: Sequence[bool],
     size: tuple[int, int],
@@ -33,6 +34,7 @@ def place_objects(
     clipped. Boxes that were drawn before the EXIF `orientation` turned the image are turned with it: the size that the
     annotation has `stated` tells, or that some lie beyond the upright image. Any other stated size is only counted.
     """
+    drawn = as_boxes(drawn)
     unturned = _is_unturned(drawn, size, stated, orientation)
     sides = drawn[:, 2:] - drawn[:, :2]
     own = {"box with reversed corners": (sides < 0).any(axis=1), "zero-area box": (sides <= 0).any(axis=1)}

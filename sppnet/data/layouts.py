@@ -6,6 +6,7 @@ mirror each other), COCO's JSON, YOLO's text files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,9 @@ from pathlib import Path
 
 from sppnet.data import coco, ilsvrc, yolo
 from sppnet.data.labels import normalise
-from sppnet.data.parts import DataFolder, Part, Tree, group, pair
+from sppnet.data.parts import DataFolder, Tree, group, label_files, pair
 from sppnet.data.voc import annotate
 from sppnet.errors import SppnetError, counted
-from sppnet.records import SkipCounts
 
 SETS = "*/ImageSets/Main/*.txt"
 LOOKED_FOR = {
@@ -51,11 +51,11 @@ def find_data(root: Path | str, format: str = "auto") -> DataFolder:
         raise next(iter(faults.values()), _nothing(tree, format))
     best, *others = sorted(found, key=lambda folder: -folder.labelled)
     notes = [
-        f"the folder is {other.format.upper()} too, which labels {counted(other.labelled, 'image')} and "
-        f"{best.format.upper()} {best.labelled}: the latter was taken; data.format={other.format} takes the former"
+        f"it has labels of two formats: {best.format.upper()} ({counted(best.labelled, 'image')}) is taken, "
+        f"{other.format.upper()} ({other.labelled}) with data.format={other.format}"
         for other in others
     ]
-    notes += [f"it may be {name.upper()} too, but {error} (data.format={name})" for name, error in faults.items()]
+    notes += [f"it may be {name.upper()} too (data.format={name}), but {error}" for name, error in faults.items()]
     return replace(best, notes=(*notes, *best.notes))
 
 
@@ -63,20 +63,17 @@ def find_years(root: Path) -> DataFolder | None:
     """VOC's year folders or ILSVRC's detection data, in the folder or one below; None where there are none."""
     for place in (root, root / "VOCdevkit", root / "ILSVRC"):
         lists = [f"{path.parents[2].name}/{path.stem}" for path in sorted(place.glob(SETS))]
-        if (place / ilsvrc.LISTS).is_dir():
-            names = (path.stem for path in sorted((place / ilsvrc.LISTS).glob("*.txt")))
-            lists += dict.fromkeys(f"DET/{'train' if ilsvrc.OF_CLASS.fullmatch(name) else name}" for name in names)
-        if lists or (place / ilsvrc.LISTS).is_dir():
-            own = {
-                one for one in lists if f"{one.partition('/')[0]}/{one.rpartition('_')[2]}" not in lists
-            }  # per class
-            return DataFolder(place, "voc", tuple(normalise(one) for one in lists if one in own))
+        names = (path.stem for path in sorted((place / ilsvrc.LISTS).glob("*.txt")))
+        lists += dict.fromkeys(f"DET/{'train' if ilsvrc.OF_CLASS.fullmatch(name) else name}" for name in names)
+        per_class = {one for one in lists if f"{one.partition('/')[0]}/{one.rpartition('_')[2]}" in lists}
+        if lists:
+            return DataFolder(place, "voc", tuple(normalise(one) for one in lists if one not in per_class))
     return None
 
 
 def _look_voc(tree: Tree) -> DataFolder | None:
     labels = tree.of(".xml")
-    if not any(b"<annotation>" in _head(tree.root / path) for path in labels):
+    if not any(b"<annotation>" in (tree.root / path).read_bytes() for path in labels):
         return None
     pairs, lost = pair(tree, labels)
     if not pairs:
@@ -85,29 +82,12 @@ def _look_voc(tree: Tree) -> DataFolder | None:
     parts = group(tree, pairs)
     listed = {path for images in parts.values() for path in images}
     files = {tree.id_of(path): tree.root / pairs.get(path, path.with_suffix(".xml")) for path in listed}
-    contents = {
-        name: Part(tree.by_id(images), partial(annotate, files), {tree.id_of(p) for p in images if p not in pairs})
-        for name, images in parts.items()
-    }
-    left_out = {
-        "image without annotation file, left out": [p for p in tree.images if p not in pairs and p not in listed],
-        "image in no list, left out": [p for p in pairs if p not in listed],
-    }
-    skips = {why: [tree.id_of(path) for path in paths] for why, paths in left_out.items()}
-    skips["annotation file without an image, left out"] = [str(path) for path in lost]
-    return DataFolder(tree.root, "voc", tuple(contents), contents, SkipCounts(skips), labelled=len(pairs))
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096)
+    return label_files(tree, parts, (pairs, lost), partial(annotate, files), listed - set(pairs), format="voc")
 
 
 def _nothing(tree: Tree, format: str) -> SppnetError:
-    kinds = {kind: text for kind, text in LOOKED_FOR.items() if format in ("auto", kind)}
-    looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in kinds.items())
-    endings = [".xml", ".json", ".yaml", ".txt"]
-    files = ", ".join(counted(len(tree.of(ending)), f"{ending} file") for ending in endings if tree.of(ending))
-    found = f"{counted(len(tree.images), 'image')}{', ' if files else ''}{files}"
-    remedy = yolo.hint(tree) or "docs/own-data.md shows how each looks"
-    return SppnetError(f"{tree.root}: no annotated pictures found; looked for {looked}; found {found}; {remedy}")
+    looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in LOOKED_FOR.items() if format in ("auto", kind))
+    files = Counter(path.suffix.lower() or "without ending" for path in tree.others).most_common(5)
+    found = ", ".join([counted(len(tree.images), "image"), *(f"{count} {ending}" for ending, count in files)])
+    where = f"{tree.root}: no annotated pictures found"
+    return SppnetError(f"{where}; looked for {looked}; found {found}; docs/own-data.md shows how each looks")

@@ -11,26 +11,29 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sppnet.data.folder import FoundImages, search
 from sppnet.data.labels import normalise, read_lines
 from sppnet.errors import SppnetError, counted
-from sppnet.images import IMAGE_SUFFIXES
 from sppnet.records import Annotation, SkipCounts
 
 ROLES = ("train", "val", "test")
 _NAMES = r"train(?:ing|val)?|val(?:id(?:ation)?)?|test(?:ing)?"
 IN_NAME = re.compile(rf"(?<![a-z])({_NAMES})(?![a-z])")
 OF_FOLDER = re.compile(rf"({_NAMES})(\d+|[_-]?(images|set|data))?")
-FLAG = re.compile(r"(.*\S)\s+(-1|0|1)")  # the second column of VOC's per-class lists
+
+
+# (id, (height, width), EXIF orientation) -> the objects in the upright image, and how often what was skipped
+Annotate = Callable[[str, tuple[int, int], int], tuple[Annotation, Mapping[str, int]]]
+Pairs = tuple[dict[Path, Path], list[Path]]  # image -> its label file; label files without an image
 
 
 class Part(NamedTuple):
-    """The images of one part by id, and what reads the objects of one: (id, (height, width), EXIF orientation)."""
+    """The images of one part by id, and what reads the objects of one."""
 
     images: Mapping[str, Path]
-    annotate: Callable[[str, tuple[int, int], int], tuple[Annotation, Mapping[str, int]]]
+    annotate: Annotate
     unlabelled: Collection[str] = ()  # have no annotation: `annotate` says why
 
 
@@ -58,11 +61,11 @@ class DataFolder:
         found = {p: role for p, role in found.items() if p.replace("trainval", "train") not in halves or p in halves}
         roles = {role: tuple(part for part, own in found.items() if own == role) for role in ROLES}
         roles["train"] = roles["train"] or tuple(part for part, own in found.items() if own is None)
-        train, val = ({image for part in roles[role] for image in self._images(part)} for role in ROLES[:2])
+        train, val = (
+            {image for part in roles[role] if part in self.contents for image in self.contents[part].images}
+            for role in ROLES[:2]
+        )
         return roles | ({"val": ()} if val and val <= train else {})
-
-    def _images(self, part: str) -> Collection[str]:
-        return self.contents[part].images if part in self.contents else ()
 
     def part(self, name: str) -> Part:
         """The part of this name; SppnetError, with those that there are, for one that is not."""
@@ -86,28 +89,32 @@ class Tree:
         self.root = root
         self.images = sorted(path.relative_to(root) for path in found.images)
         self.others = sorted(path.relative_to(root) for path in found.others)
-        self._named: dict[str, list[Path]] = {}
+        self.named: dict[str, list[Path]] = {}  # by name and by stem
         for path in self.images:
             for name in {normalise(path.name), normalise(path.stem)}:
-                self._named.setdefault(name, []).append(path)
+                self.named.setdefault(name, []).append(path)
 
     def of(self, *endings: str) -> list[Path]:
         return [path for path in self.others if path.suffix.lower() in endings]
 
-    def find(self, text: str, beside: Path, part: str = "") -> tuple[int, list[Path]]:
-        """The images that `text` names in a file of the folder `beside`, and how alike the folders are.
+    def find(self, text: str, source: Path, part: str = "") -> tuple[int, Path | None]:
+        """How alike the folders are, and the image that `text` names in the file `source`; None where there is none.
 
-        A name with its ending goes before a stem. More than one is a tie. An image below a folder called `part` is
-        preferred.
+        A name with its ending goes before a stem, a folder called `part` before others. SppnetError for a tie.
         """
         steps = normalise(text).replace("\\", "/").split("/")
         *folders, name = [step for step in steps if step not in ("", ".", "..")] or [""]
-        named = self._named.get(name, [])
-        exact = [path for path in named if normalise(path.name) == name]
-        place = (*map(normalise, beside.parts), *folders)
-        alike = {path: _alike(path.parent.parts, place) + (part in path.parent.parts) for path in exact or named}
-        best = max(alike.values(), default=0)
-        return best, [path for path, value in alike.items() if value == best]
+        found = self.named.get(name, [])
+        found = [path for path in found if normalise(path.name) == name] or found
+        place = (*map(normalise, source.parent.parts), *folders)
+        alike = {path: _alike(path.parent.parts, place) + (part in path.parent.parts) for path in found}
+        best = [path for path, value in alike.items() if value == max(alike.values())]
+        if len(best) > 1:
+            both = f"{text!r} fits {best[0]} and {best[1]} alike"
+            raise SppnetError(
+                f"{self.root / source}: {both}; name the folder too, or use folders that mirror each other"
+            )
+        return (alike[best[0]], best[0]) if best else (0, None)
 
     def id_of(self, path: Path) -> str:
         return normalise(path.with_suffix("").as_posix())
@@ -130,27 +137,43 @@ def _alike(folders: tuple[str, ...], place: tuple[str, ...]) -> int:
     return sum(len([*takewhile(lambda both: both[0] == both[1], zip(*way, strict=False))]) for way in ways)
 
 
-def pair(tree: Tree, labels: Iterable[Path]) -> tuple[dict[Path, Path], list[Path]]:
+def pair(tree: Tree, labels: Iterable[Path]) -> Pairs:
     """Image -> its label file, by stem and folders; and the files among them that have no image of their own."""
-    found: dict[Path, tuple[int, Path]] = {}
-    lost = list[Path]()
+    claims, lost, pairs = dict[Path, list[tuple[int, Path]]](), list[Path](), dict[Path, Path]()
     for label in labels:
-        alike, images = tree.find(label.stem, label.parent)
-        if len(images) > 1:
-            both = f"fits {images[0]} and {images[1]} alike"
-            raise SppnetError(
-                f"{tree.root / label}: {both}; put it beside its image, or into folders of the same names"
-            )
-        for image in images:
-            before, other = found.get(image, (-1, label))
-            if alike == before:
-                raise SppnetError(f"{tree.root / label} and {other} are both labels of {image}; keep one of them")
-            lost += [other] * (0 <= before < alike) + [label] * (alike < before)
-            found[image] = max((before, other), (alike, label))
-        lost += [] if images else [label]
-    pairs = {image: label for image, (_, label) in found.items()}
+        alike, image = tree.find(label.stem, label)
+        if image is None:
+            lost.append(label)
+        else:
+            claims.setdefault(image, []).append((alike, label))
+    for image, own in sorted(claims.items()):
+        *others, (alike, label) = sorted(own)
+        if others and others[-1][0] == alike:
+            raise SppnetError(f"{tree.root / label} and {others[-1][1]} are both labels of {image}; keep one of them")
+        lost += [other for _, other in others]
+        pairs[image] = label
     folders = {label.parent for label in pairs.values()}
-    return dict(sorted(pairs.items())), [label for label in lost if label.parent in folders]
+    return pairs, [label for label in lost if label.parent in folders]
+
+
+def label_files(
+    tree: Tree, parts: Mapping[str, list[Path]], pairing: Pairs, read: Annotate, bare: Collection[Path], **more: Any
+) -> DataFolder:
+    """The folder of a format that has a label file for each image; `bare` are images of `parts` that have none."""
+    pairs, lost = pairing
+    listed = {path for images in parts.values() for path in images}
+    contents = {
+        name: Part(tree.by_id(images), read, [tree.id_of(path) for path in images if path in bare])
+        for name, images in parts.items()
+    }
+    rest = [path for path in tree.images if path not in listed]
+    left_out = {
+        "image without label file, left out": [tree.id_of(path) for path in rest if path not in pairs],
+        "image of no part, left out": [tree.id_of(path) for path in rest if path in pairs],
+        "label file without an image, left out": [str(path) for path in lost],
+    }
+    own = {"left_out": SkipCounts(left_out), "labelled": len(listed & set(pairs)), **more}
+    return DataFolder(root=tree.root, parts=tuple(contents), contents=contents, **own)
 
 
 def group(tree: Tree, images: Iterable[Path]) -> dict[str, list[Path]]:
@@ -165,17 +188,16 @@ def group(tree: Tree, images: Iterable[Path]) -> dict[str, list[Path]]:
     for path in images:
         folder = next((name for name in path.parent.parts if OF_FOLDER.fullmatch(name.lower())), "other")
         parts.setdefault(folder, []).append(path)
-    if {*map(role_of, parts)} in (
-        {None},
-        {None, "train"},
-    ):  # train beside others: of pictures of trains
+    if {*map(role_of, parts)} <= {None, "train"} and "other" in parts:  # else train may be a class, beside others
         parts = {"all": [path for own in parts.values() for path in own]}
     return parts
 
 
 def _lists(tree: Tree) -> list[Path]:
-    texts = [path for path in tree.of(".txt") if not tree.find(path.stem, path.parent)[1]]
-    own = [p for p in texts if p.parent.name in ("Main", "ImageSets") or OF_FOLDER.fullmatch(p.stem.lower())]
+    named = [
+        p for p in tree.of(".txt") if p.parent.name in ("Main", "ImageSets") or OF_FOLDER.fullmatch(p.stem.lower())
+    ]
+    own = [path for path in named if normalise(path.stem) not in tree.named]  # no label of an image
     stems = {path.stem for path in own}
     return [path for path in own if path.stem.rpartition("_")[2] not in stems - {path.stem}]  # per-class lists
 
@@ -183,18 +205,10 @@ def _lists(tree: Tree) -> list[Path]:
 def read_list(tree: Tree, path: Path) -> list[Path]:
     """The images that the lines of a list name; none where no line does, SppnetError where some do not."""
     lines = [line.strip() for line in read_lines(tree.root / path) if line.strip()]
-    found, missing = dict[Path, None](), list[str]()
-    for line in lines:
-        images = tree.find(line, path.parent)[1]
-        if not images and (columns := FLAG.fullmatch(line)):
-            images = tree.find(columns[1], path.parent)[1]
-        if len(images) > 1:
-            both = f"{line!r} fits {images[0]} and {images[1]} alike"
-            raise SppnetError(f"{tree.root / path}: {both}; write the folder too")
-        found |= dict.fromkeys(images)
-        missing += [] if images else [line]
+    images = {line: tree.find(line, path)[1] for line in lines}
+    found = dict.fromkeys(image for image in images.values() if image is not None)
+    missing = [line for line, image in images.items() if image is None]
     if missing and found:
         which = f"{len(missing)} of {counted(len(lines), 'image')} missing, e.g. {missing[0]!r}"
-        endings = ", ".join(IMAGE_SUFFIXES)
-        raise SppnetError(f"{tree.root / path}: {which} ({endings}); add them, or take them out of the list")
+        raise SppnetError(f"{tree.root / path}: {which}; add them, or take them out of the list")
     return list(found)

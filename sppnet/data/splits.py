@@ -138,18 +138,12 @@ def find_part(root: Path, split: str, format: str = "auto") -> Part:
 
 
 def _find_set(root: Path, split: str) -> Path:
-    parts = split.split("/")
-    if len(parts) != 2 or not all(parts) or ".." in parts:
-        raise SppnetError(f"split {split!r}: expected <year folder>/<set>, e.g. VOC2007/trainval")
-    path = root / parts[0] / "ImageSets" / "Main" / f"{parts[1]}.txt"
-    if not path.is_file():
-        found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob(SETS))}
-        alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
-        if len(alike) == 1:
-            return alike[0]
-        hint = f"splits here: {', '.join([*found][:20]) or 'none'}"
-        raise SppnetError(f"{path}: no such image set for split {split!r}; {hint}")
-    return path
+    found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob(SETS))}
+    alike = [file for name, file in found.items() if normalise(name) == normalise(split)]
+    if split not in found and len(alike) != 1:
+        here = f"splits here: {', '.join([*found][:20]) or 'none'}"
+        raise SppnetError(f"{root}: no such image set for split {split!r}; {here}; name <year folder>/<set>")
+    return found[split] if split in found else alike[0]
 
 
 def _find_images(set_file: Path) -> dict[str, Path]:

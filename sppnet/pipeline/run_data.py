@@ -300,7 +300,7 @@ def load_test_data(
     found = find_data(folder, form)
     settings = named_parts(config.data, found)
     names = tuple(splits) or settings.test or settings.val
-    if other and not splits and found.contents and not {*names} <= {*found.parts}:
+    if other and not splits and found.contents and not {*(names or settings.train)} <= {*found.parts}:
         names = found.roles["test"] or found.roles["val"] or found.roles["train"]
     if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(

@@ -1,12 +1,11 @@
 """Any format from any other: boxes, flags and parts stay, the source too."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
-from devkit import make_devkit, thing
-from layouts import XML, coco, coco_of, picture, text, xml
+from devkit import stated, thing
+from layouts import coco, coco_of, picture, text, xml
 from PIL import Image
 
 from sppnet.data.convert import convert
@@ -82,3 +81,74 @@ def test_what_is_written_is_what_other_programs_read(tmp_path, source):
     ]
     np.testing.assert_allclose(np.array(line[1:], float), shares, rtol=1e-6)
     assert (tmp_path / "yolo/labels/train/b.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("source/new", r"source/new: expected a folder outside of the source; name another"),
+        ("source", r"expected a folder outside of the source"),
+        ("full", r"full: expected a new or an empty folder, but there is something; name another"),
+        ("full/file", r"file: expected a new or an empty folder"),
+    ],
+)
+def test_nothing_is_written_into_the_source_or_over_files(tmp_path, source, out, message):
+    text(tmp_path / "full/file", "mine")
+    before = contents(tmp_path)
+    with pytest.raises(SppnetError, match=message):
+        convert(source, tmp_path / out, "coco")
+    assert contents(tmp_path) == before
+
+
+def test_nothing_is_left_of_what_fails_midway(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("sppnet.data.convert.WRITERS", {"yolo": lambda *_: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        convert(source, tmp_path / "new", "yolo")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_empty_folder_is_filled_and_parts_are_chosen(tmp_path, source):
+    (tmp_path / "new").mkdir()
+    assert "3 images (valid 2, train 1)" not in convert(source, tmp_path / "new", "voc", splits=("valid",))
+    assert sorted(path.name for path in (tmp_path / "new/JPEGImages").iterdir()) == ["a.jpg", "c d.é.jpg"]
+    with pytest.raises(SppnetError, match="no part 'x' in these VOC data; parts here: train, valid"):
+        convert(source, tmp_path / "more", "voc", splits=("x",))
+
+
+def test_images_without_annotation_stay_in_voc_alone(tmp_path, source):
+    values = coco_of("a.jpg")
+    del values["annotations"]
+    picture(tmp_path / "in/a.jpg"), coco(tmp_path / "in/test.json", values)
+    picture(tmp_path / "in/b.jpg"), coco(tmp_path / "in/train.json", coco_of("b.jpg"))
+    for to in ("voc", "yolo"):
+        said = convert(tmp_path / "in", tmp_path / to, to)
+        assert ("1 × image without annotation, left out, e.g. a" in said) == (to == "yolo")
+    assert load_split(tmp_path / "voc", "test", require_annotations=False)[0][0].annotation is None
+
+
+def test_an_image_in_two_parts_is_an_error(tmp_path):
+    picture(tmp_path / "in/a.jpg")
+    for name in ("train", "val"):
+        coco(tmp_path / f"in/{name}.json", coco_of("a.jpg"))
+    picture(tmp_path / "in/b.jpg"), coco(tmp_path / "in/val.json", coco_of("a.jpg", "b.jpg"))
+    with pytest.raises(SppnetError, match=r"image a is in several of train, val; name some with --split"):
+        convert(tmp_path / "in", tmp_path / "out", "yolo")
+
+
+def test_class_numbers_and_their_order_stay(tmp_path):
+    names = ["zebra", "ape", "never"]
+    picture(tmp_path / "in/a.jpg"), coco(tmp_path / "in/a.json", coco_of("a.jpg", categories=names))
+    convert(tmp_path / "in", tmp_path / "yolo", "yolo"), convert(tmp_path / "yolo", tmp_path / "coco", "coco")
+    assert find_data(tmp_path / "yolo").classes == find_data(tmp_path / "coco").classes == tuple(names)
+
+
+def test_a_turned_photo_keeps_its_boxes(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    picture(tmp_path / "in/a.jpg", exif=exif), xml(tmp_path / "in/a.xml", stated(60, 40), thing("cat", 3, 5, 20, 50))
+    box = load_split(tmp_path / "in", "all")[0][0].annotation.boxes
+    last = tmp_path / "in"
+    for to in ("coco", "yolo", "voc"):
+        convert(last, tmp_path / to, to)
+        last = tmp_path / to
+        np.testing.assert_allclose(load_splits(last, find_data(last).parts)[0][0].annotation.boxes, box, atol=1e-3)

@@ -181,12 +181,6 @@ def test_a_set_that_is_not_there_is_an_error_with_those_that_are(root, split):
         load_split(root, split)
 
 
-def test_without_lists_the_error_says_so(tmp_path):
-    (tmp_path / "ImageSets/DET").mkdir(parents=True)
-    with pytest.raises(SppnetError, match=r"no list for split 'DET/train'; .* here are none"):
-        load_split(tmp_path, "DET/train")
-
-
 def test_one_list_twice_and_lists_that_share_images_are_errors(root):
     for second in ("DET/val", "DET/val2"):
         write_list(root, "val2", val_name(1))

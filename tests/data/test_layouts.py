@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from devkit import make_devkit
+from devkit import make_devkit, thing
 from layouts import BOX, LINE, coco, coco_of, picture, text, xml
 
 from sppnet.data.layouts import find_data
-from sppnet.data.splits import load_splits, split_digests
+from sppnet.data.parts import DataFolder, role_of
+from sppnet.data.splits import load_split, load_splits, split_digests
+from sppnet.errors import SppnetError
 
 YAML = "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['cat']\n"
 
@@ -146,3 +148,129 @@ def test_what_labelling_tools_export_is_found_and_read(tmp_path, layout):
         if record.size == (40, 60):  # not of `make_devkit`
             np.testing.assert_allclose(record.annotation.boxes, [BOX], atol=1e-4)
     assert split_digests(tmp_path, parts[0]).keys() <= set(ids)
+
+
+def test_a_folder_of_two_formats_says_which_was_taken_and_how_to_say_otherwise(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.jpg"), text(tmp_path / f"labels/{name}.txt", LINE)
+    (
+        text(tmp_path / "classes.txt", "cat\n"),
+        coco(tmp_path / "labels.json", coco_of("a.jpg", "c.jpg", categories=["dog"])),
+    )
+    xml(tmp_path / "images/a.xml")
+    folder = find_data(tmp_path)
+    assert folder.format == "yolo"
+    assert folder.notes == (
+        "it has labels of two formats: YOLO (2 images) is taken, VOC (1) with data.format=voc",
+        "it has labels of two formats: YOLO (2 images) is taken, COCO (1) with data.format=coco",
+    )
+    assert find_data(tmp_path, "coco").notes == ()
+    names = [load_split(tmp_path, "all", format=form)[0][0].annotation.names for form in ("auto", "voc", "coco")]
+    assert names == [("cat",), ("cat",), ("dog",)]
+
+
+def test_another_format_that_is_faulty_is_said_too(tmp_path):
+    yolo_with_classes(tmp_path), text(tmp_path / "labels.json", "{")
+    (note,) = find_data(tmp_path).notes
+    assert note.startswith("it may be COCO too (data.format=coco), but ")
+    assert "labels.json: cannot read this file as JSON" in note
+    with pytest.raises(SppnetError, match="expected auto, voc, coco, yolo"):
+        find_data(tmp_path, "csv")
+    with pytest.raises(
+        SppnetError, match=r"no annotated pictures found; looked for VOC \(.*; found 1 image, 2 \.txt, 2 \.j"
+    ):
+        find_data(tmp_path, "voc")
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_a_folder_without_annotations_is_told_what_was_looked_for(tmp_path, pictures):
+    for name in range(pictures):
+        picture(tmp_path / f"{name}.jpg")
+    message = (
+        rf"{tmp_path}: no annotated pictures found; looked for VOC \(.*\); COCO \(.*\); YOLO \(.*\); found {pictures}"
+    )
+    with pytest.raises(SppnetError, match=message):
+        find_data(tmp_path)
+    with pytest.raises(SppnetError, match="no such data folder"):
+        find_data(tmp_path / "gone")
+
+
+def test_names_of_parts_say_what_they_are_for(tmp_path):
+    roles = {
+        "train": "train", "training": "train", "train2017": "train", "my_train": "train", "trainval": "train",
+        "valid": "val", "val": "val", "validation": "val", "test": "test", "2007_test": "test", "Test-dev": "test",
+        "all": None, "latest": None, "retrain": None, "trains": None, "other": None,
+    }  # fmt: skip
+    assert {name: role_of(name) for name in roles} == roles
+    parts = ("Y/train", "Y/trainval", "Y/val", "Z/trainval", "Z/extra")
+    expected = {"train": ("Y/train", "Z/trainval"), "val": ("Y/val",), "test": ()}
+    assert DataFolder(tmp_path, "voc", parts).roles == expected
+    assert DataFolder(tmp_path, "voc", ("all", "test")).roles == {"train": ("all",), "val": (), "test": ("test",)}
+
+
+def test_a_folder_of_trains_beside_others_is_no_part(tmp_path):
+    for name in ("bus", "train"):
+        picture(tmp_path / f"{name}/a.jpg"), xml(tmp_path / f"{name}/a.xml")
+    assert find_data(tmp_path).parts == ("all",)
+
+
+def test_what_a_plain_folder_leaves_out_is_counted(tmp_path):
+    voc_with_a_list_at_the_top(tmp_path)
+    for name in "cd":
+        picture(tmp_path / f"images/{name}.jpg")
+    xml(tmp_path / "annotations/c.xml"), xml(tmp_path / "annotations/gone.xml"), xml(tmp_path / "export.xml")
+    assert find_data(tmp_path).left_out.images == {
+        "image without label file, left out": ["images/d"],
+        "image of no part, left out": ["images/c"],
+        "label file without an image, left out": ["annotations/gone.xml"],
+    }
+
+
+def test_a_list_that_names_what_is_not_there_is_an_error(tmp_path):
+    voc_with_a_list_at_the_top(tmp_path)
+    text(tmp_path / "train.txt", "a\nx\ny.jpg\n")
+    with pytest.raises(SppnetError, match=r"train\.txt: 2 of 3 images missing, e\.g\. 'x'; add them, or take them out"):
+        find_data(tmp_path)
+
+
+def test_a_listed_image_without_annotation_is_an_error_in_training_alone(tmp_path):
+    voc_with_a_list_at_the_top(tmp_path)
+    (tmp_path / "annotations/b.xml").unlink()
+    assert load_split(tmp_path, "test", require_annotations=False)[0][0].annotation is None
+    with pytest.raises(SppnetError, match=r"images/b\.xml: no such annotation file"):
+        load_split(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("images/a.jpg", "images/a.png"), r"annotations/a\.xml: 'a' fits images/a\.jpg and images/a\.png alike; name"),
+        (
+            ("one/a.jpg", "two/a.jpg"),
+            r"annotations/a\.xml: 'a' fits one/a\.jpg and two/a\.jpg alike; name the folder too",
+        ),
+        ((), r"none of 1 \.xml file has an image of its name, e\.g\. annotations/a\.xml; put the images beside them"),
+    ],
+)
+def test_an_annotation_of_no_image_or_of_two_is_an_error(tmp_path, files, message):
+    xml(tmp_path / "annotations/a.xml")
+    for name in files:
+        picture(tmp_path / name)
+    with pytest.raises(SppnetError, match=message):
+        find_data(tmp_path)
+
+
+def test_two_annotations_of_one_image_are_an_error_unless_one_is_nearer(tmp_path):
+    picture(tmp_path / "images/a.jpg"), xml(tmp_path / "one/a.xml"), xml(tmp_path / "two/a.xml")
+    with pytest.raises(SppnetError, match=r"two/a\.xml and one/a\.xml are both labels of images/a\.jpg; keep one"):
+        find_data(tmp_path)
+    xml(tmp_path / "images/a.xml", thing("dog", 1, 1, 9, 9))
+    assert load_split(tmp_path, "all")[0][0].annotation.names == ("dog",)
+
+
+def test_hidden_files_are_not_looked_at_and_links_are(tmp_path):
+    voc_in_one_folder(tmp_path / "store")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path / "store")
+    text(tmp_path / "data/.cache/labels.json", "{"), text(tmp_path / "data/__MACOSX/._a.xml", "?")
+    assert [record.id for record in load_split(tmp_path / "data", "all")[0]] == ["link/a"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from devkit import stated, thing, xml_of
+from layouts import coco, coco_of, picture, xml
 from PIL import Image
 
 from sppnet.config import Config
@@ -294,3 +295,73 @@ def test_a_few_names_in_common_are_no_training_images(root, tmp_path, caplog, sh
     found = load_test_data(settings(root), other, kept=split)
     assert (found.trained, found.validation) == ([], [])
     assert "look too good" not in caplog.text
+
+
+# ---- parts found by looking ----------------------------------------------------------------------------------------
+
+
+def own_folder(root: Path, **parts: int) -> Path:
+    """COCO's JSON for each part, with a cat in every image but the last of train."""
+    for part, count in parts.items():
+        names = [picture(root / part / f"{i}.jpg").name for i in range(count)]
+        values = coco_of(*names)
+        values["annotations"] = values["annotations"][: -1 if part == "train" else None]
+        coco(root / part / "_annotations.coco.json", values)
+    return root
+
+
+def found(root: Path, **data: object) -> Config:
+    return parse_config({"data": {"root": str(root), **data}}, "test")
+
+
+def test_names_of_parts_say_what_trains_validates_and_tests(tmp_path):
+    config = found(own_folder(tmp_path, train=6, valid=3, test=2, extra=1))
+    data = load_run_data(config)
+    assert [r.id for r in data.held_out] == ["valid/0", "valid/1", "valid/2"]
+    assert str(data).startswith("data: COCO, 6 training and 3 validation images, 8 objects of 1 class (cat 8); ")
+    assert "part extra not used" in str(data)
+    assert "1 × training image without objects (background for the SVMs alone), e.g. train/5" in str(data)
+    assert load_test_data(config, kept=data.split).splits == ("test",)
+    assert load_run_data(found(tmp_path, train=[])).split == data.split
+    chosen = load_run_data(found(tmp_path, train=["train", "extra"]))  # named, so that nothing else is taken
+    assert {r.id.partition("/")[0] for r in chosen.held_out} <= {"train", "extra"}
+    assert len(chosen.train) + len(chosen.held_out) == 7
+
+
+def test_without_a_part_to_validate_on_images_are_held_out_and_kept(tmp_path):
+    config = found(own_folder(tmp_path, train=10))
+    before = load_run_data(config)
+    assert len(before.held_out) == 2
+    own_folder(tmp_path, train=14)
+    assert [*load_run_data(config, before.split).split.held_out] == [*before.split.held_out]
+    assert [r.id for r in load_test_data(config, kept=before.split).records] == [*before.split.held_out]
+
+
+def test_year_folders_other_than_the_default_are_found_too(root):
+    listed(root, "test", add(root, "t0", CAT))
+    data = load_run_data(found(root))
+    assert len(data.train) + len(data.held_out) == 12
+    assert load_test_data(found(root), kept=data.split).splits == ("MINE/test",)
+
+
+def test_a_folder_with_a_test_part_alone_asks_for_names(tmp_path):
+    own_folder(tmp_path, test=2)
+    with pytest.raises(SppnetError, match=r"no part is called train; name those to train on in data\.train: test"):
+        load_run_data(found(tmp_path))
+
+
+def test_another_folder_is_evaluated_on_its_own_parts(root, tmp_path):
+    split = load_run_data(settings(root)).split
+    other = own_folder(tmp_path / "other", train=3, test=2)
+    assert load_test_data(settings(root), other, kept=split).splits == ("test",)
+    assert load_test_data(settings(root), other, ("train",), split).splits == ("train",)
+
+
+def test_the_line_says_what_was_left_out_and_which_format_was_taken(tmp_path):
+    own_folder(tmp_path, train=6)
+    picture(tmp_path / "train/more.jpg"), xml(tmp_path / "train/0.xml")
+    said = str(load_run_data(found(tmp_path)))
+    assert "it has labels of two formats: COCO (5 images) is taken, VOC (1) with data.format=voc" in said
+    assert "1 × image in no JSON, left out, e.g. train/more" in said
+    with pytest.raises(SppnetError, match="at least 2 images"):
+        load_run_data(found(tmp_path, format="voc"))
