@@ -186,7 +186,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run_and_why(config, run, t
     assert result.out.startswith("data: VOC, 8 training and 3 validation images, ")
     plan = plan_of(result.out)
     assert list(plan) == list(STAGES)
-    assert {plan[stage][0] for stage in STAGES if stage != "low_rank"} == {"run"}
+    assert {plan[stage][0] for stage in STAGES if stage not in ("low_rank", "embed", "joint")} == {"run"}
     assert plan["maps"][1].startswith("nothing there yet; 19 to do in maps-")
     costs = (
         r"the maps of 19 images, mirrored ones too, at 1 scale: [\d.e-]+ GB on disk, [\d.]+ MB of memory and [\d.]+ s"
@@ -639,7 +639,7 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
         (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz; --zzzzzzzzzzzz is an unknown option"),
         (("eval", "RUN", "another"), "unrecognized arguments: another"),
         (("eval", "--split"), "argument --split: expected at least one argument"),
-        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area', 'ilsvrc')"),
+        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area', 'ilsvrc', 'coco')"),
     ],
 )
 def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_one(capsys, arguments, said):
