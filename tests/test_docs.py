@@ -150,7 +150,7 @@ def test_the_options_of_scripts_and_benchmarks_exist(line: str) -> None:
 
 def test_the_first_installation_takes_the_extra_for_cpus() -> None:
     first = next(line for line in section("README.md", "Install").splitlines() if line.startswith("pip install"))
-    assert first == "pip install -c constraints.txt -e '.[cpu]'"
+    assert first == "pip install -c constraints.txt -e '.[cpu,backbones]'"
 
 
 # --- names ------------------------------------------------------------------------------------------
