@@ -90,6 +90,17 @@ class Doubler:
         return 2 * item, self.process
 
 
+def test_on_a_terminal_the_one_bar_alone_is_shown_and_names_the_job(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with one_bar({"maps": 1.0}, total=2.0) as bar:
+        bar.set_description_str("embed", refresh=False)
+        assert list(progress_bar(range(1), "maps", "map")) == [0]
+        bar.refresh()
+    assert "embed:  50%|" in terminal.getvalue()
+    assert "maps" not in terminal.getvalue()
+
+
 def test_one_bar_moves_by_the_estimated_time_of_each_item_of_the_jobs_within(capsys):
     with one_bar({"proposals": 2.0, "joint": 0.5}, total=10.0) as bar:
         seen = [bar.n for _ in progress_bar(range(3), "proposals", "image")]

@@ -55,8 +55,7 @@ def test_a_folder_alone_gives_a_detector_its_quality_and_the_next_command(traine
     last, following = result.out.splitlines()[-2:]
     assert re.fullmatch(r"detector of 5 classes in .*/detector; mAP 0\.\d{3} on 4 validation images \(area\), .*", last)
     assert following == f"next: sppnet eval {root}, or sppnet detect {root} PICTURES --out DIR"
-    for command in (("eval", root), ("detect", root, root / "../../photos0", "--out", root.parent / "out")):
-        assert command[0] != "eval" or run_command(*command).status == 0
+    assert run_command("eval", root).status == 0
 
 
 def test_the_time_is_estimated_before_and_stands_beside_what_it_took(trained):
