@@ -643,7 +643,10 @@ def test_the_demo_runs_every_stage_and_shows_what_it_found(tmp_path, monkeypatch
         (("eval", "RUN", "--zzzzzzzzzzzz"), "--zzzzzzzzzzzz; --zzzzzzzzzzzz is an unknown option"),
         (("eval", "RUN", "another"), "unrecognized arguments: another"),
         (("eval", "--split"), "argument --split: expected at least one argument"),
-        (("eval", "RUN", "--met", "other"), "invalid choice: 'other' (choose from '11point', 'area', 'ilsvrc', 'coco')"),
+        (
+            ("eval", "RUN", "--met", "other"),
+            "invalid choice: 'other' (choose from '11point', 'area', 'ilsvrc', 'coco')",
+        ),
     ],
 )
 def test_a_mistyped_option_is_answered_with_the_commands_usage_and_the_nearest_one(capsys, arguments, said):
