@@ -246,10 +246,7 @@ class LowRankSettings(Settings):
 
 
 class JointSettings(Settings):
-    """fc6, fc7, softmax and box regression learned together from windows as rows of principal components (ours).
-
-    Of head.training=joint, in place of finetune, low_rank, svm and boxes. No map is stored.
-    """
+    """fc6, fc7, softmax and box regression learned together, on principal components of pooled windows (ours)."""
 
     rank: int = Field(768, ge=1)  # ours: principal components of pooled windows; in effect the rank of fc6
     windows: int = Field(512, ge=2)  # ours: kept of an image: its objects, at most half near them, others
@@ -258,7 +255,6 @@ class JointSettings(Settings):
     steps: int = Field(1000, ge=1)  # ours
     batch: int = Field(512, ge=1)  # ours
     learning_rate: Rate = 1e-3  # ours: the largest of the one-cycle schedule (AdamW)
-    weight_decay: Decay = 0.01  # ours
     seed: Seed = 0
 
 

@@ -102,7 +102,6 @@ def test_a_configuration_that_is_not_there_or_no_yaml(tmp_path):
             "unknown setting pretrain; train a classifier on crops of the objects, as examples/pretrain.py",
         ),
         ("backbone.weights.std=[0,1,1]", "backbone.weights.std.0: Input should be greater than 0, got 0"),
-        ("data.train=[]", "data.train: expected a list with something in it, got []"),
         ("name=../elsewhere", "name: expected a name without slashes and control characters"),
     ],
 )
@@ -163,7 +162,7 @@ def test_the_same_is_said_by_a_dry_run(config, tmp_path):
     assert "/nowhere: no such data folder; set data.root to your own folder" in message
 
 
-def test_splits_that_are_not_there_or_overlap(config, devkit):
+def test_splits_that_are_not_there_or_overlap(config):
     message = training_refused(config, "data.train=[SHAPES/trian]")
     assert "no such image set for split 'SHAPES/trian'; splits here: SHAPES/test, SHAPES/train" in message
     assert "no such image set for split 'train'; splits here: SHAPES/test, SHAPES/train" in training_refused(
@@ -171,8 +170,6 @@ def test_splits_that_are_not_there_or_overlap(config, devkit):
     )
     message = training_refused(config, "data.train=[SHAPES/train,SHAPES/trainval]")
     assert "image SHAPES/train_00000 is in SHAPES/train and in SHAPES/trainval" in message
-    message = training_refused(config, f"data.root={devkit.parent}")
-    assert f"set data.root={devkit}" in message
 
 
 def test_image_sets_that_list_nothing_or_one_image_twice(config, devkit):

@@ -777,3 +777,13 @@ def test_score_finds_files_as_a_shell_and_macos_name_them(tmp_path, monkeypatch,
     for typed in ("NFC", "NFD"):
         result = run_command(*options, "--classes", unicodedata.normalize(typed, "é"), "--json")
         assert json.loads(result.out)["map"] == 1
+
+
+def test_a_folder_is_converted_and_what_cannot_be_is_said(small_run, tmp_path):
+    result = run_command(
+        "convert", small_run.devkit, "--to", "yolo", "--out", tmp_path / "yolo", "--split", "SHAPES/val"
+    )
+    assert result.status == 0
+    assert result.out.startswith("VOC to YOLO: 3 images (val 3) of ")
+    again = run_command("convert", small_run.devkit, "--to", "yolo", "--out", tmp_path / "yolo")
+    assert (again.status, "expected a new or an empty folder" in again.err) == (2, True)

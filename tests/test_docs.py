@@ -193,7 +193,7 @@ def test_named_settings_exist(page: str) -> None:
     keys, sections = set(keys_of(Config)), "|".join(Config.model_fields)
     named = re.findall(rf"`((?:{sections})(?:\.\w+)+)(?=[`=:])", prose(page))
     known = keys | {key.rpartition(".")[0] for key in keys}
-    parts = ("json", "safetensors", "weight", "bias", "input_scale")  # of files and of what is in them
+    parts = ("json", "yaml", "safetensors", "weight", "bias", "input_scale")  # of files and of what is in them
     assert [name for name in named if name not in known and not name.endswith(parts)] == []
 
 

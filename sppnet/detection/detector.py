@@ -23,8 +23,8 @@ from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, Detecto
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
-from sppnet.detection.refinement import vote, voters
+from sppnet.detection.nms import CROWDED, first_of_class, nms_per_class, pool_detections, soften
+from sppnet.detection.refinement import IMPROBABLE, vote, voters
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
@@ -35,7 +35,6 @@ from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
-IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ class SPPDetector:
 
     @property
     def is_joint(self) -> bool:
-        """Whether its head was trained jointly: scores are probabilities, and these and boxes are read from fc7."""
+        """Whether its head was trained jointly: scores are probabilities, and all is read from fc7."""
         return isinstance(self.svms, SoftmaxClassifier)
 
     @property
@@ -203,11 +202,11 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
 
-        detect.refine and detect.vote change scores and boxes before the second NMS (ours). At most `limit` of a class;
-        also returns the classes of which it left some out.
+        detect.refine and detect.vote change scores and boxes before the second NMS (ours); of a joint head both leave
+        more, for `soften`. At most `limit` of a class; also returns the classes of which it left some out.
         """
-        most = len(windows) if limit is None else limit
-        kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
+        most, hard = len(windows) if limit is None else limit, max(overlap, CROWDED) if self.is_joint else overlap
+        kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), hard, max_per_class=most + 1)
         stay, more = first_of_class(label, most)
         kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
@@ -224,7 +223,8 @@ class SPPDetector:
             others, solid = self._regress(windows, scored, votes, of)
             theirs = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
             found = vote(found, theirs, probabilities=self.is_joint)
-        return pool_detections([(found, cut)], overlap, None)
+        found, cut = pool_detections([(found, cut)], hard, None)
+        return soften(found, overlap) if self.is_joint else found, cut
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
@@ -297,8 +297,8 @@ class SPPDetector:
                 levels, ranks = config.pyramid.levels, description.ranks
                 head = build_head(network.channels, levels, len(classes) + 1, config.head, ranks=ranks).float()
                 head.load_state_dict(tensors["head"])
-                joint = SoftmaxClassifier(head.classifier, classes)
-                svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else joint
+                softmax = SoftmaxClassifier(head.classifier, classes)
+                svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else softmax
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
         except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
@@ -331,13 +331,11 @@ class SPPDetector:
         return WindowScores(scores, maps, projected, head)
 
     def _frozen_head(self) -> FrozenHead:
-        levels, precision = self.config.pyramid.levels, self.precision
-        return self._kept("head", self.head, lambda: FrozenHead(self.head, levels, precision))
+        return self._kept("head", self.head, lambda: FrozenHead(self.head, self.config.pyramid.levels, self.precision))
 
     def _runtime(self) -> Runtime:
         # "openvino" was asked for where it was trained: elsewhere it may be missing
-        asked = self.config.maps.runtime
-        kind = asked if asked == "torch" else "auto"
+        kind = "auto" if self.config.maps.runtime == "openvino" else self.config.maps.runtime
         if resolve_runtime(kind, self.device) == "torch":
             return make_runtime(self.backbone, "torch", self.precision)  # runs the layers themselves: nothing to keep
         return self._kept("runtime", self.backbone, lambda: make_runtime(self.backbone, kind, self.precision))

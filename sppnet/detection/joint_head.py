@@ -160,8 +160,7 @@ class _Trainer:
     ) -> None:
         self.model, self.settings, self.folder, self.device = model.train(), settings, folder, device
         self.shared, self.half = distributed.data_parallel(model), precision == "bfloat16"
-        decay = settings.weight_decay
-        self.optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=decay, fused=True)
+        self.optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, fused=True)
         self.rates = list(one_cycle(settings.learning_rate, settings.steps))
         self.log: list[tuple[float, ...]] = []
         self.sums = torch.zeros(2, device=device)

@@ -8,6 +8,7 @@ the CPU: the kept boxes then do not depend on the device or on the precision in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar, cast
 
 import numpy as np
@@ -18,7 +19,9 @@ from torchvision.ops import nms as suppress
 
 from sppnet.checks import as_boxes, as_column, check_boxes, check_overlap, is_whole
 from sppnet.errors import SppnetError
-from sppnet.records import Detections
+from sppnet.records import Detections, pairwise_iou
+
+CROWDED = 0.6  # IoU up to which boxes of a class may be two objects to a joint head, see `soften`
 
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
 
@@ -76,6 +79,22 @@ def pool_detections(
     cut = {*(classes[own] for own in more), *(name for _, names in each for name in names)}
     found = Detections(boxes[kept], scores[kept], label, classes)[stay]
     return found, tuple(name for name in classes if name in cut)
+
+
+def soften(found: Detections, overlap: float) -> Detections:
+    """Soft-NMS (ours; linear, Bodla et al. 2017) of probabilities: neighbours lose score instead of going.
+
+    From the best on, those of a class whose IoU with one is above `overlap` keep the share 1 - IoU of their score.
+    """
+    scores = found.scores.astype(np.float64)
+    for label in np.unique(found.labels):
+        left = np.flatnonzero(found.labels == label)
+        while len(left):
+            best = left[scores[left].argmax()]
+            left = left[left != best]
+            iou = pairwise_iou(found.boxes[best : best + 1].astype(np.float64), found.boxes[left].astype(np.float64))[0]
+            scores[left] *= np.where(iou > overlap, 1 - iou, 1)
+    return replace(found, scores=scores.astype(np.float32))[np.argsort(-scores, kind="stable")]
 
 
 def first_of_class(labels: NDArray[np.int64], limit: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from sppnet.records import Detections, pairwise_iou
 LOOSE = 0.6  # NMS overlap of those that vote: nearly the same proposals have one vote
 LOWEST = -1.0  # the margin: what scores less is background to the SVM and has no vote
 UNLIKELY = 0.05  # the same of probabilities
+IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
 
 
 def voters(

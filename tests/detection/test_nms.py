@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sppnet.detection.nms as nms_module
-from sppnet.detection.nms import nms, nms_per_class
+from sppnet.detection.nms import nms, nms_per_class, soften
+from sppnet.records import Detections
 
 
 def greedy_loop(boxes, scores, threshold):
@@ -171,3 +172,24 @@ def test_boxes_that_are_all_looked_at_are_suppressed_once(monkeypatch):
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]], np.float64)
     assert nms(boxes, np.array([3.0, 2.0, 1.0]), 0.3).tolist() == [0, 2]
     assert calls == [3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5]))
+def test_neighbours_lose_score_as_in_the_naive_loop(seed, count, overlap):
+    boxes, _ = random_problem(seed, count)
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.permutation(np.linspace(0.1, 1, count)), rng.integers(0, 2, count)
+    boxes[:, 2:] += 1
+    found = soften(Detections(boxes, scores, labels, ("a", "b")), overlap)
+    expected, left = scores.astype(np.float32).astype(np.float64), set(range(count))
+    while left:
+        best = max(left, key=lambda i: expected[i])
+        left.remove(best)
+        for other in left:
+            if labels[other] == labels[best] and iou(boxes[best], boxes[other]) > overlap:
+                expected[other] *= 1 - iou(boxes[best], boxes[other])
+    order = np.argsort(-expected, kind="stable")
+    np.testing.assert_allclose(found.scores, expected[order], rtol=1e-5)
+    np.testing.assert_array_equal(found.boxes, boxes[order])
+    np.testing.assert_array_equal(found.labels, labels[order])

@@ -11,7 +11,7 @@ import pytest
 
 from sppnet.detection.detector_description import DetectorDescription
 from sppnet.detection.nms import nms
-from sppnet.detection.refinement import LOOSE, LOWEST, vote
+from sppnet.detection.refinement import LOOSE, LOWEST, UNLIKELY, vote, voters
 from sppnet.detection.window_features import project_to_maps
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
@@ -70,6 +70,24 @@ def test_equal_scores_give_the_plain_mean_however_low_or_high():
     for score in (-1e4, -0.5, 0, 1e4):
         others = detections([[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]], [score] * 3, [0, 0, 0])
         assert vote(found, others).boxes.tolist() == [[1, 0, 11, 10]]
+
+
+def test_a_probability_weighs_what_it_is():
+    found, others = (
+        detections([[0, 0, 10, 10]], [0.9], [0]),
+        detections([[0, 0, 10, 10], [2, 0, 12, 10]], [0.6, 0.2], [0, 0]),
+    )
+    assert vote(found, others, probabilities=True).boxes[0].tolist() == pytest.approx([0.5, 0, 10.5, 10])
+
+
+@pytest.mark.parametrize(("probabilities", "least"), [(False, LOWEST), (True, UNLIKELY)])
+def test_what_is_background_has_no_vote(probabilities, least):
+    windows = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [1, 0, 10, 10]], float)
+    scores = np.array([[least + 0.02, least], [least - 0.01, 0.9], [least + 0.01, 0.1]])
+    rows, labels = voters(windows, scores, probabilities)
+    assert sorted(zip(rows.tolist(), labels.tolist(), strict=True)) == sorted(
+        {(0, 0), (1, 1), (2, 1)} if least < 0.1 else ()
+    )
 
 
 def test_an_overlap_of_exactly_the_least_is_a_vote():

@@ -19,7 +19,7 @@ from sppnet.errors import SppnetError
 from sppnet.images import read_image
 from sppnet.pipeline import training
 from sppnet.pipeline.evaluation import evaluate_run
-from sppnet.pipeline.training import Training, train_detector
+from sppnet.pipeline.training import train_detector
 
 JOINT = {
     "head": {"training": "joint", "fc6": 48, "fc7": 32, "dropout": 0.2},
