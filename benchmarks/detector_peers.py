@@ -12,7 +12,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -114,8 +114,7 @@ def faster_rcnn(classes: int) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """How a detector is made for K classes and fine-tuned."""
 
     make: Callable[[int], nn.Module]

@@ -5,27 +5,28 @@
 
 DATA are folders of PASCAL VOC's years, with the sets train and val, or with trainval, of which a fifth is held out. A
 seed shuffles the training images; of each class the first N images that show it are taken, so those of a smaller N are
-among those of a larger one. One more image is only there for our thresholds, which no figure needs. Ours trains the
-joint head, its windows searched anew; the peers are then fine-tuned on the same images for the same CPU seconds, for
-the first seed also for the other multiples of --times. All are evaluated on the same held-out images: area under the
-curve at IoU 0.5, detections from a score of 0.01 on, each with the suppression of its own defaults. Reading the images
-is part of the time, importing libraries is not.
+among those of a larger one. One more image is only there for our thresholds, which no figure needs. Ours is what
+`sppnet train FOLDER` makes of them, its windows searched anew; the peers are then fine-tuned on the same images for the
+same CPU seconds, for the first seed also for the other multiples of --times. All are evaluated on the same held-out
+images: area under the curve at IoU 0.5, detections from a score of 0.01 on, each with the suppression of its own
+defaults. Reading images and planning are part of the time, importing libraries is not.
 
 The peers (`detector_peers.py`) were given what was best on a draw that is not measured, --seeds 100 with 5 images a
-class of BCCD: see PEERS there. Rows are kept in --out, so an interrupted run goes on; a row whose images or settings
+class of BCCD: see PEERS there. Rows are kept in --out, so an interrupted run goes on; a row whose images or --set
 changed is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,23 +37,15 @@ from machine import cores, describe
 from pretraining import spread_of
 
 from sppnet.artifacts import digest_of, read_json, write_json, write_text
-from sppnet.config import Config
-from sppnet.config_files import load_settings
 from sppnet.data.selection import choose_classes, hold_out, restrict, shown_classes
 from sppnet.data.splits import load_splits
-from sppnet.detection.detector import SPPDetector
 from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import evaluate_voc
+from sppnet.pipeline.folder_training import plan_training
 from sppnet.pipeline.stages import windows_folder
-from sppnet.pipeline.training import train_detector
 from sppnet.proposals.search import propose_images, read_windows
 from sppnet.records import Detections, ImageRecord, spread
 
-OURS: dict[str, Any] = {
-    "backbone": {"name": "efficientnet_lite0", "weights": {"source": "package"}},
-    "head": {"training": "joint"},
-    "maps": {"scales": [481, 961]},
-}
 Finder = Callable[[ImageRecord], Detections]
 
 
@@ -169,9 +162,9 @@ def rows_of(
         values = (kept[name] for name in ("map", "wall", "cpu"))
         return Row(folder.name, count, seed, len(images), method, *values)
 
-    config = settings_of(folder, place / "data", images, spare, options.overrides)
-    first = row("ours", config.model_dump(mode="json"), lambda: ours(config, place / "run", folder.test, options.out))
-    yield first
+    own = [f"data.classes={json.dumps(classes)}", *options.overrides]
+    make_kit(place / "data", folder.root, {"train": images, "val": [spare]})
+    yield (first := row("ours", own, lambda: ours(place, own, options.out / "windows")))
     for name in options.peers:
         for times in options.times if seed == options.seeds[0] else options.times[:1]:
             seconds, peer = times * first.cpu, PEERS[name]
@@ -180,45 +173,33 @@ def rows_of(
                 model, _ = fine_tune(peer, images, classes, seconds, seed)
                 return lambda record: detect(model, record, classes)
 
-            yield row(name if times == 1 else f"{name} × {times:g}", [seconds, *vars(peer).values()], train)
+            yield row(name if times == 1 else f"{name} × {times:g}", [seconds, *peer[1:]], train)
 
 
-def settings_of(
-    folder: Folder, kit: Path, images: Sequence[ImageRecord], spare: ImageRecord, overrides: Sequence[str]
-) -> Config:
-    """Our settings for a devkit of these images, which is made at `kit`."""
-    splits = {
-        "train": write_sets(kit, folder.root, "train", images),
-        "val": write_sets(kit, folder.root, "val", [spare]),
-    }
-    data = {"root": str(kit.resolve()), "test": [], "classes": list(folder.classes), **splits}
-    return load_settings(Config, "", overrides, OURS | {"data": data, "evaluate": {"metric": "area"}})
+def make_kit(kit: Path, root: Path, sets: Mapping[str, Sequence[ImageRecord]]) -> None:
+    """A devkit at `kit` with these sets of images of `root`, whose folders it links to."""
+    shutil.rmtree(kit, ignore_errors=True)
+    for name, records in sets.items():
+        for year in {record.id.partition("/")[0] for record in records}:
+            stems = [record.id.partition("/")[2] for record in records if record.id.startswith(f"{year}/")]
+            write_text(kit / year / f"ImageSets/Main/{name}.txt", "\n".join(stems))
+            for own in ("JPEGImages", "Annotations"):
+                if not (kit / year / own).exists():
+                    (kit / year / own).symlink_to((root / year / own).resolve(), target_is_directory=True)
 
 
-def write_sets(kit: Path, root: Path, name: str, records: Sequence[ImageRecord]) -> list[str]:
-    """A set of every year that has some of the images, their folders linked to those of `root`; returns the splits."""
-    years = defaultdict[str, list[str]](list)
-    for record in records:
-        year, _, stem = record.id.partition("/")
-        years[year].append(stem)
-    for year, stems in years.items():
-        write_text(kit / year / f"ImageSets/Main/{name}.txt", "".join(f"{stem}\n" for stem in stems))
-        for own in ("JPEGImages", "Annotations"):
-            if not (kit / year / own).exists():
-                (kit / year / own).symlink_to((root / year / own).resolve(), target_is_directory=True)
-    return [f"{year}/{name}" for year in sorted(years)]
-
-
-def ours(config: Config, run: Path, test: Sequence[ImageRecord], out: Path) -> Finder:
-    """Train from nothing. The windows of the test images are searched once for all runs of the same settings."""
-    shutil.rmtree(run, ignore_errors=True)  # of an interrupted run, whose time is not known
-    detector = train_detector(config, run, progress=False)
-    assert isinstance(detector, SPPDetector)  # no stage was left out
-    folder = windows_folder(out / "windows", config)
+def ours(place: Path, overrides: Sequence[str], windows: Path) -> Finder:
+    """What `sppnet train` makes of the folder; windows of test images are searched once for all runs that can."""
+    shutil.rmtree(place / "run", ignore_errors=True)  # of an interrupted run, whose time is not known
+    training = plan_training(place / "data", place / "run", overrides).training
+    training.progress = False
+    detector = training.run()
+    assert detector is not None  # no stage was left out
+    found_in = windows_folder(windows, detector.config)
 
     def find(record: ImageRecord) -> Detections:
-        propose_images([record], config.proposals, folder, progress=False)
-        return detector.detect_for_evaluation(record.path, read_windows(folder, record))[0]
+        propose_images([record], detector.config.proposals, found_in, progress=False)
+        return detector.detect_for_evaluation(record.path, read_windows(found_in, record))[0]
 
     return find
 
