@@ -27,9 +27,9 @@ METRICS = ("11point", "area", "ilsvrc")
 FORMATS = ("voc", "coco", "yolo")
 VIEWS = ("centre", "ten", "full", "multiview")  # of an image that is classified
 
-# Commands that run one stage alone; low_rank goes with `train`.
+# Commands that run one stage alone; the others go with `train`.
 VERBS = {"proposals": "propose", "maps": "extract"}
-STAGE_COMMANDS = {VERBS.get(stage, stage): stage for stage in STAGES if stage != "low_rank"}
+STAGE_COMMANDS = {VERBS.get(stage, stage): stage for stage in STAGES if stage not in ("low_rank", "embed", "joint")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

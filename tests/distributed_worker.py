@@ -21,11 +21,13 @@ from sppnet.artifacts import tensors_digest, write_tensors
 from sppnet.classification import sources
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import train_classifier
-from sppnet.config import FinetuneSettings, HeadSettings, SVMSettings
+from sppnet.config import FinetuneSettings, HeadSettings, JointSettings, SVMSettings
 from sppnet.config_files import load_config, parse_settings
 from sppnet.detection import hard_negatives
+from sppnet.detection.embedding import LabelledRows
 from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import MinedSVMs, mine_detectors
+from sppnet.detection.joint_head import JointHead, train_joint_head
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.training import train_detector
@@ -110,6 +112,23 @@ def finetune(folder: Path) -> list[str]:
     return found
 
 
+def toy_joint_head(folder: Path) -> JointHead:
+    """Without dropout; 9 windows that two processes cannot halve, of which one may have no positive."""
+    rng = np.random.default_rng(0)
+    labels, rows = np.tile(np.arange(3), 12), np.arange(36)
+    targets = np.where(labels[:, None] < 2, rng.normal(size=(36, 4)), 0).astype(np.float32)
+    data = LabelledRows([rng.normal(size=(36, 8)).astype(np.float16)], rows * 0, rows, labels, targets, 2)
+    settings, head = JointSettings(steps=6, batch=9, positive_share=0.4), HeadSettings(fc6=8, fc7=8, dropout=0)
+    return train_joint_head(data, data, head, settings, folder / "joint", torch.device("cpu"), progress=False)[0]
+
+
+def joint(folder: Path) -> list[str]:
+    model = toy_joint_head(folder)
+    if distributed.is_main():
+        write_tensors(folder / "joint.safetensors", model.state_dict())
+    return [tensors_digest(model.state_dict())]
+
+
 def toy_pairs() -> tuple[list[tuple[np.ndarray, np.ndarray]], SVMSettings]:
     """Images whose negatives enter and leave the cache again and again."""
     rng, pairs = np.random.default_rng(0), []
@@ -176,7 +195,7 @@ def dying(folder: Path) -> list[str]:
     return [str(cli.main(["train", str(folder / "run/config.yaml"), "--run", str(folder / "run")]))]
 
 
-TASKS = (basics, in_order, finetune, mining, classifier, gradients)
+TASKS = (basics, in_order, finetune, joint, mining, classifier, gradients)
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

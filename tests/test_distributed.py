@@ -140,6 +140,15 @@ def test_two_processes_fine_tune_the_head_of_one(tasks, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_joint_head_of_one(tasks, tmp_path):
+    folder, first, second = tasks
+    assert first["joint"] == second["joint"]
+    own = worker.toy_joint_head(tmp_path).state_dict()
+    for name, tensor in read_tensors(folder / "joint.safetensors").items():
+        torch.testing.assert_close(tensor, own[name], rtol=1e-3, atol=1e-5)  # AdamW divides by small numbers
+
+
+@pytest.mark.slow
 def test_two_processes_mine_the_svms_of_one(tasks):
     _, first, second = tasks
     alone = worker.mining(Path())
