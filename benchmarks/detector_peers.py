@@ -123,7 +123,7 @@ class Peer(NamedTuple):
     crops: bool  # SSD's random crops, beside mirroring
 
 
-PEERS = {"ssd": Peer(ssd, 1e-3, 4, True), "faster_rcnn": Peer(faster_rcnn, 5e-4, 2, False)}
+PEERS = {"ssd": Peer(ssd, 1e-3, 4, True), "faster_rcnn": Peer(faster_rcnn, 1e-3, 2, False)}
 
 
 def fine_tune(
