@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
@@ -23,8 +23,8 @@ from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, Detecto
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import CROWDED, first_of_class, nms_per_class, pool_detections, soften
-from sppnet.detection.refinement import IMPROBABLE, vote, voters
+from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
+from sppnet.detection.refinement import IMPROBABLE, LOOSE, LOWEST, UNLIKELY, settle, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
@@ -45,6 +45,7 @@ class WindowScores:
     maps: FeatureMaps
     projected: ProjectedWindows  # (R,)
     head: FrozenHead | None = None  # what scored them, so that a change is not looked for twice an image
+    features: tuple[Tensor, NDArray[np.int64]] | None = None  # fc7 of a joint head (U, D), the row of each window (R,)
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,17 @@ class SPPDetector:
     ) -> tuple[Detections, tuple[str, ...]]:
         """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
 
-        detect.refine and detect.vote change scores and boxes before the second NMS (ours); of a joint head both leave
-        more, for `soften`. At most `limit` of a class; also returns the classes of which it left some out.
+        detect.refine and detect.vote change scores and boxes before the second NMS (ours). At most `limit` of a class;
+        also returns the classes of which it left some out.
         """
-        most, hard = len(windows) if limit is None else limit, max(overlap, CROWDED) if self.is_joint else overlap
-        kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), hard, max_per_class=most + 1)
+        if self.is_joint:
+            rows, label = np.nonzero(passes | (scored.scores > UNLIKELY))
+            boxes, solid = self._regress(windows, scored, rows, label)
+            rows, label = rows[solid], label[solid]
+            every = Detections(boxes, scored.scores[rows, label], label, self.classes)
+            return settle(every, passes[rows, label], overlap, limit, self.config.detect.vote)
+        most = len(windows) if limit is None else limit
+        kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
         stay, more = first_of_class(label, most)
         kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
@@ -219,12 +226,10 @@ class SPPDetector:
                 scores, label = scores[solid], label[solid]
         found = Detections(boxes, scores, label, self.classes)
         if self.config.detect.vote:
-            votes, of = voters(windows, scored.scores, self.is_joint)
+            votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
-            theirs = Detections(others, scored.scores[votes, of][solid], of[solid], self.classes)
-            found = vote(found, theirs, probabilities=self.is_joint)
-        found, cut = pool_detections([(found, cut)], hard, None)
-        return soften(found, overlap) if self.is_joint else found, cut
+            found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
+        return pool_detections([(found, cut)], overlap, None)
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
@@ -232,9 +237,12 @@ class SPPDetector:
         """Of those kept (S,), by the regressors of their labels and clipped: boxes with extent, and which are (S,)."""
         boxes = windows[kept]
         if self.regressors is not None and len(kept):
-            distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
-            head = scored.head or self._frozen_head()
-            features = head.features(scored.maps, distinct, "fc7" if self.is_joint else self.config.boxes.layer)
+            if scored.features is None:
+                distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
+                head = scored.head or self._frozen_head()
+                features = head.features(scored.maps, distinct, "fc7" if self.is_joint else self.config.boxes.layer)
+            else:
+                features, rows = scored.features[0], scored.features[1][kept]
             boxes = self.regressors.single().refine(features, boxes, label, rows)
         boxes = clip_boxes(boxes, scored.maps.image_size)
         corners = boxes.astype(np.float32)
@@ -328,7 +336,7 @@ class SPPDetector:
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
             raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")
-        return WindowScores(scores, maps, projected, head)
+        return WindowScores(scores, maps, projected, head, (features, rows) if self.is_joint else None)
 
     def _frozen_head(self) -> FrozenHead:
         return self._kept("head", self.head, lambda: FrozenHead(self.head, self.config.pyramid.levels, self.precision))

@@ -8,22 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppnet.checks import check_overlap
-from sppnet.detection.nms import nms_per_class
+from sppnet.detection.nms import CROWDED, pool_detections, soften
 from sppnet.errors import SppnetError
 from sppnet.records import Detections, pairwise_iou
 
 LOOSE = 0.6  # NMS overlap of those that vote: nearly the same proposals have one vote
 LOWEST = -1.0  # the margin: what scores less is background to the SVM and has no vote
-UNLIKELY = 0.05  # the same of probabilities
+UNLIKELY, CLOSE = 0.05, 0.65  # of a joint head: the same of probabilities, and the IoU from which boxes vote
 IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
-
-
-def voters(
-    windows: NDArray[np.floating], scores: NDArray[np.floating], probabilities: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which windows (R, 4) with scores (R, K) have a vote: (indices, labels), both (S,)."""
-    least = UNLIKELY if probabilities else LOWEST
-    return nms_per_class(windows, np.where(scores > least, scores, -np.inf), LOOSE)
 
 
 def vote(found: Detections, candidates: Detections, overlap: float = 0.5, probabilities: bool = False) -> Detections:
@@ -47,3 +39,17 @@ def vote(found: Detections, candidates: Detections, overlap: float = 0.5, probab
         weights = np.exp(exponents - exponents.max(axis=1, initial=-np.inf, keepdims=True))  # the best weighs 1
         boxes[mine] = (weights / weights.sum(axis=1, keepdims=True)) @ others[theirs]
     return replace(found, boxes=boxes.astype(np.float32))
+
+
+def settle(
+    every: Detections, shown: NDArray[np.bool_], overlap: float, limit: int | None = None, votes: bool = True
+) -> tuple[Detections, tuple[str, ...]]:
+    """What a joint head found, of all its regressed windows; also the classes of which `limit` left some out (ours).
+
+    A joint head gives the box of every window with its score, so what is suppressed is where objects are, not where
+    windows were: those `shown` (R,) that are nearly the same as a better one go, the others become means of all
+    around them, and then neighbours whose IoU is above `overlap` lose score.
+    """
+    found, cut = pool_detections([(every[shown], ())], max(overlap, CROWDED), limit)
+    found = vote(found, every.above(UNLIKELY), CLOSE, probabilities=True) if votes else found
+    return soften(found, overlap), cut

@@ -11,7 +11,7 @@ import pytest
 
 from sppnet.detection.detector_description import DetectorDescription
 from sppnet.detection.nms import nms
-from sppnet.detection.refinement import LOOSE, LOWEST, UNLIKELY, vote, voters
+from sppnet.detection.refinement import LOOSE, LOWEST, settle, vote
 from sppnet.detection.window_features import project_to_maps
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
@@ -80,14 +80,44 @@ def test_a_probability_weighs_what_it_is():
     assert vote(found, others, probabilities=True).boxes[0].tolist() == pytest.approx([0.5, 0, 10.5, 10])
 
 
-@pytest.mark.parametrize(("probabilities", "least"), [(False, LOWEST), (True, UNLIKELY)])
-def test_what_is_background_has_no_vote(probabilities, least):
-    windows = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [1, 0, 10, 10]], float)
-    scores = np.array([[least + 0.02, least], [least - 0.01, 0.9], [least + 0.01, 0.1]])
-    rows, labels = voters(windows, scores, probabilities)
-    assert sorted(zip(rows.tolist(), labels.tolist(), strict=True)) == sorted(
-        {(0, 0), (1, 1), (2, 1)} if least < 0.1 else ()
-    )
+@pytest.mark.parametrize(("limit", "votes"), [(None, True), (2, True), (None, False)])
+def test_what_a_joint_head_found_is_suppressed_then_voted_then_softened(limit, votes):
+    """By hand, class by class, of boxes crowded into a corner."""
+    rng = np.random.default_rng(3)
+    corners = rng.uniform(0, 20, (60, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(10, 30, (60, 2))], 1)
+    every = detections(boxes, rng.uniform(0, 1, 60).astype(np.float32), rng.integers(0, 3, 60))
+    shown = every.scores > 0.3
+    found, cut = settle(every, shown, 0.3, limit, votes)
+    expected, left_out = list[tuple[float, ...]](), list[str]()
+    for label in range(3):
+        own, kept = np.flatnonzero(every.labels == label), list[int]()
+        for row in own[np.argsort(-every.scores[own])]:
+            if shown[row] and all(pairwise_iou(every.boxes[[row]], every.boxes[[k]])[0, 0] <= 0.6 for k in kept):
+                kept.append(row)
+        left_out += [every.classes[label]] if limit and len(kept) > limit else []
+        kept = kept[:limit]
+        moved = {row: every.boxes[row].astype(float) for row in kept}
+        for row in kept if votes else ():
+            near = [
+                o
+                for o in own
+                if every.scores[o] > 0.05 and pairwise_iou(every.boxes[[row]], every.boxes[[o]])[0, 0] >= 0.65
+            ]
+            moved[row] = np.average(every.boxes[near].astype(float), axis=0, weights=every.scores[near])
+        scores = {row: float(every.scores[row]) for row in kept}
+        waiting = set(kept)
+        while waiting:
+            best = max(waiting, key=scores.__getitem__)
+            waiting.remove(best)
+            for row in waiting:
+                iou = pairwise_iou(moved[best][None], moved[row][None])[0, 0]
+                scores[row] *= 1 - iou if iou > 0.3 else 1
+        expected += [(scores[row], label, *moved[row]) for row in kept]
+    rows = [(score, label, *box) for box, score, label, _ in found]
+    np.testing.assert_allclose(rows, sorted(expected, reverse=True), rtol=1e-4, atol=1e-5)
+    assert list(cut) == left_out
+    assert len(rows) < shown.sum()
 
 
 def test_an_overlap_of_exactly_the_least_is_a_vote():
