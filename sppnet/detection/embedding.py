@@ -33,6 +33,7 @@ from sppnet.records import flip_boxes, pairwise_iou, spread
 SAMPLE_IMAGES = 64  # that choose principal components
 SAMPLE_RATIO = 8  # windows of these in all, for each component
 OVERSAMPLED = 32  # components that are computed and left out, since the last ones are the least exact
+NEAR_MISS = 0.1  # sec. 4.1: the least IoU of its negatives
 LABELS = FinetuneSettings(negative_overlap=(0.0, 0.5))  # positives from sec. 4.1's IoU on, background all below
 
 
@@ -137,7 +138,7 @@ class LabelledRows:
     """The rows of many images that a joint head trains on: positives, and background, which is label K.
 
     features: of each image, on the disk; `image` and `row` (N,) say where each lies there. targets (N, 4) are those of
-    `regression_targets`, 0 for background.
+    `regression_targets`, 0 for background. `missed` (N,) tells the background that overlaps an object by 0.1 or more.
     """
 
     features: Sequence[NDArray[np.float16]]
@@ -146,6 +147,7 @@ class LabelledRows:
     labels: NDArray[np.int64]
     targets: NDArray[np.float32]
     classes: int
+    missed: NDArray[np.bool_] | None = None
 
     def read(self, chosen: NDArray[np.int64]) -> Tensor:
         """The features (B, rank) float32 of these of N."""
@@ -158,22 +160,25 @@ class LabelledRows:
     def draw(self, count: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """`count` of N, with replacement: `share` of them positives, as many of every class that has some, first.
 
-        Where there is no background all are positives. SppnetError where there are no positives.
+        Half of the others are background that overlaps an object, where there is such: it is what boxes that miss look
+        like (sec. 4.1 takes no other). Where there is no background all are positives. SppnetError without positives.
         """
         order, starts = self._by_label
-        present = np.flatnonzero(np.diff(starts[:-1]))
+        present = np.flatnonzero(np.diff(starts[:-2]))
         if not len(present):
             raise SppnetError("no training window overlaps an object by half; check annotations and windows")
-        wanted = round(count * share) if starts[-1] > starts[-2] else count
-        labels = np.append(np.resize(rng.permutation(present), wanted), np.full(count - wanted, self.classes))
+        backgrounds = self.classes + np.flatnonzero(np.diff(starts[-3:]))
+        wanted = round(count * share) if len(backgrounds) else count
+        labels = np.append(np.resize(rng.permutation(present), wanted), np.resize(backgrounds, count - wanted))
         sizes = starts[labels + 1] - starts[labels]
         return order[starts[labels] + np.floor(rng.random(count) * sizes).astype(np.int64)]
 
     @cached_property
     def _by_label(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All N by their labels, and where each label starts among them: (N,), (K + 2,)."""
-        order = np.argsort(self.labels, kind="stable")
-        return order, np.searchsorted(self.labels[order], np.arange(self.classes + 2))
+        """All N by their labels, `missed` last, and where each begins among them: (N,), (K + 3,)."""
+        groups = self.labels if self.missed is None else self.labels + self.missed
+        order = np.argsort(groups, kind="stable")
+        return order, np.searchsorted(groups[order], np.arange(self.classes + 3))
 
 
 def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRows:
@@ -184,7 +189,8 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
         arrays = map_arrays(record.path_in(folder, flip))
         stored = np.asarray(arrays["windows"])
         windows = flip_boxes(stored, record.size[1]) if flip else stored
-        found = label_windows(source.overlaps(index, windows), LABELS, source.ignored(index, windows))
+        overlaps = source.overlaps(index, windows)
+        found = label_windows(overlaps, LABELS, source.ignored(index, windows))
         rows, near = np.concatenate([found.positives, found.negatives]), found.positives
         targets = np.zeros((len(rows), 4), np.float32)
         if len(near):
@@ -193,8 +199,9 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
             targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own])
             targets[:, 0] *= -1 if flip else 1
         labels = np.append(found.labels, np.full(len(found.negatives), len(source.classes)))
-        parts.append((np.full(len(rows), len(features)), rows, labels, targets))
+        missed = (labels == len(source.classes)) & (overlaps[rows].max(axis=1, initial=0) >= NEAR_MISS)
+        parts.append((np.full(len(rows), len(features)), rows, labels, targets, missed))
         features.append(arrays["rows"])
-    none = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
-    image, row, labels, targets = (np.concatenate(column) for column in zip(none, *parts, strict=True))
-    return LabelledRows(features, image, row, labels, targets, len(source.classes))
+    none = *(np.zeros(0, np.int64) for _ in range(3)), np.zeros((0, 4), np.float32), np.zeros(0, bool)
+    image, row, labels, targets, missed = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+    return LabelledRows(features, image, row, labels, targets, len(source.classes), missed)

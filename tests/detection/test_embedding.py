@@ -151,6 +151,7 @@ def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(sourc
         assert sorted(rows.row[own].tolist()) == list(range(len(windows)))
         for row, label, target in zip(rows.row[own], rows.labels[own], rows.targets[own], strict=True):
             iou = pairwise_iou(windows[row : row + 1], boxes)[0]
+            assert rows.missed[(rows.row == row) & own] == (0.1 <= iou.max() < 0.5)
             if iou.max() < 0.5:
                 assert label == 2
                 assert not target.any()
@@ -193,6 +194,16 @@ def test_a_batch_has_its_share_of_positives_as_many_of_every_class_and_draws_all
     for first, last, expected in ((0, 50, 30), (50, 53, 500), (53, 253, 30)):
         assert counts[first:last].min() > 0.3 * expected
         assert counts[first:last].max() < 1.9 * expected
+
+
+def test_half_of_the_background_overlaps_an_object_where_some_does():
+    rows = rows_of([0] * 5 + [3] * 200)
+    near = replace(rows, missed=np.arange(205) >= 195)
+    drawn = [near.draw(30, 1 / 3, np.random.default_rng(seed))[10:] for seed in range(100)]
+    assert all(near.missed[chosen].sum() == 10 for chosen in drawn)
+    assert set(np.concatenate(drawn).tolist()) == set(range(5, 205))
+    every = replace(rows, missed=rows.labels == 3).draw(30, 1 / 3, np.random.default_rng(0))
+    assert (rows.labels[every[10:]] == 3).all()
 
 
 def test_features_are_read_in_the_order_of_the_batch():

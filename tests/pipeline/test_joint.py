@@ -54,7 +54,7 @@ def test_it_finds_the_shapes_it_was_trained_on_and_forgets_them_without_its_weig
     detector.save(tmp_path / "detector")
     forgotten = evaluate_run(tmp_path, splits=["SHAPES/train"]).result.evaluation.map
     assert learned > 0.5
-    assert learned > 2 * forgotten
+    assert learned > forgotten + 0.2
 
 
 def test_scores_are_probabilities_and_boxes_those_of_fc7(joint_run, detector):
