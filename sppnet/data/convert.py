@@ -37,6 +37,8 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
         raise SppnetError(f"{out}: expected a new or an empty folder outside of the source; name another")
     everything, skips = load_splits(source, parts, require_annotations=False, format=format)
     hard = [r.id for r in everything if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
+    if not everything:
+        raise SppnetError(f"{source}: nothing to convert: its annotations ({folder.format.upper()}) list no image")
     bare = {r.id: r for r in everything if r.annotation is None and to != "voc"}
     lost = {"image without annotation, left out": [*bare], "difficult flag lost, which YOLO does not have": hard}
     skips = folder.left_out.plus(skips).plus(SkipCounts(lost))

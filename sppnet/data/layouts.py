@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from sppnet.data.parts import DataFolder, Tree, group, label_files, pair
 from sppnet.data.voc import annotate
 from sppnet.errors import SppnetError, counted
 
+ANNOTATION = re.compile(rb"<annotation[\s>]")
 SETS = "*/ImageSets/Main/*.txt"
 LOOKED_FOR = {
     "voc": "year folders with ImageSets/Main, or .xml files with <annotation>, one for an image",
@@ -68,7 +70,7 @@ def find_years(root: Path) -> DataFolder | None:
 
 def _look_voc(tree: Tree) -> DataFolder | None:
     labels = tree.of(".xml")
-    if not any(b"<annotation>" in (tree.root / path).read_bytes() for path in labels):
+    if not any(ANNOTATION.search((tree.root / path).read_bytes().replace(b"\0", b"")) for path in labels):
         return None
     pairs, lost = pair(tree, labels)
     if not pairs:
@@ -80,8 +82,11 @@ def _look_voc(tree: Tree) -> DataFolder | None:
 
 
 def _nothing(tree: Tree, format: str) -> SppnetError:
+    lines = [b"", *((tree.root / path).read_bytes()[:200] for path in tree.of(".txt")[:20])]
+    hint = " these .txt files look like YOLO's: add a classes.txt with one name on a line;"
+    hint = hint if format != "voc" and any(map(re.compile(rb"\d+( -?[\d.]+){4,}\s").match, lines)) else ""
     looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in LOOKED_FOR.items() if format in ("auto", kind))
     files = Counter(path.suffix.lower() or "without ending" for path in tree.others).most_common(5)
     found = ", ".join([counted(len(tree.images), "image"), *(f"{count} {ending}" for ending, count in files)])
     where = f"{tree.root}: no annotated pictures found"
-    return SppnetError(f"{where}; looked for {looked}; found {found}; docs/own-data.md shows how each looks")
+    return SppnetError(f"{where};{hint} looked for {looked}; found {found}; docs/own-data.md shows how each looks")

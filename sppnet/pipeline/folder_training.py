@@ -66,6 +66,7 @@ def plan_training(
     else:
         choices, data = _choose(folder, overrides, Split.read(root))
         training = Training(_config(folder, choices, overrides), root, device, data=data)
+    log.info("%s", training.graph.data)
     training.networks.check_inputs(only)
     left, expected = remaining_work(training.graph, only, force), None
     if left and training.config.head.training == "joint":
@@ -80,7 +81,7 @@ def plan_training(
                 if expected.total <= 60 * USED * minutes - used:
                     break
             else:
-                notes.append(f"even the least does not fit in {minutes:g} minutes: {duration(expected.total + used)}")
+                notes.append(f"even the least does not fit in --minutes {minutes:g}: {duration(expected.total + used)}")
             choices, training = less, Training(config, root, device, data=data)
     config = training.asked
     reasons = {key: why if _value(config, key) == value else "as --set says" for key, (value, why) in choices.items()}

@@ -104,7 +104,8 @@ class Training:
         """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too."""
         graph, runtime = self.graph, resolve_runtime(self.config.maps.runtime, self.device)
         log.info("device %s, maps by %s, precision %s", self.device, runtime, self.precision)
-        log.info("%s", graph.data)
+        if reasons is None:  # else the plan has said it
+            log.info("%s", graph.data)
         self.networks.check_inputs(only)
         if distributed.is_main():
             graph.delete(graph.invalidated(only, force))

@@ -274,3 +274,27 @@ def test_hidden_files_are_not_looked_at_and_links_are(tmp_path):
     (tmp_path / "data/link").symlink_to(tmp_path / "store")
     text(tmp_path / "data/.cache/labels.json", "{"), text(tmp_path / "data/__MACOSX/._a.xml", "?")
     assert [record.id for record in load_split(tmp_path / "data", "all")[0]] == ["link/a"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_verified_annotation_and_one_of_another_encoding_are_annotations(tmp_path, encoding):
+    picture(tmp_path / "a.jpg"), xml(tmp_path / "a.xml")
+    content = (tmp_path / "a.xml").read_text().replace("<annotation>", '<annotation verified="yes">')
+    declared = content if content.startswith("<?xml") else f'<?xml version="1.0" encoding="{encoding}"?>{content}'
+    (tmp_path / "a.xml").write_text(declared, encoding=encoding)
+    (record,), skips = load_split(tmp_path, "all")
+    assert record.annotation.boxes.tolist() == [list(BOX)]
+    assert not skips.counts
+
+
+def test_labels_that_look_like_those_of_yolo_without_names_are_told(tmp_path):
+    picture(tmp_path / "a.jpg"), text(tmp_path / "a.txt", LINE)
+    with pytest.raises(SppnetError, match=r"look like YOLO's: add a classes\.txt with one name on a line"):
+        find_data(tmp_path)
+
+
+def test_shares_of_six_digits_are_no_clipped_boxes(tmp_path):
+    picture(tmp_path / "a.jpg", size=(641, 479)), text(tmp_path / "classes.txt", "cat\n")
+    text(tmp_path / "a.txt", "0 0.750001 0.5 0.5 1.0\n0 0.9 0.5 0.3 0.5\n")
+    _, skips = load_split(tmp_path, "all")
+    assert skips.counts == {"box clipped to the image": 1}
