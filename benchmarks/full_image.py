@@ -73,7 +73,7 @@ def print_table6(classifiers: dict[str, Classifier], options: argparse.Namespace
     print(f"| network | layer | {' | '.join(f'side {side}' for side in options.sides)} |")
     print("|---|---|" + "---|" * len(options.sides), flush=True)
     for name, classifier in classifiers.items():
-        bare = classifier.network.head.fc6.weight.is_meta
+        bare = not classifier.classes and classifier.config.head.init == "random"
         for layer in ("pool",) if bare else ("pool", "fc6", "fc7"):
             cells = []
             for side in options.sides:

@@ -90,11 +90,12 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
             raise BackboneError(f"{_WANTED}, but its map of finite images holds NaN; check its weights")
         if not torch.equal(found, _run(module, images)):
             raise BackboneError(f"{_WANTED}, but two runs on one image differ; leave out what is random in eval mode")
-        if found.shape[2] >= 2 and found.shape[3]:
+        sees = any(not torch.equal(found, _run(module, factor * images)) for factor in (10, -1))  # not padding alone
+        if found.shape[2] >= 2 and found.shape[3] and sees:
             return width, found.shape[1]
+        why = "leave out what pools over the whole map" if sees else "none of which changes with a pixel"
         error = BackboneError(
-            f"{_WANTED}, got a map of {found.shape[2]} × {found.shape[3]} cells for 256 × {width} pixels; "
-            "leave out what pools over the whole map"
+            f"{_WANTED}, got a map of {found.shape[2]} × {found.shape[3]} cells for 256 × {width} pixels; {why}"
         )
     assert error is not None
     raise error

@@ -114,7 +114,8 @@ def test_objects_that_are_added_redo_fine_tuning_and_svms_alone(det_run):
     graph = Training(config_of(det_run, data__objects_only=[]), det_run.root, torch.device("cpu")).graph
     other = Training(det_run.config, det_run.root, torch.device("cpu")).graph
     changed = {name for name in graph.digests if graph.digests[name] != other.digests[name]}
-    assert changed == {"finetune", "low_rank", "svm", "thresholds"}  # no norm and no box regressor depends on them
+    # no norm and no box regressor depends on them
+    assert changed == {"finetune", "low_rank", "embed", "joint", "svm", "thresholds"}
     pool = {"svm__layer": "pool", "data__objects_only": []}
     graph = Training(config_of(det_run, **pool), det_run.root, torch.device("cpu")).graph
     other = Training(config_of(det_run, svm__layer="pool"), det_run.root, torch.device("cpu")).graph
@@ -141,7 +142,8 @@ def test_an_object_that_moves_redoes_what_trains_on_it(det_run, tmp_path):
     xml = root / f"Annotations/DET/train/{train_name(CAR, 0)}.xml"
     xml.write_text(xml.read_text().replace("<xmin>", "<xmin>1"))
     after = Training(config_of(det_run, data__root=str(root)), tmp_path / "run", torch.device("cpu")).graph.digests
-    assert {name for name in before if before[name] != after[name]} == {"finetune", "low_rank", "svm", "thresholds"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"finetune", "low_rank", "embed", "joint", "svm", "thresholds"}
 
 
 def test_sets_that_share_images_with_those_whose_objects_train_are_refused(det_run, tmp_path):

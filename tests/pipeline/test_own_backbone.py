@@ -88,7 +88,7 @@ def test_maps_belong_to_the_weights_of_the_network(small_run: SmallRun, tmp_path
     module.stem.weight.data[0, 0, 0, 0] += 1
     after = folders()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"maps", "finetune", "low_rank", "svm", "boxes", "thresholds"}
+    assert changed == {"maps", "finetune", "low_rank", "embed", "svm", "boxes", "thresholds"}
 
 
 def test_a_network_that_is_another_one_at_every_call_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
