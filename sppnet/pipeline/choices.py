@@ -20,6 +20,7 @@ LEAST, MOST = 353, 961  # shorter sides: a smaller one loses more than it is fas
 APART = 1.2  # ratio below which two sides see the same
 MIDDLE, QUICK, FAR = 1.5, 800, 2.2  # a third side: from the first ratio on where no side is above 800, and at the last
 LEAST_STEPS, MOST_STEPS = 200, 10_000
+FEW = 200  # images up to which mirror images train too: 1.3 mAP more at 113 and 144 of BCCD
 LEAST_WINDOWS, MOST_WINDOWS, ALL_WINDOWS = 64, 512, 1_500_000  # of an image, and of all, that are kept: 1.5 kB each
 
 
@@ -54,6 +55,7 @@ def choose_settings(records: Sequence[ImageRecord]) -> dict[str, Choice]:
         "proposals.min_side": Choice(width, "px; all but 1 in 20 objects are wider and higher"),
         "maps.scales": Choice(choose_sides(small, large), f"{seen} are about {BEST_SIDE} px there"),
         "joint.windows": Choice(windows, f"of each of {images}, at most {ALL_WINDOWS:,} in all"),
+        "joint.flip": Choice(len(records) <= FEW, f"{images}; mirror images too up to {FEW}"),
         "joint.steps": Choice(steps, f"{images}, {objects}; 1,000 for 300, as the root"),
         "evaluate.metric": Choice("area", "as from VOC 2010 on"),
     }
