@@ -116,6 +116,7 @@ def _checked(
 
 PATH = _checked(expand_path, "a path", bool)
 THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf)  # nor NaN; -inf shows everything
+MINUTES = _checked(float, "a number of minutes above 0", lambda minutes: 0 < minutes < math.inf)
 OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
 COUNT = _checked(int, "a whole number above 0", lambda count: count > 0)
 FILTER = _checked(int, "a whole number from 0 on", lambda number: number >= 0)
@@ -132,8 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sppnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", "train a detector; every stage resumes")
-    _add_training_options(train)
+    train = _command(commands, "train", "train a detector by settings, or on a folder alone; every stage resumes")
+    _add_training_options(train, "CONFIG|FOLDER", "a YAML file, see configs/, or a folder of pictures and their boxes")
+    train.add_argument("--minutes", type=MINUTES, metavar="N", help="of a folder: choose what fits in this time")
     train.add_argument("--dry-run", action="store_true", help="print which stages would run, and why; change nothing")
     train.add_argument("--from", dest="start", choices=STAGES, help="run this stage and the later ones again")
     train.add_argument("--only", choices=STAGES, help="run this stage alone")
@@ -256,8 +258,10 @@ def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-unty
     return command
 
 
-def _add_training_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=PATH, metavar="CONFIG", help="a YAML file, see configs/")
+def _add_training_options(
+    command: argparse.ArgumentParser, source: str = "CONFIG", text: str = "a YAML file, see configs/"
+) -> None:
+    command.add_argument("config", type=PATH, metavar=source, help=text)
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     command.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. maps.scales=[480,688]", **several)
     command.add_argument("--run", type=PATH, metavar="DIR", help="where artifacts go (default: runs/NAME)")

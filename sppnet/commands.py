@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sppnet import distributed
+from sppnet.artifacts import read_json
 from sppnet.classification.classifier import WEIGHTS
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import train_classifier
@@ -42,8 +43,11 @@ from sppnet.evaluation.voc import evaluate_flat
 from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
+from sppnet.pipeline.folder_training import plan_training
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.run_data import named_parts
+from sppnet.pipeline.stages import StageGraph
+from sppnet.pipeline.thresholds import mean_precision
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
 from sppnet.proposals.search import read_windows
@@ -108,21 +112,35 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config, root = _config_and_root(options)
     only = (options.only,) if options.only else STAGES
     force = STAGES if options.force else STAGES[STAGES.index(options.start) :] if options.start else ()
-    if not options.dry_run:
-        return _run_training(config, root, options, only, force)
-    training = Training(config, root, choose_device(options.device))
-    graph = training.graph
+    device, expected, reasons = choose_device(options.device), None, None
+    if options.config.is_dir():
+        plan = plan_training(options.config, options.run, options.overrides, device, only, force, options.minutes)
+        training, expected, reasons = plan.training, plan.expected, plan.reasons
+        if distributed.is_main():
+            print(plan.text, flush=True)
+    elif options.minutes is not None:
+        raise SppnetError(
+            "--minutes chooses settings on a folder of pictures; a configuration gives them: joint.steps …"
+        )
+    else:
+        training = Training(*_config_and_root(options), device)
+    if options.dry_run:
+        return _dry_run(training, only, force)
+    return _end_training(training.run(only, force, expected, reasons), training.graph)
+
+
+def _dry_run(training: Training, only: Sequence[str], force: Sequence[str]) -> int:
+    graph, data = training.graph, training.asked.data
     invalidated = graph.invalidated(only, force)
     print("\n".join([str(graph.data), *(s.describe(only, invalidated) for s in graph.statuses())]))
     missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
     if not missing and {"maps", "embed"} & {*only} and training.networks.map_costs:
         print(training.networks.map_costs)
-    for split in named_parts(config.data, find_data(config.data.root, config.data.format)).test:
+    for split in named_parts(data, find_data(data.root, data.format)).test:
         try:
-            find_part(config.data.root, split, config.data.format)
+            find_part(data.root, split, data.format)
         except SppnetError as error:
             missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:
@@ -139,24 +157,25 @@ def _train_stage(options: argparse.Namespace) -> int:
         proposals = config.proposals.model_copy(update={"import_from": tuple(imports)})
         config = config.model_copy(update={"proposals": proposals})
     only = (options.stage,)
-    status = _run_training(config, root, options, only, only if options.force else ())
+    training = Training(config, root, choose_device(options.device))
+    status = _end_training(training.run(only, only if options.force else ()), training.graph)
     if imports and distributed.is_main():
         names = ",".join(map(str, imports))
         print(f"the other stages use these windows with the same setting: proposals.import_from=[{names}]")
     if export and distributed.is_main():
-        graph = Training(config, root, choose_device(options.device)).graph
-        records, folder = graph.data.images, graph.folder("proposals")
+        records, folder = training.graph.data.images, training.graph.folder("proposals")
         export_windows(export, [r.id for r in records], [read_windows(folder, r) for r in records])
         print(f"windows of {counted(len(records), 'image')} written to {export}")
     return status
 
 
-def _run_training(
-    config: Config, root: Path, options: argparse.Namespace, only: Sequence[str], force: Sequence[str]
-) -> int:
-    detector = train_detector(config, root, choose_device(options.device), only, force)
+def _end_training(detector: SPPDetector | None, graph: StageGraph) -> int:
     if detector is not None and distributed.is_main():
-        print(f"detector of {counted(len(detector.classes), 'class')} in {root / 'detector'}; next: sppnet eval {root}")
+        found = mean_precision(read_json(graph.folder("thresholds") / "thresholds.json"))
+        images = counted(len(graph.data.validation), "validation image")
+        quality = "" if found is None else f"; mAP {found:.3f} on {images} (area), which chose the thresholds too"
+        print(f"detector of {counted(len(detector.classes), 'class')} in {graph.detector}{quality}")
+        print(f"next: sppnet eval {graph.root}, or sppnet detect {graph.root} PICTURES --out DIR")
     return 0
 
 

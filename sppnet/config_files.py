@@ -6,13 +6,15 @@ A file holds only what differs from the defaults in ``config``; an unknown key i
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from sppnet.artifacts import write_text
 from sppnet.config import Config
 from sppnet.errors import SppnetError
 from sppnet.paths import expand_path
@@ -147,7 +149,37 @@ def parse_settings(kind: type[S], values: Mapping[str, Any], origin: str, expand
 
 def dump_config(config: Settings) -> str:
     """The complete configuration as YAML; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=math.inf)
+
+
+def write_settings(path: Path, config: Settings, reasons: Mapping[str, str] | None = None) -> None:
+    """`dump_config` into a file, with the reasons of settings, by ``section.key``, as comments beside them.
+
+    Without `reasons` a file that holds these settings stays as it is.
+    """
+    text = dump_config(config)
+    if reasons is None and path.is_file() and re.sub(r"  # .*", "", path.read_text("utf-8", "replace")) == text:
+        return
+    lines = text.splitlines()
+    for number, key in _keys(lines):
+        lines[number] += f"  # {' '.join(reasons[key].split())}" if reasons and key in reasons else ""
+    write_text(path, "\n".join([*lines, ""]))
+
+
+def read_reasons(path: Path) -> dict[str, str]:
+    """The reasons that `write_settings` left in a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {key: lines[number].split("  # ", 1)[1] for number, key in _keys(lines) if "  # " in lines[number]}
+
+
+def _keys(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The line of each ``section.key`` in what `dump_config` writes."""
+    place: list[str] = []
+    for number, line in enumerate(lines):
+        found = re.match(r"( *)(\w+):", line)
+        if found:
+            place = [*place[: len(found[1]) // 2], found[2]]
+            yield number, ".".join(place)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -15,15 +15,17 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait as wait_for
 from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sppnet.distributed import environment_number, is_main
 from sppnet.errors import SppnetError, counted
@@ -55,15 +57,48 @@ def progress_bar(
     """tqdm over the things; `done` of `total` were there before.
 
     Silent where not `shown`, and under torchrun in all processes but the first. Where standard error is no terminal a
-    job of less than a minute says nothing.
+    job of less than a minute says nothing. Within `one_bar` it moves that bar and shows none of its own.
     """
-    options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": done}
-    if not sys.stderr.isatty():
-        of_all = counted(length_hint(things) if total is None else total, unit)
-        form = "{desc}: {n_fmt} of " + of_all + ", {elapsed} so far, {remaining} left{postfix}"
-        pace = {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "miniters": 1}
-        options |= {"file": _LogLines(), "leave": False, "bar_format": form, **pace}
-    return cast("tqdm[T]", tqdm(things, disable=not (shown and is_main()), **options))
+    if _whole:
+        return cast("tqdm[T]", tqdm(_moving(things, *_whole[-1], what), total=total, initial=done, disable=True))
+    of_all = counted(length_hint(things) if total is None else total, unit)
+    options = {"unit": unit, "total": total, "initial": done, **_lines("{n_fmt} of " + of_all)}
+    return cast("tqdm[T]", tqdm(things, desc=what, disable=not (shown and is_main()), **options))
+
+
+def _lines(progress: str) -> dict[str, Any]:
+    """What makes lines in the log of a bar, where standard error is no terminal."""
+    if sys.stderr.isatty():
+        return {}
+    form = f"{{desc}}: {progress}, {{elapsed}} so far, {{remaining}} left{{postfix}}"
+    pace = {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": 2 * SECONDS, "miniters": 1}
+    return {"file": _LogLines(), "leave": False, "bar_format": form, **pace}
+
+
+_whole: list[tuple[tqdm[Any], Mapping[str, float]]] = []  # the bar of several jobs, where there is one
+
+
+@contextmanager
+def one_bar(items: Mapping[str, float], total: float, shown: bool = True) -> Iterator[tqdm[Any]]:
+    """One bar for all jobs within: an item of the job `what` is items[what] of `total` estimated seconds.
+
+    The time left is the estimated rest, by the pace so far. Who opens it names the job with `set_description`.
+    """
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left{postfix}"
+    options = {"bar_format": form, "smoothing": 0, **_lines("{percentage:.0f} % of the training")}
+    bar = tqdm(total=total, disable=not (shown and is_main()), **options)
+    with bar, logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext():
+        _whole.append((bar, items))
+        try:
+            yield bar
+        finally:
+            _whole.pop()
+
+
+def _moving(things: Iterable[T], bar: tqdm[Any], items: Mapping[str, float], what: str) -> Iterator[T]:
+    for thing in things:
+        yield thing
+        bar.update(min(items.get(what, 0), max(0, (bar.total or 0) - bar.n)))
 
 
 def map_in_workers(
@@ -85,10 +120,8 @@ def iterate_in_workers(
     Few items are done in this process, and all in that of a script from standard input. An error ends the iteration:
     items not begun are dropped, begun ones finish; so does Ctrl-C.
     """
-    count = min(workers or min(available_cores(), MOST, _room()), len(items))
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    from_stdin = script is not None and not Path(script).exists()  # which a new process could not read again
-    if count <= 1 or len(items) < FEW or from_stdin:
+    count = worker_count(len(items), workers)
+    if count <= 1:
         if items:
             work = make()
             for item in items:
@@ -105,6 +138,13 @@ def iterate_in_workers(
             raise SppnetError(f"a worker process died: {why}; repair that, or end other programs") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worker_count(items: int, workers: int = 0) -> int:
+    """How many processes `iterate_in_workers` takes for so many items; 1 = this one."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    from_stdin = script is not None and not Path(script).exists()  # which a new process could not read again
+    return 1 if items < FEW or from_stdin else min(workers or min(available_cores(), MOST, _room()), items)
 
 
 def available_cores() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from sppnet import distributed
-from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
+from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.config import STAGES, Config, FinetuneSettings
-from sppnet.config_files import dump_config
+from sppnet.config_files import write_settings
 from sppnet.detection.box_regression import BoxRegressors, fit_box_regressor
 from sppnet.detection.detector import SPPDetector
 from sppnet.detection.embedding import Projection, embed_images, fit_projection, label_rows, sample_pooled
@@ -33,11 +33,12 @@ from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
-from sppnet.jobs import progress_bar
+from sppnet.jobs import one_bar, progress_bar
 from sppnet.models.low_rank import low_rank_head, variance_kept
 from sppnet.models.sppnet import SPPHead
+from sppnet.pipeline.estimate import Estimate, duration
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
-from sppnet.pipeline.run_data import Split, load_run_data
+from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.stage_status import StageStatus
 from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
@@ -66,34 +67,20 @@ def train_detector(
     """
     if not isinstance(config, Config):
         raise SppnetError(f"config: expected a Config, got {type(config).__name__}; read one with load_config")
-    root = Path(root)
-    training = Training(config, root, torch.device(device), progress, backbone)
-    config, graph = training.asked, training.graph
-    runtime = resolve_runtime(config.maps.runtime, device)
-    log.info("device %s, maps by %s, precision %s", device, runtime, training.precision)
-    log.info("%s", graph.data)
-    training.networks.check_inputs(only)
-    if distributed.is_main():
-        graph.delete(graph.invalidated(only, force))
-        write_text(root / "config.yaml", dump_config(config))
-        graph.data.split.write(root)
-    distributed.barrier()
-    chosen = [status for status in graph.statuses() if status.name in only]
-    distributed.barrier()  # all processes see what is there before any of them makes more
-    lines = [training.perform(status) for status in chosen]
-    log.info("Summary\n%s", "\n".join([f"{'stage':<10} {'time':>9}  done", *lines]))
-    missing = [status.name for status in graph.statuses() if not status.complete]
-    if missing:
-        log.info("no detector yet: %s still to do", ", ".join(missing))
-        return None
-    return training.assemble()
+    return Training(config, Path(root), torch.device(device), progress, backbone).run(only, force)
 
 
 class Training:
     """One training run: its stages, and the networks, each built when it is first needed."""
 
     def __init__(
-        self, config: Config, root: Path, device: torch.device, progress: bool = True, module: nn.Module | None = None
+        self,
+        config: Config,
+        root: Path,
+        device: torch.device,
+        progress: bool = True,
+        module: nn.Module | None = None,
+        data: RunData | None = None,  # where it was read already
     ) -> None:
         if (root / "detector" / "others").exists():
             raise SppnetError(f"{root}: holds several detectors combined, which are not trained; choose another --run")
@@ -103,9 +90,50 @@ class Training:
         self.precision = resolve_precision(config.precision, device)
         self.config = config.model_copy(update={"precision": self.precision})
         digest = own_digest(self.config.backbone, module)
-        self.graph = StageGraph(root, self.config, load_run_data(config, Split.read(root)), digest, module)
+        self.graph = StageGraph(root, self.config, data or load_run_data(config, Split.read(root)), digest, module)
         self.classes = self.graph.data.classes
         self.networks = TrainingNetworks(self.graph, device)
+
+    def run(
+        self,
+        only: Sequence[str] = STAGES,
+        force: Sequence[str] = (),
+        expected: Estimate | None = None,
+        reasons: Mapping[str, str] | None = None,
+    ) -> SPPDetector | None:
+        """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too."""
+        graph, runtime = self.graph, resolve_runtime(self.config.maps.runtime, self.device)
+        log.info("device %s, maps by %s, precision %s", self.device, runtime, self.precision)
+        log.info("%s", graph.data)
+        self.networks.check_inputs(only)
+        if distributed.is_main():
+            graph.delete(graph.invalidated(only, force))
+            write_settings(graph.root / "config.yaml", self.asked, reasons)
+            graph.data.split.write(graph.root)
+        distributed.barrier()
+        chosen = [status for status in graph.statuses() if status.name in only]
+        distributed.barrier()  # all processes see what is there before any of them makes more
+        lines = self._perform_all(chosen, expected)
+        log.info("Summary\n%s", "\n".join(lines))
+        missing = [status.name for status in graph.statuses() if not status.complete]
+        if missing:
+            log.info("no detector yet: %s still to do", ", ".join(missing))
+            return None
+        return self.assemble()
+
+    def _perform_all(self, chosen: Sequence[StageStatus], expected: Estimate | None) -> list[str]:
+        """Run these stages; returns the summary: of each its name, time, estimated time, what it did."""
+        if expected is None:
+            return [f"{'stage':<10} {'time':>9}  done", *(self.perform(status) for status in chosen)]
+        start, lines, done = time.monotonic(), [f"{'stage':<10} {'time':>9} {'estimate':>9}  done"], 0.0
+        with one_bar(expected.items, expected.total, self.progress) as bar:
+            for status in chosen:
+                bar.set_description_str(status.name, refresh=False)
+                line = self.perform(status)
+                done += expected.stages.get(status.name, 0)
+                bar.update(done - bar.n)  # a stage may have had less to do
+                lines += [f"{line[:20]} {duration(expected.stages.get(status.name, 0)):>9}{line[20:]}"]
+        return [*lines, f"{'total':<10} {duration(time.monotonic() - start):>9} {duration(expected.total):>9}"]
 
     def perform(self, status: StageStatus) -> str:
         """Run one stage unless it is skipped; returns its line of the summary: name, time, what was done."""
@@ -119,10 +147,9 @@ class Training:
                 (status.folder / left).unlink(missing_ok=True)
             shutil.rmtree(status.folder / DETECTIONS, ignore_errors=True)
         distributed.barrier()
-        seconds = time.monotonic() - start
-        duration = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-        log.info("%s: %s (%s)", status.name, summary, duration)
-        return f"{status.name:<10} {duration:>9}  {summary}"
+        took = duration(time.monotonic() - start)
+        log.info("%s: %s (%s)", status.name, summary, took)
+        return f"{status.name:<10} {took:>9}  {summary}"
 
     def assemble(self) -> SPPDetector:
         """The detector from the artifacts, saved under detector/."""
