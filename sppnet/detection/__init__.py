@@ -7,6 +7,8 @@
     linear_svm        one linear SVM per class
     hard_negatives    mining: one pass over the images, in bounded memory, that of negative_cache
     box_regression    class-wise corrections of boxes
+    embedding         beside these: windows as rows of principal components, computed once
+    joint_head        fc6, fc7, softmax and box regression learned together on these rows
     nms               suppression, per class
     refinement        boxes that vote for better ones
     detector          all of it at test time; detector_description: what a saved one says of itself

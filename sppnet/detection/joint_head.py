@@ -7,7 +7,6 @@ fc6 is of low rank, and `BoxRegressors` on fc7. Only scores differ: they are pro
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from sppnet.detection.embedding import LabelledRows, Projection
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPHead, seed_dropout
-
-logger = logging.getLogger("sppnet")
 
 SAVE_EVERY = 250  # steps; the state is saved and validated
 VALIDATED = 4096  # windows, drawn once as a batch is
