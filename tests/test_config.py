@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppnet.config import BoxRegressionSettings, Config, FinetuneSettings, SVMSettings, WeightsSettings
-from sppnet.config_files import dump_config, load_config, parse_config
+from sppnet.config_files import dump_config, load_config, parse_config, read_reasons, write_settings
 from sppnet.errors import SppnetError
 
 CONFIGS = [p for p in sorted(Path(__file__).parents[1].glob("configs/*.yaml")) if "classify" not in p.stem]
@@ -405,3 +405,18 @@ def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
     assert config.proposals.import_from == (Path("w.npz"),)
     with pytest.raises(SppnetError, match="the variable NO_SUCH_PLACE is not set"):
         load_config(file("backbone: {weights: {file: $NO_SUCH_PLACE/x.pth}}"))
+
+
+def test_settings_are_written_with_reasons_that_are_read_back_and_change_nothing(tmp_path):
+    path = tmp_path / "config.yaml"
+    config = parse_config({"data": {"root": "a b " * 60, "train": ["x # y"]}, "maps": {"scales": [481, 961]}}, "test")
+    reasons = {"name": "the folder's", "maps.scales": "two: # 1", "backbone.weights.source": "no download"}
+    write_settings(path, config, reasons)
+    assert load_config(path) == config
+    assert read_reasons(path) == reasons
+    assert "    source: torchvision  # no download\n" in path.read_text()
+    before = path.stat().st_mtime_ns
+    write_settings(path, config)  # reasons of a run stay as long as its settings
+    assert (path.stat().st_mtime_ns, read_reasons(path)) == (before, reasons)
+    write_settings(path, Config())
+    assert (load_config(path), read_reasons(path)) == (Config(), {})

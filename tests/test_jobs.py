@@ -16,7 +16,7 @@ import pytest
 
 from sppnet import jobs
 from sppnet.errors import SppnetError
-from sppnet.jobs import FEW, available_cores, iterate_in_workers, progress_bar
+from sppnet.jobs import FEW, available_cores, iterate_in_workers, one_bar, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -88,6 +88,20 @@ class Doubler:
         if item == self.refused:
             raise SppnetError(f"item {item} is refused")
         return 2 * item, self.process
+
+
+def test_one_bar_moves_by_the_estimated_time_of_each_item_of_the_jobs_within(capsys):
+    with one_bar({"proposals": 2.0, "joint": 0.5}, total=10.0) as bar:
+        seen = [bar.n for _ in progress_bar(range(3), "proposals", "image")]
+        assert (seen, bar.n) == ([0, 2, 4], 6)
+        job = progress_bar(range(4), "joint", "step")
+        assert list(job) == [0, 1, 2, 3]
+        job.set_postfix(loss="1", refresh=False)
+        assert list(progress_bar(range(2), "unknown", "image")) == [0, 1]
+        assert bar.n == 8
+        assert list(progress_bar(range(9), "proposals", "image")) == [*range(9)]
+        assert bar.n == 10  # never beyond the whole
+    assert capsys.readouterr().err == ""  # no terminal, and less than a minute
 
 
 def refuse_to_start() -> Doubler:

@@ -54,9 +54,7 @@ def choose_settings(records: Sequence[ImageRecord]) -> dict[str, Choice]:
         "proposals.min_side": Choice(width, "px; all but 1 in 20 objects are wider and higher"),
         "maps.scales": Choice(choose_sides(small, large), f"{seen} are about {BEST_SIDE} px there"),
         "joint.windows": Choice(windows, f"of each of {images}, at most {ALL_WINDOWS:,} in all"),
-        "joint.steps": Choice(
-            choose_steps(len(records), len(rows)), f"{images}, {objects}: 1,000 for 300, as the root"
-        ),
+        "joint.steps": Choice(steps, f"{images}, {objects}; 1,000 for 300, as the root"),
         "evaluate.metric": Choice("area", "as from VOC 2010 on"),
     }
 

@@ -68,7 +68,7 @@ def test_a_class_without_an_object_or_a_hit_keeps_the_boundary_and_that_is_said(
     assert "disc 0.00 (no object was found)" in text
     assert "star 0.00 (no validation object)" in text  # difficult ones do not count
     assert chosen_by(detector, graph, [], tmp_path) == {
-        name: {"threshold": 0, "f1": 0, "objects": 0} for name in detector.classes
+        name: {"threshold": 0, "f1": 0, "objects": 0, "ap": None} for name in detector.classes
     }
     assert (
         describe_thresholds({"a": {"threshold": 0.123, "f1": 0.8, "objects": 35}}) == "a 0.12 (F1 0.80 of 35 objects)"
