@@ -41,12 +41,14 @@ from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.voc import evaluate_flat
 from sppnet.jobs import ran_out_of_memory
+from sppnet.pipeline.additions import plan_addition
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.folder_training import plan_training
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.run_data import named_parts
 from sppnet.pipeline.stages import StageGraph
+from sppnet.pipeline.suggestions import suggest
 from sppnet.pipeline.thresholds import mean_precision
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
@@ -129,6 +131,20 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(training, only, force)
     return _end_training(training.run(only, force, expected, reasons), training.graph)
+
+
+def _add(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    training, reasons = plan_addition(options.run, options.folder, options.overrides, device)
+    return _end_training(training.run(reasons=reasons), training.graph)
+
+
+def _suggest(options: argparse.Namespace) -> int:
+    out = options.out or options.run / "suggest"
+    found, notes = suggest(options.run, options.folder, out, options.top, choose_device(options.device))
+    if distributed.is_main():
+        print("\n".join([*(f"{s.score:7.2f}  {s.path}  {s.reason}" for s in found), *notes, f"written to {out}"]))
+    return 0
 
 
 def _dry_run(training: Training, only: Sequence[str], force: Sequence[str]) -> int:
@@ -319,6 +335,8 @@ def _start_logging(verbose: bool) -> None:
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "add": _add,
+    "suggest": _suggest,
     "eval": _evaluate,
     "test": _evaluate,
     "combine": _combine,

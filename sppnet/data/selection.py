@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sppnet.artifacts import digest_of
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.records import ImageRecord
 
 LONGEST = 200  # bytes of a class name: it becomes part of file names
@@ -103,6 +103,36 @@ def hold_out(
         raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")
     out = {record.id for digest in held for record in groups[digest]}
     return [r for r in records if r.id not in out], [r for r in records if r.id in out]
+
+
+def count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind: str) -> list[str]:
+    """A note about the objects of other classes, if there are any."""
+    objects = [(name, r.id) for r in records if r.annotation for name in r.annotation.names if name not in classes]
+    counts = Counter(name for name, _ in objects)
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
+    more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
+    name, total = counts.most_common(1)[0][0], counted(counts.total(), f"{kind} object")
+    example = next(f"{name} in {image}" for other, image in objects if other == name)
+    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {example}"]
+
+
+def classes_amiss(
+    train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
+) -> list[str]:
+    """Notes about classes that cannot be trained, or not be measured."""
+    sides = (train, held_out)
+    trained, measured = (Counter(n for r in side for n in shown_classes(r, difficult)) for side in sides)
+    notes = [
+        f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
+        for name in classes
+        if not trained[name]
+    ]
+    missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
+    if missing:
+        notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
+    return notes
 
 
 def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:
