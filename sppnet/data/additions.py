@@ -22,7 +22,7 @@ def add_folders(
 
     All parts of a folder but test are added. The images of the n-th have the ids ``added-n/<id>``. One that is there
     already, by its content, keeps its id: of classes that the folder labels it gets the folder's objects, those of
-    others stay. SppnetError for a folder that is no data set, is test data alone or shows none of `classes`, where given.
+    others stay. SppnetError for a folder that is no data set, is test data alone or, where given, shows no `classes`.
     """
     merged, skips, notes, places = list(records), SkipCounts(), list[str](), dict[str, list[int]]()
     for place, record in enumerate(merged):

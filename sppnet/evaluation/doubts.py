@@ -1,7 +1,8 @@
-"""What may be wrong in a picture, by its detections: detections that are doubtful, or labels where it has some (ours)."""
+"""What may be wrong in a picture, by its detections: these themselves, or its labels where it has some (ours)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ def certainties(found: Detections, thresholds: ArrayLike, probabilities: bool) -
 
     `thresholds`: one, or one for each class. Probabilities count by their log-odds, other scores by `STEEP`.
     """
+    own: Sequence[NDArray[np.float64]]
     own = found.scores.astype(np.float64), check_thresholds(thresholds, found.classes)[found.labels]
     if probabilities:
         kept = [np.clip(values, 1e-6, 1 - 1e-6) for values in own]

@@ -160,9 +160,9 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     if unseen:
         added.append(f"in added images alone: {', '.join(unseen)}; the {len(train)} of before are taken to show none")
     fresh = [newer[record.id] for record in merged[known:]]
-    split = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
-    held_out += split.divide(fresh)[1]
-    undivided = [record for record in fresh if record.id not in {*split.train, *split.held_out}]
+    before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
+    held_out += before.divide(fresh)[1]
+    undivided = [record for record in fresh if record.id not in {*before.train, *before.held_out}]
     held_out += measure_classes(undivided, held_out, settings.holdout, settings.seed, difficult)
     out = {record.id for record in held_out}
     train += [record for record in fresh if record.id not in out]
@@ -314,8 +314,8 @@ def load_test_data(
     records, skips = load_splits(folder, names or settings.train, require_annotations=False, format=form)
     if not other and not splits:
         merged, more, _ = add_folders(records, config.data.more)
-        own = {} if kept is None or settings.test else kept.held_out
-        records = [*merged[: len(records)], *(r for r in merged[len(records) :] if r.id in own)]
+        ids = () if kept is None or settings.test else kept.held_out
+        records = [*merged[: len(records)], *(r for r in merged[len(records) :] if r.id in ids)]
         skips = skips.plus(more)
     if not names:
         held_out = kept.held_out if kept is not None else {}
