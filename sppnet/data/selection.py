@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sppnet.artifacts import digest_of
@@ -133,6 +133,21 @@ def classes_amiss(
     if missing:
         notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
     return notes
+
+
+def check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
+    """Raise where images of another set are among those to train on (or, for objects_only, to validate on)."""
+    of_content = {digest: name for name, digest in train.items()}
+    pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
+    shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
+    if shared:
+        what = "images of data.train or data.val" if setting == "data.objects_only" else "training images"
+        why = "objects would count twice or " if setting == "data.objects_only" else ""
+        raise SppnetError(
+            f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
+            f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
+            + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
+        )
 
 
 def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:

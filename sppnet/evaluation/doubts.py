@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from sppnet.checks import check_thresholds
 from sppnet.records import Annotation, Detections, pairwise_iou
 
-LOWEST = 0.1  # certainty below which a detection is nothing
-NEAR, HALF, WELL = 0.3, 0.5, 0.6  # IoU: about the same place, the same object, well placed
+LOWEST, SURE = 0.1, 0.5  # certainties: below, nothing is seen; from here on, something
+NEAR, SAME, WELL = 0.3, 0.5, 0.6  # IoU: about the same place, the same object, well placed
 STEEP = 4.0  # of the margins of SVMs: 1 above a threshold is a certainty of 0.98
 
 
@@ -25,70 +24,56 @@ class Doubt(NamedTuple):
 
 
 def certainties(found: Detections, thresholds: ArrayLike, probabilities: bool) -> NDArray[np.float64]:
-    """Of each detection 0 to 1 (R,): the logistic function of its score above the threshold of its class, there 0.5.
+    """Of each detection (R,), 0 to 1: the logistic function of its score above the threshold of its class, there 0.5.
 
     `thresholds`: one, or one for each class. Probabilities count by their log-odds, other scores by `STEEP`.
     """
-    own: Sequence[NDArray[np.float64]]
-    own = found.scores.astype(np.float64), check_thresholds(thresholds, found.classes)[found.labels]
-    if probabilities:
-        kept = [np.clip(values, 1e-6, 1 - 1e-6) for values in own]
-        scores, least = (np.log(values / (1 - values)) for values in kept)
-    else:
-        scores, least = (STEEP * values for values in own)
-    return 1 / (1 + np.exp(np.clip(least - scores, -50, 50)))
+    both: Any = np.stack([found.scores, check_thresholds(thresholds, found.classes)[found.labels]]).astype(np.float64)
+    odds = np.log(np.clip(both, 1e-6, 1) / np.clip(1 - both, 1e-6, 1)) if probabilities else STEEP * both
+    return 1 / (1 + np.exp(np.clip(odds[1] - odds[0], -50, 50)))
 
 
 def unlabelled_doubts(found: Detections, certain: NDArray[np.float64], usual: float = 0.0) -> list[Doubt]:
-    """Of a picture without labels. Their values add up to the mistakes to expect where a certainty is a probability.
+    """Of a picture without labels; they add up to the mistakes to expect, where certainties are probabilities.
 
-    A detection of certainty c is doubtful by the lesser of c and 1 − c, from `LOWEST` on; by c where a more certain one
-    of another class is at the same place. A picture without any of 0.5 or more is, by `usual`, the share of pictures
-    with some.
+    A detection of certainty c counts the lesser of c and 1 − c, from `LOWEST` on; c where a more certain one of another
+    class is the same object. A picture without any that is `SURE` counts `usual`, the share of pictures with some.
     """
-    doubts = [] if (certain >= 0.5).any() or not usual else [Doubt(usual, "nothing found")]
+    doubts = [] if (certain >= SURE).any() else [Doubt(usual, "nothing found")]
     order = [row for row in np.argsort(-certain, kind="stable") if certain[row] >= LOWEST]
     overlaps, names = pairwise_iou(found.boxes, found.boxes), found.class_names
     for place, row in enumerate(order):
-        better = [o for o in order[:place] if names[o] != names[row] and overlaps[o, row] >= HALF]
-        value = float(certain[row]) if better else float(min(certain[row], 1 - certain[row]))
-        reason = f"{names[better[0]]} or {names[row]}" if better else f"uncertain {names[row]}"
+        other = [names[o] for o in order[:place] if names[o] != names[row] and overlaps[o, row] >= SAME]
+        value = float(certain[row] if other else min(certain[row], 1 - certain[row]))
+        reason = f"{other[0]} or {names[row]}" if other else f"uncertain {names[row]}"
         doubts.append(Doubt(value, reason, tuple(found.boxes[row].tolist())))
-    return doubts
+    return [doubt for doubt in doubts if doubt.value > 0]
 
 
 def label_doubts(found: Detections, certain: NDArray[np.float64], annotation: Annotation) -> list[Doubt]:
-    """Of the labels of a picture, by detections of certainty c from 0.5 on, each by its excess 2 c − 1.
+    """Of the labels of a picture; detections near difficult ones count nothing.
 
-    A detection that overlaps no label by `NEAR`: not labelled. One on a label of another class by `HALF`, and on none
-    of its own by `NEAR`: that label is of a wrong class, less where detections agree with it. One that overlaps a label
-    of its class by `NEAR` to `WELL`, and no better one does: badly placed, less the more it overlaps. A label that no
-    detection of certainty c overlaps by `NEAR`: nothing is seen there, by 1 − 2 c. Difficult labels are no mistakes.
+    A detection of certainty c that is `SURE` counts its excess 2 c − 1 where it is near no label: not labelled. Where
+    it is the same object as a label of another class, and near none of its own: times 1 − c of the best detection that
+    agrees with the label. Where it is near a label of its class, but not well placed, and none is better: times its way
+    to `WELL`. A label near no sure detection counts 1 − 2 c of the best one near.
     """
-    truth, names, doubts = annotation.easy(), found.class_names, list[Doubt]()
-    overlaps = pairwise_iou(found.boxes, truth.boxes)
-    same = np.array(names, object)[:, None] == np.array(truth.names, object)
-    sure = certain >= 0.5
+    truth, names, doubts = annotation.easy(), np.array(found.class_names, object), list[Doubt]()
+    overlaps = np.pad(pairwise_iou(found.boxes, truth.boxes), ((0, 0), (0, 1)))  # argmax needs a column
+    same, sure = names[:, None] == np.array([*truth.names, ""], object), certain >= SURE
     hard = pairwise_iou(found.boxes, annotation[annotation.difficult].boxes).max(axis=1, initial=0) >= NEAR
-
-    def best(values: NDArray[np.floating]) -> tuple[float, int]:
-        return (float(values.max()), int(values.argmax())) if len(values) else (0.0, -1)
-
     for row in np.flatnonzero(sure & ~hard):
-        excess, box = 2 * float(certain[row]) - 1, tuple(found.boxes[row].tolist())
-        own, label = best(np.where(same[row], overlaps[row], 0))
-        other, wrong = best(np.where(same[row], 0, overlaps[row]))
-        if own >= NEAR:
-            if not (sure & same[:, label] & (overlaps[:, label] >= max(own, WELL))).any() and own < WELL:
-                doubts.append(Doubt(excess * (WELL - own) / (WELL - NEAR), f"{names[row]} badly placed", box))
-        elif other >= HALF:
-            agreeing = certain[same[:, wrong] & (overlaps[:, wrong] >= HALF)].max(initial=0)
-            reason = f"{truth.names[wrong]} labelled, {names[row]} seen"
-            doubts.append(Doubt(excess * (1 - float(agreeing)), reason, box))
-        elif other < NEAR:
-            doubts.append(Doubt(excess, f"{names[row]} not labelled", box))
+        excess, name, box = 2 * float(certain[row]) - 1, names[row], tuple(found.boxes[row].tolist())
+        near, far = np.where(same[row], overlaps[row], 0), np.where(same[row], 0, overlaps[row])
+        own, other, label, wrong = float(near.max()), float(far.max()), int(near.argmax()), int(far.argmax())
+        if NEAR <= own < WELL and not (sure & same[:, label] & (overlaps[:, label] > own)).any():
+            doubts.append(Doubt(excess * (WELL - own) / (WELL - NEAR), f"{name} badly placed", box))
+        elif own < NEAR and other >= SAME:
+            agreed = float(certain[same[:, wrong] & (overlaps[:, wrong] >= SAME)].max(initial=0))
+            doubts.append(Doubt(excess * (1 - agreed), f"{truth.names[wrong]} labelled, {name} seen", box))
+        elif max(own, other) < NEAR:
+            doubts.append(Doubt(excess, f"{name} not labelled", box))
     for label, name in enumerate(truth.names):
         seen = float(certain[overlaps[:, label] >= NEAR].max(initial=0))
-        if seen < 0.5:
-            doubts.append(Doubt(1 - 2 * seen, f"{name} labelled, nothing seen", tuple(truth.boxes[label].tolist())))
+        doubts.append(Doubt(1 - 2 * seen, f"{name} labelled, nothing seen", tuple(truth.boxes[label].tolist())))
     return [doubt for doubt in doubts if doubt.value > 0]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import read_json, write_json
 from sppnet.config import Config, DataSettings
-from sppnet.data.additions import add_folders, measure_classes
+from sppnet.data.additions import add_folders
 from sppnet.data.layouts import find_data
 from sppnet.data.parts import DataFolder
 from sppnet.data.selection import (
     annotations_digest,
+    check_apart,
     choose_classes,
     classes_amiss,
     count_others,
@@ -150,7 +152,7 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     if settings.val:
         drawn |= {"val": list(settings.val)}
         held_out = restrict(val, classes)
-        _check_apart(_contents(train), _contents(held_out), "data.val")
+        check_apart(_contents(train), _contents(held_out), "data.val")
     else:
         drawn |= {"holdout": settings.holdout, "seed": settings.seed, "train_on_difficult": difficult}
         train, held_out, notes = _hold_out(train, drawn, kept, newer)
@@ -162,19 +164,22 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     fresh = [newer[record.id] for record in merged[known:]]
     before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
     held_out += before.divide(fresh)[1]
+    measured = _shown(held_out, classes)
     undivided = [record for record in fresh if record.id not in {*before.train, *before.held_out}]
-    held_out += measure_classes(undivided, held_out, settings.holdout, settings.seed, difficult)
+    showing = [record for record in undivided if shown_classes(record, difficult).difference(measured)]
+    with suppress(SppnetError):  # too few
+        held_out += hold_out(showing, settings.holdout, settings.seed, difficult)[1]
     out = {record.id for record in held_out}
     train += [record for record in fresh if record.id not in out]
     objects, more = _load_objects(settings, classes)
     skips = skips.plus(more)
-    _check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
+    check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
     for split in settings.test:
         try:
             digests = split_digests(settings.root, split, settings.format)
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
-        _check_apart(_contents([*train, *objects]), digests, "data.test")
+        check_apart(_contents([*train, *objects]), digests, "data.test")
         ids, contents = {r.id for r in held_out}, {r.digest for r in held_out}
         both = [name for name, digest in digests.items() if name in ids or digest in contents]
         if both:
@@ -253,21 +258,6 @@ def _hold_out(
         notes.append(f"the split of before no longer fits ({why}): drawn anew")
     train, held_out = hold_out(records, drawn["holdout"], drawn["seed"], difficult)
     return train, held_out, notes
-
-
-def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
-    """Raise where images of another set are among those to train on (or, for objects_only, to validate on)."""
-    of_content = {digest: name for name, digest in train.items()}
-    pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
-    shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
-    if shared:
-        what = "images of data.train or data.val" if setting == "data.objects_only" else "training images"
-        why = "objects would count twice or " if setting == "data.objects_only" else ""
-        raise SppnetError(
-            f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
-            f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
-            + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
-        )
 
 
 @dataclass(frozen=True)
