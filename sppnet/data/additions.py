@@ -54,7 +54,7 @@ def add_folders(
 def _relabel(known: ImageRecord, newer: ImageRecord, labelled: set[str]) -> Annotation | None:
     old, new = known.annotation, newer.annotation
     if old is None or new is None:
-        return new or old
+        return new if old is None else old
     old = old[np.array([name not in labelled for name in old.names], bool)]
     boxes, difficult = (np.concatenate([getattr(each, key) for each in (old, new)]) for key in ("boxes", "difficult"))
     return Annotation(boxes, (*old.names, *new.names), difficult)

@@ -11,6 +11,7 @@ from sppnet.checks import check_thresholds
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 LOWEST, SURE = 0.1, 0.5  # certainties: below, nothing is seen; from here on, something
+LEAST = 0.05  # doubts of labels below are none
 NEAR, SAME, WELL = 0.3, 0.5, 0.6  # IoU: about the same place, the same object, well placed
 STEEP = 4.0  # of the margins of SVMs: 1 above a threshold is a certainty of 0.98
 
@@ -56,7 +57,7 @@ def label_doubts(found: Detections, certain: NDArray[np.float64], annotation: An
     A detection of certainty c that is `SURE` counts its excess 2 c − 1 where it is near no label: not labelled. Where
     it is the same object as a label of another class, and near none of its own: times 1 − c of the best detection that
     agrees with the label. Where it is near a label of its class, but not well placed, and none is better: times its way
-    to `WELL`. A label near no sure detection counts 1 − 2 c of the best one near.
+    to `WELL`. A label counts 1 − c / `LOWEST` of the best detection near it: nothing is seen there.
     """
     truth, names, doubts = annotation.easy(), np.array(found.class_names, object), list[Doubt]()
     overlaps = np.pad(pairwise_iou(found.boxes, truth.boxes), ((0, 0), (0, 1)))  # argmax needs a column
@@ -75,5 +76,5 @@ def label_doubts(found: Detections, certain: NDArray[np.float64], annotation: An
             doubts.append(Doubt(excess, f"{name} not labelled", box))
     for label, name in enumerate(truth.names):
         seen = float(certain[overlaps[:, label] >= NEAR].max(initial=0))
-        doubts.append(Doubt(1 - 2 * seen, f"{name} labelled, nothing seen", tuple(truth.boxes[label].tolist())))
-    return [doubt for doubt in doubts if doubt.value > 0]
+        doubts.append(Doubt(1 - seen / LOWEST, f"{name} labelled, nothing seen", tuple(truth.boxes[label].tolist())))
+    return [doubt for doubt in doubts if doubt.value >= LEAST]

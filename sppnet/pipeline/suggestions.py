@@ -64,7 +64,8 @@ def suggest(
     usual, doubts = float(np.mean([(each >= 0.5).any() for each in certain.values()])), dict[str, list[Doubt]]()
     for own in restrict(records, description.classes):
         each = result.detections[own.id], certain[own.id]
-        found = label_doubts(*each, own.annotation) if own.annotation else unlabelled_doubts(*each, usual)
+        labels = own.annotation
+        found = unlabelled_doubts(*each, usual) if labels is None else label_doubts(*each, labels)
         doubts[own.id] = sorted(found, key=lambda doubt: -doubt.value)
     best = sorted((r for r in records if doubts[r.id]), key=lambda r: -sum(d.value for d in doubts[r.id]))[:top]
     trained = sum(r.annotation is not None and r.digest in split.train.values() for r in records)

@@ -179,12 +179,13 @@ def test_pictures_without_labels_are_ranked_and_those_of_the_run_left_out(added,
     assert again.out == result.out
 
 
-def test_of_the_run_itself_wrong_labels_come_first(added):
+def test_of_the_run_itself_the_labels_are_doubted_and_what_was_trained_on_is_said(added):
     run, _, _ = added
     result = run_command("suggest", run.root)
     assert result.status == 0, result
     entries = read_json(run.root / "suggest/suggest.json")
     assert all(entry["labelled"] for entry in entries)
+    assert not any(text in entry["reason"] for entry in entries for text in ("uncertain", "nothing found"))
     assert re.search(r"trained on: 13 of 16 pictures", result.out)
 
 
