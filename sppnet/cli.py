@@ -141,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--only", choices=STAGES, help="run this stage alone")
     train.add_argument("--force", action="store_true", help="run every stage again, whatever is there already")
 
+    add = _command(
+        commands, "add", "train a run on more pictures or classes too; known pictures are not searched again"
+    )
+    add.add_argument("run", type=PATH, metavar="RUN", help="the folder of a run with a joint head")
+    add.add_argument("folder", type=PATH, metavar="FOLDER", help="pictures and their boxes, of any format")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    add.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. joint.steps=2000", **several)
+    _add_device(add)
+
+    suggest = _command(commands, "suggest", "rank pictures by what labelling them, or correcting labels, would teach")
+    suggest.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
+    suggest.add_argument("folder", type=PATH, nargs="?", metavar="FOLDER", help="pictures (default: those of the run)")
+    suggest.add_argument("--top", type=COUNT, default=20, metavar="N", help="how many are shown (default: 20)")
+    suggest.add_argument("--out", type=PATH, metavar="DIR", help="default: RUN/suggest")
+    _add_device(suggest)
+
     for name, stage in STAGE_COMMANDS.items():
         command = _command(commands, name, f"run the stage {stage} of training alone")
         command.set_defaults(stage=stage)

@@ -43,10 +43,11 @@ from sppnet.evaluation.voc import evaluate_flat
 from sppnet.jobs import ran_out_of_memory
 from sppnet.pipeline.combination import combine_runs
 from sppnet.pipeline.evaluation import evaluate_run
-from sppnet.pipeline.folder_training import plan_training
+from sppnet.pipeline.folder_training import plan_addition, plan_training
 from sppnet.pipeline.prediction import detect_files
 from sppnet.pipeline.run_data import named_parts
 from sppnet.pipeline.stages import StageGraph
+from sppnet.pipeline.suggestions import suggest
 from sppnet.pipeline.thresholds import mean_precision
 from sppnet.pipeline.training import Training, train_detector
 from sppnet.proposals.files import export_windows
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         if not ran_out_of_memory(error):
             print("this is a bug of sppnet; please report it with what follows", file=sys.stderr)
             raise
-        trains = options.command not in ("eval", "test", "combine", "detect", "score") and action == "train"
+        trains = options.command not in ("eval", "test", "combine", "detect", "score", "suggest") and action == "train"
         smaller = "training.batch" if options.command == "classify" else "maps.scales or finetune.batch"
         hint = f"set smaller {smaller}" if trains else "end other programs"
         reason = f"not enough memory ({error}); {hint}, or take another --device"
@@ -129,6 +130,20 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(training, only, force)
     return _end_training(training.run(only, force, expected, reasons), training.graph)
+
+
+def _add(options: argparse.Namespace) -> int:
+    plan = plan_addition(options.run, options.folder, options.overrides, choose_device(options.device))
+    return _end_training(plan.training.run(reasons=plan.reasons), plan.training.graph)
+
+
+def _suggest(options: argparse.Namespace) -> int:
+    out = options.out or options.run / "suggest"
+    found, notes = suggest(options.run, options.folder, out, options.top, choose_device(options.device))
+    if distributed.is_main():
+        lines = [f"{entry['score']:7.2f}  {entry['image']}  {entry['reason']}" for entry in found]
+        print("\n".join([*lines, *notes, f"written to {out}"]))
+    return 0
 
 
 def _dry_run(training: Training, only: Sequence[str], force: Sequence[str]) -> int:
@@ -319,6 +334,8 @@ def _start_logging(verbose: bool) -> None:
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "add": _add,
+    "suggest": _suggest,
     "eval": _evaluate,
     "test": _evaluate,
     "combine": _combine,

@@ -58,6 +58,7 @@ class DataSettings(Settings):
     root: FilePath = Path("data/VOCdevkit")
     format: Literal["auto", "voc", "coco", "yolo"] = "auto"  # ours: of the annotations; auto = by looking
     train: tuple[str, ...] = ("VOC2007/trainval",)  # empty = by the names of the parts, where there is no VOC2007 too
+    more: tuple[FilePath, ...] = ()  # ours: other folders, which train too, but for their test parts (`sppnet add`)
     val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
     test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
     objects_only: tuple[str, ...] = ()  # sec. 4.5: splits of which the objects alone train, as positives

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sppnet.artifacts import digest_of
-from sppnet.errors import SppnetError
+from sppnet.errors import SppnetError, counted
 from sppnet.records import ImageRecord
 
 LONGEST = 200  # bytes of a class name: it becomes part of file names
@@ -105,6 +105,51 @@ def hold_out(
         raise SppnetError(f"no image of {len(records)} can be held out: {why}; add images, or name some in data.val")
     out = {record.id for digest in held for record in groups[digest]}
     return [r for r in records if r.id not in out], [r for r in records if r.id in out]
+
+
+def count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind: str) -> list[str]:
+    """A note about the objects of other classes, if there are any."""
+    objects = [(name, r.id) for r in records if r.annotation for name in r.annotation.names if name not in classes]
+    counts = Counter(name for name, _ in objects)
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
+    more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
+    name, total = counts.most_common(1)[0][0], counted(counts.total(), f"{kind} object")
+    example = next(f"{name} in {image}" for other, image in objects if other == name)
+    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {example}"]
+
+
+def classes_amiss(
+    train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
+) -> list[str]:
+    """Notes about classes that cannot be trained, or not be measured."""
+    sides = (train, held_out)
+    trained, measured = (Counter(n for r in side for n in shown_classes(r, difficult)) for side in sides)
+    notes = [
+        f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
+        for name in classes
+        if not trained[name]
+    ]
+    missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
+    if missing:
+        notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
+    return notes
+
+
+def check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
+    """Raise where images of another set are among those to train on (or, for objects_only, to validate on)."""
+    of_content = {digest: name for name, digest in train.items()}
+    pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
+    shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
+    if shared:
+        what = "images of data.train or data.val" if setting == "data.objects_only" else "training images"
+        why = "objects would count twice or " if setting == "data.objects_only" else ""
+        raise SppnetError(
+            f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
+            f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
+            + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
+        )
 
 
 def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:

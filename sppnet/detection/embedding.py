@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sppnet.artifacts import has_arrays, map_arrays, write_arrays
+from sppnet.artifacts import digest_of, has_arrays, map_arrays, write_arrays
 from sppnet.config import FinetuneSettings, JointSettings
 from sppnet.detection.box_regression import regression_targets
 from sppnet.detection.training_windows import ImageWindows, TrainingWindows, label_windows
@@ -28,7 +28,7 @@ from sppnet.distributed import barrier, in_order, shard
 from sppnet.errors import SppnetError
 from sppnet.jobs import map_in_workers, progress_bar
 from sppnet.models.sppnet import seed_dropout
-from sppnet.records import flip_boxes, pairwise_iou, spread
+from sppnet.records import ImageRecord, flip_boxes, pairwise_iou, spread
 
 SAMPLE_IMAGES = 64  # that choose principal components
 SAMPLE_RATIO = 8  # windows of these in all, for each component
@@ -100,11 +100,18 @@ def draw_windows(found: ImageWindows, limit: int, rng: np.random.Generator) -> N
     return np.concatenate([near, order[~np.isin(order, near)][: limit - len(near)]])
 
 
+def rows_path(record: ImageRecord, folder: Path, flip: bool = False) -> Path:
+    """Where the rows of an image lie; the name carries its content and its objects, of whatever class."""
+    found = record.annotation
+    objects = None if found is None else (found.boxes.tolist(), found.difficult.tolist())
+    return replace(record, digest=digest_of(record.digest, objects)).path_in(folder, flip)
+
+
 def embed_images(
     source: TrainingWindows, jobs: Sequence[tuple[int, bool]], projection: Projection, folder: Path, progress: bool
 ) -> int:
     """Write the rows of (index of an image, whether mirrored) to `folder`; complete files stay. Returns how many."""
-    paths = [(source.records[index].path_in(folder, flip), index, flip) for index, flip in shard(jobs)]
+    paths = [(rows_path(source.records[index], folder, flip), index, flip) for index, flip in shard(jobs)]
     missing = [job for job in paths if not has_arrays(job[0])]
     workers = 0 if source.device.type == "cpu" else 1
     map_in_workers(partial(_embedder, source, projection), missing, "embed", "image", workers, progress)
@@ -186,7 +193,7 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
     features, parts = list[NDArray[np.float16]](), list[tuple[NDArray[np.generic], ...]]()
     for index, flip in itertools.product(range(len(source.records)), (False, True)[: 1 + flips]):
         record, annotation = source.records[index], source.annotation(index)
-        arrays = map_arrays(record.path_in(folder, flip))
+        arrays = map_arrays(rows_path(record, folder, flip))
         stored = np.asarray(arrays["windows"])
         windows = flip_boxes(stored, record.size[1]) if flip else stored
         overlaps = source.overlaps(index, windows)

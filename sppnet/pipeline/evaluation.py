@@ -176,8 +176,8 @@ def evaluate_run(
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": metric})})
     place = (data or config.data.root).resolve()
     other = place != config.data.root.resolve()
-    others = tuple(replace(own, config=_drop_imports(own.config, place)) for own in description.others)
-    description = replace(description, config=_drop_imports(config, place), others=others)
+    others = tuple(replace(own, config=drop_imports(own.config, place)) for own in description.others)
+    description = replace(description, config=drop_imports(config, place), others=others)
     found = load_test_data(config, data, splits, Split.read(description.folder))
     records, names = found.records, found.splits or (HELD_OUT,)
     _check_comp4_names(names, classes)
@@ -222,7 +222,7 @@ def _results_folder(run: Path, data: Path | None, splits: tuple[str, ...]) -> Pa
     return results / fitting_name("+".join(name.replace("/", "-") for name in splits), "")
 
 
-def _drop_imports(config: Config, place: Path) -> Config:
+def drop_imports(config: Config, place: Path) -> Config:
     """Without the imported windows that are gone, since a detector outlives them; without all for data elsewhere.
 
     They may be named by the bare file names of their images, which other data may have too.

@@ -90,6 +90,32 @@ def plan_training(
     return Plan(training, reasons, expected, "\n".join([f"settings of {root}", *rows, *notes]))
 
 
+def plan_addition(run: Path, folder: Path, overrides: Sequence[str] = (), device: torch.device | str = "cpu") -> Plan:
+    """The training of `run` on a folder too (data.more); one that the run has already adds what is new in it.
+
+    Windows and rows of known images, their projection and the split stay; the head is trained anew, in as many steps
+    unless `overrides` say otherwise. Nothing is written. SppnetError for what is no run with a joint head, for a folder
+    that is no data set or holds the run, and for one that shows none of data.classes.
+    """
+    kept, place = run / "config.yaml", folder.resolve()
+    if not kept.is_file():
+        raise SppnetError(
+            f"{run}: no training is here (no config.yaml), or several combined; name a run of sppnet train"
+        )
+    config = load_config(kept, overrides)
+    if config.head.training != "joint":
+        again = f"sppnet train {kept} --run {run} --set 'data.more=[{place}]'"
+        raise SppnetError(
+            f"{run}: not a joint head, so fc6, fc7 and all SVMs would be trained again; that does {again}"
+        )
+    if run.resolve().is_relative_to(place):
+        raise SppnetError(f"{folder}: holds {run}, whose pictures would become data; name a folder outside")
+    places = dict.fromkeys(path.resolve() for path in (config.data.root, *config.data.more, place))
+    data = config.data.model_copy(update={"more": (*places,)[1:]})
+    training = Training(config.model_copy(update={"data": data}), run, torch.device(device))
+    return Plan(training, read_reasons(kept), None, "")
+
+
 def _choose(folder: Path, overrides: Sequence[str], split: Split | None) -> tuple[dict[str, Choice], RunData]:
     """What the folder says, and its images."""
     choices = {"name": Choice(_name(folder), "the folder's"), "data.root": Choice(folder.resolve(), "the folder")}

@@ -22,7 +22,7 @@ from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, res
 from sppnet.backbones.weights import package_file
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
-from sppnet.detection.embedding import Projection
+from sppnet.detection.embedding import Projection, rows_path
 from sppnet.detection.feature_maps import compute_maps
 from sppnet.detection.joint_head import JointHead
 from sppnet.detection.linear_svm import mean_norm_scale
@@ -41,7 +41,7 @@ from sppnet.models.sppnet import (
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
 from sppnet.proposals.edge_forest import load_forest
-from sppnet.records import spread
+from sppnet.records import ImageRecord, spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
 ACTIVATION_IMAGES = 256  # that choose principal components
@@ -131,13 +131,15 @@ class TrainingNetworks:
             raise SppnetError("no training image has a window; check proposals.min_side and the images")
         return mean_norm_scale(norms, target)
 
-    def windows(self, train: bool, objects: bool = False) -> TrainingWindows:
+    def windows(self, train: bool, objects: bool = False, base: bool = False) -> TrainingWindows:
         """The windows of the training or of the validation images, on the maps of the backbone.
 
-        With `objects` the images of data.objects_only follow, whose objects are all their windows.
+        With `objects` the images of data.objects_only follow, whose objects are all their windows. With `base` those
+        of data.more are left out.
         """
         graph, more = self.graph, self.graph.data.objects if objects else []
-        records = [*(graph.data.train if train else graph.data.validation), *more]
+        train_records = graph.data.base if base else graph.data.train
+        records = [*(train_records if train else graph.data.validation), *more]
         folders = graph.folder("proposals"), graph.folder("maps")
         classes, backbone = graph.data.classes, self.backbone
         return TrainingWindows(records, classes, *folders, backbone, self.config, self.device, len(more))
@@ -217,7 +219,8 @@ class TrainingNetworks:
         joint = not GRAPH["embed"].skipped(config)
         what, folder = ("rows", graph.folder("embed")) if joint else ("maps", graph.folder("maps"))
         stored = graph.images if joint else graph.stored
-        there = np.array([record.path_in(folder, flip).exists() for record, flip in stored], bool)
+        path = rows_path if joint else ImageRecord.path_in
+        there = np.array([path(record, folder, flip).exists() for record, flip in stored], bool)
         others = len(graph.images) - len(there)
         if there.all() and not others:
             return ""

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sppnet.artifacts import read_json, write_json
 from sppnet.config import Config, DataSettings
+from sppnet.data.additions import add_folders
 from sppnet.data.layouts import find_data
 from sppnet.data.parts import DataFolder
-from sppnet.data.selection import annotations_digest, choose_classes, hold_out, restrict, shown_classes
+from sppnet.data.selection import (
+    annotations_digest,
+    check_apart,
+    choose_classes,
+    classes_amiss,
+    count_others,
+    hold_out,
+    restrict,
+    shown_classes,
+)
 from sppnet.data.splits import load_splits, split_digests
 from sppnet.errors import ArtifactError, SppnetError, counted
 from sppnet.records import ImageRecord, SkipCounts, spread
@@ -75,6 +86,7 @@ class RunData:
     notes: tuple[str, ...] = ()  # about classes and the split
     objects: list[ImageRecord] = field(default_factory=list)  # of data.objects_only: their objects train, nothing else
     format: str = "voc"
+    base: list[ImageRecord] = field(default_factory=list)  # of `train`, before data.more
 
     @property
     def validation(self) -> list[ImageRecord]:
@@ -91,8 +103,9 @@ class RunData:
         return Split(self.settings, *map(_contents, (self.train, self.held_out, self.objects)))
 
     def digest(self, split: str) -> str:
-        """Content key of the annotated images of "train", "validation" or "objects"."""
-        return annotations_digest(getattr(self, split), self.classes)
+        """Content key of the annotated images of "train", "validation", "objects" or "base"."""
+        records = getattr(self, split)
+        return annotations_digest(records, _shown(records, self.classes) if split == "base" else self.classes)
 
     def __str__(self) -> str:
         """One line: format, images, objects by class, then what was skipped or is remarkable, each with an image."""
@@ -125,29 +138,48 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         where = f"{settings.root}: no part is called train"
         raise SppnetError(f"{where}; name those to train on in data.train: {', '.join(folder.parts)}")
     records, skips = load_splits(settings.root, settings.train, format=settings.format)
-    skips = skips.plus(folder.left_out)
-    classes = choose_classes(records, settings.classes)
-    others, notes = _count_others(records, classes, "training"), list[str]()
+    val, more = load_splits(settings.root, settings.val, format=settings.format)
+    merged, added_skips, added = add_folders([*records, *val], settings.more, settings.classes)
+    skips = skips.plus(more).plus(folder.left_out).plus(added_skips)
+    count, known = len(records), len(records) + len(val)
+    trainable = [*merged[:count], *merged[known:]]
+    classes = choose_classes(trainable, settings.classes)
+    others, notes = count_others(trainable, classes, "training"), list[str]()
+    others += count_others(merged[count:known], classes, "validation")
+    newer = {record.id: record for record in restrict(merged, classes)}
     train, difficult = restrict(records, classes), settings.train_on_difficult
     drawn: dict[str, Any] = {"train": list(settings.train), "classes": settings.classes and list(settings.classes)}
     if settings.val:
         drawn |= {"val": list(settings.val)}
-        records, more = load_splits(settings.root, settings.val, format=settings.format)
-        skips, others = skips.plus(more), [*others, *_count_others(records, classes, "validation")]
-        held_out = restrict(records, classes)
-        _check_apart(_contents(train), _contents(held_out), "data.val")
+        held_out = restrict(val, classes)
+        check_apart(_contents(train), _contents(held_out), "data.val")
     else:
         drawn |= {"holdout": settings.holdout, "seed": settings.seed, "train_on_difficult": difficult}
-        train, held_out, notes = _hold_out(train, drawn, kept)
+        train, held_out, notes = _hold_out(train, drawn, kept, newer)
+    base = train
+    train, held_out = ([newer[record.id] for record in side] for side in (base, held_out))
+    unseen = [name for name in classes if settings.more and name not in _shown(train, classes)]
+    if unseen:
+        added.append(f"in added images alone: {', '.join(unseen)}; the {len(train)} of before are taken to show none")
+    fresh = [newer[record.id] for record in merged[known:]]
+    before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
+    held_out += before.divide(fresh)[1]
+    measured = _shown(held_out, classes)
+    undivided = [record for record in fresh if record.id not in {*before.train, *before.held_out}]
+    showing = [record for record in undivided if shown_classes(record, difficult).difference(measured)]
+    with suppress(SppnetError):  # too few
+        held_out += hold_out(showing, settings.holdout, settings.seed, difficult)[1]
+    out = {record.id for record in held_out}
+    train += [record for record in fresh if record.id not in out]
     objects, more = _load_objects(settings, classes)
     skips = skips.plus(more)
-    _check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
+    check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
     for split in settings.test:
         try:
             digests = split_digests(settings.root, split, settings.format)
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
-        _check_apart(_contents([*train, *objects]), digests, "data.test")
+        check_apart(_contents([*train, *objects]), digests, "data.test")
         ids, contents = {r.id for r in held_out}, {r.digest for r in held_out}
         both = [name for name, digest in digests.items() if name in ids or digest in contents]
         if both:
@@ -164,9 +196,16 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         log.debug("%d × %s: %s", len(names), reason, ", ".join(dict.fromkeys(names)))
     used = {*settings.train, *settings.val, *settings.test, *settings.objects_only}
     unused = [f"part {name} not used" for name in folder.contents if name not in used]
-    notes = [*folder.notes, *unused, *others, *notes, *_classes_amiss([*train, *objects], held_out, classes, difficult)]
+    notes = [*folder.notes, *unused, *added, *others, *notes]
+    notes += classes_amiss([*train, *objects], held_out, classes, difficult)
     validate = config.finetune.validate_images
-    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects, folder.format)
+    form = folder.format
+    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects, form, base)
+
+
+def _shown(records: Sequence[ImageRecord], classes: Sequence[str]) -> tuple[str, ...]:
+    names = frozenset[str]().union(*map(shown_classes, records))
+    return tuple(name for name in classes if name in names)
 
 
 def named_parts(settings: DataSettings, folder: DataFolder) -> DataSettings:
@@ -198,9 +237,9 @@ def _contents(records: Sequence[ImageRecord]) -> dict[str, str]:
 
 
 def _hold_out(
-    records: list[ImageRecord], drawn: Mapping[str, Any], kept: Split | None
+    records: list[ImageRecord], drawn: Mapping[str, Any], kept: Split | None, there: Collection[str]
 ) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
-    """(train, held out, notes): as it was kept, or drawn anew."""
+    """(train, held out, notes): as it was kept, or drawn anew. `there`: the ids of all images, added ones too."""
     difficult, notes = drawn["train_on_difficult"], list[str]()
     if kept is not None and kept.settings == drawn:
         train, held_out = kept.divide(records)
@@ -211,8 +250,7 @@ def _hold_out(
             if fresh:
                 new = counted(len(fresh), "image")
                 notes.append(f"{new} new since the split was drawn, trained on, e.g. {fresh[0]}")
-            ids = {r.id for r in records}
-            gone = [name for name in (*kept.train, *kept.held_out) if name not in ids]
+            gone = [name for name in (*kept.train, *kept.held_out) if name not in there]
             if gone:
                 notes.append(f"{counted(len(gone), 'image')} of the split gone, e.g. {gone[0]}")
             return train, held_out, notes
@@ -220,51 +258,6 @@ def _hold_out(
         notes.append(f"the split of before no longer fits ({why}): drawn anew")
     train, held_out = hold_out(records, drawn["holdout"], drawn["seed"], difficult)
     return train, held_out, notes
-
-
-def _count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind: str) -> list[str]:
-    """A note about the objects of other classes, if there are any."""
-    objects = [(name, r.id) for r in records if r.annotation for name in r.annotation.names if name not in classes]
-    counts = Counter(name for name, _ in objects)
-    if not counts:
-        return []
-    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
-    more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
-    name, total = counts.most_common(1)[0][0], counted(counts.total(), f"{kind} object")
-    example = next(f"{name} in {image}" for other, image in objects if other == name)
-    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {example}"]
-
-
-def _classes_amiss(
-    train: Sequence[ImageRecord], held_out: Sequence[ImageRecord], classes: tuple[str, ...], difficult: bool
-) -> list[str]:
-    """Notes about classes that cannot be trained, or not be measured."""
-    sides = (train, held_out)
-    trained, measured = (Counter(n for r in side for n in shown_classes(r, difficult)) for side in sides)
-    notes = [
-        f"class {name} has difficult objects alone, which do not train (data.train_on_difficult): it never fires"
-        for name in classes
-        if not trained[name]
-    ]
-    missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
-    if missing:
-        notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
-    return notes
-
-
-def _check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: str) -> None:
-    """Raise where images of another set are among those to train on (or, for objects_only, to validate on)."""
-    of_content = {digest: name for name, digest in train.items()}
-    pairs = [(name, name if name in train else of_content.get(digest)) for name, digest in others.items()]
-    shared = [name if name == other else f"{name} (a copy of {other})" for name, other in pairs if other is not None]
-    if shared:
-        what = "images of data.train or data.val" if setting == "data.objects_only" else "training images"
-        why = "objects would count twice or " if setting == "data.objects_only" else ""
-        raise SppnetError(
-            f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
-            f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
-            + (", or leave data.val empty: copies are held out together" if setting == "data.val" else "")
-        )
 
 
 @dataclass(frozen=True)
@@ -309,6 +302,11 @@ def load_test_data(
             "images with --split, or train again"
         )
     records, skips = load_splits(folder, names or settings.train, require_annotations=False, format=form)
+    if not other and not splits:
+        merged, more, _ = add_folders(records, config.data.more)
+        ids = () if kept is None or settings.test else kept.held_out
+        records = [*merged[: len(records)], *(r for r in merged[len(records) :] if r.id in ids)]
+        skips = skips.plus(more)
     if not names:
         held_out = kept.held_out if kept is not None else {}
         today = {r.id: r.digest for r in records}

@@ -24,6 +24,7 @@ from sppnet.artifacts import digest_of, file_digest
 from sppnet.backbones.backbone import Backbone, build_backbone
 from sppnet.backbones.windows import TARGET_SIDES
 from sppnet.config import STAGES, Config, ProposalSettings
+from sppnet.detection.embedding import rows_path
 from sppnet.detection.feature_maps import count_cells
 from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
@@ -304,8 +305,8 @@ GRAPH: dict[str, Stage] = {
             "embed",
             settings=lambda _: [*EMBED, "data.train_on_difficult"],
             reads=lambda _: ["proposals"],
-            outputs=lambda graph: [record.path_in(Path(), flip) for record, flip in graph.images],
-            data=["train", "validation", "objects"],
+            outputs=lambda graph: [rows_path(record, Path(), flip) for record, flip in graph.images],
+            data=["base", "objects"],  # the sample of the projection
             skipped=_only("joint"),
         ),
         Stage(

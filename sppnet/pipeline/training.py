@@ -256,7 +256,7 @@ class Training:
         if networks.map_costs:
             log.info("%s", networks.map_costs)
         if not path.exists():
-            pooled = sample_pooled(networks.windows(train=True, objects=True), own, self.progress)
+            pooled = sample_pooled(networks.windows(True, True, base=True), own, self.progress)
             if distributed.is_main():
                 write_tensors(path, fit_projection(pooled.to(self.device), own.rank, own.seed).to_tensors())
             del pooled
