@@ -113,6 +113,7 @@ def plan_addition(run: Path, folder: Path, overrides: Sequence[str] = (), device
     places = dict.fromkeys(path.resolve() for path in (config.data.root, *config.data.more, place))
     data = config.data.model_copy(update={"more": (*places,)[1:]})
     training = Training(config.model_copy(update={"data": data}), run, torch.device(device))
+    log.info("%s", training.graph.data)
     return Plan(training, read_reasons(kept), None, "")
 
 
