@@ -17,6 +17,7 @@ from sppnet.detection.embedding import (
     embed_images,
     fit_projection,
     label_rows,
+    rows_path,
     sample_pooled,
 )
 from sppnet.detection.training_windows import ImageWindows, TrainingWindows
@@ -120,7 +121,7 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
     assert embed_images(source, jobs, projection, tmp_path / "rows", False) == 0
     for index, flip in jobs:
         record = source.records[index]
-        stored = read_arrays(record.path_in(tmp_path / "rows", flip))
+        stored = read_arrays(rows_path(record, tmp_path / "rows", flip))
         assert len(stored["windows"]) == 5
         every = source.windows(index)
         every = flip_boxes(every, 180) if flip else every
@@ -146,7 +147,7 @@ def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(sourc
     for place, (index, flip) in enumerate(jobs):
         record = source.records[index]
         boxes = flip_boxes(record.annotation.boxes, 180) if flip else record.annotation.boxes
-        windows = read_arrays(record.path_in(tmp_path / "rows", flip))["windows"]
+        windows = read_arrays(rows_path(record, tmp_path / "rows", flip))["windows"]
         own = rows.image == place
         assert sorted(rows.row[own].tolist()) == list(range(len(windows)))
         for row, label, target in zip(rows.row[own], rows.labels[own], rows.targets[own], strict=True):
@@ -172,7 +173,7 @@ def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
     embed_images(source, [(0, False)], projection, tmp_path / "rows", False)
     rows = label_rows(source, tmp_path / "rows", False)
-    windows = read_arrays(difficult.path_in(tmp_path / "rows"))["windows"][rows.row]
+    windows = read_arrays(rows_path(difficult, tmp_path / "rows"))["windows"][rows.row]
     assert (pairwise_iou(windows, OBJECTS.boxes[:1]) < 0.5).all()
     assert sorted(set(rows.labels.tolist())) == [0, 2]
 

@@ -22,7 +22,7 @@ from sppnet.report.drawing import is_drawn
 TINY = (
     "backbone.name=tiny5", "backbone.weights.source=random", "maps.runtime=torch", "precision=float32",
     "joint.rank=16", "head.fc6=16", "head.fc7=16", "pyramid.levels=[1,2]", "proposals.max_side=96",
-    "proposals.max_windows=60", "detect.max_per_class=5", "joint.steps=30", "maps.scales=[112]",
+    "proposals.max_windows=60", "detect.max_per_class=5", "joint.steps=30", "joint.flip=false", "maps.scales=[112]",
 )  # fmt: skip
 STAR = re.compile(r"<object>\s*<name>star</name>.*?</object>", re.DOTALL)
 
