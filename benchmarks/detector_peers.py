@@ -26,7 +26,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.transforms import v2
 
 from sppnet.backbones.architectures import BACKBONES
-from sppnet.backbones.weights import load_weights, package_state
+from sppnet.backbones.weights import load_weights, public_state
+from sppnet.config import WeightsSettings
 from sppnet.images import read_image
 from sppnet.records import Detections, ImageRecord
 
@@ -48,7 +49,8 @@ class Maps(nn.Module):
         self.blocks = nn.ModuleDict(
             {name.replace("blocks.", ""): own for name, own in BACKBONES[NAME]().layers.items()}
         )
-        state = {name.removeprefix("blocks."): tensor for name, tensor in package_state(NAME).items()}
+        pretrained = public_state(WeightsSettings(source="package"), NAME)
+        state = {name.removeprefix("blocks."): tensor for name, tensor in pretrained.items()}
         load_weights(self.blocks, state, f"the package's {NAME}")
         norms = (layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d))
         for part in (*[*self.blocks.values()][:FROZEN], *norms):
