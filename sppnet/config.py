@@ -325,7 +325,7 @@ class DetectSettings(Settings):
     score_threshold: float = -1.5  # release; of probabilities (head.training=joint) at least 0.01
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
-    refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too; their scores are averaged
+    refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too, then averaged; not of joint
     vote: bool = True  # ours: a box becomes a mean of those of its class that overlap it by 0.5 or more
 
     @property
