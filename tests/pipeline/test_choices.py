@@ -38,7 +38,7 @@ def test_small_cells_get_the_sides_and_steps_that_were_measured_for_them():
     assert (found["backbone.name"], found["backbone.weights.source"]) == ("efficientnet_lite0", "package")
 
 
-@pytest.mark.parametrize(("count", "flip"), [(200, True), (201, False)])
+@pytest.mark.parametrize(("count", "flip"), [(400, True), (401, False)])
 def test_few_pictures_train_with_their_mirror_images(count, flip):
     assert values(images(count, {"one": (0.4, 1)}))["joint.flip"] is flip
 
