@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detector_peers import PEERS, cpu_clock, detect, fine_tune
-from machine import cores, describe
+from machine import cores, describe, in_words
 from pretraining import spread_of
 
 from sppnet.artifacts import digest_of, read_json, write_json, write_text
@@ -77,15 +77,12 @@ class Folder(NamedTuple):
     test: list[ImageRecord]
 
 
+@in_words
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("sppnet").setLevel(logging.WARNING)
-    try:
-        return measure(options)
-    except SppnetError as error:
-        print(f"few_pictures: error: {error}", file=sys.stderr)
-        return 2
+    return measure(options)
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -26,8 +26,8 @@ import torch
 from machine import PAUSE, cores, describe, ratio, seconds
 
 from examples import SIZE, pictures, random_detector, shared
-from sppnet.detection.detector import SPPDetector, WindowScores
-from sppnet.detection.window_features import project_to_maps
+from sppnet.detection.detector import SPPDetector
+from sppnet.detection.window_features import WindowScores, project_to_maps
 from sppnet.images import read_image
 from sppnet.records import Detections
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import platform
 import statistics
@@ -13,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from sppnet.errors import SppnetError
 
 PAUSE = 0.05  # s between two measurements: the threads of the first spin for a while and would take a core
 # One endless loop on one core; it ends with the process that started it.
@@ -28,6 +32,20 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_words(main: Callable[..., int]) -> Callable[..., int]:
+    """`main` of a benchmark; what cannot be measured ends it with one line and status 2."""
+
+    @functools.wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except SppnetError as error:
+            print(f"{Path(inspect.getfile(main)).stem}: error: {error}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def describe(device: torch.device | str = "cpu") -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, in_words
 
 from sppnet.artifacts import write_tensors
 from sppnet.backbones.backbone import build_backbone
@@ -37,7 +37,6 @@ from sppnet.config_files import load_settings, parse_settings
 from sppnet.data.crops import write_crops
 from sppnet.data.shapes import DEFAULT_IMAGES, generate_shapes
 from sppnet.data.splits import load_splits
-from sppnet.errors import SppnetError
 from sppnet.pipeline.evaluation import evaluate_run
 from sppnet.pipeline.training import train_detector
 from sppnet.records import ImageRecord
@@ -74,14 +73,11 @@ ROWS: dict[str, Start | None] = {
 FOLDER = "pictures of --folder"
 
 
+@in_words
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.getLogger("sppnet").setLevel(logging.WARNING)
-    try:
-        return measure(options)
-    except SppnetError as error:
-        print(f"pretraining: error: {error}", file=sys.stderr)
-        return 2
+    return measure(options)
 
 
 def measure(options: argparse.Namespace) -> int:

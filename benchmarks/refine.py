@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from machine import describe
+from machine import describe, in_words
 from numpy.typing import NDArray
 
 from sppnet.data.splits import load_splits
-from sppnet.detection.detector import SPPDetector, WindowScores
+from sppnet.detection.detector import SPPDetector
 from sppnet.detection.torch_state import undisturbed
-from sppnet.detection.window_features import FrozenHead, project_to_maps
+from sppnet.detection.window_features import FrozenHead, WindowScores, project_to_maps
 from sppnet.errors import SppnetError
 from sppnet.evaluation.voc import average_precision, evaluate_voc
 from sppnet.pipeline.stages import windows_folder
@@ -47,13 +47,10 @@ Found = Mapping[str, Detections]
 Truth = Mapping[str, Annotation]
 
 
+@in_words
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        return measure(options)
-    except SppnetError as error:
-        print(f"refine: error: {error}", file=sys.stderr)
-        return 2
+    return measure(options)
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from machine import alternate, describe, ratio, seconds
+from machine import alternate, describe, in_words, ratio, seconds
 from numpy.typing import NDArray
 
 from sppnet.classification.classifier import Classifier
 from sppnet.classification.testing import classify_image, views_of
 from sppnet.data.class_folder import read_class_folder
 from sppnet.distributed import choose_device
-from sppnet.errors import SppnetError
 from sppnet.evaluation.classification import top_k_error
 from sppnet.images import read_image
 from sppnet.records import spread
 
 
+@in_words
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     classifier = Classifier.load(options.run, choose_device(options.device))
@@ -71,7 +71,4 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SppnetError as error:
-        sys.exit(f"benchmarks/views.py: error: {error}")
+    sys.exit(main())

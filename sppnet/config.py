@@ -10,43 +10,16 @@ Recognition" (arXiv 1406.4729v4); "release" is the behaviour of the authors' pub
 from __future__ import annotations
 
 import re
-import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sppnet.errors import SppnetError, counted
-from sppnet.paths import expand_path
-from sppnet.settings import Settings
-
-S = TypeVar("S", bound=Settings)
-Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
-Count = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a network
-Rate = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0)]
-Pixel = Annotated[float, Field(ge=0, le=255)]
-Score = Annotated[float, Field(allow_inf_nan=False)]
-# A class is compared as annotations are read: in Unicode's composed form, without blanks around it.
-ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", " ".join(name.split())))]
-# ``~`` and ``$NAME`` are filled in where a file is read, not in settings made in Python.
-FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
+from sppnet.errors import counted
+from sppnet.settings import ClassName, Count, Decay, FilePath, Overlap, Pixel, Rate, Score, Seed, Settings, Side
 
 # The stages of training, whose results are kept, in their order; `embed` has settings of `joint`, and thresholds none.
 STAGES = ("proposals", "maps", "finetune", "low_rank", "embed", "joint", "svm", "boxes", "thresholds")
-
-
-def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
-    """`settings`, or the defaults for None, with those `changes` that are not None; SppnetError names what cannot be.
-
-    Values that entered by ``model_copy``, which checks nothing, are checked too.
-    """
-    if settings is not None and not isinstance(settings, kind):
-        raise SppnetError(f"settings must be {kind.__name__}(...), got {type(settings).__name__} {settings!r}")
-    values = {**vars(settings or kind()), **{name: value for name, value in changes.items() if value is not None}}
-    return kind(**values)
 
 
 class DataSettings(Settings):

@@ -1,15 +1,32 @@
-"""What all settings have in common: they are frozen, closed to slips, and refused in words."""
+"""What all settings have in common: kinds of values; they are frozen, closed to slips, and refused in words."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Self, get_args
+import unicodedata
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
 from sppnet.errors import SppnetError
+from sppnet.paths import expand_path
+
+S = TypeVar("S", bound="Settings")
+Overlap = Annotated[float, Field(ge=0, le=1)]  # an intersection over union
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=16)]  # px of an image that goes through a network
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0)]
+Pixel = Annotated[float, Field(ge=0, le=255)]
+Score = Annotated[float, Field(allow_inf_nan=False)]
+# A class is compared as annotations are read: in Unicode's composed form, without blanks around it.
+ClassName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", " ".join(name.split())))]
+# ``~`` and ``$NAME`` are filled in where a file is read, not in settings made in Python.
+FilePath = Annotated[Path, AfterValidator(lambda path, info: expand_path(path) if info.context else path)]
 
 # Where pydantic's words are those of another program, by the beginning of its kind of error.
 EXPECTED = {
@@ -68,6 +85,17 @@ class Settings(BaseModel):
         if number and any(isinstance(one, bool) for one in (value if isinstance(value, list | tuple) else [value])):
             raise PydanticKnownError("int_type" if number[1] == "int" else "float_type")
         return value
+
+
+def checked_settings(kind: type[S], settings: S | None, **changes: Any) -> S:
+    """`settings`, or the defaults for None, with those `changes` that are not None; SppnetError names what cannot be.
+
+    Values that entered by ``model_copy``, which checks nothing, are checked too.
+    """
+    if settings is not None and not isinstance(settings, kind):
+        raise SppnetError(f"settings must be {kind.__name__}(...), got {type(settings).__name__} {settings!r}")
+    values = {**vars(settings or kind()), **{name: value for name, value in changes.items() if value is not None}}
+    return kind(**values)
 
 
 def _in_words(kind: type[Settings], failure: ValidationError) -> SettingError:

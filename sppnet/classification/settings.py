@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sppnet.config import BackboneSettings, Count, Decay, FilePath, HeadSettings, PyramidSettings, Rate, Seed, Side
-from sppnet.settings import Settings
+from sppnet.config import BackboneSettings, HeadSettings, PyramidSettings
+from sppnet.settings import Count, Decay, FilePath, Rate, Seed, Settings, Side
 
 
 class ClassDataSettings(Settings):

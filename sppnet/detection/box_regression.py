@@ -18,10 +18,11 @@ from torch import Tensor
 
 from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_boxes, check_rows
-from sppnet.config import BoxRegressionSettings, checked_settings
+from sppnet.config import BoxRegressionSettings
 from sppnet.detection.torch_state import as_device, undisturbed
 from sppnet.errors import SppnetError
 from sppnet.records import Boxes
+from sppnet.settings import checked_settings
 
 logger = logging.getLogger("sppnet")
 

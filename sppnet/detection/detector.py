@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from sppnet.artifacts import file_digest, tensors_digest, write_json, write_tensors
 from sppnet.backbones.backbone import Backbone, build_backbone
@@ -26,7 +26,7 @@ from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
 from sppnet.detection.refinement import IMPROBABLE, LOOSE, LOWEST, UNLIKELY, settle, vote
 from sppnet.detection.torch_state import as_device, network_state, undisturbed
-from sppnet.detection.window_features import FrozenHead, ProjectedWindows, project_to_maps
+from sppnet.detection.window_features import FrozenHead, WindowScores, project_to_maps
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import ImageInput, one_by_one, read_pixels
 from sppnet.models.sppnet import SPPHead, build_head
@@ -35,17 +35,6 @@ from sppnet.records import Detections, clip_boxes
 
 T = TypeVar("T")
 Images = list[Any] | tuple[Any, ...]  # of ImageInput
-
-
-@dataclass(frozen=True, eq=False)
-class WindowScores:
-    """Scores (R, K) of windows, and where they lie on the maps, for the features of box regression."""
-
-    scores: NDArray[np.float32]
-    maps: FeatureMaps
-    projected: ProjectedWindows  # (R,)
-    head: FrozenHead | None = None  # what scored them, so that a change is not looked for twice an image
-    features: tuple[Tensor, NDArray[np.int64]] | None = None  # fc7 of a joint head (U, D), the row of each window (R,)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
-from sppnet.config import SVMSettings, checked_settings
+from sppnet.config import SVMSettings
 from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
 from sppnet.detection.negative_cache import NegativeCache
 from sppnet.detection.torch_state import undisturbed
@@ -29,6 +29,7 @@ from sppnet.distributed import in_order, is_main, shard, world_size
 from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.records import pairwise_iou
+from sppnet.settings import checked_settings
 
 logger = logging.getLogger("sppnet")
 

@@ -120,3 +120,14 @@ class FrozenHead:
         rounded = pooled.new_zeros((-(-len(pooled) // STEP) * STEP, pooled.shape[1]), dtype=self._kind)
         rounded[: len(pooled)] = pooled
         return rounded
+
+
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """Scores (R, K) of windows, and where they lie on the maps, for the features of box regression."""
+
+    scores: NDArray[np.float32]
+    maps: FeatureMaps
+    projected: ProjectedWindows  # (R,)
+    head: FrozenHead | None = None  # what scored them, so that a change is not looked for twice an image
+    features: tuple[Tensor, NDArray[np.int64]] | None = None  # fc7 of a joint head (U, D), the row of each window (R,)

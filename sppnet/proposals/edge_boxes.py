@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from sppnet.config import ProposalSettings, checked_settings
+from sppnet.config import ProposalSettings
 from sppnet.images import ImageInput
 from sppnet.proposals.edge_forest import forest_edges
 from sppnet.proposals.selective_search import Image, Ranked, best_windows, ximgproc
+from sppnet.settings import checked_settings
 
 # Ours: sigma, percentile and beta by recall at IoU 0.5 and mean best overlap on training images of VOC.
 SIGMA = 2.0  # px

@@ -15,12 +15,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.config import ProposalSettings, checked_settings
+from sppnet.config import ProposalSettings
 from sppnet.errors import SppnetError
 from sppnet.images import ImageInput, read_pixels
 from sppnet.proposals.grouping import Similarity, group
 from sppnet.proposals.regions import describe, pixel_bins
 from sppnet.proposals.segmentation import segment, sorted_edges
+from sppnet.settings import checked_settings
 
 Image = NDArray[np.uint8]
 Priorities = NDArray[np.float64] | NDArray[np.uint64]  # (N,), small ones first in line

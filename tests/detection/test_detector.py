@@ -21,9 +21,9 @@ import sppnet
 from sppnet.backbones import backbone as backbones
 from sppnet.backbones import runtime
 from sppnet.detection.box_regression import BoxRegressor, BoxRegressors
-from sppnet.detection.detector import DetectorDescription, SPPDetector, WindowScores
+from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.torch_state import fingerprint
-from sppnet.detection.window_features import ProjectedWindows
+from sppnet.detection.window_features import ProjectedWindows, WindowScores
 from sppnet.errors import ArtifactError, BackboneError, ImageError
 from sppnet.records import pairwise_iou
 
