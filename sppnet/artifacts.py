@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from sppnet.errors import ArtifactError
@@ -62,8 +62,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], durable: 
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".sppnet-", dir=path.parent)
+        os.close(handle)
         temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
         temporary.chmod(0o644)
         if durable:
@@ -173,8 +174,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Named tensors as .safetensors."""
     # Copies: tensors that share memory, as tied weights do, are refused by safetensors.
     contiguous = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    data = save(contiguous, dict(metadata) if metadata else None)
-    write_atomically(path, lambda file: file.write(data))
+    own = dict(metadata) if metadata else None
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            save_file(contiguous, file.name, own)  # straight to the disk: a head may have gigabytes
+        except SafetensorError:  # also of a name that is not UTF-8
+            file.write(save(contiguous, own))
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
