@@ -115,9 +115,9 @@ def finetune(folder: Path) -> list[str]:
 def toy_joint_head(folder: Path) -> JointHead:
     """Without dropout; 9 windows that two processes cannot halve, of which one may have no positive."""
     rng = np.random.default_rng(0)
-    labels, rows = np.tile(np.arange(3), 12), np.arange(36)
+    labels = np.tile(np.arange(3), 12)
     targets = np.where(labels[:, None] < 2, rng.normal(size=(36, 4)), 0).astype(np.float32)
-    data = LabelledRows([rng.normal(size=(36, 8)).astype(np.float16)], rows * 0, rows, labels, targets, 2)
+    data = LabelledRows(rng.normal(size=(36, 8)).astype(np.float16), labels, targets, labels < 0, 2)
     settings, head = JointSettings(steps=6, batch=9, positive_share=0.4), HeadSettings(fc6=8, fc7=8, dropout=0)
     return train_joint_head(data, data, head, settings, folder / "joint", torch.device("cpu"), progress=False)[0]
 

@@ -8,6 +8,7 @@ vary most (Zhang, Zou, He, Sun 2016, sec. 3.1, of features in place of responses
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -121,6 +122,8 @@ def embed_images(
 
 def _embedder(source: TrainingWindows, projection: Projection) -> Callable[[tuple[Path, int, bool]], None]:
     config = source.config
+    kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    projection = replace(projection, basis=projection.basis.to(source.device, kind))  # once, not for every image
 
     def embed(job: tuple[Path, int, bool]) -> None:
         path, index, flip = job
@@ -144,25 +147,19 @@ def _generator(source: TrainingWindows, index: int, seed: int) -> np.random.Gene
 class LabelledRows:
     """The rows of many images that a joint head trains on: positives, and background, which is label K.
 
-    features: of each image, on the disk; `image` and `row` (N,) say where each lies there. targets (N, 4) are those of
-    `regression_targets`, 0 for background. `missed` (N,) tells the background that overlaps an object by 0.1 or more.
+    features (N, rank), on the disk; targets (N, 4) are those of `regression_targets`, 0 for background. `missed` (N,)
+    tells the background that overlaps an object by 0.1 or more.
     """
 
-    features: Sequence[NDArray[np.float16]]
-    image: NDArray[np.int64]
-    row: NDArray[np.int64]
+    features: NDArray[np.float16]
     labels: NDArray[np.int64]
     targets: NDArray[np.float32]
+    missed: NDArray[np.bool_]
     classes: int
-    missed: NDArray[np.bool_] | None = None
 
     def read(self, chosen: NDArray[np.int64]) -> Tensor:
         """The features (B, rank) float32 of these of N."""
-        found = np.empty((len(chosen), self.features[0].shape[1]), np.float32)
-        for image in np.unique(self.image[chosen]):
-            own = np.flatnonzero(self.image[chosen] == image)
-            found[own] = self.features[image][self.row[chosen[own]]]
-        return torch.from_numpy(found)
+        return torch.from_numpy(self.features[chosen].astype(np.float32))
 
     def draw(self, count: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """`count` of N, with replacement: `share` of them positives, as many of every class that has some, first.
@@ -183,32 +180,40 @@ class LabelledRows:
     @cached_property
     def _by_label(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """All N by their labels, `missed` last, and where each begins among them: (N,), (K + 3,)."""
-        groups = self.labels if self.missed is None else self.labels + self.missed
+        groups = self.labels + self.missed
         order = np.argsort(groups, kind="stable")
         return order, np.searchsorted(groups[order], np.arange(self.classes + 3))
 
 
 def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRows:
-    """The rows that `embed_images` wrote, with labels and targets from the annotations of today."""
-    features, parts = list[NDArray[np.float16]](), list[tuple[NDArray[np.generic], ...]]()
-    for index, flip in itertools.product(range(len(source.records)), (False, True)[: 1 + flips]):
-        record, annotation = source.records[index], source.annotation(index)
-        arrays = map_arrays(rows_path(record, folder, flip))
-        stored = np.asarray(arrays["windows"])
-        windows = flip_boxes(stored, record.size[1]) if flip else stored
-        overlaps = source.overlaps(index, windows)
-        found = label_windows(overlaps, LABELS, source.ignored(index, windows))
-        rows, near = np.concatenate([found.positives, found.negatives]), found.positives
-        targets = np.zeros((len(rows), 4), np.float32)
-        if len(near):
-            iou = pairwise_iou(windows[near].astype(np.float64), annotation.boxes.astype(np.float64))
-            own = np.where(source.labels(annotation) == found.labels[:, None], iou, -1).argmax(axis=1)
-            targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own])
-            targets[:, 0] *= -1 if flip else 1
-        labels = np.append(found.labels, np.full(len(found.negatives), len(source.classes)))
-        missed = (labels == len(source.classes)) & (overlaps[rows].max(axis=1, initial=0) >= NEAR_MISS)
-        parts.append((np.full(len(rows), len(features)), rows, labels, targets, missed))
-        features.append(arrays["rows"])
-    none = *(np.zeros(0, np.int64) for _ in range(3)), np.zeros((0, 4), np.float32), np.zeros(0, bool)
-    image, row, labels, targets, missed = (np.concatenate(column) for column in zip(none, *parts, strict=True))
-    return LabelledRows(features, image, row, labels, targets, len(source.classes), missed)
+    """The rows that `embed_images` wrote, image after image, with labels and targets from the annotations of today.
+
+    They lie in one file, which is gone with the process: a system opens a thousand at once, perhaps.
+    """
+    width, parts = 0, list[tuple[NDArray[np.generic], ...]]()
+    with tempfile.TemporaryFile(dir=folder) as gathered:
+        for index, flip in itertools.product(range(len(source.records)), (False, True)[: 1 + flips]):
+            record, annotation = source.records[index], source.annotation(index)
+            arrays = map_arrays(rows_path(record, folder, flip))
+            stored = np.asarray(arrays["windows"])
+            windows = flip_boxes(stored, record.size[1]) if flip else stored
+            overlaps = source.overlaps(index, windows)
+            found = label_windows(overlaps, LABELS, source.ignored(index, windows))
+            rows, near = np.concatenate([found.positives, found.negatives]), found.positives
+            targets = np.zeros((len(rows), 4), np.float32)
+            if len(near):
+                iou = pairwise_iou(windows[near].astype(np.float64), annotation.boxes.astype(np.float64))
+                own = np.where(source.labels(annotation) == found.labels[:, None], iou, -1).argmax(axis=1)
+                targets[: len(near)] = regression_targets(windows[near], annotation.boxes[own])
+                targets[:, 0] *= -1 if flip else 1
+            labels = np.append(found.labels, np.full(len(found.negatives), len(source.classes)))
+            missed = (labels == len(source.classes)) & (overlaps[rows].max(axis=1, initial=0) >= NEAR_MISS)
+            parts.append((labels, targets, missed))
+            gathered.write(arrays["rows"][rows].tobytes())
+            width = arrays["rows"].shape[1]
+        none = np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, bool)
+        labels, targets, missed = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+        gathered.flush()
+        shape = len(labels), width
+        features = np.memmap(gathered, np.float16, "r", shape=shape) if len(labels) else np.zeros(shape, np.float16)
+    return LabelledRows(features, labels, targets, missed, len(source.classes))

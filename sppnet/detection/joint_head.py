@@ -120,7 +120,7 @@ def train_joint_head(
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
     rows.draw(1, 1, rng)  # refused here where there are no positives
     found = rows.targets[rows.labels < rows.classes]
-    model = JointHead(rows.features[0].shape[1], rows.classes, head, found, settings.seed).to(device)
+    model = JointHead(rows.features.shape[1], rows.classes, head, found, settings.seed).to(device)
     trainer = _Trainer(model, settings, folder, device, precision)
     checked = None
     if (validation.labels < rows.classes).any():

@@ -116,14 +116,24 @@ def in_parts(run: Callable[[int, int], None], count: int, threads: int, least: i
 _blocks = threading.local()
 
 
+def _references(name: str) -> int:
+    """To this thread's array of the name, as Python counts them here; an array on it adds one."""
+    block = getattr(_blocks, name, None)
+    return sys.getrefcount(block)
+
+
+_blocks.none_but_ours = np.empty(0)
+FREE = _references("none_but_ours")  # versions of Python differ
+
+
 def _reused(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """As np.empty, from a cache line on, in the memory of this thread's array before of the name, once that is free.
 
     To fill fresh memory takes twice as long.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    held = _references(name) > FREE
     whole, block = size + CACHE_LINE, getattr(_blocks, name, None)
-    held = sys.getrefcount(block) > 3  # this name, the argument and the thread's; an array on the block adds to it
     if held or block is None or not whole <= block.nbytes <= 2 * whole:  # a small array does not keep a large block
         block = np.empty(whole, np.uint8)
         if size <= LARGEST_BLOCK:

@@ -136,23 +136,34 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
 # ---- labels and batches --------------------------------------------------------------------------------------------
 
 
+def number_rows(source, jobs, folder):
+    """Write into the stored rows which image, and which window of it, they are."""
+    for place, (index, flip) in enumerate(jobs):
+        path = rows_path(source.records[index], folder, flip)
+        windows = read_arrays(path)["windows"]
+        numbers = np.arange(len(windows))
+        rows = np.stack([numbers * 0 + place, numbers, numbers * 0, numbers * 0], axis=1).astype(np.float16)
+        write_arrays(path, windows=windows, rows=rows)
+
+
 @pytest.mark.parametrize("flips", [False, True])
 def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(source, tmp_path, flips):
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
     jobs = [(index, flip) for index in range(2) for flip in (False, True)[: 1 + flips]]
     embed_images(source, jobs, projection, tmp_path / "rows", False)
+    number_rows(source, jobs, tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", flips)
-    assert len(rows.features) == len(jobs)
+    images, numbers = rows.features[:, :2].astype(int).T
     seen = 0
     for place, (index, flip) in enumerate(jobs):
         record = source.records[index]
         boxes = flip_boxes(record.annotation.boxes, 180) if flip else record.annotation.boxes
         windows = read_arrays(rows_path(record, tmp_path / "rows", flip))["windows"]
-        own = rows.image == place
-        assert sorted(rows.row[own].tolist()) == list(range(len(windows)))
-        for row, label, target in zip(rows.row[own], rows.labels[own], rows.targets[own], strict=True):
+        own = images == place
+        assert sorted(numbers[own].tolist()) == list(range(len(windows)))
+        for row, label, target in zip(numbers[own], rows.labels[own], rows.targets[own], strict=True):
             iou = pairwise_iou(windows[row : row + 1], boxes)[0]
-            assert rows.missed[(rows.row == row) & own] == (0.1 <= iou.max() < 0.5)
+            assert rows.missed[(numbers == row) & own] == (0.1 <= iou.max() < 0.5)
             if iou.max() < 0.5:
                 assert label == 2
                 assert not target.any()
@@ -172,17 +183,17 @@ def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(
     source = replace(source, records=[difficult], config=config)
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
     embed_images(source, [(0, False)], projection, tmp_path / "rows", False)
+    number_rows(source, [(0, False)], tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", False)
-    windows = read_arrays(rows_path(difficult, tmp_path / "rows"))["windows"][rows.row]
+    windows = read_arrays(rows_path(difficult, tmp_path / "rows"))["windows"][rows.features[:, 1].astype(int)]
     assert (pairwise_iou(windows, OBJECTS.boxes[:1]) < 0.5).all()
     assert sorted(set(rows.labels.tolist())) == [0, 2]
 
 
-def rows_of(labels, images=3, width=2, classes=3):
-    labels, rng = np.asarray(labels), np.random.default_rng(0)
-    image = rng.integers(images, size=len(labels))
-    features = [rng.normal(size=(len(labels), width)).astype(np.float16) for _ in range(images)]
-    return LabelledRows(features, image, np.arange(len(labels)), labels, np.zeros((len(labels), 4), "f4"), classes)
+def rows_of(labels, width=2, classes=3):
+    features = np.random.default_rng(0).normal(size=(len(labels), width)).astype(np.float16)
+    nothing = np.zeros((len(labels), 4), "f4")
+    return LabelledRows(features, np.asarray(labels), nothing, np.zeros(len(labels), bool), classes)
 
 
 def test_a_batch_has_its_share_of_positives_as_many_of_every_class_and_draws_all_rows():
@@ -210,8 +221,7 @@ def test_half_of_the_background_overlaps_an_object_where_some_does():
 def test_features_are_read_in_the_order_of_the_batch():
     rows = rows_of([0, 1, 2, 3, 3, 3])
     chosen = np.array([5, 0, 0, 3])
-    expected = [rows.features[rows.image[one]][rows.row[one]].tolist() for one in chosen]
-    assert rows.read(chosen).tolist() == expected
+    assert rows.read(chosen).tolist() == [rows.features[one].tolist() for one in chosen]
 
 
 def test_a_batch_without_background_is_all_positives_and_without_positives_refused():

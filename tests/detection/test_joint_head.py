@@ -1,6 +1,7 @@
 """The joint head on a toy problem: its loss by hand, what it learns, an interruption, and the detector's parts."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,12 +31,12 @@ def toy_rows(seed, images=4, each=60, noise=0.3):
     points[near, labels[near]] += 2
     targets = np.zeros((len(labels), 4), np.float32)
     targets[near] = points[near, 4:8] * [0.2, 0.1, 0.3, 0.1] + [0.1, 0, 0, -0.1]
-    image, row = np.repeat(np.arange(images), each), np.tile(np.arange(each), images)
-    features = list(points.astype(np.float16).reshape(images, each, RANK))
-    return LabelledRows(features, image, row, labels, targets, CLASSES)
+    return LabelledRows(points.astype(np.float16), labels, targets, np.zeros(len(labels), bool), CLASSES)
 
 
-NO_ROWS = LabelledRows([], *(np.zeros(0, np.int64) for _ in range(3)), np.zeros((0, 4), np.float32), CLASSES)
+NO_ROWS = LabelledRows(
+    np.zeros((0, RANK), np.float16), np.zeros(0, int), np.zeros((0, 4), np.float32), np.zeros(0, bool), CLASSES
+)
 
 
 def train(folder, settings=SETTINGS, validation=None, rows=None):
@@ -131,10 +132,10 @@ def test_without_validation_windows_nothing_is_measured_and_training_goes_on(tmp
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
     rows = toy_rows(1)
-    bare = LabelledRows(rows.features, rows.image, rows.row, np.full(len(rows.labels), 3), rows.targets, CLASSES)
+    bare = replace(rows, labels=np.full(len(rows.labels), CLASSES))
     with pytest.raises(SppnetError, match=r"no training window overlaps an object"):
         train(tmp_path / "a", rows=bare)
-    rows.features[0][0] = np.inf
+    rows.features[:, 0] = np.inf
     with pytest.raises(SppnetError, match=r"the loss is not finite at step 120; lower joint.learning_rate"):
         train(tmp_path / "b", rows=rows)
 
