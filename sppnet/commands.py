@@ -153,9 +153,10 @@ def _dry_run(training: Training, only: Sequence[str], force: Sequence[str]) -> i
     missing = [f"{reason}; training would end there" for reason in training.networks.missing_inputs(only)]
     if not missing and {"maps", "embed"} & {*only} and training.networks.map_costs:
         print(training.networks.map_costs)
-    for split in named_parts(data, find_data(data.root, data.format)).test:
+    folder = find_data(data.root, data.format)
+    for split in named_parts(data, folder).test:
         try:
-            find_part(data.root, split, data.format)
+            find_part(folder, split)
         except SppnetError as error:
             missing.append(f"{error}; sppnet eval would end there (data.test)")
     for reason in missing:

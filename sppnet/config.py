@@ -32,8 +32,8 @@ class DataSettings(Settings):
     format: Literal["auto", "voc", "coco", "yolo"] = "auto"  # ours: of the annotations; auto = by looking
     train: tuple[str, ...] = ("VOC2007/trainval",)  # empty = by the names of the parts, where there is no VOC2007 too
     more: tuple[FilePath, ...] = ()  # ours: other folders, which train too, but for their test parts (`sppnet add`)
-    val: tuple[str, ...] = ()  # ours: model selection; empty = `holdout` of the training images
-    test: tuple[str, ...] = ("VOC2007/test",)  # empty = val, or the held-out images
+    val: tuple[str, ...] = ()  # ours: model selection; empty = the part val, but for year folders; else `holdout`
+    test: tuple[str, ...] = ("VOC2007/test",)  # empty = the part test, but for year folders; else val, or held-out
     objects_only: tuple[str, ...] = ()  # sec. 4.5: splits of which the objects alone train, as positives
     classes: tuple[ClassName, ...] | None = None  # None = discovered in the training annotations
     holdout: float = Field(0.2, gt=0, lt=1)  # ours: share of `train` held out where `val` is empty

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,10 +158,10 @@ def write_settings(path: Path, config: Settings, reasons: Mapping[str, str] | No
 
     Without `reasons` a file that holds these settings stays as it is.
     """
-    text = dump_config(config)
-    if reasons is None and path.is_file() and re.sub(r"  # .*", "", path.read_text("utf-8", "replace")) == text:
-        return
-    lines = text.splitlines()
+    with suppress(OSError, ValueError):  # not there, or damaged
+        if reasons is None and _read_yaml(path.read_bytes()) == config.model_dump(mode="json"):
+            return
+    lines = dump_config(config).splitlines()
     for number, key in _keys(lines):
         lines[number] += f"  # {' '.join(reasons[key].split())}" if reasons and key in reasons else ""
     write_text(path, "\n".join([*lines, ""]))
@@ -168,8 +169,13 @@ def write_settings(path: Path, config: Settings, reasons: Mapping[str, str] | No
 
 def read_reasons(path: Path) -> dict[str, str]:
     """The reasons that `write_settings` left in a file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {key: lines[number].split("  # ", 1)[1] for number, key in _keys(lines) if "  # " in lines[number]}
+    lines, reasons = path.read_text(encoding="utf-8").splitlines(), dict[str, str]()
+    for number, key in _keys(lines):
+        value, mark, reason = lines[number].rpartition("  # ")
+        with suppress(ValueError):  # of quotes that do not end: it stands inside the value
+            _read_yaml(value)
+            reasons |= {key: reason} if mark else {}
+    return reasons
 
 
 def _keys(lines: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -407,10 +407,14 @@ def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
         load_config(file("backbone: {weights: {file: $NO_SUCH_PLACE/x.pth}}"))
 
 
-def test_settings_are_written_with_reasons_that_are_read_back_and_change_nothing(tmp_path):
+@pytest.mark.parametrize("name", ["a", "a  # b", "it's  # '", 'a  # "b"  # \\"', "#", "'  # b"])
+def test_settings_are_written_with_reasons_that_are_read_back_and_change_nothing(tmp_path, name):
     path = tmp_path / "config.yaml"
-    config = parse_config({"data": {"root": "a b " * 60, "train": ["x # y"]}, "maps": {"scales": [481, 961]}}, "test")
+    data = {"root": "a b " * 60, "train": ["x # y", name]}
+    config = parse_config({"name": name, "data": data, "maps": {"scales": [481, 961]}}, "test")
     reasons = {"name": "the folder's", "maps.scales": "two: # 1", "backbone.weights.source": "no download"}
+    write_settings(path, config, {"maps.scales": "two"})
+    assert read_reasons(path) == {"maps.scales": "two"}
     write_settings(path, config, reasons)
     assert load_config(path) == config
     assert read_reasons(path) == reasons

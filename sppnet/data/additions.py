@@ -28,10 +28,10 @@ def add_folders(
         places.setdefault(record.digest, []).append(place)
     for number, folder in enumerate(folders, start=1):
         found, fresh, copies = find_data(folder), 0, list[str]()
-        parts = (*found.roles["train"], *found.roles["val"])
-        own, more = load_splits(folder, parts)
+        roles = found.roles()
+        own, more = load_splits(found, (*roles["train"], *roles["val"]))
         skips = skips.plus(found.left_out).plus(more)
-        labelled = {*found.classes, *(name for r in own if r.annotation for name in r.annotation.names)}
+        labelled = {name for r in own if r.annotation for name in r.annotation.names}
         if not own or (classes is not None and labelled and labelled.isdisjoint(classes)):
             shows = f"classes {', '.join(sorted(labelled))}" if own else f"parts {', '.join(found.parts)}"
             raise SppnetError(f"{folder}: {shows}: nothing to train on; name another, or the classes in data.classes")

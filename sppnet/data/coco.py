@@ -8,12 +8,13 @@ from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from sppnet.data.labels import Counts, class_name, place_objects
-from sppnet.data.parts import DataFolder, Part, Tree
+from sppnet.data.parts import DataFolder, Part, Tree, role_of
 from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, SkipCounts
 
@@ -36,15 +37,21 @@ class _Category(BaseModel):
     name: Annotated[str, Field(pattern=r"\S")]
 
 
+class _Attributes(BaseModel):
+    """Of CVAT."""
+
+    difficult: bool | None = None
+
+
 class _Object(BaseModel):
     id: Any = None
     image_id: Id
     category_id: Id
     bbox: list[Annotated[float, Field(gt=-1e9, lt=1e9)]] | None = None
     segmentation: Any = None
-    iscrowd: Any = 0
-    ignore: Any = 0  # of detectors' own files: a difficult object
-    attributes: Any = None  # of CVAT
+    iscrowd: bool | None = None
+    ignore: bool | None = None  # of detectors' own files: a difficult object
+    attributes: _Attributes | list[Any] | str | None = None
 
 
 class _File(BaseModel):
@@ -66,7 +73,7 @@ def read_coco(path: Path) -> tuple[list[Listed], tuple[str, ...]] | None:
     """The images and classes that a JSON file lists; None for JSON of another kind.
 
     Objects without a box get that of their polygons, or are counted and left out. SppnetError for what is no JSON,
-    missing fields, ids and names that are there twice, and annotations of images or categories that are not listed.
+    missing fields, ids that are there twice, and annotations of images or categories that are not listed.
     """
     status = path.stat()
     return _read(path, status.st_mtime_ns, status.st_size)
@@ -87,10 +94,10 @@ def _read(path: Path, modified: int, size: int) -> tuple[list[Listed], tuple[str
         raise SppnetError(f"{path}: {where}: {error['msg']}, got {error['input']!r:.200}; correct it") from None
     names = {str(one.id): class_name(one.name) for one in found.categories}
     ids, categories = ([str(one.id) for one in own] for own in (found.images, found.categories))
-    for what, values in {"images": ids, "categories": categories, "categories' names": list(names.values())}.items():
+    for what, values in {"images": ids, "categories": categories}.items():
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
-            raise SppnetError(f"{path}: {what}: {twice[0]!r} is there twice; give each an id and a name of its own")
+            raise SppnetError(f"{path}: {what}: {twice[0]!r} is there twice; give each an id of its own")
     images = {
         str(one.id): Listed(one.file_name, _stated(one), None if found.annotations is None else [], Counter())
         for one in found.images
@@ -103,15 +110,17 @@ def _read(path: Path, modified: int, size: int) -> tuple[list[Listed], tuple[str
             raise SppnetError(
                 f"{path}: {what}, {example}; listed are {', '.join([*known][:10]) or 'none'}; export again"
             )
+    alike = Counter(names.values())
     for one in found.annotations or ():
-        image = images[str(one.image_id)]
+        image, name = images[str(one.image_id)], names[str(one.category_id)]
         corners, reason = _corners(one, f"{path}: annotation {one.id!r} of {image.file_name}")
         image.counts.update([reason] * bool(reason) + [CROWD] * bool(one.iscrowd and corners))
-        own = one.attributes if isinstance(one.attributes, dict) else {}
         if corners and image.objects is not None:
-            hard = bool(one.iscrowd or one.ignore or own.get("difficult"))
-            image.objects.append((names[str(one.category_id)], corners, hard))
-    return list(images.values()), tuple(names.values())
+            own = one.attributes.difficult if isinstance(one.attributes, _Attributes) else None
+            image.objects.append((name, corners, bool(one.iscrowd or one.ignore or own)))
+            merged = f"object of {name}, a name of {alike[name]} categories, which are taken as one class"
+            image.counts.update([merged] * (alike[name] > 1))
+    return list(images.values()), tuple(alike)
 
 
 def _stated(image: _Image) -> tuple[int, int] | None:
@@ -141,38 +150,70 @@ def _corners(found: _Object, where: str) -> tuple[Corners | None, str]:
 
 def look(tree: Tree) -> DataFolder | None:
     """The folder as COCO data: a part for each JSON file; None where no file is such JSON."""
-    files = {path: own for path in tree.of(".json") if (own := read_coco(tree.root / path)) is not None}
-    chosen = {path: own for path, own in files.items() if path.name.lower().startswith(PREFERRED)} or files
+    chosen, notes = _find_files(tree)
     if not chosen:
         return None
-    names, best, missing = _part_names(list(chosen)), Counter[Path](), list[str]()
-    claims: dict[Path, dict[Path, tuple[int, Listed]]] = {path: {} for path in chosen}
+    names, missing = _part_names(list(chosen)), list[str]()
+    claims: dict[Path, dict[Path, Listed]] = {path: {} for path in chosen}
     for path, entry in [(path, entry) for path, (entries, _) in chosen.items() for entry in entries]:
-        alike, image = tree.find(entry.file_name, path, names[path])
+        spellings = dict.fromkeys((entry.file_name, unquote(entry.file_name)))  # "a%20b.jpg" is an exported URL
+        found = (tree.find(text, path, names[path]) for text in spellings)
+        image = next((image for image in found if image is not None), None)
         if image is None:
             missing.append(f"{entry.file_name} of {path}")
-        elif claims[path].setdefault(image, (alike, entry))[1] is not entry:
+        elif claims[path].setdefault(image, entry) is not entry:
             raise SppnetError(f"{tree.root / path}: lists {image} twice; merge the entries")
-        else:
-            best[image] = max(alike, best[image])
+    files = Counter(path.parent for path in chosen)
+    own = {  # images in a folder called as the part, or below that of this file alone
+        path: {
+            image
+            for image in claimed
+            if names[path] in image.parent.parts or (files[path.parent] == 1 and path.parent in image.parents)
+        }
+        for path, claimed in claims.items()
+    }
     contents, labelled = dict[str, Part](), set[Path]()
     for path, claimed in claims.items():
-        images = {image: entry for image, (alike, entry) in claimed.items() if alike == best[image]}
-        missing += [
-            f"{claimed[image][1].file_name} of {path}" for image in claimed if image not in images
-        ]  # of another folder
+        # where a file has own images, those that it names and that are another's are not there
+        others = set[Path]().union(*(own[other] - own[path] for other in own if own[path]))
+        images = {image: entry for image, entry in claimed.items() if image not in others}
+        missing += [f"{entry.file_name} of {path}" for image, entry in claimed.items() if image in others]
         listed = chosen[path][0]
         if listed and not images:
             where = f"none of its {counted(len(listed), 'image')} is below {tree.root}"
             raise SppnetError(f"{tree.root / path}: {where}, e.g. {listed[0].file_name}; put them there")
         entries = {tree.id_of(image): entry for image, entry in images.items()}
-        unlabelled = [image for image, entry in entries.items() if entry.objects is None]
+        unlabelled = {image for image, entry in entries.items() if entry.objects is None}
         contents[names[path]] = Part(tree.by_id(images), partial(_annotate, entries, path), unlabelled)
         labelled |= {image for image, entry in images.items() if entry.objects}
-    unlisted = [tree.id_of(image) for image in tree.images if image not in best]
+    known = set[Path]().union(*claims.values())
+    unlisted = [tree.id_of(image) for image in tree.images if image not in known]
     left_out = SkipCounts({"image that is not there, left out": missing, "image in no JSON, left out": unlisted})
     classes = tuple(dict.fromkeys(name for _, own in chosen.values() for name in own))
-    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled))
+    return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled), tuple(notes))
+
+
+def _find_files(tree: Tree) -> tuple[dict[Path, tuple[list[Listed], tuple[str, ...]]], list[str]]:
+    """What the JSON files with objects list, and notes; of files with names of COCO's own if there are such.
+
+    One that is faulty is left out with a note, unless it is the only one, or its name says that it belongs to them.
+    """
+    found, faults = dict[Path, tuple[list[Listed], tuple[str, ...]]](), list[SppnetError]()
+    preferred = {path: path.name.lower().startswith(PREFERRED) for path in tree.of(".json")}
+    for path in sorted(preferred, key=lambda path: not preferred[path]):
+        if any(map(preferred.get, found)) and not preferred[path]:
+            break
+        try:
+            own = read_coco(tree.root / path)
+        except SppnetError as error:
+            if preferred[path] or role_of(path.stem):
+                raise
+            faults.append(error)
+        else:
+            found |= {} if own is None else {path: own}
+    if faults and not found:
+        raise faults[0]
+    return found, [f"left out: {error}" for error in faults]
 
 
 def _annotate(

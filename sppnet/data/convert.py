@@ -31,11 +31,11 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
     SppnetError for what `load_splits` refuses, and for an `out` that holds something or lies in the source.
     """
     folder = find_data(source, format)
-    parts = tuple(splits) or tuple(part for own in folder.roles.values() for part in own)
+    parts = tuple(splits) or tuple(part for own in folder.roles().values() for part in own)
     inside = any(out.resolve().is_relative_to(path.resolve()) for path in (source, folder.root))
     if inside or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise SppnetError(f"{out}: expected a new or an empty folder outside of the source; name another")
-    everything, skips = load_splits(source, parts, require_annotations=False, format=format)
+    everything, skips = load_splits(folder, parts, require_annotations=False)
     hard = [r.id for r in everything if r.annotation and to == "yolo" for flag in r.annotation.difficult if flag]
     if not everything:
         raise SppnetError(f"{source}: nothing to convert: its annotations ({folder.format.upper()}) list no image")
@@ -43,7 +43,7 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
     lost = {"image without annotation, left out": [*bare], "difficult flag lost, which YOLO does not have": hard}
     skips = folder.left_out.plus(skips).plus(SkipCounts(lost))
     everything = [record for record in everything if record.id not in bare]
-    of_part = {part: find_part(source, part, format).images for part in parts}
+    of_part = {part: find_part(folder, part).images for part in parts}
     records = {part: [record for record in everything if record.id in of_part[part]] for part in parts}
     found = {name for record in everything if record.annotation for name in record.annotation.names}
     classes = folder.classes or tuple(sorted(found))
@@ -68,14 +68,15 @@ def convert(source: Path, out: Path, to: str, format: str = "auto", splits: Sequ
 
 def _names(ids: Sequence[str]) -> dict[str, str]:
     """Id -> a name of its own without folders: the last part of the id, or all of it where several share that."""
-    stems, taken = Counter(one.rpartition("/")[2] for one in ids), dict[str, str]()
+    stems, names, taken = Counter(one.rpartition("/")[2] for one in ids), dict[str, str](), set[str]()
     for one in ids:
         stem = one.rpartition("/")[2]
         name = stem if stems[stem] == 1 else one.replace("/", "_")
-        while name in taken.values():
+        while name in taken:
             name += "_"
-        taken[one] = name
-    return taken
+        names[one] = name
+        taken.add(name)
+    return names
 
 
 def _write_voc(out: Path, part: str, images: Named, classes: Sequence[str]) -> None:

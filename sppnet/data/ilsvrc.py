@@ -81,7 +81,7 @@ def find_part(root: Path, split: str) -> Part:
         for image, (_, shown) in zip(images, listed.values(), strict=True)
         if kind == "train" and not annotations[image].exists()
     }
-    unlabelled = () if kind == "train" else [image for image, path in annotations.items() if not path.exists()]
+    unlabelled = {image for image, path in annotations.items() if kind != "train" and not path.exists()}
     names = read_names(root)
 
     def annotate(image: str, size: tuple[int, int], orientation: int) -> tuple[Annotation, Mapping[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sppnet.data import coco, ilsvrc, yolo
 from sppnet.data.labels import normalise
 from sppnet.data.parts import DataFolder, Tree, group, label_files, pair
-from sppnet.data.voc import annotate
+from sppnet.data.voc import annotate, read_xml
 from sppnet.errors import SppnetError, counted
 
 ANNOTATION = re.compile(rb"<annotation[\s>]")
@@ -72,13 +72,20 @@ def _look_voc(tree: Tree) -> DataFolder | None:
     labels = tree.of(".xml")
     if not any(ANNOTATION.search((tree.root / path).read_bytes().replace(b"\0", b"")) for path in labels):
         return None
-    pairs, lost = pair(tree, labels)
+    pairs, lost = pair(tree, {path: _image_name(tree, path) for path in labels})
     if not pairs:
         return None
     parts = group(tree, pairs)
     listed = {path for images in parts.values() for path in images}
     files = {tree.id_of(path): tree.root / pairs.get(path, path.with_suffix(".xml")) for path in listed}
     return label_files(tree, parts, (pairs, lost), partial(annotate, files), listed - set(pairs), format="voc")
+
+
+def _image_name(tree: Tree, label: Path) -> str:
+    """The stem of an annotation; where it fits files of several names, as of a photo and a mask, <filename> if one."""
+    names = {normalise(path.name) for path in tree.named.get(normalise(label.stem), ())}
+    stated = normalise(read_xml(tree.root / label).findtext("filename") or "").strip() if len(names) > 1 else ""
+    return stated if stated in names else label.stem
 
 
 def _nothing(tree: Tree, format: str) -> SppnetError:

@@ -1,12 +1,12 @@
 """The parts of a data set, the files below its folder, and how labels and lists find their images.
 
-Of several images of a name it is the one whose folders are most like those of the file that names it.
+Of several images of a name it is the one at the place that is meant, else the one whose folders are most alike.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     images: Mapping[str, Path]
     annotate: Annotate
-    unlabelled: Collection[str] = ()  # have no annotation: `annotate` says why
+    unlabelled: Set[str] = frozenset()  # have no annotation: `annotate` says why
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,22 @@ class DataFolder:
     labelled: int = 0  # images with labels
     notes: tuple[str, ...] = ()
 
-    @property
-    def roles(self) -> dict[str, tuple[str, ...]]:
-        """The parts to train, validate and test on, by their names; where none says train, all without a role.
+    def roles(self, train: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+        """The parts to train (or `train`), validate and test on, by their names; where none says train, all of no role.
 
-        A trainval beside its train has no role, nor has a val within train.
+        A trainval beside its train has no role, nor has a part all of whose images another has that goes before it.
         """
         parts = [p for p in self.parts if "trainval" not in p or p.replace("trainval", "train") not in self.parts]
         roles = {role: tuple(part for part in parts if role_of(part) == role) for role in ROLES}
-        roles["train"] = roles["train"] or tuple(part for part in parts if role_of(part) is None)
-        images = {part: set(own.images) for part, own in self.contents.items()}
-        train, val = (set[str]().union(*(images.get(part, ()) for part in roles[role])) for role in ROLES[:2])
-        return roles | ({"val": ()} if val and val <= train else {})
+        roles["train"] = tuple(train) or roles["train"] or tuple(part for part in parts if role_of(part) is None)
+        images, seen = {part: {*own.images} for part, own in self.contents.items()}, set[str]()
+        for role, own in roles.items():
+            within = set[str]()
+            for part in sorted(own, key=lambda part: -len(images.get(part, ()))):
+                within |= {part} if images.get(part) and images[part] <= seen else set()
+                seen |= images.get(part, set())
+            roles[role] = tuple(part for part in own if part not in within)
+        return roles
 
     def part(self, name: str) -> Part:
         """The part of this name; SppnetError, with those that there are, for one that is not."""
@@ -84,32 +88,42 @@ class Tree:
         self.root = root
         self.images = sorted(path.relative_to(root) for path in found.images)
         self.others = sorted(path.relative_to(root) for path in found.others)
-        self.named: dict[str, list[Path]] = {}  # by name and by stem
+        self.named: dict[str, list[Path]] = {}  # by name and by stem, alone and with the folder
         for path in self.images:
+            folder = normalise(path.parent.as_posix())
             for name in {normalise(path.name), normalise(path.stem)}:
-                self.named.setdefault(name, []).append(path)
+                for key in (name, f"{folder}/{name}"):
+                    self.named.setdefault(key, []).append(path)
 
     def of(self, *endings: str) -> list[Path]:
         return [path for path in self.others if path.suffix.lower() in endings]
 
-    def find(self, text: str, source: Path, part: str = "") -> tuple[int, Path | None]:
-        """How alike the folders are, and the image that `text` names in the file `source`; None where there is none.
+    def find(self, text: str, source: Path, part: str = "", known: Collection[Path] = ()) -> Path | None:
+        """The image that `text` names in the file `source`; None where there is none.
 
-        A name with its ending goes before a stem, a folder called `part` before others. SppnetError for a tie.
+        The one below ``images`` for a source below ``labels`` goes first, then the one beside it. Elsewhere those that
+        are `known` go before others, a name with its ending before a stem, likeness of the folders and a folder called
+        `part` before a folder JPEGImages, beside which are masks. SppnetError for a tie.
         """
         steps = normalise(text).replace("\\", "/").split("/")
         *folders, name = [step for step in steps if step not in ("", ".", "..")] or [""]
-        found = self.named.get(name, [])
-        found = [path for path in found if normalise(path.name) == name] or found
         place = (*map(normalise, source.parent.parts), *folders)
-        alike = {path: _alike(path.parent.parts, place) + (part in path.parent.parts) for path in found}
-        best = [path for path, value in alike.items() if value == max(alike.values())]
+        mirrored = tuple("images" if step == "labels" else step for step in place)
+        keys = (*(f"{'/'.join(way) or '.'}/{name}" for way in (mirrored, place)), name)
+        found = next((self.named[key] for key in keys if key in self.named), [])
+        found = [path for path in found if path in known] or found
+        found = [path for path in found if normalise(path.name) == name] or found
+        ranks = {
+            path: (_alike(path.parent.parts, place) + (part in path.parent.parts), "JPEGImages" in path.parent.parts)
+            for path in found
+        }
+        best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
         if len(best) > 1:
             both = f"{text!r} fits {best[0]} and {best[1]} alike"
             raise SppnetError(
                 f"{self.root / source}: {both}; name the folder too, or use folders that mirror each other"
             )
-        return (alike[best[0]], best[0]) if best else (0, None)
+        return best[0] if best else None
 
     def id_of(self, path: Path) -> str:
         return normalise(path.with_suffix("").as_posix())
@@ -127,20 +141,20 @@ class Tree:
 
 def _alike(folders: tuple[str, ...], place: tuple[str, ...]) -> int:
     """How many folders two paths share at their beginnings and at their ends."""
-    own = tuple(map(normalise, folders))
-    ways = ((own, place), (own[::-1], place[::-1]))
+    own, other = (tuple(map(normalise, each)) for each in (folders, place))
+    ways = ((own, other), (own[::-1], other[::-1]))
     return sum(len([*takewhile(lambda both: both[0] == both[1], zip(*way, strict=False))]) for way in ways)
 
 
-def pair(tree: Tree, labels: Iterable[Path]) -> Pairs:
-    """Image -> its label file, by stem and folders; and the files among them that have no image of their own."""
+def pair(tree: Tree, labels: Mapping[Path, str]) -> Pairs:
+    """Image -> its label file, by the name of the image in each; and the files among them that have no image."""
     claims, lost, pairs = dict[Path, list[tuple[int, Path]]](), list[Path](), dict[Path, Path]()
-    for label in labels:
-        alike, image = tree.find(label.stem, label)
+    for label, name in labels.items():
+        image = tree.find(name, label)
         if image is None:
             lost.append(label)
         else:
-            claims.setdefault(image, []).append((alike, label))
+            claims.setdefault(image, []).append((_alike(image.parent.parts, label.parent.parts), label))
     for image, own in sorted(claims.items()):
         *others, (alike, label) = sorted(own)
         if others and others[-1][0] == alike:
@@ -158,7 +172,7 @@ def label_files(
     pairs, lost = pairing
     listed = {path for images in parts.values() for path in images}
     contents = {
-        name: Part(tree.by_id(images), read, [tree.id_of(path) for path in images if path in bare])
+        name: Part(tree.by_id(images), read, {tree.id_of(path) for path in images if path in bare})
         for name, images in parts.items()
     }
     rest = [path for path in tree.images if path not in listed]
@@ -176,7 +190,8 @@ def group(tree: Tree, images: Iterable[Path]) -> dict[str, list[Path]]:
 
     Where neither says, all `images` are the part "all"; those that no such folder holds are "other".
     """
-    if lists := {path.with_suffix(""): listed for path in _lists(tree) if (listed := read_list(tree, path))}:
+    known = set(images)
+    if lists := {path.with_suffix(""): listed for path in _lists(tree) if (listed := read_list(tree, path, known))}:
         short = len({path.name for path in lists}) == len(lists)
         return {path.name if short else path.as_posix(): listed for path, listed in lists.items()}
     parts: dict[str, list[Path]] = {}
@@ -193,14 +208,16 @@ def _lists(tree: Tree) -> list[Path]:
         p for p in tree.of(".txt") if p.parent.name in ("Main", "ImageSets") or OF_FOLDER.fullmatch(p.stem.lower())
     ]
     own = [path for path in named if normalise(path.stem) not in tree.named]  # no label of an image
-    stems = {path.stem for path in own}
-    return [path for path in own if path.stem.rpartition("_")[2] not in stems - {path.stem}]  # per-class lists
+    return [path for path in own if path.parent.name == "Main"] or own  # beside Main are lists of other tasks
 
 
-def read_list(tree: Tree, path: Path) -> list[Path]:
-    """The images that the lines of a list name; none where no line does, SppnetError where some do not."""
+def read_list(tree: Tree, path: Path, known: Collection[Path] = ()) -> list[Path]:
+    """The images that the lines of a list name, `known` ones before others of a name.
+
+    None where no line does, as in lists of one class with a column; SppnetError where some do not.
+    """
     lines = [line.strip() for line in read_lines(tree.root / path) if line.strip()]
-    images = {line: tree.find(line, path)[1] for line in lines}
+    images = {line: tree.find(line, path, known=known) for line in lines}
     found = dict.fromkeys(image for image in images.values() if image is not None)
     missing = [line for line, image in images.items() if image is None]
     if missing and found:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sppnet.data.layouts import find_data, find_years
 from sppnet.data.selection import choose_classes, shown_classes
-from sppnet.data.splits import load_splits
+from sppnet.data.splits import find_part, load_splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +26,8 @@ class Presence:
 
 
 def is_voc(root: Path) -> bool:
-    """Whether a folder looks like VOC's: year folders with image sets, or a folder beside or above them."""
-    return any(next(root.glob(f"{above}ImageSets"), None) is not None for above in ("", "*/", "*/*/"))
+    """Whether a folder has VOC's image sets: those of year folders, or of its own."""
+    return (root / "ImageSets").is_dir() or find_years(root) is not None
 
 
 def read_presence(
@@ -36,8 +37,9 @@ def read_presence(
 
     SppnetError for what `load_splits` refuses, an image that is in two splits among it, and for classes not found.
     """
-    records, skips = load_splits(root, [*train, *test])
-    count = len(load_splits(root, train)[0]) if test else len(records)
+    folder = find_data(root)
+    records, skips = load_splits(folder, [*train, *test])
+    count = sum(len(find_part(folder, split).images) for split in train)
     names = choose_classes(records[:count], None if classes is None else tuple(classes))
     shown = np.full((len(records), len(names)), -1, np.int8)
     for row, record in zip(shown, records, strict=True):

@@ -20,7 +20,7 @@ from sppnet.artifacts import file_digest
 from sppnet.data import ilsvrc
 from sppnet.data.labels import normalise, read_lines
 from sppnet.data.layouts import SETS, find_data
-from sppnet.data.parts import Part
+from sppnet.data.parts import DataFolder, Part
 from sppnet.data.voc import annotate
 from sppnet.errors import ImageError, SppnetError, counted
 from sppnet.images import IMAGE_SUFFIXES, image_header
@@ -68,15 +68,15 @@ def _id_of(line: str, known: Collection[str] | None) -> str:
 
 
 def load_split(
-    root: Path | str, split: str, require_annotations: bool = True, format: str = "auto"
+    data: DataFolder | Path | str, split: str, require_annotations: bool = True
 ) -> tuple[list[ImageRecord], SkipCounts]:
     """The images of ``<year folder>/<set>``, or of a part that `find_data` finds, and what was skipped in them.
 
-    A missing annotation is an error, or with ``require_annotations=False`` (a test split) is counted and gives a
-    record without one. Raises SppnetError for a missing folder, set or image, two files of one id, an unreadable image
-    header and faulty annotations.
+    `data` is a folder, or what `find_data` says it is. A missing annotation is an error, or with
+    ``require_annotations=False`` (a test split) is counted and gives a record without one. Raises SppnetError for a
+    missing folder, set or image, two files of one id, an unreadable image header and faulty annotations.
     """
-    part, records, skipped = find_part(Path(root), split, format), list[ImageRecord](), dict[str, list[str]]()
+    part, records, skipped = find_part(data, split), list[ImageRecord](), dict[str, list[str]]()
     for image_id, path in part.images.items():
         try:
             size, orientation = image_header(path)
@@ -99,18 +99,19 @@ def find_annotations(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: _only(files.get(name, [folder / f"{name}.xml"]), name) for name in names}
 
 
-def split_digests(root: Path | str, split: str, format: str = "auto") -> dict[str, str]:
+def split_digests(data: DataFolder | Path | str, split: str) -> dict[str, str]:
     """Id -> content (`ImageRecord.digest`) of the images of a split; nothing else of them is read."""
-    return {image_id: file_digest(path) for image_id, path in find_part(Path(root), split, format).images.items()}
+    return {image_id: file_digest(path) for image_id, path in find_part(data, split).images.items()}
 
 
 def load_splits(
-    root: Path | str, splits: Sequence[str], require_annotations: bool = True, format: str = "auto"
+    data: DataFolder | Path | str, splits: Sequence[str], require_annotations: bool = True
 ) -> tuple[list[ImageRecord], SkipCounts]:
     """Several splits one after the other; an image that is in two of them is an error."""
     records, skips, split_of = list[ImageRecord](), SkipCounts(), dict[str, str]()
+    data = data if isinstance(data, DataFolder) or not splits else find_data(data)
     for split in splits:
-        more, left_out = load_split(root, split, require_annotations, format)
+        more, left_out = load_split(data, split, require_annotations)
         for record in more:
             if record.id in split_of:
                 first = split_of[record.id]
@@ -121,9 +122,9 @@ def load_splits(
     return records, skips
 
 
-def find_part(root: Path, split: str, format: str = "auto") -> Part:
+def find_part(data: DataFolder | Path | str, split: str) -> Part:
     """The images of a split and what reads their annotations; SppnetError, with those here, for another."""
-    folder = find_data(root, format)
+    folder = data if isinstance(data, DataFolder) else find_data(data)
     if folder.contents:
         return folder.part(split)
     root = folder.root
@@ -135,7 +136,7 @@ def find_part(root: Path, split: str, format: str = "auto") -> Part:
     files, xml = (
         {f"{normalise(year.name)}/{name}": path for name, path in paths.items()} for paths in (images, annotations)
     )
-    return Part(files, partial(annotate, xml), [name for name, path in xml.items() if not path.exists()])
+    return Part(files, partial(annotate, xml), {name for name, path in xml.items() if not path.exists()})
 
 
 def _find_set(root: Path, split: str) -> Path:

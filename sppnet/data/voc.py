@@ -1,8 +1,8 @@
 """Annotation files of PASCAL VOC: the one place that knows 1-based inclusive corners, with `comp4`.
 
 (xmin, ymin, xmax, ymax) in a file is (xmin - 1, ymin - 1, xmax, ymax) here, and back in the writers. Fields of an
-annotation that repeat what the image knows (<filename>, <size>, <path>) are never trusted: the image is found by its
-id, its size is its header's.
+annotation that repeat what the image knows (<size>, <path>) are never trusted: the image is found by its id, its size
+is its header's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_annotation(
     counts. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
-    root = _xml_root(path)
+    root = read_xml(path)
     objects = [_read_object(element, path) for element in root.findall("object")]
     names, flags = [name for name, _, _ in objects], [flag for _, _, flag in objects]
     corners = as_boxes([own for _, own, _ in objects])
@@ -65,6 +65,28 @@ def read_annotation(
     }
     found, counts = place_objects(drawn, names, flags, size, _stated_size(root), orientation, faults)
     return found, SkipCounts({reason: [path.stem] * count for reason, count in counts.items()})
+
+
+def read_xml(path: Path) -> Element:
+    """The <annotation> of a file; SppnetError for one that is missing, not XML or something else."""
+    try:
+        content = path.read_bytes()
+        try:
+            root = parse_xml(content)  # refuses entities, so a small file cannot become a large one
+        except ValueError as error:  # expat does not know the encodings of Chinese, Japanese and Korean
+            declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
+            if declared is None or "multi-byte" not in str(error):
+                raise
+            root = parse_xml(content.decode(declared[1].decode()))
+    except FileNotFoundError:
+        raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
+    except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
+        problem = f"cannot read this annotation as XML ({type(error).__name__}: {error})"
+        raise SppnetError(f"{path}: {problem}; repair it, save it as UTF-8, or remove it") from None
+    if root is None or root.tag != "annotation":
+        tag = None if root is None else root.tag
+        raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
+    return root
 
 
 def annotate(
@@ -91,27 +113,6 @@ def write_annotation(
         bndbox = "".join(f"<{tag}>{value:.10g}</{tag}>" for tag, value in zip(CORNERS, corners, strict=True))
         lines += [f"    <bndbox>{bndbox}</bndbox>\n  </object>"]
     write_text(path, "\n".join([*lines, "</annotation>\n"]), **options)
-
-
-def _xml_root(path: Path) -> Element:
-    try:
-        content = path.read_bytes()
-        try:
-            root = parse_xml(content)  # refuses entities, so a small file cannot become a large one
-        except ValueError as error:  # expat does not know the encodings of Chinese, Japanese and Korean
-            declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", content)
-            if declared is None or "multi-byte" not in str(error):
-                raise
-            root = parse_xml(content.decode(declared[1].decode()))
-    except FileNotFoundError:
-        raise SppnetError(f"{path}: no such annotation file; add it or take the image out of the set") from None
-    except (OSError, ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
-        problem = f"cannot read this annotation as XML ({type(error).__name__}: {error})"
-        raise SppnetError(f"{path}: {problem}; repair it, save it as UTF-8, or remove it") from None
-    if root is None or root.tag != "annotation":
-        tag = None if root is None else root.tag
-        raise SppnetError(f"{path}: expected <annotation> at the top, got <{tag}>; give a PASCAL VOC annotation")
-    return root
 
 
 def _read_object(element: Element, path: Path) -> tuple[str, tuple[float, ...], bool]:

@@ -21,6 +21,7 @@ from sppnet.errors import SppnetError
 from sppnet.records import Annotation
 
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names")  # of files that list the classes, one a line
+TITLES = ("data", "dataset")  # of the YAML file
 KEYS = ("train", "val", "valid", "test")
 BACKGROUND = "image without label file, taken as background"
 TURNED = "image with EXIF orientation, boxes taken as drawn upright"
@@ -28,19 +29,18 @@ TURNED = "image with EXIF orientation, boxes taken as drawn upright"
 
 def look(tree: Tree) -> DataFolder | None:
     """The folder as YOLO data; None where there is no data.yaml and no labels with names."""
-    yaml, values, notes = _find_yaml(tree)
     lists = [path for name in NAMES for path in tree.others if path.name == name]
+    yaml, values, notes = _find_yaml(tree, bool(lists))
     if not yaml and not lists:
         return None
     where = tree.root / [*yaml, *lists][0]
     in_yaml = "names" in values or not lists
     named = where if in_yaml else tree.root / lists[0]
-    listed = {} if in_yaml else {i: line for i, line in enumerate(read_lines(named)) if line.strip()}
-    names = _names_of(values.get("names", listed), named)
+    names = _names_of(values.get("names"), named) if in_yaml else _listed_names(tree, lists)
     base = Path(os.path.normpath(where.parent / str(values.get("path", ""))))
     if base.is_dir() and not base.is_relative_to(os.path.normpath(tree.root)):
         tree = Tree(base)  # the pictures lie elsewhere
-    pairs, lost = pair(tree, [path for path in tree.of(".txt") if path.name not in NAMES])
+    pairs, lost = pair(tree, {path: path.stem for path in tree.of(".txt") if path.name not in NAMES})
     if not yaml and not pairs:
         return None
     folders = {path.parent for path in pairs}  # where an image without labels is background
@@ -53,13 +53,39 @@ def look(tree: Tree) -> DataFolder | None:
     return label_files(tree, parts, (pairs, lost), read, bare, format="yolo", **own)
 
 
-def _find_yaml(tree: Tree) -> tuple[list[Path], dict[str, Any], list[str]]:
-    """The YAML files that name classes and parts, those near the top first, the values of the first, and notes."""
-    paths = sorted(tree.of(".yaml", ".yml"), key=lambda p: (len(p.parts), p.stem not in ("data", "dataset"), p))
-    read = {path: read_yaml_texts(tree.root / path) for path in paths}
-    found = {p: v for p, v in read.items() if isinstance(v, dict) and {"names", "nc"} & {*v} and {*KEYS} & {*v}}
+def _find_yaml(tree: Tree, listed: bool) -> tuple[list[Path], dict[str, Any], list[str]]:
+    """The YAML files that name classes and parts, those near the top first, the values of the first, and notes.
+
+    One that cannot be read is an error where no other names them, and neither do files that are `listed` unless it is
+    called data or dataset.
+    """
+    paths = sorted(tree.of(".yaml", ".yml"), key=lambda p: (len(p.parts), p.stem not in TITLES, p))
+    found, faults = dict[Path, dict[str, Any]](), dict[Path, SppnetError]()
+    for path in paths:
+        try:
+            values = read_yaml_texts(tree.root / path)
+        except SppnetError as error:
+            faults[path] = error
+        else:
+            if isinstance(values, dict) and {"names", "nc"} & {*values} and {*KEYS} & {*values}:
+                found[path] = values
+    grave = [error for path, error in faults.items() if path.stem in TITLES or not listed]
+    if grave and not found:
+        raise grave[0]
     first, *others = [*found] or [Path()]
-    return [*found], found.get(first, {}), [f"{first} taken, not {', '.join(map(str, others))}"] if others else []
+    notes = [f"{first} taken, not {', '.join(map(str, others))}"] if others else []
+    return [*found], found.get(first, {}), [*notes, *(f"left out: {error}" for error in faults.values())]
+
+
+def _listed_names(tree: Tree, lists: Sequence[Path]) -> dict[int, str]:
+    """Number -> class, of the files that list them, which must agree."""
+    names = {path: [class_name(line) for line in read_lines(tree.root / path)] for path in lists}
+    first, *others = ({i: name for i, name in enumerate(own) if name} for own in names.values())
+    differs = [path for path, own in zip(lists[1:], others, strict=True) if own != first]
+    if differs:
+        both = f"{tree.root / lists[0]} and {differs[0]} list different classes"
+        raise SppnetError(f"{both}, so a number may mean either; keep one of them, or make two data sets of the folder")
+    return _names_of(first, tree.root / lists[0])
 
 
 def _names_of(names: Any, where: Path) -> dict[int, str]:

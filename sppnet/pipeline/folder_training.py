@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,10 @@ import torch
 
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, load_settings, read_reasons, read_yaml_texts
-from sppnet.data.layouts import find_data
 from sppnet.errors import SppnetError
 from sppnet.pipeline.choices import Choice, choose_settings, reduced, shown
 from sppnet.pipeline.estimate import Estimate, duration, estimate, measure, remaining_work
-from sppnet.pipeline.run_data import RunData, Split, load_run_data, named_parts
+from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.training import Training
 
 log = logging.getLogger("sppnet")
@@ -121,15 +121,13 @@ def _choose(folder: Path, overrides: Sequence[str], split: Split | None) -> tupl
     """What the folder says, and its images."""
     choices = {"name": Choice(_name(folder), "the folder's"), "data.root": Choice(folder.resolve(), "the folder")}
     unnamed = {"data.train": Choice((), ""), "data.test": Choice((), "")}
-    found = find_data(folder, (data := _config(folder, choices | unnamed, overrides).data).format)
-    choices["data.format"] = Choice(found.format, "found by looking")
-    parts, none = named_parts(data, found), {"val": "some of train are held out", "test": "val or the held-out images"}
-    for role in ("train", "val", "test"):
-        names = getattr(parts, role)
-        why = "by the names of the folder's parts" if names else f"no part is called so: {none.get(role)}"
-        choices[f"data.{role}"] = Choice(names, why)
+    none = {"val": "none: some of train are held out", "test": "none: val or the held-out images"}
     try:
-        images = load_run_data(_config(folder, choices, overrides), split)
+        images = load_run_data(_config(folder, choices | unnamed, overrides), split)
+        choices["data.format"] = Choice(images.named.format, "found by looking")
+        for role in ("train", "val", "test"):
+            names = getattr(images.named, role)
+            choices[f"data.{role}"] = Choice(names, "by the names of the folder's parts" if names else none[role])
         return choices | choose_settings([*images.train, *images.held_out]), images
     except SppnetError as error:
         raise SppnetError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
@@ -150,7 +148,9 @@ def _check_places(folder: Path, root: Path) -> None:
     if root.resolve().is_relative_to(folder.resolve()):
         raise SppnetError(f"--run {root}: inside {folder}, where its pictures would become data; name a place outside")
     for path in sorted(folder.glob("*.y*ml")):
-        values = read_yaml_texts(path)
+        values = None
+        with suppress(SppnetError):  # of another program
+            values = read_yaml_texts(path)
         if isinstance(values, dict) and "backbone" in values and {*values} <= {*Config.model_fields, "base"}:
             log.info("%s is not used; to train by it: sppnet train %s", path, path)
 

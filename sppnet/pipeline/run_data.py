@@ -85,7 +85,7 @@ class RunData:
     settings: Mapping[str, Any] = field(default_factory=dict)  # that decided the split
     notes: tuple[str, ...] = ()  # about classes and the split
     objects: list[ImageRecord] = field(default_factory=list)  # of data.objects_only: their objects train, nothing else
-    format: str = "voc"
+    named: DataSettings = field(default_factory=DataSettings)  # with the format and the parts as they were found
     base: list[ImageRecord] = field(default_factory=list)  # of `train`, before data.more
 
     @property
@@ -115,7 +115,7 @@ class RunData:
         counts = Counter(name for names in shown for name in names)
         objects = f"{counted(counts.total(), 'object')} of {counted(len(self.classes), 'class')}"
         by_class = ", ".join(f"{name} {counts[name]}" for name in self.classes)
-        head = f"data: {self.format.upper()}, {images}, {objects} ({by_class})"
+        head = f"data: {self.named.format.upper()}, {images}, {objects} ({by_class})"
         return "; ".join([head, *self.notes, *self.skips.lines()])
 
 
@@ -137,8 +137,8 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     if not settings.train:
         where = f"{settings.root}: no part is called train"
         raise SppnetError(f"{where}; name those to train on in data.train: {', '.join(folder.parts)}")
-    records, skips = load_splits(settings.root, settings.train, format=settings.format)
-    val, more = load_splits(settings.root, settings.val, format=settings.format)
+    records, skips = load_splits(folder, settings.train)
+    val, more = load_splits(folder, settings.val)
     merged, added_skips, added = add_folders([*records, *val], settings.more, settings.classes)
     skips = skips.plus(more).plus(folder.left_out).plus(added_skips)
     count, known = len(records), len(records) + len(val)
@@ -171,12 +171,12 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         held_out += hold_out(showing, settings.holdout, settings.seed, difficult)[1]
     out = {record.id for record in held_out}
     train += [record for record in fresh if record.id not in out]
-    objects, more = _load_objects(settings, classes)
+    objects, more = _load_objects(folder, settings, classes)
     skips = skips.plus(more)
     check_apart(_contents([*train, *held_out]), _contents(objects), "data.objects_only")
     for split in settings.test:
         try:
-            digests = split_digests(settings.root, split, settings.format)
+            digests = split_digests(folder, split)
         except (SppnetError, OSError):  # they may be elsewhere, or come later
             continue
         check_apart(_contents([*train, *objects]), digests, "data.test")
@@ -199,8 +199,7 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     notes = [*folder.notes, *unused, *added, *others, *notes]
     notes += classes_amiss([*train, *objects], held_out, classes, difficult)
     validate = config.finetune.validate_images
-    form = folder.format
-    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects, form, base)
+    return RunData(train, held_out, classes, skips, validate, difficult, drawn, tuple(notes), objects, settings, base)
 
 
 def _shown(records: Sequence[ImageRecord], classes: Sequence[str]) -> tuple[str, ...]:
@@ -209,22 +208,26 @@ def _shown(records: Sequence[ImageRecord], classes: Sequence[str]) -> tuple[str,
 
 
 def named_parts(settings: DataSettings, folder: DataFolder) -> DataSettings:
-    """The settings with the parts of the folder to train, validate and test on.
+    """The settings with the format of the folder and its parts to train, validate and test on.
 
-    Where `train` names none, or the default's VOC2007 that the folder does not have, the names of the parts say.
+    Where `train` names none, or the default's VOC2007 that the folder does not have, the names of the parts say; of a
+    folder without year folders these say what validates and tests too, where that is not named.
     """
-    default, roles, own = DataSettings(), folder.roles, dict[str, tuple[str, ...]]()
+    default, own = DataSettings(), dict[str, Any]({"format": folder.format})
     by_names = not settings.train or (settings.train == default.train and not {*default.train} <= {*folder.parts})
-    if by_names:
-        own = {"train": roles["train"], "val": settings.val or roles["val"]}
-    if settings.test in ((), default.test) and (by_names or folder.contents):
-        own["test"] = roles["test"] if by_names else ()
+    if by_names or folder.contents:
+        roles = folder.roles(() if by_names else settings.train)
+        own["train"] = roles["train"] if by_names else settings.train
+        own["val"] = settings.val or roles["val"]
+        own["test"] = roles["test"] if settings.test == default.test else settings.test or roles["test"]
     return settings.model_copy(update=own)
 
 
-def _load_objects(settings: DataSettings, classes: tuple[str, ...]) -> tuple[list[ImageRecord], SkipCounts]:
+def _load_objects(
+    folder: DataFolder, settings: DataSettings, classes: tuple[str, ...]
+) -> tuple[list[ImageRecord], SkipCounts]:
     """The images of data.objects_only that show an object to train on; the others are counted."""
-    records, skips = load_splits(settings.root, settings.objects_only, format=settings.format)
+    records, skips = load_splits(folder, settings.objects_only)
     shown = {r.id for r in restrict(records, classes) if shown_classes(r, settings.train_on_difficult)}
     bare = [r.id for r in records if r.id not in shown]
     reason = "image of data.objects_only without objects to train on, left out"
@@ -289,19 +292,19 @@ def load_test_data(
     other = folder.resolve() != config.data.root.resolve()
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the pictures with --data")
-    form = "auto" if other else config.data.format
-    found = find_data(folder, form)
+    found = find_data(folder, "auto" if other else config.data.format)
     settings = named_parts(config.data, found)
     names = tuple(splits) or settings.test or settings.val
     if other and not splits and found.contents and not {*(names or settings.train)} <= {*found.parts}:
-        names = found.roles["test"] or found.roles["val"] or found.roles["train"]
+        roles = found.roles()
+        names = roles["test"] or roles["val"] or roles["train"]
     if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(
             "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
             "was put together elsewhere), or is combined of some that were trained on what others held out; name "
             "images with --split, or train again"
         )
-    records, skips = load_splits(folder, names or settings.train, require_annotations=False, format=form)
+    records, skips = load_splits(found, names or settings.train, require_annotations=False)
     if not other and not splits:
         merged, more, _ = add_folders(records, config.data.more)
         ids = () if kept is None or settings.test else kept.held_out

@@ -69,6 +69,14 @@ def test_a_known_picture_gets_the_objects_of_the_classes_that_the_folder_labels_
     assert np.array_equal(again[0].annotation.boxes, merged[0].annotation.boxes)
 
 
+def test_classes_that_a_folder_only_lists_stay_as_they_are_known(tmp_path, known):
+    picture(tmp_path / "dogs/new.jpg"), shutil.copy(known[0].path, tmp_path / "dogs/x.jpg")
+    coco(tmp_path / "dogs/labels.json", coco_of("x.jpg", "new.jpg", boxes=[(1, 1, 9, 9)], categories=("dog", "cat")))
+    merged, _, notes = add_folders(known, [tmp_path / "dogs"])
+    assert objects(merged[0]) == {"cat": tuple(map(float, BOX)), "dog": (1, 1, 10, 10)}
+    assert notes == [f"{tmp_path / 'dogs'} adds 1 images, and its objects of dog to 1 known, e.g. x"]
+
+
 def test_a_folder_without_anything_to_train_on_is_refused(tmp_path, known):
     picture(tmp_path / "pictures/a.jpg", (50, 30))
     with pytest.raises(SppnetError, match="no annotated pictures found"):

@@ -63,10 +63,79 @@ def test_annotations_become_boxes_and_what_happens_to_them_is_counted(root, fiel
     np.testing.assert_array_equal(other.annotation.boxes, [BOX])
 
 
-@pytest.mark.parametrize("fields", [{"iscrowd": 1}, {"ignore": 1}, {"attributes": {"difficult": True}}])
-def test_crowds_and_marked_objects_are_difficult(root, fields):
-    (record, other), _ = load(root, changed(**fields))
-    assert (record.annotation.difficult.tolist(), other.annotation.difficult.tolist()) == ([True], [False])
+@pytest.mark.parametrize("key", ["iscrowd", "ignore", "difficult"])
+@pytest.mark.parametrize(
+    ("flag", "difficult"),
+    [(1, True), (True, True), ("1", True), (0, False), (False, False), ("0", False), ("false", False)],
+)
+def test_crowds_and_marked_objects_are_difficult(root, key, flag, difficult):
+    fields = {"attributes": {"difficult": flag, "colour": "red"}} if key == "difficult" else {key: flag}
+    (record, other), skips = load(root, changed(**fields))
+    assert (record.annotation.difficult.tolist(), other.annotation.difficult.tolist()) == ([difficult], [False])
+    assert len(skips.counts) == (difficult and key == "iscrowd")
+
+
+def test_a_class_of_two_ids_is_one_and_its_objects_are_counted(root):
+    values = coco_of(
+        "a.jpg", "b.jpg", boxes=[(6, 4, 24, 20), (1, 1, 9, 9), (2, 2, 9, 9)], categories=("cat", "dog", "cat ")
+    )
+    records, skips = load(root, values)
+    assert [record.annotation.names for record in records] == [("cat", "dog", "cat")] * 2
+    assert find_data(root).classes == ("cat", "dog")
+    assert skips.images == {
+        "object of cat, a name of 2 categories, which are taken as one class": ["images/a"] * 2 + ["images/b"] * 2
+    }
+
+
+def test_a_name_escaped_as_in_a_url_is_the_file_unless_one_is_called_so(root):
+    picture(root / "images/my cat (1).jpg"), picture(root / "images/50%25.jpg"), picture(root / "images/50%.jpg")
+    records, _ = load(root, coco_of("images/my%20cat%20%281%29.jpg", "50%25.jpg"))
+    assert [record.id for record in records] == ["images/my cat (1)", "images/50%25"]
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_files_of_parts_of_others_list_the_same_images(tmp_path, deep):
+    """A trainval beside train and val, and a subset."""
+    names = {"train": ["a.jpg", "b.jpg"], "val": ["c.jpg"]}
+    names |= {"trainval": [*names["train"], *names["val"]], "train_mini": ["a.jpg"]}
+    for part in ("train", "val"):
+        for name in names[part]:
+            picture(tmp_path / "images" / (part if deep else "") / name)
+    for part, own in names.items():
+        coco(tmp_path / f"annotations/instances_{part}.json", coco_of(*own))
+    folder = find_data(tmp_path)
+    assert {part: [image[-1] for image in folder.contents[part].images] for part in folder.parts} == {
+        "train": ["a", "b"], "train_mini": ["a"], "trainval": ["a", "b", "c"], "val": ["c"]
+    }  # fmt: skip
+    assert folder.left_out.counts == {}
+    assert folder.roles() == {"train": ("train",), "val": ("val",), "test": ()}
+
+
+def test_an_image_that_is_missing_is_not_the_one_of_another_part_however_the_files_lie(tmp_path):
+    for part, name in (("train", "a"), ("val", "b"), ("extra", "c")):
+        picture(tmp_path / f"images/{part}/{name}.jpg")
+    coco(tmp_path / "annotations/train.json", coco_of("a.jpg", "b.jpg", "extra/c.jpg"))
+    coco(tmp_path / "annotations/val.json", coco_of("b.jpg"))
+    folder = find_data(tmp_path)
+    assert [*folder.contents["train"].images] == ["images/train/a", "images/extra/c"]
+    assert folder.left_out.images == {"image that is not there, left out": ["b.jpg of annotations/train.json"]}
+
+
+def test_json_beside_the_data_does_not_matter_unless_it_belongs_to_them(root):
+    coco(root / "labels.json", coco_of("a.jpg")), text(root / "package.json", "{")
+    folder = find_data(root)
+    assert folder.parts == ("all",)
+    (note,) = folder.notes
+    assert note.startswith(f"left out: {root / 'package.json'}: cannot read this file as JSON")
+    text(root / "val.json", "{")
+    with pytest.raises(SppnetError, match=r"val\.json: cannot read this file as JSON"):
+        find_data(root)
+    coco(root / "instances_train.json", coco_of("b.jpg"))  # beside which others do not count, as panoptic.json
+    coco(root / "panoptic.json", coco_of("a.jpg") | {"annotations": [{"segments_info": []}]})
+    assert (find_data(root).parts, find_data(root).notes) == (("train",), ())
+    text(root / "instances_val.json", "{")
+    with pytest.raises(SppnetError, match=r"instances_val\.json: cannot read this file as JSON"):
+        find_data(root)
 
 
 def test_images_without_annotations_are_background_and_others_are_left_out_with_a_name(root):
@@ -110,7 +179,10 @@ def broken(**lists):
         (broken(images=coco_of("a.jpg")["images"] * 2), r"images: '1' is there twice; give each an id"),
         (coco_of("a.jpg", "images/a.jpg"), r"labels\.json: lists images/a\.jpg twice; merge the entries"),
         (broken(categories=[{"id": 1, "name": " "}]), r"categories\.0\.name: "),
-        (broken(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": " cat"}]), r"names: 'cat' is there twice"),
+        (broken(categories=coco_of()["categories"] * 2), r"categories: '1' is there twice"),
+        (changed(iscrowd="maybe"), r"annotations\.0\.iscrowd: .*boolean.*got 'maybe'; correct it"),
+        (changed(ignore=2), r"annotations\.0\.ignore: .*boolean.*got 2; correct it"),
+        (changed(attributes={"difficult": "hard"}), r"annotations\.0\.attributes\..*boolean.*got 'hard'; correct it"),
         (coco_of("c.jpg", "d.jpg"), r"labels\.json: none of its 2 images is below .*, e\.g\. c\.jpg; put them there"),
     ],
 )  # fmt: skip

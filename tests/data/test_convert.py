@@ -45,8 +45,8 @@ def test_a_round_trip_keeps_boxes_names_parts_and_pixels(tmp_path, source, ways)
         last = out
     assert contents(source) == before
     for part in ("train", "val"):
-        own = find_data(source).roles[part]
-        old, new = load_splits(source, own)[0], load_splits(last, find_data(last).roles[part])[0]
+        own = find_data(source).roles()[part]
+        old, new = load_splits(source, own)[0], load_splits(last, find_data(last).roles()[part])[0]
         old = sorted(old, key=lambda record: record.digest)
         for one, other in zip(old, sorted(new, key=lambda record: record.digest), strict=True):
             assert (one.digest, one.size, one.annotation.names) == (other.digest, other.size, other.annotation.names)

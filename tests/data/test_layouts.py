@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from devkit import make_devkit, thing
-from layouts import BOX, LINE, coco, coco_of, picture, text, xml
+from layouts import BOX, LINE, XML, coco, coco_of, picture, text, xml
 
 from sppnet.data.layouts import find_data
-from sppnet.data.parts import DataFolder, role_of
+from sppnet.data.parts import DataFolder, Part, role_of
 from sppnet.data.splits import load_split, load_splits, split_digests
 from sppnet.errors import SppnetError
 
@@ -165,7 +165,7 @@ def test_a_folder_of_two_formats_says_which_was_taken_and_how_to_say_otherwise(t
         "it has labels of two formats: YOLO (2 images) is taken, COCO (1) with data.format=coco",
     )
     assert find_data(tmp_path, "coco").notes == ()
-    names = [load_split(tmp_path, "all", format=form)[0][0].annotation.names for form in ("auto", "voc", "coco")]
+    names = [load_split(find_data(tmp_path, form), "all")[0][0].annotation.names for form in ("auto", "voc", "coco")]
     assert names == [("cat",), ("cat",), ("dog",)]
 
 
@@ -204,8 +204,8 @@ def test_names_of_parts_say_what_they_are_for(tmp_path):
     assert {name: role_of(name) for name in roles} == roles
     parts = ("Y/train", "Y/trainval", "Y/val", "Z/trainval", "Z/extra")
     expected = {"train": ("Y/train", "Z/trainval"), "val": ("Y/val",), "test": ()}
-    assert DataFolder(tmp_path, "voc", parts).roles == expected
-    assert DataFolder(tmp_path, "voc", ("all", "test")).roles == {"train": ("all",), "val": (), "test": ("test",)}
+    assert DataFolder(tmp_path, "voc", parts).roles() == expected
+    assert DataFolder(tmp_path, "voc", ("all", "test")).roles() == {"train": ("all",), "val": (), "test": ("test",)}
 
 
 def test_a_folder_of_trains_beside_others_is_no_part(tmp_path):
@@ -298,3 +298,52 @@ def test_shares_of_six_digits_are_no_clipped_boxes(tmp_path):
     text(tmp_path / "a.txt", "0 0.750001 0.5 0.5 1.0\n0 0.9 0.5 0.3 0.5\n")
     _, skips = load_split(tmp_path, "all")
     assert skips.counts == {"box clipped to the image": 1}
+
+
+def test_masks_are_no_photos_where_the_annotation_names_its_picture(tmp_path):
+    """Oxford-IIIT Pets: the trimaps lie nearer to the XML than the pictures."""
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.jpg"), picture(tmp_path / f"annotations/trimaps/{name}.png")
+        xml(tmp_path / f"annotations/xmls/{name}.xml", f"<filename>{name}.jpg</filename>", XML)
+    text(tmp_path / "annotations/trainval.txt", "a 1 1 1\nb 1 1 1\n")
+    folder = find_data(tmp_path)
+    assert [record.id for record in load_split(folder, "all")[0]] == ["images/a", "images/b"]
+    assert folder.left_out.counts == {"image without label file, left out": 2}
+    text(tmp_path / "train.txt", "a\n"), text(tmp_path / "val.txt", "b.jpg\n")  # of the labelled picture, not the mask
+    assert [load_split(tmp_path, part)[0][0].id for part in ("train", "val")] == ["images/a", "images/b"]
+    xml(tmp_path / "annotations/xmls/a.xml", "<filename>elsewhere.jpg</filename>", XML)
+    (tmp_path / "annotations/trimaps/b.png").unlink()
+    assert load_split(tmp_path, "train")[0][0].id == "annotations/trimaps/a"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_year_folder_by_itself_has_the_lists_of_main(tmp_path, named):
+    root = make_devkit(tmp_path, names=("a", "b")) / "VOC2007"
+    make_devkit(tmp_path, names=("c",), image_set="val")
+    for name in ("a", "c"):
+        picture(root / f"SegmentationClass/{name}.png"), picture(root / f"SegmentationObject/{name}.png")
+        if named:
+            xml(root / f"Annotations/{name}.xml", f"<filename>{name}.jpg</filename>", XML)
+    for name in ("Segmentation", "Layout", "Action"):
+        text(root / f"ImageSets/{name}/train.txt", "a\n"), text(root / f"ImageSets/{name}/val.txt", "c\n")
+    text(root / "ImageSets/Main/cat_train.txt", "a  1\nb -1\n"), text(root / "ImageSets/Main/trainval.txt", "a\nb\nc\n")
+    folder = find_data(root)
+    assert folder.parts == ("train", "trainval", "val")
+    assert folder.roles() == {"train": ("train",), "val": ("val",), "test": ()}
+    assert [r.id for r in load_split(folder, "trainval")[0]] == ["JPEGImages/a", "JPEGImages/b", "JPEGImages/c"]
+
+
+def test_parts_within_others_have_no_role(tmp_path):
+    def parts(**images):
+        return DataFolder(
+            tmp_path, "coco", (*images,), {p: Part(dict.fromkeys(own), annotate) for p, own in images.items()}
+        )
+
+    def annotate(*_):
+        raise AssertionError
+
+    folder = parts(train="abc", train_few="ab", val="ad", test="d", other="e")
+    assert folder.roles() == {"train": ("train",), "val": ("val",), "test": ()}
+    assert folder.roles(("other",)) == {"train": ("other",), "val": ("val",), "test": ()}
+    assert folder.roles(("val",)) == {"train": ("val",), "val": (), "test": ()}
+    assert parts(train="a", train_again="a").roles()["train"] == ("train",)

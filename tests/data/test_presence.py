@@ -38,9 +38,11 @@ def test_an_image_may_not_train_and_be_tested(tmp_path):
 
 
 def test_vocs_folders_are_known_by_their_image_sets(tmp_path):
-    make_devkit(tmp_path / "above/kit")
+    make_devkit(tmp_path / "above/VOCdevkit")
     (tmp_path / "classes/cat").mkdir(parents=True)
-    assert [is_voc(tmp_path / name) for name in ("above", "above/kit", "above/kit/VOC2007", "classes", "none")] == [
+    assert [
+        is_voc(tmp_path / name) for name in ("above", "above/VOCdevkit", "above/VOCdevkit/VOC2007", "classes", "none")
+    ] == [
         *(True, True, True),
         *(False, False),
     ]

@@ -141,7 +141,7 @@ def test_key_points_are_left_out_and_their_boxes_stay(root):
 
 def test_validation_by_the_training_images_is_none(root):
     text(root / "data.yaml", "train: images\nval: images\nnames: [cat]\n")
-    assert find_data(root).roles == {"train": ("train",), "val": (), "test": ()}
+    assert find_data(root).roles() == {"train": ("train",), "val": (), "test": ()}
 
 
 def test_shares_are_of_the_upright_photo(root):
@@ -158,3 +158,48 @@ def test_pictures_may_lie_in_another_folder_that_the_yaml_file_names(root, tmp_p
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     text(elsewhere / "data.yaml", f"path: {root}\ntrain: images\nnames: [cat]\n")
     assert [record.id for record in load_split(elsewhere, "train")[0]] == ["images/a", "images/b"]
+
+
+def test_lists_of_classes_must_agree(root):
+    text(root / "labels/classes.txt", "cat\n no \n")
+    assert find_data(root).classes == ("cat", "no")
+    text(root / "labels/obj.names", "no\ncat\n")
+    with pytest.raises(
+        SppnetError, match=r"/classes\.txt and labels/obj\.names list different classes, so a number may"
+    ):
+        find_data(root)
+    text(root / "data.yaml", "train: images\nnames: [cat, dog]\n")
+    assert find_data(root).classes == ("cat", "dog")
+
+
+def test_yaml_beside_the_data_does_not_matter(root):
+    text(root / "compose.yml", "command: !reset [x]\nnames: [")
+    folder = find_data(root)
+    assert (folder.parts, len(folder.notes)) == (("all",), 1)
+    assert folder.notes[0].startswith(f"left out: {root / 'compose.yml'}: not valid YAML")
+    text(root / "more/data.yaml", "train: ../images\nnames: [cat, dog]\n"), text(root / "data.yaml", "names: [")
+    assert find_data(root).classes == ("cat", "dog")
+    (root / "more/data.yaml").unlink()
+    with pytest.raises(SppnetError, match=r"/data\.yaml: not valid YAML"):
+        find_data(root)
+    (root / "data.yaml").unlink(), (root / "classes.txt").unlink()
+    with pytest.raises(SppnetError, match=r"compose\.yml: not valid YAML"):
+        find_data(root)
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("train/images", "train/labels"), ("images/x", "labels/x")])
+def test_a_mask_beside_the_label_is_not_the_photo(tmp_path, folders):
+    photos, labels = (tmp_path / "set" / name for name in folders)
+    picture(photos / "a.jpg"), picture(labels / "a.png"), text(labels / "a.txt", LINE)
+    text(tmp_path / "set/classes.txt", "cat\n")
+    folder = find_data(tmp_path / "set")
+    (record,), _ = load_split(folder, folder.roles()["train"][0])
+    assert record.id == f"{folders[0]}/a"
+    assert folder.left_out.images == {"image without label file, left out": [f"{folders[1]}/a"]}
+
+
+def test_a_picture_beside_its_label_is_the_photo_where_no_folder_mirrors_it(tmp_path):
+    picture(tmp_path / "labels/a.png"), text(tmp_path / "labels/a.txt", LINE), picture(tmp_path / "masks/a.png")
+    text(tmp_path / "classes.txt", "cat\n"), picture(tmp_path / "b.jpg"), text(tmp_path / "b.txt", LINE)
+    picture(tmp_path / "masks/b.jpg")
+    assert [record.id for record in load_split(tmp_path, "all")[0]] == ["b", "labels/a"]

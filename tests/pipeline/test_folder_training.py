@@ -77,7 +77,7 @@ def test_each_choice_stands_in_the_run_with_its_reason_and_the_file_loads(traine
     assert config.detect.vote
     assert reasons["joint.steps"] == reasons["maps.scales"] == reasons["backbone.name"] == "as --set says"
     assert reasons["head.training"].startswith("minutes on a CPU")
-    assert reasons["data.test"] == "no part is called so: val or the held-out images"
+    assert reasons["data.test"] == "none: val or the held-out images"
     for key, reason in reasons.items():
         assert re.search(rf"^  {re.escape(key)} .*  # {re.escape(reason)}$", result.out, re.MULTILINE)
     assert not [key for key in reasons if f" {key}=" in " ".join(["", *TINY]) and reasons[key] != "as --set says"]

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devkit import stated, thing, xml_of
+from devkit import make_devkit, stated, thing, xml_of
 from layouts import coco, coco_of, picture, xml
 from PIL import Image
 
 from sppnet.config import Config
 from sppnet.config_files import parse_config
+from sppnet.data.layouts import find_data
 from sppnet.errors import ArtifactError, SppnetError
-from sppnet.pipeline.run_data import Split, load_run_data, load_test_data
+from sppnet.pipeline.run_data import Split, load_run_data, load_test_data, named_parts
 
 CAT, DOG = thing("cat", 5, 5, 30, 30), thing("dog", 5, 5, 30, 30)
 HARD = thing("owl", 5, 5, 30, 30, difficult=1)
@@ -323,9 +324,45 @@ def test_names_of_parts_say_what_trains_validates_and_tests(tmp_path):
     assert "1 × training image without objects (background for the SVMs alone), e.g. train/5" in str(data)
     assert load_test_data(config, kept=data.split).splits == ("test",)
     assert load_run_data(found(tmp_path, train=[])).split == data.split
-    chosen = load_run_data(found(tmp_path, train=["train", "extra"]))  # named, so that nothing else is taken
-    assert {r.id.partition("/")[0] for r in chosen.held_out} <= {"train", "extra"}
-    assert len(chosen.train) + len(chosen.held_out) == 7
+    chosen = load_run_data(found(tmp_path, train=["train", "extra"]))
+    assert ({r.id.partition("/")[0] for r in chosen.train}, len(chosen.train)) == ({"train", "extra"}, 7)
+    assert [r.id for r in chosen.held_out] == [r.id for r in data.held_out]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("train", "valid", "test")),
+        ({"train": ["train"]}, ("train", "valid", "test")),
+        ({"train": ["extra"]}, ("extra", "valid", "test")),
+        ({"train": ["extra"], "val": ["train"]}, ("extra", "train", "test")),
+        ({"train": ["train"], "test": ["extra"]}, ("train", "valid", "extra")),
+        ({"test": ["extra"]}, ("train", "valid", "extra")),
+        ({"train": ["valid"]}, ("valid", "", "test")),
+        ({"train": ["train", "valid"]}, ("train valid", "", "test")),
+    ],
+)
+def test_what_is_named_goes_before_the_names_of_parts_and_these_say_the_rest(tmp_path, given, expected):
+    config = found(own_folder(tmp_path, train=3, valid=2, test=2, extra=1), **given)
+    parts = named_parts(config.data, find_data(tmp_path))
+    assert (parts.train, parts.val, parts.test) == tuple(tuple(names.split()) for names in expected)
+    assert parts.format == "coco"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"train": ["MINE/all"]}, ("MINE/all", "", "VOC2007/test")),
+        ({"train": ["MINE/all"], "test": []}, ("MINE/all", "", "")),
+        ({"train": []}, ("MINE/train", "MINE/val", "MINE/test")),
+        ({}, ("MINE/train", "MINE/val", "MINE/test")),
+    ],
+)
+def test_of_year_folders_names_say_all_or_nothing(tmp_path, given, expected):
+    for part in ("all", "train", "val", "test"):
+        make_devkit(tmp_path, "MINE", ("a",), part)
+    parts = named_parts(found(tmp_path, **given).data, find_data(tmp_path))
+    assert (parts.train, parts.val, parts.test) == tuple(tuple(names.split()) for names in expected)
 
 
 def test_without_a_part_to_validate_on_images_are_held_out_and_kept(tmp_path):
