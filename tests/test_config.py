@@ -407,7 +407,7 @@ def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
         load_config(file("backbone: {weights: {file: $NO_SUCH_PLACE/x.pth}}"))
 
 
-@pytest.mark.parametrize("name", ["a", "a  # b", "it's  # '", 'a  # "b"  # \\"', "#", "'  # b"])
+@pytest.mark.parametrize("name", ["a", "a  # b", "it's  # '", 'a  # "b"', "#", "'  # b"])
 def test_settings_are_written_with_reasons_that_are_read_back_and_change_nothing(tmp_path, name):
     path = tmp_path / "config.yaml"
     data = {"root": "a b " * 60, "train": ["x # y", name]}

@@ -86,6 +86,24 @@ def test_one_whose_tail_is_zeros_or_gone_is_refused(tmp_path, kind, share):
             read(tmp_path, kept + tail)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("baseline", "truncated"), ("progressive", "the picture in it is cut off")]
+)
+def test_one_scan_is_read_to_its_end_and_several_are_compared(tmp_path, kind, reason):
+    data = encoded(picture(), **KINDS[kind])
+    with pytest.raises(ImageError, match=reason):
+        read(tmp_path, data[: int(len(data) * 0.9)] + END)
+
+
+def test_arithmetic_coding_which_noise_does_not_spoil_is_not_checked(tmp_path):
+    data = encoded(picture(), quality=50, progressive=True)
+    cut = data[: int(len(data) * 0.9)] + END
+    with pytest.raises(ImageError, match="cut off"):
+        read(tmp_path, cut)
+    other = cut.replace(b"\xff\xc2", b"\xff\xca", 1)
+    np.testing.assert_array_equal(read(tmp_path, other), np.asarray(Image.open(io.BytesIO(other)).convert("RGB")))
+
+
 def test_a_picture_of_several_frames_gives_the_first(tmp_path):
     picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (120, 90))])
     first = read_image(tmp_path / "a.jpg")

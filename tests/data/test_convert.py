@@ -64,6 +64,42 @@ def test_difficult_flags_stay_in_coco_and_their_loss_in_yolo_is_counted(tmp_path
     )
 
 
+def test_difficult_flags_are_written_to_voc(tmp_path, source):
+    convert(source, tmp_path / "coco", "coco")
+    for last, part in ((source, "train"), (tmp_path / "coco", "train"), (tmp_path / "coco", "valid")):
+        convert(last, tmp_path / f"voc {part} {last.name}", "voc", splits=(part,))
+        own, new = (load_splits(folder, (part,))[0] for folder in (last, tmp_path / f"voc {part} {last.name}"))
+        flags = {r.digest: r.annotation.difficult.tolist() for r in own}
+        assert {r.digest: r.annotation.difficult.tolist() for r in new} == flags
+        assert len({flag for flags in flags.values() for flag in flags}) == 2
+
+
+def test_names_that_meet_without_their_folders_stay_apart(tmp_path):
+    names = ("a/b_c", "a_b/c", "d/b_c", "d/c", "e/a_b_c")
+    for name in names:
+        picture(tmp_path / f"in/{name}.jpg"), xml(tmp_path / f"in/{name}.xml")
+    convert(tmp_path / "in", tmp_path / "out", "voc")
+    old, new = (load_splits(tmp_path / folder, ("all",))[0] for folder in ("in", "out"))
+    assert {r.digest for r in old} == {r.digest for r in new}
+    assert sorted(r.path.stem for r in new) == ["a_b_c", "a_b_c_", "a_b_c__", "d_b_c", "d_c"]
+
+
+def test_parts_of_one_role_are_a_list_in_yaml_and_one_without_a_role_trains(tmp_path):
+    for part in ("train2014", "train2017", "val", "extra"):
+        picture(tmp_path / f"in/{part}/{part}.jpg")
+        coco(tmp_path / f"in/instances_{part}.json", coco_of(f"{part}.jpg"))
+    for out, parts, line in (
+        ("out", (), 'train: ["images/train2014", "images/train2017"]\nval: "images/val"\n'),
+        ("more", ("extra", "val"), 'train: "images/extra"\nval: "images/val"\n'),
+    ):
+        convert(tmp_path / "in", tmp_path / out, "yolo", splits=parts)
+        assert (tmp_path / out / "data.yaml").read_text() == line + 'names:\n  0: "cat"\n'
+    found = find_data(tmp_path / "out").contents
+    assert {part: [*own.images] for part, own in found.items()} == {
+        "train": ["images/train2014/train2014", "images/train2017/train2017"], "val": ["images/val/val"]
+    }  # fmt: skip
+
+
 def test_what_is_written_is_what_other_programs_read(tmp_path, source):
     convert(source, tmp_path / "coco", "coco"), convert(source, tmp_path / "yolo", "yolo")
     values = json.loads((tmp_path / "coco/annotations/instances_train.json").read_text())

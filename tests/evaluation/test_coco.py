@@ -131,6 +131,15 @@ def test_a_difficult_object_is_a_crowd():
     assert (counted.map, counted.objects["cat"]) == (pytest.approx(51 / 101 / 3), 2)
 
 
+def test_a_curve_ends_at_the_recall_that_is_reached():
+    truth = {"a": Annotation([[0, 0, 10, 10], [50, 50, 60, 60], [0, 50, 9, 60]], ("cat", "cat", "dog"))}
+    found = Detections([[0, 0, 10, 10], [80, 80, 90, 90], [80, 0, 90, 9]], [0.9, 0.8, 0.7], [0, 0, 1], CLASSES)
+    curves = {name: own.curve for name, own in evaluate_voc({"a": found}, truth, CLASSES, "coco").results.items()}
+    np.testing.assert_allclose(curves["cat"].recall, np.arange(51) / 100)
+    np.testing.assert_allclose(curves["cat"].precision, 1)
+    assert [len(curves[name].recall) for name in ("dog", "owl")] == [0, 0]  # none right, none there
+
+
 def test_what_cannot_be_measured_is_null_and_a_dash():
     nothing = evaluate_voc({}, {"a": Annotation([], [])}, ["cat"], "coco")
     assert math.isnan(nothing.map)
