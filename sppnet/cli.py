@@ -174,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in evaluations.items():
         test = _command(commands, name, text)
         test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
-        test.add_argument("--data", type=PATH, metavar="FOLDER", help="a devkit-shaped folder (default: data.root)")
-        test.add_argument("--split", nargs="+", default=[], metavar="YEAR/SET", help="default: data.test")
+        test.add_argument("--data", type=PATH, metavar="FOLDER", help="other pictures and boxes (default: data.root)")
+        test.add_argument("--split", nargs="+", default=[], metavar="PART", help="default: data.test")
         if name == "eval":
             test.add_argument("--metric", choices=METRICS, help="default: evaluate.metric")
         _add_device(test)
@@ -249,7 +249,7 @@ def _add_classify(commands) -> None:  # type: ignore[no-untyped-def]
         command.add_argument("--layer", choices=("pool", "fc6", "fc7"), default="pool", help="default: pool")
         command.add_argument("--side", type=COUNT, default=224, metavar="S", help="shorter side of the images")
         _add_device(command)
-    splits: dict[str, Any] = {"nargs": "+", "default": ["VOC2007/trainval"], "metavar": "YEAR/SET"}
+    splits: dict[str, Any] = {"nargs": "+", "default": ["VOC2007/trainval"], "metavar": "PART"}
     features.add_argument("--split", help="of VOC (default: VOC2007/trainval)", **splits)
     features.add_argument("--out", type=PATH, required=True, metavar="FILE", help="a .npz file")
     linear.add_argument("--train", help="of VOC (default: VOC2007/trainval)", **splits)

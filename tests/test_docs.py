@@ -118,7 +118,7 @@ def test_a_command_line_is_understood_and_its_configuration_loads(line: str) -> 
     words = shlex.split(line, comments=True)
     options = _parser().parse_args(words[words.index("sppnet") + 1 :])
     if isinstance(getattr(options, "config", None), Path):
-        example = ROOT / "configs" / "custom_example.yaml"
+        example = ROOT / "configs" / "voc07_zf5_1scale.yaml"
         named = str(options.config)
         if named.endswith(".yaml") or named in PLACEHOLDERS:
             load_config(example if named in PLACEHOLDERS else ROOT / named, options.overrides)

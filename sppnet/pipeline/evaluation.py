@@ -161,7 +161,7 @@ def evaluate_run(
     evaluate: bool = True,
     backbone: nn.Module | None = None,
 ) -> RunEvaluation:
-    """Detect on a run's own test images or on any devkit-shaped folder; files go to run/results/<splits>/.
+    """Detect on a run's own test images or on those of another folder; files go to run/results/<splits>/.
 
     comp4 files always; with `evaluate` and annotations also metrics.json, the curves and a sheet of examples.
     `backbone`: the network that it was trained with, where that was given in Python.

@@ -616,7 +616,7 @@ def test_the_folder_of_a_run_is_named_by_text_or_path(small_run, digest, tmp_pat
     assert digest_in(run.root) == digest
 
 
-@pytest.mark.parametrize("config", ["configs/custom_example.yaml", {"name": "mine"}, None])
+@pytest.mark.parametrize("config", ["configs/voc9_study.yaml", {"name": "mine"}, None])
 def test_what_is_no_config_is_refused_with_what_reads_one(tmp_path, config):
     with pytest.raises(SppnetError, match=r"config: expected a Config, got .*; read one with load_config"):
         train_detector(config, tmp_path / "run")
