@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections import Counter
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import unquote
@@ -69,18 +69,15 @@ class Listed(NamedTuple):
     counts: Counter[str]
 
 
-def read_coco(path: Path) -> tuple[list[Listed], tuple[str, ...]] | None:
+Lists = tuple[list[Listed], tuple[str, ...]]  # the images and the classes of a file
+
+
+def read_coco(path: Path) -> Lists | None:
     """The images and classes that a JSON file lists; None for JSON of another kind.
 
     Objects without a box get that of their polygons, or are counted and left out. SppnetError for what is no JSON,
     missing fields, ids that are there twice, and annotations of images or categories that are not listed.
     """
-    status = path.stat()
-    return _read(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=8)  # a large file takes seconds
-def _read(path: Path, modified: int, size: int) -> tuple[list[Listed], tuple[str, ...]] | None:
     try:
         found = _File.model_validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValidationError as failure:
@@ -156,26 +153,20 @@ def look(tree: Tree) -> DataFolder | None:
     names, missing = _part_names(list(chosen)), list[str]()
     claims: dict[Path, dict[Path, Listed]] = {path: {} for path in chosen}
     for path, entry in [(path, entry) for path, (entries, _) in chosen.items() for entry in entries]:
-        spellings = dict.fromkeys((entry.file_name, unquote(entry.file_name)))  # "a%20b.jpg" is an exported URL
-        found = (tree.find(text, path, names[path]) for text in spellings)
-        image = next((image for image in found if image is not None), None)
+        texts = entry.file_name, unquote(entry.file_name)  # "a%20b.jpg" is of an exported URL
+        image = next(filter(None, (tree.find(text, path, names[path]) for text in texts)), None)
         if image is None:
             missing.append(f"{entry.file_name} of {path}")
         elif claims[path].setdefault(image, entry) is not entry:
             raise SppnetError(f"{tree.root / path}: lists {image} twice; merge the entries")
-    files = Counter(path.parent for path in chosen)
-    own = {  # images in a folder called as the part, or below that of this file alone
-        path: {
-            image
-            for image in claimed
-            if names[path] in image.parent.parts or (files[path.parent] == 1 and path.parent in image.parents)
-        }
-        for path, claimed in claims.items()
+    home = {
+        path: {image for image in own if names[path] in image.parent.parts or path.parent in image.parents}
+        for path, own in claims.items()
     }
     contents, labelled = dict[str, Part](), set[Path]()
     for path, claimed in claims.items():
-        # where a file has own images, those that it names and that are another's are not there
-        others = set[Path]().union(*(own[other] - own[path] for other in own if own[path]))
+        # an image at another file's home is not the one that a file with a home of its own means
+        others = set[Path]().union(*home.values()) - home[path] if home[path] else set[Path]()
         images = {image: entry for image, entry in claimed.items() if image not in others}
         missing += [f"{entry.file_name} of {path}" for image, entry in claimed.items() if image in others]
         listed = chosen[path][0]
@@ -193,24 +184,23 @@ def look(tree: Tree) -> DataFolder | None:
     return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled), tuple(notes))
 
 
-def _find_files(tree: Tree) -> tuple[dict[Path, tuple[list[Listed], tuple[str, ...]]], list[str]]:
+def _find_files(tree: Tree) -> tuple[dict[Path, Lists], list[str]]:
     """What the JSON files with objects list, and notes; of files with names of COCO's own if there are such.
 
     One that is faulty is left out with a note, unless it is the only one, or its name says that it belongs to them.
     """
-    found, faults = dict[Path, tuple[list[Listed], tuple[str, ...]]](), list[SppnetError]()
+    found, faults = dict[Path, Lists](), list[SppnetError]()
     preferred = {path: path.name.lower().startswith(PREFERRED) for path in tree.of(".json")}
     for path in sorted(preferred, key=lambda path: not preferred[path]):
-        if any(map(preferred.get, found)) and not preferred[path]:
+        if not preferred[path] and any(preferred[other] for other in found):
             break
         try:
-            own = read_coco(tree.root / path)
+            if own := read_coco(tree.root / path):
+                found[path] = own
         except SppnetError as error:
             if preferred[path] or role_of(path.stem):
                 raise
             faults.append(error)
-        else:
-            found |= {} if own is None else {path: own}
     if faults and not found:
         raise faults[0]
     return found, [f"left out: {error}" for error in faults]
