@@ -271,8 +271,8 @@ def _score(options: argparse.Namespace) -> int:
     files = find_annotations(options.annotations, read_image_set(options.image_set, known))
     read = {image: read_annotation(path) for image, path in files.items()}
     annotations = {image: annotation for image, (annotation, _) in read.items()}
-    for image, (_, skips) in read.items():
-        for reason, count in skips.counts.items():
+    for image, (_, counts) in read.items():
+        for reason, count in counts.items():
             print(f"left out: {count} × {reason} in {files[image]}", file=sys.stderr)
     found = {name: read_comp4(_comp4_file(pattern, name)) for name in classes}
     evaluation = evaluate_flat(found, annotations, classes, options.metric, options.iou)

@@ -87,8 +87,8 @@ def find_part(root: Path, split: str) -> Part:
     def annotate(image: str, size: tuple[int, int], orientation: int) -> tuple[Annotation, Mapping[str, int]]:
         if image in bare:
             return Annotation(np.zeros((0, 4), np.float32), ()), bare[image]
-        found, skips = read_annotation(annotations[image], size, orientation, INWARD)
-        return replace(found, names=tuple(names.get(name, name) for name in found.names)), skips.counts
+        found, counts = read_annotation(annotations[image], size, orientation, INWARD)
+        return replace(found, names=tuple(names.get(name, name) for name in found.names)), counts
 
     return Part(images, annotate, unlabelled)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,25 +26,25 @@ def place_objects(
     size: tuple[int, int],
     stated: tuple[int, int] | None = None,
     orientation: int = 1,
-    faults: Mapping[str, Any] | None = None,
+    empty: NDArray[np.bool_] | None = None,
 ) -> tuple[Annotation, Counts]:
     """Half-open boxes (R, 4) as they are `drawn`, in the upright image of `size` (height, width).
 
-    Left out and counted are the objects with one of the `faults` (masks (R,), the first that fits counts; by default
-    boxes without extent), those that are there twice and those wholly outside the image. Boxes partly outside are
-    clipped. Boxes that were drawn before the EXIF `orientation` turned the image are turned with it: the size that the
+    Left out and counted are boxes with reversed corners, those without extent (by default; or where the mask `empty`
+    (R,) is true), objects that are there twice and those wholly outside the image. Boxes partly outside are clipped.
+    Boxes that were drawn before the EXIF `orientation` turned the image are turned with it: the size that the
     annotation has `stated` tells, or that some lie beyond the upright image. Any other stated size is only counted.
     """
     drawn = as_boxes(drawn)
     unturned = _is_unturned(drawn, size, stated, orientation)
     sides = drawn[:, 2:] - drawn[:, :2]
-    own = {"box with reversed corners": (sides < 0).any(axis=1), "zero-area box": (sides <= 0).any(axis=1)}
     turned = _turn(drawn, size, orientation) if unturned else drawn
     boxes = clip_boxes(turned, size)
     first: dict[tuple[str, tuple[float, ...]], int] = {}
     objects = enumerate(zip(names, map(tuple, drawn.tolist()), strict=True))
     faults = {
-        **(own if faults is None else faults),
+        "box with reversed corners": (sides < 0).any(axis=1),
+        "zero-area box": (sides <= 0).any(axis=1) if empty is None else empty,
         "object annotated twice": np.array([first.setdefault(one, i) != i for i, one in objects], dtype=bool),
         "box outside the image": areas(boxes.astype(np.float32)) <= 0,
     }
@@ -58,12 +58,15 @@ def place_objects(
         counts[reason] = int((keep & fault).sum())
         keep &= ~fault
     counts["box clipped to the image"] = int((keep & (abs(boxes - turned) > ROUNDED).any(axis=1)).sum())
-    found = Annotation(
-        boxes[keep].astype(np.float32),
-        tuple(np.array(names, dtype=object)[keep]),
-        np.array(difficult, dtype=bool)[keep],
-    )
+    found = kept_objects(boxes, names, difficult, keep)
     return found, {reason: count for reason, count in {**counts, **notes}.items() if count}
+
+
+def kept_objects(
+    boxes: NDArray[np.floating], names: Sequence[str], difficult: Sequence[bool], keep: NDArray[np.bool_]
+) -> Annotation:
+    """Those objects of (R, 4) boxes for which the mask `keep` (R,) is true."""
+    return Annotation(boxes[keep].astype(np.float32), tuple(compress(names, keep)), np.array(difficult, bool)[keep])
 
 
 def _is_unturned(

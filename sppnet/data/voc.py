@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sppnet.artifacts import write_text
 from sppnet.checks import as_boxes
-from sppnet.data.labels import class_name, place_objects
+from sppnet.data.labels import Counts, class_name, kept_objects, place_objects
 from sppnet.errors import SppnetError
-from sppnet.records import Annotation, SkipCounts
+from sppnet.records import Annotation
 
 DIFFICULT = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -31,17 +31,15 @@ INWARD = np.array([1, 1, 0, 0], dtype=np.float64)  # 1-based inclusive corners m
 
 def read_annotation(
     path: Path, size: tuple[int, int] | None = None, orientation: int = 1, inward: NDArray[np.float64] = INWARD
-) -> tuple[Annotation, SkipCounts]:
-    """The objects of an annotation file, in an upright image of `size` (height, width) with this EXIF `orientation`.
+) -> tuple[Annotation, Counts]:
+    """The objects of an annotation file and how often what was skipped, in an upright image of `size` (height, width).
 
-    `inward` is what the corners of the file exceed half-open ones by; those of VOC are 1-based and inclusive.
+    `orientation` is its EXIF orientation, `inward` what the corners of the file exceed half-open ones by.
 
-    Documented skips, counted under the file's stem. Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1
-    ("reversed corners"), boxes of at most a pixel in width or height ("zero-area box": a click or a slip), an object
-    that is there twice, and boxes wholly outside the image. Boxes partly outside are clipped. Boxes that were drawn
-    before the orientation turned the image are turned with it. A <size> that differs from `size` is only counted.
-    Without `size` objects are as the devkit takes them: only reversed corners are left out, and a box of one pixel
-    counts. A missing <difficult> means 0. No object at all is ordinary.
+    Left out are boxes with xmax < xmin - 1 or ymax < ymin - 1 ("reversed corners"), boxes of at most a pixel in width
+    or height ("zero-area box": a click or a slip), and what `place_objects` leaves out; boxes are clipped and turned as
+    there. Without `size` objects are as the devkit takes them: only reversed corners are left out, and a box of one
+    pixel counts. A missing <difficult> means 0. No object at all is ordinary.
     Raises SppnetError for a file that is missing, not XML, not an annotation or not complete.
     """
     root = read_xml(path)
@@ -50,21 +48,12 @@ def read_annotation(
     corners = as_boxes([own for _, own, _ in objects])
     drawn = corners - inward
     if size is None:
-        whole = (drawn[:, 2:] > drawn[:, :2]).all(axis=1)
-        reversed_corners = [path.stem] * int((~whole).sum())
-        own = Annotation(
-            drawn[whole].astype(np.float32),
-            tuple(np.array(names, dtype=object)[whole]),
-            np.array(flags, dtype=bool)[whole],
-        )
-        return own, SkipCounts({"box with reversed corners": reversed_corners})
-    faults = {
-        "box with reversed corners": (drawn[:, 2:] < drawn[:, :2]).any(axis=1),
-        # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
-        "zero-area box": (corners[:, 2:] <= corners[:, :2]).any(axis=1),
-    }
-    found, counts = place_objects(drawn, names, flags, size, _stated_size(root), orientation, faults)
-    return found, SkipCounts({reason: [path.stem] * count for reason, count in counts.items()})
+        whole = np.all(drawn[:, 2:] > drawn[:, :2], axis=1)
+        own = kept_objects(drawn, names, flags, whole)
+        return own, {"box with reversed corners": len(names) - len(own)} if len(own) < len(names) else {}
+    # To the letter of VOC equal corners are a box of one pixel, but no object is drawn so.
+    empty = np.any(corners[:, 2:] <= corners[:, :2], axis=1)
+    return place_objects(drawn, names, flags, size, _stated_size(root), orientation, empty)
 
 
 def read_xml(path: Path) -> Element:
@@ -91,10 +80,9 @@ def read_xml(path: Path) -> Element:
 
 def annotate(
     files: Mapping[str, Path], image: str, size: tuple[int, int], orientation: int
-) -> tuple[Annotation, Mapping[str, int]]:
-    """The objects of an image of `size`, and how often what was skipped; `files`: id -> annotation file."""
-    found, skips = read_annotation(files[image], size, orientation)
-    return found, skips.counts
+) -> tuple[Annotation, Counts]:
+    """`read_annotation` of an image; `files`: id -> annotation file."""
+    return read_annotation(files[image], size, orientation)
 
 
 def write_annotation(
