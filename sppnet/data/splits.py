@@ -29,38 +29,31 @@ from sppnet.records import ImageRecord, SkipCounts
 FLAGS = ("-1", "0", "1")  # second column of the per-class sets
 
 
-def read_image_set(path: Path, known: Collection[str] | None = None) -> list[str]:
+def read_image_set(path: Path, known: Collection[str] = ()) -> list[str]:
     """The ids of an image set, in the order of the file, in Unicode's composed form (NFC).
 
     One id per line; a second column of -1, 0 or 1 (the per-class sets of VOC) is dropped. Where the ids that there are
     are `known`, a line is one of these as it stands before it is one with such a column, or with the ending of an
     image. Blank lines, byte-order marks and Windows line ends are accepted; an id listed twice, or one that is a path,
-    is an error, and so is a line that may be either where all lines end in such a column.
+    is an error.
     """
     first_line: dict[str, int] = {}
-    lines = [(number, normalise(line.strip())) for number, line in enumerate(read_lines(path), start=1)]
-    lines = [(number, line) for number, line in lines if line]
-    per_class = all(len(columns := line.rsplit(None, 1)) == 2 and columns[1] in FLAGS for _, line in lines)
-    for number, line in lines:
-        name = _id_of(line, known)
+    for number, line in enumerate(map(str.strip, read_lines(path)), start=1):
+        if not line:
+            continue
+        name = _id_of(normalise(line), known)
         if "/" in name or "\\" in name or name in (".", ".."):
             raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
-        if per_class and known is not None and name == line and line.rsplit(None, 1)[0] in known:
-            other = f"or {line.rsplit(None, 1)[0]!r} with a column of a class"
-            raise SppnetError(f"{path}:{number}: {line!r} may be an image, {other}; rename one of the two images")
         if name in first_line:
             raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
         first_line[name] = number
     return list(first_line)
 
 
-def _id_of(line: str, known: Collection[str] | None) -> str:
+def _id_of(line: str, known: Collection[str]) -> str:
     """The id on a line of an image set."""
     stem, flag = [*line.rsplit(None, 1), ""][:2]
-    if flag not in FLAGS:
-        stem = line
-    if known is None:
-        return line if len(stem.split()) > 1 else stem
+    stem = stem if flag in FLAGS else line
     endings = [
         name[: -len(suffix)] for name in (line, stem) for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)
     ]
