@@ -164,8 +164,8 @@ def test_the_same_is_said_by_a_dry_run(config, tmp_path):
 
 def test_splits_that_are_not_there_or_overlap(config):
     message = training_refused(config, "data.train=[SHAPES/trian]")
-    assert "no such image set for split 'SHAPES/trian'; splits here: SHAPES/test, SHAPES/train" in message
-    assert "no such image set for split 'train'; splits here: SHAPES/test, SHAPES/train" in training_refused(
+    assert "no part 'SHAPES/trian' in these VOC data; parts here: SHAPES/test, SHAPES/train" in message
+    assert "no part 'train' in these VOC data; parts here: SHAPES/test, SHAPES/train" in training_refused(
         config, "data.train=[train]"
     )
     message = training_refused(config, "data.train=[SHAPES/train,SHAPES/trainval]")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,32 +34,20 @@ INWARD = np.array([0, 0, -1, -1], dtype=np.float64)  # 0-based inclusive corners
 BARE = "image listed as positive that has no annotation, taken as one without objects"
 
 
-def is_det(root: Path, split: str) -> bool:
-    """Whether a split of the data folder is one of ILSVRC's, by what lies there."""
-    return (root / LISTS).is_dir() and not (root / split.partition("/")[0] / "ImageSets").is_dir()
+def find_lists(root: Path) -> dict[str, list[Path]]:
+    """Split -> its list, for names that begin with train, val or test; those of all classes are ``DET/train`` too."""
+    names = [path for path in sorted((root / LISTS).glob("*.txt")) if re.match(KINDS, path.stem)]
+    of_classes = [path for path in names if OF_CLASS.fullmatch(path.stem)]
+    of_classes.sort(key=lambda path: int(path.stem[6:]))
+    lists = {"DET/train": of_classes} if of_classes else {}
+    return lists | {f"DET/{path.stem}": [path] for path in names}
 
 
-def find_lists(root: Path, split: str) -> list[Path]:
-    """The file of a set, or those that are ``DET/train`` together; SppnetError, with the sets there are, for others."""
-    known = {path.stem: path for path in sorted((root / LISTS).glob("*.txt"))}
-    of_classes = sorted(filter(OF_CLASS.fullmatch, known), key=lambda name: int(name[6:]))
-    sets = {"train": [known[name] for name in of_classes]} if of_classes else {}
-    sets |= {name: [path] for name, path in known.items() if re.match(KINDS, name)}
-    folder, _, name = split.partition("/")
-    if folder != "DET" or name not in sets:
-        expected = "expected DET/<set>, the set being a list whose name begins with train, val or test"
-        here = ", ".join(f"DET/{name}" for name in sets if name not in of_classes)
-        more = f" and {counted(len(of_classes), 'list')} DET/train_<number>" if of_classes else ""
-        raise SppnetError(f"{root / LISTS}: no list for split {split!r}; {expected}; here are {here or 'none'}{more}")
-    return sets[name]
-
-
-def find_part(root: Path, split: str) -> Part:
-    """The images of a split, by ids ``DET/<train, val or test>/<name>``; an image in several lists counts once.
+def find_part(root: Path, split: str, lists: Sequence[Path]) -> Part:
+    """The images of the lists of a split, by ids ``DET/<train, val or test>/<name>``; each counts once.
 
     Images of train that have no annotation show no object.
     """
-    lists = find_lists(root, split)
     listed = dict[str, tuple[str, bool]]()  # where first, and whether an image is a positive of any class
     for path in lists:
         for name, (line, shown) in read_list(path).items():

@@ -59,12 +59,12 @@ def find_data(root: Path | str, format: str = "auto") -> DataFolder:
 def find_years(root: Path) -> DataFolder | None:
     """VOC's year folders or ILSVRC's detection data, in the folder or one below; None where there are none."""
     for place in (root, root / "VOCdevkit", root / "ILSVRC"):
-        lists = [f"{path.parents[2].name}/{path.stem}" for path in sorted(place.glob(SETS))]
-        names = (path.stem for path in sorted((place / ilsvrc.LISTS).glob("*.txt")))
-        lists += dict.fromkeys(f"DET/{'train' if ilsvrc.OF_CLASS.fullmatch(name) else name}" for name in names)
+        lists = {normalise(f"{path.parents[2].name}/{path.stem}"): [path] for path in sorted(place.glob(SETS))}
+        lists = {**ilsvrc.find_lists(place), **lists}
         per_class = {one for one in lists if f"{one.partition('/')[0]}/{one.rpartition('_')[2]}" in lists}
+        per_class |= {one for one in lists if ilsvrc.OF_CLASS.fullmatch(one.removeprefix("DET/"))}
         if lists:
-            return DataFolder(place, "voc", tuple(normalise(one) for one in lists if one not in per_class))
+            return DataFolder(place, "voc", tuple(one for one in lists if one not in per_class), lists=lists)
     return None
 
 

@@ -43,11 +43,12 @@ class DataFolder:
     root: Path
     format: str  # voc, coco or yolo
     parts: tuple[str, ...]
-    contents: Mapping[str, Part] = field(default_factory=dict, repr=False)  # none of year folders: `splits` reads them
+    contents: Mapping[str, Part] = field(default_factory=dict, repr=False)
     left_out: SkipCounts = field(default_factory=SkipCounts)
     classes: tuple[str, ...] = ()  # those that the format lists, in its order
     labelled: int = 0  # images with labels
     notes: tuple[str, ...] = ()
+    lists: Mapping[str, list[Path]] = field(default_factory=dict, repr=False)  # of year folders, in place of contents
 
     def roles(self, train: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
         """The parts to train (or `train`), validate and test on, by their names; where none says train, all of no role.
@@ -65,13 +66,6 @@ class DataFolder:
                 seen |= images.get(part, set())
             roles[role] = tuple(part for part in own if part not in within)
         return roles
-
-    def part(self, name: str) -> Part:
-        """The part of this name; SppnetError, with those that there are, for one that is not."""
-        if name not in self.contents:
-            here = ", ".join(self.parts) or "none"
-            raise SppnetError(f"{self.root}: no part {name!r} in these {self.format.upper()} data; parts here: {here}")
-        return self.contents[name]
 
 
 def role_of(part: str) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from sppnet.artifacts import file_digest
 from sppnet.data import ilsvrc
 from sppnet.data.labels import normalise, read_lines
-from sppnet.data.layouts import SETS, find_data
+from sppnet.data.layouts import find_data
 from sppnet.data.parts import DataFolder, Part
 from sppnet.data.voc import annotate
 from sppnet.errors import ImageError, SppnetError, counted
@@ -118,28 +118,21 @@ def load_splits(
 def find_part(data: DataFolder | Path | str, split: str) -> Part:
     """The images of a split and what reads their annotations; SppnetError, with those here, for another."""
     folder = data if isinstance(data, DataFolder) else find_data(data)
+    name = split if split in folder.contents else normalise(split)
+    if name not in (folder.contents or folder.lists):
+        here = ", ".join(folder.parts[:20]) or "none"
+        raise SppnetError(f"{folder.root}: no part {split!r} in these {folder.format.upper()} data; parts here: {here}")
     if folder.contents:
-        return folder.part(split)
-    root = folder.root
-    if ilsvrc.is_det(root, split):
-        return ilsvrc.find_part(root, split)
-    set_file = _find_set(root, split)
-    year, images = set_file.parents[2], _find_images(set_file)
+        return folder.contents[name]
+    lists = folder.lists[name]
+    if lists[0].parent.name == "DET":
+        return ilsvrc.find_part(folder.root, split, lists)
+    year, images = lists[0].parents[2], _find_images(lists[0])
     annotations = find_annotations(year / "Annotations", images)
     files, xml = (
         {f"{normalise(year.name)}/{name}": path for name, path in paths.items()} for paths in (images, annotations)
     )
     return Part(files, partial(annotate, xml), {name for name, path in xml.items() if not path.exists()})
-
-
-def _find_set(root: Path, split: str) -> Path:
-    found = {f"{file.parents[2].name}/{file.stem}": file for file in sorted(root.glob(SETS))}
-    alike = [path for name, path in found.items() if name == split]
-    alike = alike or [path for name, path in found.items() if normalise(name) == normalise(split)]
-    if len(alike) != 1:
-        here = f"splits here: {', '.join([*found][:20]) or 'none'}"
-        raise SppnetError(f"{root}: no such image set for split {split!r}; {here}; name <year folder>/<set>")
-    return alike[0]
 
 
 def _find_images(set_file: Path) -> dict[str, Path]:

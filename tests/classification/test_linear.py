@@ -136,7 +136,7 @@ def test_the_command_on_vocs_folders(classifier, run, tmp_path, capsys):
     assert said.startswith(voc07(found, shown, 8, ("cat", "dog")).table())
     assert said.endswith("VOC07, 11-point AP, 16 images; pool at a shorter side of 64\n")
     assert main(command) == 2
-    assert "splits here: VOC2007/train, VOC2007/val" in capsys.readouterr().err
+    assert "parts here: VOC2007/train, VOC2007/val" in capsys.readouterr().err
     assert main([*command, "--train", "VOC2007/train", "--test", "VOC2007/train"]) == 2
     assert "name splits that share no image" in capsys.readouterr().err
     out = tmp_path / "f.npz"

@@ -131,7 +131,7 @@ def test_a_test_split_may_lack_annotations(tmp_path):
 
 def test_a_missing_set_names_those_that_exist(tmp_path):
     make_devkit(make_devkit(tmp_path, image_set="train"), year="VOC2012", image_set="val")
-    message = r"no such image set for split 'VOC2007/test'; splits here: VOC2007/train, VOC2012/val"
+    message = r"no part 'VOC2007/test' in these VOC data; parts here: VOC2007/train, VOC2012/val"
     with pytest.raises(SppnetError, match=message):
         load_split(tmp_path, "VOC2007/test")
 
@@ -144,9 +144,7 @@ def test_a_root_above_the_devkit_is_read(tmp_path):
 @pytest.mark.parametrize("split", ["train", "VOC2007/", "a/b/c", "../train", "/train"])
 def test_a_split_is_a_year_folder_and_a_set(tmp_path, split):
     make_devkit(tmp_path)
-    with pytest.raises(
-        SppnetError, match=r"no such image set .*; splits here: VOC2007/train; name <year folder>/<set>"
-    ):
+    with pytest.raises(SppnetError, match=r"no part .* in these VOC data; parts here: VOC2007/train"):
         load_split(tmp_path, split)
 
 

@@ -306,7 +306,7 @@ def test_a_detector_outlives_the_files_of_its_training_windows(run, detector, tm
 def test_missing_data_and_splits_are_named(run, detector, tmp_path):
     with pytest.raises(SppnetError, match=r"none: no such data folder; name the one .* with --data"):
         evaluate(detector, run.root, tmp_path / "none")
-    with pytest.raises(SppnetError, match=r"no such image set for split 'SHAPES/tset'; splits here: SHAPES/test"):
+    with pytest.raises(SppnetError, match=r"no part 'SHAPES/tset' in these VOC data; parts here: SHAPES/test"):
         evaluate(detector, run.root, splits=("SHAPES/tset",))
 
 

@@ -174,10 +174,10 @@ def test_the_command_line_trains_and_names_what_is_not_there(det_run, tmp_path):
     values = settings(det_run.devkit, det_run.config.proposals.import_from[0], data__test=["DET/test", "DET/later"])
     result = run_command("train", write_config(tmp_path / "c.yaml", values), "--run", det_run.root, "--dry-run")
     assert result.status == 1
-    assert "no list for split 'DET/later'" in result.err
+    assert "no part 'DET/later' in these VOC data" in result.err
     assert result.out.count("reuse") == 6
     values["data"]["objects_only"] = ["DET/none"]
-    assert "no list for split 'DET/none'; expected DET/<set>" in refused(
+    assert "no part 'DET/none' in these VOC data; parts here: DET/train" in refused(
         "train", write_config(tmp_path / "d.yaml", values), "--run", tmp_path / "run"
     )
     assert not (tmp_path / "run").exists()
