@@ -68,7 +68,7 @@ def test_train_is_all_lists_of_classes_and_each_image_counts_once(root):
     assert own == 6
     assert len(find_lists(root)["DET/train"]) == 3
     write_list(root, "train_10", f"{train_name(CAR, 0)} 1")
-    assert [path.stem for path in find_lists(root, "DET/train")] == ["train_1", "train_2", "train_3", "train_10"]
+    assert [path.stem for path in find_lists(root)["DET/train"]] == ["train_1", "train_2", "train_3", "train_10"]
 
 
 def test_a_list_of_all_training_images_goes_before_those_of_classes(root):
