@@ -146,8 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument("run", type=PATH, metavar="RUN", help="the folder of a run with a joint head")
     add.add_argument("folder", type=PATH, metavar="FOLDER", help="pictures and their boxes, of any format")
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    add.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. joint.steps=2000", **several)
+    _add_set(add, "joint.steps=2000")
     _add_device(add)
 
     suggest = _command(commands, "suggest", "rank pictures by what labelling them, or correcting labels, would teach")
@@ -223,8 +222,7 @@ def _add_classify(commands) -> None:  # type: ignore[no-untyped-def]
 
     train = _command(actions, "train", "train a classifier on a folder of images for each class; it resumes")
     train.add_argument("source", type=PATH, metavar="CONFIG|FOLDER", help="a YAML file, or the folder of the classes")
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    train.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. training.sizes=[180,224]", **several)
+    _add_set(train, "training.sizes=[180,224]")
     train.add_argument("--run", type=PATH, required=True, metavar="DIR", help="where the classifier goes")
     train.add_argument("--epochs", type=COUNT, help="default: training.epochs")
     _add_device(train)
@@ -278,10 +276,14 @@ def _add_training_options(
     command: argparse.ArgumentParser, source: str = "CONFIG", text: str = "a YAML file, see configs/"
 ) -> None:
     command.add_argument("config", type=PATH, metavar=source, help=text)
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    command.add_argument("--set", dest="overrides", metavar="KEY=VALUE", help="e.g. maps.scales=[480,688]", **several)
+    _add_set(command, "maps.scales=[480,688]")
     command.add_argument("--run", type=PATH, metavar="DIR", help="where artifacts go (default: runs/NAME)")
     _add_device(command)
+
+
+def _add_set(command: argparse.ArgumentParser, example: str) -> None:
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": [], "metavar": "KEY=VALUE"}
+    command.add_argument("--set", dest="overrides", help=f"e.g. {example}", **several)
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

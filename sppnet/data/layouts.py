@@ -20,7 +20,7 @@ SETS = "*/ImageSets/Main/*.txt"
 LOOKED_FOR = {
     "voc": "year folders with ImageSets/Main, or .xml files with <annotation>, one for an image",
     "coco": ".json files with images, categories and annotations",
-    "yolo": "data.yaml, or classes.txt and a .txt file for each image",
+    "yolo": "data.yaml, or classes.txt with one name on a line and a .txt file for each image",
 }
 
 
@@ -89,11 +89,8 @@ def _image_name(tree: Tree, label: Path) -> str:
 
 
 def _nothing(tree: Tree, format: str) -> SppnetError:
-    lines = [b"", *((tree.root / path).read_bytes()[:200] for path in tree.of(".txt")[:20])]
-    hint = " these .txt files look like YOLO's: add a classes.txt with one name on a line;"
-    hint = hint if format != "voc" and any(map(re.compile(rb"\d+( -?[\d.]+){4,}\s").match, lines)) else ""
     looked = "; ".join(f"{kind.upper()} ({text})" for kind, text in LOOKED_FOR.items() if format in ("auto", kind))
     files = Counter(path.suffix.lower() or "without ending" for path in tree.others).most_common(5)
     found = ", ".join([counted(len(tree.images), "image"), *(f"{count} {ending}" for ending, count in files)])
     where = f"{tree.root}: no annotated pictures found"
-    return SppnetError(f"{where};{hint} looked for {looked}; found {found}; docs/own-data.md shows how each looks")
+    return SppnetError(f"{where}; looked for {looked}; found {found}; docs/own-data.md shows how each looks")

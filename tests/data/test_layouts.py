@@ -287,12 +287,6 @@ def test_a_verified_annotation_and_one_of_another_encoding_are_annotations(tmp_p
     assert not skips.counts
 
 
-def test_labels_that_look_like_those_of_yolo_without_names_are_told(tmp_path):
-    picture(tmp_path / "a.jpg"), text(tmp_path / "a.txt", LINE)
-    with pytest.raises(SppnetError, match=r"look like YOLO's: add a classes\.txt with one name on a line"):
-        find_data(tmp_path)
-
-
 def test_shares_of_six_digits_are_no_clipped_boxes(tmp_path):
     picture(tmp_path / "a.jpg", size=(641, 479)), text(tmp_path / "classes.txt", "cat\n")
     text(tmp_path / "a.txt", "0 0.750001 0.5 0.5 1.0\n0 0.9 0.5 0.3 0.5\n")

@@ -70,7 +70,7 @@ def test_a_faulty_line_is_an_error_that_names_it(root, line, message):
 def test_labels_without_names_are_no_data_set(root):
     (root / "classes.txt").unlink()
     with pytest.raises(
-        SppnetError, match=r"YOLO \(data\.yaml, or classes\.txt and .*found 2 images, 1 \.txt; docs/own"
+        SppnetError, match=r"YOLO \(data\.yaml, or classes\.txt with one name .*found 2 images, 1 \.txt; docs/own"
     ):
         find_data(root)
 
