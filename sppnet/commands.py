@@ -289,11 +289,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _comp4_file(pattern: str, name: str) -> Path:
     """The file of a class, in either form of Unicode: macOS may give a file another one than was typed."""
     forms = [Path(pattern.replace("{}", unicodedata.normalize(form, name))) for form in ("NFC", "NFD")]
-    found = [path for path in forms if path.is_file()]
-    if not found:
-        reason = f"no such file of the class {name!r}; expected one for each of --classes, named as {pattern}"
-        raise SppnetError(f"{forms[0]}: {reason}")
-    return found[0]
+    return next((path for path in forms if path.is_file()), forms[0])
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -37,12 +37,6 @@ class _Category(BaseModel):
     name: Annotated[str, Field(pattern=r"\S")]
 
 
-class _Attributes(BaseModel):
-    """Of CVAT."""
-
-    difficult: bool | None = None
-
-
 class _Object(BaseModel):
     id: Any = None
     image_id: Id
@@ -51,7 +45,7 @@ class _Object(BaseModel):
     segmentation: Any = None
     iscrowd: bool | None = None
     ignore: bool | None = None  # of detectors' own files: a difficult object
-    attributes: _Attributes | list[Any] | str | None = None
+    attributes: Any = None  # of CVAT
 
 
 class _File(BaseModel):
@@ -113,8 +107,8 @@ def read_coco(path: Path) -> Lists | None:
         corners, reason = _corners(one, f"{path}: annotation {one.id!r} of {image.file_name}")
         image.counts.update([reason] * bool(reason) + [CROWD] * bool(one.iscrowd and corners))
         if corners and image.objects is not None:
-            own = one.attributes.difficult if isinstance(one.attributes, _Attributes) else None
-            image.objects.append((name, corners, bool(one.iscrowd or one.ignore or own)))
+            own = one.attributes.get("difficult") if isinstance(one.attributes, dict) else None
+            image.objects.append((name, corners, bool(one.iscrowd or one.ignore or own in (True, "1", "true"))))
             merged = f"object of {name}, a name of {alike[name]} categories, which are taken as one class"
             image.counts.update([merged] * (alike[name] > 1))
     return list(images.values()), tuple(alike)
@@ -147,7 +141,11 @@ def _corners(found: _Object, where: str) -> tuple[Corners | None, str]:
 
 def look(tree: Tree) -> DataFolder | None:
     """The folder as COCO data: a part for each JSON file; None where no file is such JSON."""
-    chosen, notes = _find_files(tree)
+    files = tree.of(".json")
+    preferred = [path for path in files if path.name.lower().startswith(PREFERRED)]
+    chosen, notes = tree.read(preferred, read_coco, lambda path: True, needed=False)
+    if not chosen:
+        chosen, notes = tree.read(files, read_coco, lambda path: role_of(path.stem) is not None, needed=True)
     if not chosen:
         return None
     names, missing = _part_names(list(chosen)), list[str]()
@@ -182,28 +180,6 @@ def look(tree: Tree) -> DataFolder | None:
     left_out = SkipCounts({"image that is not there, left out": missing, "image in no JSON, left out": unlisted})
     classes = tuple(dict.fromkeys(name for _, own in chosen.values() for name in own))
     return DataFolder(tree.root, "coco", tuple(contents), contents, left_out, classes, len(labelled), tuple(notes))
-
-
-def _find_files(tree: Tree) -> tuple[dict[Path, Lists], list[str]]:
-    """What the JSON files with objects list, and notes; of files with names of COCO's own if there are such.
-
-    One that is faulty is left out with a note, unless it is the only one, or its name says that it belongs to them.
-    """
-    found, faults = dict[Path, Lists](), list[SppnetError]()
-    preferred = {path: path.name.lower().startswith(PREFERRED) for path in tree.of(".json")}
-    for path in sorted(preferred, key=lambda path: not preferred[path]):
-        if not preferred[path] and any(preferred[other] for other in found):
-            break
-        try:
-            if own := read_coco(tree.root / path):
-                found[path] = own
-        except SppnetError as error:
-            if preferred[path] or role_of(path.stem):
-                raise
-            faults.append(error)
-    if faults and not found:
-        raise faults[0]
-    return found, [f"left out: {error}" for error in faults]
 
 
 def _annotate(

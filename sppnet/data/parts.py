@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sppnet.data.folder import FoundImages, search
 from sppnet.data.labels import normalise, read_lines
 from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, SkipCounts
 
+T = TypeVar("T")
 ROLES = ("train", "val", "test")
 _NAMES = r"train(?:ing|val)?|val(?:id(?:ation)?)?|test(?:ing)?"
 IN_NAME = re.compile(rf"(?<![a-z])({_NAMES})(?![a-z])")
@@ -107,17 +108,35 @@ class Tree:
         found = next((self.named[key] for key in keys if key in self.named), [])
         found = [path for path in found if path in known] or found
         found = [path for path in found if normalise(path.name) == name] or found
-        ranks = {
-            path: (_alike(path.parent.parts, place) + (part in path.parent.parts), "JPEGImages" in path.parent.parts)
-            for path in found
-        }
-        best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
+        ranks = [
+            (_alike(path.parent.parts, place) + (part in path.parts), "JPEGImages" in path.parts) for path in found
+        ]
+        most = max(ranks, default=None)
+        best = [path for path, rank in zip(found, ranks, strict=True) if rank == most]
         if len(best) > 1:
-            both = f"{text!r} fits {best[0]} and {best[1]} alike"
-            raise SppnetError(
-                f"{self.root / source}: {both}; name the folder too, or use folders that mirror each other"
-            )
+            both = f"{self.root / source}: {text!r} fits {best[0]} and {best[1]} alike"
+            raise SppnetError(f"{both}; name the folder too, or use folders that mirror each other")
         return best[0] if best else None
+
+    def read(
+        self, paths: Iterable[Path], read: Callable[[Path], T | None], grave: Callable[[Path], bool], needed: bool
+    ) -> tuple[dict[Path, T], list[str]]:
+        """What `read` finds in files, but for those of another kind (None), and a note about each that it refuses.
+
+        The error of one that is `grave` is raised, and the first where none is read but one is `needed`.
+        """
+        found, faults = dict[Path, T](), list[SppnetError]()
+        for path in paths:
+            try:
+                if (own := read(self.root / path)) is not None:
+                    found[path] = own
+            except SppnetError as error:
+                if grave(path):
+                    raise
+                faults.append(error)
+        if faults and needed and not found:
+            raise faults[0]
+        return found, [f"left out: {error}" for error in faults]
 
     def id_of(self, path: Path) -> str:
         return normalise(path.with_suffix("").as_posix())

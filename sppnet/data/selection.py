@@ -113,11 +113,9 @@ def count_others(records: Sequence[ImageRecord], classes: tuple[str, ...], kind:
     counts = Counter(name for name, _ in objects)
     if not counts:
         return []
-    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10))
-    more = f" and {counted(len(counts) - 10, 'other')}" if len(counts) > 10 else ""
-    name, total = counts.most_common(1)[0][0], counted(counts.total(), f"{kind} object")
-    example = next(f"{name} in {image}" for other, image in objects if other == name)
-    return [f"{total} of classes that are not trained: {listed}{more}, e.g. {example}"]
+    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(10)) + ", …" * (len(counts) > 10)
+    (name, image), total = objects[0], counted(counts.total(), f"{kind} object")
+    return [f"{total} of classes that are not trained: {listed}, e.g. {name} in {image}"]
 
 
 def classes_amiss(

@@ -34,16 +34,13 @@ def read_image_set(path: Path, known: Collection[str] = ()) -> list[str]:
 
     One id per line; a second column of -1, 0 or 1 (the per-class sets of VOC) is dropped. Where the ids that there are
     are `known`, a line is one of these as it stands before it is one with such a column, or with the ending of an
-    image. Blank lines, byte-order marks and Windows line ends are accepted; an id listed twice, or one that is a path,
-    is an error.
+    image. Blank lines, byte-order marks and Windows line ends are accepted; an id listed twice is an error.
     """
     first_line: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, read_lines(path)), start=1):
         if not line:
             continue
         name = _id_of(normalise(line), known)
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise SppnetError(f"{path}:{number}: expected a file name without folder, got {name!r}; give the stem")
         if name in first_line:
             raise SppnetError(f"{path}:{number}: {name!r} is already on line {first_line[name]}; remove one of them")
         first_line[name] = number

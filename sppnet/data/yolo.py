@@ -56,36 +56,31 @@ def look(tree: Tree) -> DataFolder | None:
 def _find_yaml(tree: Tree, listed: bool) -> tuple[list[Path], dict[str, Any], list[str]]:
     """The YAML files that name classes and parts, those near the top first, the values of the first, and notes.
 
-    One that cannot be read is an error where no other names them, and neither do files that are `listed` unless it is
-    called data or dataset.
+    `listed`: whether files list the classes too, so that a YAML file that cannot be read may be another program's.
     """
     paths = sorted(tree.of(".yaml", ".yml"), key=lambda p: (len(p.parts), p.stem not in TITLES, p))
-    found, faults = dict[Path, dict[str, Any]](), dict[Path, SppnetError]()
-    for path in paths:
-        try:
-            values = read_yaml_texts(tree.root / path)
-        except SppnetError as error:
-            faults[path] = error
-        else:
-            if isinstance(values, dict) and {"names", "nc"} & {*values} and {*KEYS} & {*values}:
-                found[path] = values
-    grave = [error for path, error in faults.items() if path.stem in TITLES or not listed]
-    if grave and not found:
-        raise grave[0]
+    needed = not listed or any(path.stem in TITLES for path in paths)
+    found, notes = tree.read(paths, _read_yaml, lambda path: False, needed)
     first, *others = [*found] or [Path()]
-    notes = [f"{first} taken, not {', '.join(map(str, others))}"] if others else []
-    return [*found], found.get(first, {}), [*notes, *(f"left out: {error}" for error in faults.values())]
+    notes += [f"{first} taken, not {', '.join(map(str, others))}"] if others else []
+    return [*found], found.get(first, {}), notes
+
+
+def _read_yaml(path: Path) -> dict[str, Any] | None:
+    values = read_yaml_texts(path)
+    named = isinstance(values, dict) and {"names", "nc"} & {*values} and {*KEYS} & {*values}
+    return values if named else None
 
 
 def _listed_names(tree: Tree, lists: Sequence[Path]) -> dict[int, str]:
     """Number -> class, of the files that list them, which must agree."""
-    names = {path: [class_name(line) for line in read_lines(tree.root / path)] for path in lists}
-    first, *others = ({i: name for i, name in enumerate(own) if name} for own in names.values())
-    differs = [path for path, own in zip(lists[1:], others, strict=True) if own != first]
-    if differs:
-        both = f"{tree.root / lists[0]} and {differs[0]} list different classes"
-        raise SppnetError(f"{both}, so a number may mean either; keep one of them, or make two data sets of the folder")
-    return _names_of(first, tree.root / lists[0])
+    lines = {path: enumerate(map(class_name, read_lines(tree.root / path))) for path in lists}
+    names = {path: {i: name for i, name in own if name} for path, own in lines.items()}
+    for path in lists:
+        if names[path] != names[lists[0]]:
+            both = f"{tree.root / lists[0]} and {path} list different classes"
+            raise SppnetError(f"{both}, so a number may mean either; keep one of them, or make two data sets of these")
+    return _names_of(names[lists[0]], tree.root / lists[0])
 
 
 def _names_of(names: Any, where: Path) -> dict[int, str]:

@@ -182,7 +182,6 @@ def broken(**lists):
         (broken(categories=coco_of()["categories"] * 2), r"categories: '1' is there twice"),
         (changed(iscrowd="maybe"), r"annotations\.0\.iscrowd: .*boolean.*got 'maybe'; correct it"),
         (changed(ignore=2), r"annotations\.0\.ignore: .*boolean.*got 2; correct it"),
-        (changed(attributes={"difficult": "hard"}), r"annotations\.0\.attributes\..*boolean.*got 'hard'; correct it"),
         (coco_of("c.jpg", "d.jpg"), r"labels\.json: none of its 2 images is below .*, e\.g\. c\.jpg; put them there"),
     ],
 )  # fmt: skip

@@ -41,9 +41,6 @@ def test_image_sets_have_one_or_two_columns(tmp_path, content, names):
     ("content", "message"),
     [
         (b"a\nb\na 1\n", r"set\.txt:3: 'a' is already on line 1; remove one"),
-        (b"a\n../b\n", r"set\.txt:2: expected a file name without folder, got '\.\./b'"),
-        (b"..\n", r"set\.txt:1: expected a file name without folder"),
-        (b"C:\\b\n", "expected a file name without folder"),
         (b"\xff\xfe\n", "cannot read this text file .*give an existing UTF-8 file"),
     ],
 )
@@ -163,6 +160,14 @@ def test_missing_images_are_an_error_that_names_the_first_and_counts_them(tmp_pa
     make_devkit(tmp_path)
     (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text("a\nc\nd.jpg\n")
     with pytest.raises(SppnetError, match=r"JPEGImages/c: no such image .*2 of 3 images in .*out of the list"):
+        load_split(tmp_path, "VOC2007/train")
+
+
+@pytest.mark.parametrize("line", ["../JPEGImages/a", "JPEGImages/a.jpg", "..", "C:\\b"])
+def test_a_line_with_a_folder_is_no_image(tmp_path, line):
+    make_devkit(tmp_path)
+    (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text(f"b\n{line}\n")
+    with pytest.raises(SppnetError, match=r"no such image .*, 1 of 2 images in .*train\.txt missing"):
         load_split(tmp_path, "VOC2007/train")
 
 
@@ -302,7 +307,7 @@ def test_any_text_is_a_list_of_distinct_stems_or_an_error_that_names_the_line(tm
         names, message = [], str(error)
     assert message is None or "random.txt:" in message
     assert len(set(names)) == len(names)
-    assert all(name and name == name.strip() and "/" not in name and "\\" not in name for name in names)
+    assert all(name and name == name.strip() for name in names)
 
 
 # --- real data
