@@ -66,9 +66,8 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._negative_number_matcher = re.compile(
-            r"-(\d|\.\d|inf).*", re.IGNORECASE
-        )  # argparse's own takes -1e-3 for an option
+        # argparse's own takes -1e-3 for an option
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf).*", re.IGNORECASE)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.given = sys.argv[1:] if args is None else list(args)
@@ -141,9 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--only", choices=STAGES, help="run this stage alone")
     train.add_argument("--force", action="store_true", help="run every stage again, whatever is there already")
 
-    add = _command(
-        commands, "add", "train a run on more pictures or classes too; known pictures are not searched again"
-    )
+    add = _command(commands, "add", "train a run on more pictures or classes; known ones are not searched again")
     add.add_argument("run", type=PATH, metavar="RUN", help="the folder of a run with a joint head")
     add.add_argument("folder", type=PATH, metavar="FOLDER", help="pictures and their boxes, of any format")
     _add_set(add, "joint.steps=2000")
@@ -166,12 +163,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--import", dest="imports", nargs="+", type=PATH, metavar="FILE", help=text)
             command.add_argument("--export", type=PATH, metavar="FILE", help="write the windows to a .npz or .mat file")
 
-    evaluations = {
-        "eval": "evaluate on a split: mAP, errors by kind, curves",
-        "test": "detect over a split: comp4 files",
-    }
-    for name, text in evaluations.items():
-        test = _command(commands, name, text)
+    for name in ("eval", "test"):
+        own = (
+            "evaluate on a split: mAP, errors by kind, curves" if name == "eval" else "detect over a split: comp4 files"
+        )
+        test = _command(commands, name, own)
         test.add_argument("run", type=PATH, metavar="RUN", help="the folder of a trained run")
         test.add_argument("--data", type=PATH, metavar="FOLDER", help="other pictures and boxes (default: data.root)")
         test.add_argument("--split", nargs="+", default=[], metavar="PART", help="default: data.test")
@@ -193,9 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     score = _command(commands, "score", "evaluate comp4 files against annotations, without a model")
     score.add_argument("--annotations", type=PATH, required=True, metavar="DIR", help="folder of VOC .xml files")
     score.add_argument("--image-set", type=PATH, required=True, metavar="FILE", help="image ids, one a line")
-    score.add_argument(
-        "--detections", type=PATH, required=True, metavar="PATTERN", help='comp4 files, "{}" for the class'
-    )
+    score.add_argument("--detections", type=PATH, required=True, metavar="PATTERN", help='comp4 files, "{}" the class')
     score.add_argument("--classes", type=CLASSES, required=True, metavar="A,B,C")
     score.add_argument("--metric", choices=METRICS, default="11point")
     score.add_argument("--iou", type=OVERLAP, default=0.5, help="of all metrics but coco (default: 0.5)")

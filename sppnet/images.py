@@ -120,9 +120,7 @@ def scaled_size(
     height, width = (max(1, int(side * scale + 0.5)) for side in image_size)
     if height * width > MAX_SCALED_PIXELS:
         sizes = f"an image of {image_size[1]} × {image_size[0]} pixels would be scaled to {width} × {height}"
-        remedy = (
-            "cut it into parts, or use a smaller scale (a detector: train with maps.max_side or a smaller maps.scales)"
-        )
+        remedy = "cut it into parts, or use a smaller scale (a detector: maps.max_side or a smaller maps.scales)"
         raise BackboneError(f"{sizes}, more than {MAX_SCALED_PIXELS:,} pixels; {remedy}")
     return (height, width), shorter * scale
 

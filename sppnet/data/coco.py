@@ -98,9 +98,8 @@ def read_coco(path: Path) -> Lists | None:
         if stray:
             what = f"{counted(len(stray), 'annotation')} with a {key} that it does not list"
             example = f"e.g. {getattr(stray[0], key)!r} of annotation {stray[0].id!r}"
-            raise SppnetError(
-                f"{path}: {what}, {example}; listed are {', '.join([*known][:10]) or 'none'}; export again"
-            )
+            here = ", ".join([*known][:10]) or "none"
+            raise SppnetError(f"{path}: {what}, {example}; listed are {here}; export again")
     alike = Counter(names.values())
     for one in found.annotations or ():
         image, name = images[str(one.image_id)], names[str(one.category_id)]

@@ -22,8 +22,6 @@ ROLES = ("train", "val", "test")
 _NAMES = r"train(?:ing|val)?|val(?:id(?:ation)?)?|test(?:ing)?"
 IN_NAME = re.compile(rf"(?<![a-z])({_NAMES})(?![a-z])")
 OF_FOLDER = re.compile(rf"({_NAMES})(\d+|[_-]?(images|set|data))?")
-
-
 # (id, (height, width), EXIF orientation) -> the objects in the upright image, and how often what was skipped
 Annotate = Callable[[str, tuple[int, int], int], tuple[Annotation, Mapping[str, int]]]
 Pairs = tuple[dict[Path, Path], list[Path]]  # image -> its label file; label files without an image
@@ -217,11 +215,9 @@ def group(tree: Tree, images: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _lists(tree: Tree) -> list[Path]:
-    named = [
-        p for p in tree.of(".txt") if p.parent.name in ("Main", "ImageSets") or OF_FOLDER.fullmatch(p.stem.lower())
-    ]
-    own = [path for path in named if normalise(path.stem) not in tree.named]  # no label of an image
-    return [path for path in own if path.parent.name == "Main"] or own  # beside Main are lists of other tasks
+    lists = [path for path in tree.of(".txt") if normalise(path.stem) not in tree.named]  # else a label
+    main = [path for path in lists if path.parent.name == "Main"]  # beside it are lists of other tasks
+    return main or [p for p in lists if p.parent.name == "ImageSets" or OF_FOLDER.fullmatch(p.stem.lower())]
 
 
 def read_list(tree: Tree, path: Path, known: Collection[Path] = ()) -> list[Path]:

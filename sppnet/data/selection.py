@@ -29,9 +29,7 @@ def choose_classes(records: Sequence[ImageRecord], classes: tuple[str, ...] | No
     chosen = found if classes is None else classes
     listing = f"classes found in the training images: {', '.join(found) or 'none'}"
     if not chosen:
-        raise SppnetError(
-            f"no class to train; {listing}: no image has an object; export the annotations again, with boxes"
-        )
+        raise SppnetError(f"no class to train; {listing}: no image has an object; export the annotations with boxes")
     for name in chosen:
         if name not in example:
             raise SppnetError(f"class {name!r} never occurs; {listing}")

@@ -51,9 +51,7 @@ def _id_of(line: str, known: Collection[str]) -> str:
     """The id on a line of an image set."""
     stem, flag = [*line.rsplit(None, 1), ""][:2]
     stem = stem if flag in FLAGS else line
-    endings = [
-        name[: -len(suffix)] for name in (line, stem) for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)
-    ]
+    endings = [name[: -len(end)] for name in (line, stem) for end in IMAGE_SUFFIXES if name.lower().endswith(end)]
     return next((name for name in (line, stem, *endings) if name in known), stem)
 
 

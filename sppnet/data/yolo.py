@@ -150,9 +150,8 @@ def _reader(labels: Mapping[str, Path | None], names: Mapping[int, str], where: 
                 label, box, reason = _read_line(line, place, keypoints)
                 if label not in names:
                     listing = ", ".join(f"{key} {name}" for key, name in names.items())
-                    raise SppnetError(
-                        f"{place}: class {label} has no name in {where}, which has {listing}; add it there"
-                    )
+                    reason = f"class {label} has no name in {where}, which has {listing}"
+                    raise SppnetError(f"{place}: {reason}; add it there")
                 classes.append(names[label])
                 boxes.append(box)
                 counts.update([reason] * bool(reason))
