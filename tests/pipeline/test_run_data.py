@@ -381,6 +381,15 @@ def test_year_folders_other_than_the_default_are_found_too(root):
     assert load_test_data(found(root), kept=data.split).splits == ("MINE/test",)
 
 
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    config, calls = found(own_folder(tmp_path, train=6, valid=3, test=2)), []
+    monkeypatch.setattr("sppnet.pipeline.run_data.find_data", lambda *given: calls.append(given) or find_data(*given))
+    monkeypatch.setattr("sppnet.data.splits.find_data", lambda *given: 1 / 0)
+    split = load_run_data(config).split
+    assert load_test_data(config, kept=split).splits == ("test",)
+    assert calls == [(tmp_path, "auto")] * 2
+
+
 def test_a_folder_with_a_test_part_alone_asks_for_names(tmp_path):
     own_folder(tmp_path, test=2)
     with pytest.raises(SppnetError, match=r"no part is called train; name those to train on in data\.train: test"):
