@@ -74,15 +74,15 @@ def estimate(costs: Costs, left: Mapping[str, int], config: Config) -> Estimate:
     maps = costs.maps * sum(side * side for side in config.maps.scales) / 1e6
     window, threads = costs.pool + costs.project, available_cores() ** 0.7  # they wait for one another
     searched, embedded = left.get("proposals", 0), left.get("embed", 0)
-    sampled = min(SAMPLE_IMAGES, embedded)
-    sample = min(SAMPLE_RATIO * config.joint.rank, sampled * config.proposals.max_windows)
+    sampled, most = min(SAMPLE_IMAGES, embedded), config.proposals.max_windows * (1 + bool(config.proposals.shapes))
+    sample = min(SAMPLE_RATIO * config.joint.rank, sampled * most)
     components = (sampled * maps + sample * (costs.pool + PASSES * costs.project)) / threads
     items = {
         "proposals": costs.search / worker_count(searched),
         "components": components / max(1, sampled),
         "embed": (maps + config.joint.windows * window) / worker_count(embedded),
         "joint": costs.step,
-        "thresholds": (maps + config.proposals.max_windows * window) / threads,
+        "thresholds": (maps + most * window) / threads,
     }
     counts = {**left, "joint": config.joint.steps} if "joint" in left else left
     stages = {name: count * items[name] + components * (name == "embed") for name, count in counts.items()}
