@@ -216,7 +216,8 @@ def named_parts(settings: DataSettings, folder: DataFolder) -> DataSettings:
     default, own = DataSettings(), dict[str, Any]({"format": folder.format})
     by_names = not settings.train or (settings.train == default.train and not {*default.train} <= {*folder.parts})
     if by_names or folder.contents:
-        roles = folder.roles(() if by_names else settings.train)
+        found, others = folder.roles(() if by_names else settings.train), settings.objects_only
+        roles = {role: tuple(part for part in parts if part not in others) for role, parts in found.items()}
         own["train"] = roles["train"] if by_names else settings.train
         own["val"] = settings.val or roles["val"]
         own["test"] = roles["test"] if settings.test == default.test else settings.test or roles["test"]

@@ -339,6 +339,7 @@ def test_names_of_parts_say_what_trains_validates_and_tests(tmp_path):
         ({"train": ["train"], "test": ["extra"]}, ("train", "valid", "extra")),
         ({"test": ["extra"]}, ("train", "valid", "extra")),
         ({"train": ["valid"]}, ("valid", "", "test")),
+        ({"objects_only": ["valid", "extra"]}, ("train", "", "test")),
         ({"train": ["train", "valid"]}, ("train valid", "", "test")),
     ],
 )
