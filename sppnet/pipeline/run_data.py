@@ -185,8 +185,7 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         if both:
             share = f"{len(both)} of {counted(len(digests), 'image')} of {split}, e.g. {both[0]}"
             notes.append(f"validation images are in data.test too, {share}, so figures will look a little too good")
-    found = {"training": train, "validation": held_out}
-    for kind, images in found.items():
+    for kind, images in {"training": train, "validation": held_out}.items():
         bare = [r.id for r in images if not (r.annotation and len(r.annotation.boxes))]
         first: dict[str, str] = {}
         copies = [f"{r.id} of {first[r.digest]}" for r in images if first.setdefault(r.digest, r.id) != r.id]
@@ -231,8 +230,7 @@ def _load_objects(
     records, skips = load_splits(folder, settings.objects_only)
     shown = {r.id for r in restrict(records, classes) if shown_classes(r, settings.train_on_difficult)}
     bare = [r.id for r in records if r.id not in shown]
-    reason = "image of data.objects_only without objects to train on, left out"
-    skips = skips.plus(SkipCounts({reason: bare}))
+    skips = skips.plus(SkipCounts({"image of data.objects_only without objects to train on, left out": bare}))
     return [r for r in restrict(records, classes) if r.id in shown], skips
 
 
@@ -297,8 +295,7 @@ def load_test_data(
     settings = named_parts(config.data, found)
     names = tuple(splits) or settings.test or settings.val
     if other and not splits and found.contents and not {*(names or settings.train)} <= {*found.parts}:
-        roles = found.roles()
-        names = roles["test"] or roles["val"] or roles["train"]
+        names = next(filter(None, map(found.roles().get, ("test", "val", "train"))), ())
     if not names and not (kept and kept.held_out) and not other:
         raise SppnetError(
             "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
