@@ -203,6 +203,26 @@ class Detections(_Rows):
         """As JSON can hold it; ``Detections(**values)`` is equal to this one."""
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
+    def to_torchvision(self) -> dict[str, Any]:
+        """The tensors boxes, scores and labels, as torchvision's detectors give them.
+
+        Labels stay places in `classes`, from 0; torchvision's own models keep 0 for the background.
+        """
+        import torch
+
+        return {name: torch.tensor(getattr(self, name), device="cpu") for name in ("boxes", "scores", "labels")}
+
+    def to_supervision(self) -> Any:
+        """The same as ``supervision.Detections``, names under ``data["class_name"]``."""
+        try:
+            import supervision
+        except ImportError as error:
+            remedy = "pip install --no-deps supervision, since it brings another OpenCV; pip install requests"
+            raise SppnetError(f"to_supervision needs the package supervision ({error}): {remedy}") from None
+        names = {"class_name": np.array(self.class_names, dtype=str)}
+        boxes, scores, labels = self.boxes.copy(), self.scores.copy(), self.labels.copy()
+        return supervision.Detections(xyxy=boxes, confidence=scores, class_id=labels, data=names)
+
     def to_coco(
         self, image_id: int | str, category_ids: Sequence[int] | Mapping[str, int] | None = None
     ) -> list[dict[str, Any]]:

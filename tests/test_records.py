@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from doubles import annotated, refused_by_us
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,6 +248,16 @@ def test_a_record_of_an_image_holds_an_annotation_and_a_size(tmp_path):
 # ---- other programs ------------------------------------------------------------------------------------------------
 
 
+def test_torchvision_s_tensors_hold_the_same():
+    tensors = FOUND.to_torchvision()
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "boxes": torch.float32, "scores": torch.float32, "labels": torch.int64
+    }  # fmt: skip
+    assert Detections(**tensors, classes=FOUND.classes) == FOUND
+    kept = torchvision.ops.batched_nms(tensors["boxes"], tensors["scores"], tensors["labels"], 0.5)
+    assert kept.tolist() == [2, 0, 1]
+
+
 def test_entries_of_a_coco_file_are_plain_numbers():
     entries = json.loads(json.dumps(FOUND.to_coco(np.int64(7))))
     assert entries[1] == {"image_id": 7, "category_id": 1, "bbox": [5, 5, 35, 25.5], "score": -1}
@@ -255,6 +268,21 @@ def test_entries_of_a_coco_file_are_plain_numbers():
         refused_by_us(lambda ids=ids: FOUND.to_coco(1, ids))
     for image in (None, 1.5, True):
         refused_by_us(lambda image=image: FOUND.to_coco(image))
+
+
+def test_supervision_gets_its_own_fields_and_is_named_where_it_is_missing(monkeypatch):
+    fake = types.ModuleType("supervision")
+    fake.Detections = lambda **fields: fields
+    monkeypatch.setitem(sys.modules, "supervision", fake)
+    given_fields = FOUND.to_supervision()
+    assert given_fields["data"]["class_name"].tolist() == ["dog", "cat", "dog"]
+    fields = {"xyxy": FOUND.boxes, "confidence": FOUND.scores, "class_id": FOUND.labels}
+    for name, array in fields.items():
+        np.testing.assert_array_equal(given_fields[name], array)
+        assert not np.shares_memory(given_fields[name], array)
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(SppnetError, match="pip install --no-deps supervision"):
+        FOUND.to_supervision()
 
 
 def test_detections_are_drawn_on_the_image_they_were_found_in(tmp_path):
