@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,18 +92,16 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def choose_device(name: str) -> torch.device:
-    """That of --device: cpu, cuda, cuda:N, or auto, which takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise SppnetError(f"--device {name}: expected cpu, cuda or cuda:N")
-    device = torch.device(name)
+def choose_device(device: torch.device | str) -> torch.device:
+    """The device of this name, "auto" being a GPU where there is one; SppnetError for one unknown or not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"{count}; count from 0" if count else "no CUDA device; use --device cpu"
-        raise SppnetError(f"--device {name}: this machine has {found}")
-    return device
+    try:
+        found = torch.device(("cuda" if count else "cpu") if device == "auto" else device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is not None and (found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < count)):
+        return found
+    raise SppnetError(f"device: expected cpu, cuda or cuda:N, of {count} GPUs that torch sees here, got {device!r}")
 
 
 def rank() -> int:

@@ -510,10 +510,10 @@ def test_a_device_that_is_none_is_refused(config, run, tmp_path, device):
 
 def test_a_device_that_is_not_there_is_refused(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "this machine has no CUDA device; use --device cpu" in refused("eval", run.root, "--device", "cuda")
+    assert "expected cpu, cuda or cuda:N, of 0 GPUs" in refused("eval", run.root, "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "--device cuda:2: this machine has 2; count from 0" in refused("eval", run.root, "--device", "cuda:2")
+    assert "of 2 GPUs that torch sees here, got 'cuda:2'" in refused("eval", run.root, "--device", "cuda:2")
 
 
 def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
