@@ -167,7 +167,7 @@ def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
         torch.testing.assert_close(tensor, own, rtol=1e-4, atol=1e-6)
     # what drives the rate is the loss of the network that is kept, its batch norm too
     trained = Classifier.load(folder / "whole", torch.device("cpu"))
-    held_out = load_class_data(trained.config.data, folder / "whole").validation
+    held_out = load_class_data(trained.config.data).validation
     found = evaluate_classifiers([trained], held_out, "centre", progress=False)
     loss = -np.log(found.probabilities[np.arange(len(found.labels)), found.labels]).mean()
     *_, last = csv.DictReader((folder / "whole/history.csv").read_text().splitlines())
