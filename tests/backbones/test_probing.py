@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -143,6 +143,11 @@ class PaddedBySize(nn.Conv2d):
         return super().forward(F.pad(x, (spare[1] // 2, 1, spare[0] // 2, 1)))
 
 
+class Uncopied(nn.Identity):
+    def __deepcopy__(self, _: object) -> nn.Module:
+        raise TypeError("of one kind")
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -170,6 +175,7 @@ class PaddedBySize(nn.Conv2d):
         (nn.Conv2d(1, 8, 3, 2, 1), r"it fails: Given groups=1, .* to have 1 channels, but got 3 channels"),
         (torchvision.models.vit_b_16(), r"on \(1, 3, 256, 256\) it fails: Wrong image height"),
         (PaddedBySize(3, 8, 3, 2), "of layers that pad alike on both sides"),
+        (Uncopied(), "but it cannot be copied: of one kind"),
         (lambda x: x, r"got function; give a torch\.nn\.Module"),
     ],
 )
@@ -297,8 +303,10 @@ def a_default(dtype: torch.dtype | None = None, device: str | None = None) -> It
 class Threads(nn.Conv2d):
     """Counts torch's threads while it runs, and makes a tensor as the defaults say."""
 
+    seen: ClassVar[set[int]] = set()
+
     def forward(self, images: Tensor) -> Tensor:
-        self.threads = torch.get_num_threads()
+        self.seen.add(torch.get_num_threads())
         return super().forward(images) * torch.full((1, 8, 1, 1), 2.0)
 
 
@@ -329,7 +337,7 @@ def test_what_the_caller_set_in_torch_does_not_count_and_stays(ambient: Callable
             assert state() == before
     finally:
         torch.set_num_threads(threads)
-    assert module[0].threads == 1
+    assert Threads.seen == {1}
 
 
 def test_a_network_made_in_inference_mode_is_probed_outside_it() -> None:
