@@ -167,27 +167,18 @@ def load_pretrained_fc(
             f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got backbone {backbone}; use head.init=random"
         )
     *layers, n = PRETRAINED_FC[backbone]
-    if n not in levels:
-        raise SppnetError(
-            f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
-        )
     keys, origin = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")], f"the weights of {backbone}"
     state = without_prefix(state, keys, origin)
     for key in keys:
         if key not in state:
             raise SppnetError(f"{origin} hold no {key}; use a file with the classifier, or head.init=random")
     weight6, bias6, weight7, bias7 = (state[key] for key in keys)
-    fc6, fc7 = head.fc6.out_features, head.fc7.out_features
-    if (fc6, fc7) != (len(weight6), len(weight7)):
+    own, given = channels * n * n, (head.fc6.out_features, head.fc7.out_features)
+    if n not in levels or given != (len(weight6), len(weight7)) or weight6.shape[1] != own:
         raise SppnetError(
-            f"head.init=imagenet needs head.fc6={len(weight6)} and head.fc7={len(weight7)}, got {fc6} and {fc7}; "
-            "set them or use head.init=random"
-        )
-    own = channels * n * n
-    if weight6.shape[1] != own:
-        raise SppnetError(
-            f"head.init=imagenet: fc6 of {backbone} expects {weight6.shape[1]} features of its {n}×{n} level, got "
-            f"{own}; leave backbone.layer at its default or use head.init=random"
+            f"head.init=imagenet of {backbone} needs a {n}×{n} level, head.fc6={len(weight6)}, head.fc7={len(weight7)} "
+            f"and {weight6.shape[1] // n**2} channels, those of the default backbone.layer, got levels {levels}, "
+            f"{given} and {channels} channels; set them, or use head.init=random"
         )
     start = pooled_size(channels, levels[: levels.index(n)])
     with torch.no_grad():
