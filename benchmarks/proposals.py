@@ -45,8 +45,8 @@ OTHERS = ("OpenCV", "EdgeBoxes")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cv2.setNumThreads(1)
-    print(f"{describe()}; one of them, mode {options.mode}")
-    settings = ProposalSettings(mode=options.mode)
+    print(f"{describe()}; one of them")
+    settings = ProposalSettings()
     if options.timed:
         time_images(options.timed, options.rounds, settings)
     root = shared("voc/VOCdevkit")
@@ -122,7 +122,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timed", type=int, default=5, help="images that are timed in turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mode", choices=("fast", "quality"), default="fast")
     parser.add_argument("--min-sides", type=int, nargs="+", default=[20, 16], help="the picture shows the first")
     parser.add_argument("--images", type=int, default=None, help="images searched for recall, default: all val images")
     parser.add_argument("--picture", type=Path, help="where recall by number of windows is drawn")

@@ -45,7 +45,6 @@ class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
     method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.3
-    mode: Literal["fast", "quality"] = "fast"  # of both selective searches
     max_windows: int = Field(2000, ge=1)  # sec. 4.1
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
     max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never

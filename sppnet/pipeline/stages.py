@@ -204,7 +204,8 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json", exclude={"workers"})
-    return {**values, "import_from": _contents(*settings.import_from)}
+    # "mode": windows of versions that had two stay
+    return {**values, "mode": "fast", "import_from": _contents(*settings.import_from)}
 
 
 def _contents(*paths: Path | None) -> list[str]:
