@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from sppnet.errors import SppnetError, counted
 from sppnet.models.sppnet import SPPHead
 
-BLOCK = 4096  # activations in double precision at once
-
 
 def low_rank_head(head: SPPHead, ranks: Mapping[str, int], activations: Tensor) -> SPPHead:
     """A copy of `head` in which the layers named in `ranks` have these ranks, as `check_rank` allows them.
@@ -58,13 +56,9 @@ def fc6_activations(head: SPPHead, pooled: Tensor) -> Tensor:
 
 def principal_components(activations: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Activations (N, F) -> their mean (F,) and orthonormal principal components (F, rank), float64, largest first."""
-    mean = _mean(activations)
-    covariance = torch.zeros(activations.shape[1], activations.shape[1], dtype=torch.float64)
-    for block in activations.split(BLOCK):  # the whole sample in double precision would be half a gigabyte
-        centred = block.double() - mean
-        covariance += centred.T @ centred
+    covariance = torch.cov(activations.T, correction=0).double()
     components = torch.linalg.eigh(covariance).eigenvectors  # variances ascend
-    return mean, components[:, -rank:].flip(1).contiguous()
+    return activations.mean(0, dtype=torch.float64), components[:, -rank:].flip(1).contiguous()
 
 
 @torch.no_grad()
@@ -84,8 +78,3 @@ def _low_rank_layers(linear: nn.Linear, rank: int, activations: Tensor) -> tuple
 def _fc7_activations(head: SPPHead, activations: Tensor) -> Tensor:
     """fc7 before its rectification (N, fc7), from the same of fc6 (N, fc6)."""
     return head.fc7(head.basis7(activations.to(head.fc6.weight).relu())).cpu()
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """(N, F) -> (F,) in double precision, without a copy of all rows in it."""
-    return torch.stack([block.double().sum(0) for block in rows.split(BLOCK)]).sum(0) / len(rows)
