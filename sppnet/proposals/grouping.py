@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.compiling import compiled
+from sppnet.ops.compiling import compiled
 from sppnet.proposals.regions import COLOUR_BINS, Regions
 
 ONE = 1 << 18  # a similarity of 1

@@ -1,4 +1,4 @@
-"""The only importer of numba beside `sppnet.ops`: loops compiled to machine code that is kept on disk."""
+"""Loops compiled by numba to machine code that is kept on disk; beside window pooling its only importer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import numba
 
-Function = Callable[..., Any]
 
-
-def compiled(**options: Any) -> Callable[[Function], Any]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: compiled on the first call, run without the interpreter lock; options of numba.njit."""
 
-    def decorate(function: Function) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in every process
