@@ -1,13 +1,11 @@
 """The grid of any network, found by running it: no layer need be known.
 
-Pixels that are NaN make NaN of every cell that sees them: convolutions, pools, activations and normalisations with
-fixed statistics pass it on. Which cells turn NaN when all columns before, or all from, one column on do gives the first
-and the last pixel of a cell, in some 30 runs on a narrow strip. Branches give the union of what they see; the pixels
-of a shortcut lie inside those of the path beside it. Other finite pixels must not change more cells: what hides NaN
-is an error. They alone would not do: what the first and last pixels add is lost in rounding in deep networks.
-
-Values without a place - what is pooled over the whole map, as in squeeze-and-excitation, and the statistics of a
-normalisation over the map - are held fixed: they change what a cell holds, not where it looks.
+Pixels that are NaN make NaN of every cell that sees them. Which cells turn NaN when all columns before, or all from,
+one column on do gives the first and the last pixel of a cell, in some 30 runs on a narrow strip. Other finite pixels
+must not change more cells: what hides NaN is an error. They alone would not do: what the first and last pixels add is
+lost in rounding in deep networks. Values without a place - what is pooled over the whole map, as in
+squeeze-and-excitation, and the statistics of a normalisation over the map - are held fixed: they change what a cell
+holds, not where it looks.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from sppnet import distributed
 from sppnet.artifacts import read_tensors
-from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.own import content_digest
+from sppnet.backbones.backbone import Backbone, build_backbone, content_digest
 from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, resolve_precision, resolve_runtime
 from sppnet.backbones.weights import package_file
 from sppnet.config import BackboneSettings, SVMSettings
