@@ -140,12 +140,13 @@ def package_file(name: str) -> Path:
     return found[0]
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str, leave: str = "none.") -> None:
     """Copy into `module` the tensors that it names; others in `state` (a classifier, later layers) are left aside.
 
-    Raises SppnetError where one is missing or of another shape; `origin` names the weights in the message.
+    Those of the layer `leave` stay. Raises SppnetError where one is missing or of another shape; `origin` names the
+    weights in the message.
     """
-    own = module.state_dict()
+    own = {key: tensor for key, tensor in module.state_dict().items() if not key.startswith(leave)}
     needed = {key: tensor for key, tensor in own.items() if not key.endswith("num_batches_tracked")}
     state = without_prefix(state, needed, origin)
     faults = [fault for key, tensor in needed.items() if (fault := _fault(key, tensor, state.get(key)))]
@@ -155,7 +156,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
         unused = f"not used: {', '.join(others[:3])}{', …' * (len(others) > 3)}; " if others else ""
         raise SppnetError(
             f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {listed}; {unused}expected "
-            "torchvision's parameter names: choose the backbone.name that the file was saved from, or another file"
+            "torchvision's parameter names: choose the backbone.name, levels and sizes of the head that the file was "
+            "saved with, or another file"
         )
     module.load_state_dict({key: state[key] for key in needed}, strict=False)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppnet.backbones.backbone import Backbone
-from sppnet.backbones.weights import load_weight_file, torchvision_state, without_prefix
+from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state, without_prefix
 from sppnet.config import BackboneSettings, HeadSettings
 from sppnet.errors import SppnetError
 from sppnet.ops.pyramid import spatial_pyramid_pool
@@ -190,23 +190,8 @@ def load_pretrained_fc(
 
 
 def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
-    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a file of weights) into `head`, in place."""
+    """fc6, fc7 and the input scale of an SPP classification checkpoint (``head.*`` in a file) into `head`, in place."""
     path = settings.checkpoint
     if path is None:
         raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
-    copy_fc(head, load_weight_file(path, "head.checkpoint"), str(path))
-
-
-def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
-    """``head.fc6.*``, ``head.fc7.*`` and the input scale of `state` into `head`; `origin` names them in errors."""
-    own = {name: tensor for name, tensor in head.state_dict().items() if not name.startswith("classifier")}
-    state = without_prefix(state, [f"head.{name}" for name in own], origin)
-    for name, tensor in own.items():
-        given = state.get(f"head.{name}")
-        if given is None or given.shape != tensor.shape:
-            found = "nothing" if given is None else f"shape {tuple(given.shape)}"
-            raise SppnetError(
-                f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
-                "use the backbone, the levels and the head sizes it was trained with"
-            )
-    head.load_state_dict({name: state[f"head.{name}"] for name in own}, strict=False)
+    load_weights(head, load_weight_file(path, "head.checkpoint"), str(path), leave="classifier.")
