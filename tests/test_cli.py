@@ -695,9 +695,6 @@ SCORE = ("score", "--annotations", "a", "--image-set", "b", "--detections", "c_{
         ((*SCORE, "--classes", "a,,b"), "argument --classes: expected class names separated by commas, all different"),
         ((*SCORE, "--classes", "a, a"), "argument --classes: expected class names separated by commas, all different"),
         ((*SCORE, "--classes", "a", "--metric", "mean"), "argument --metric: invalid choice: 'mean'"),
-        (("detect", "r", "i", "--out", "$NO_SUCH_VARIABLE/o"), "argument --out: $NO_SUCH_VARIABLE/o: the variable"),
-        (("eval", "~/$NO_SUCH_VARIABLE"), "argument RUN: ~/$NO_SUCH_VARIABLE: the variable"),
-        (("train", "$NO_SUCH_VARIABLE.yaml"), "argument CONFIG|FOLDER: $NO_SUCH_VARIABLE.yaml: the variable"),
         (("detect", "r", "i", "--out", "o", "--device", "cuda:" + "9" * 30), "expected cpu, cuda or cuda:N"),
     ],
 )  # fmt: skip
