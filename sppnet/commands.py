@@ -24,7 +24,6 @@ from sppnet.classification.classifier import WEIGHTS
 from sppnet.classification.settings import ClassifierConfig
 from sppnet.classification.training import train_classifier
 from sppnet.classify_commands import classify
-from sppnet.compiling import announce_compiling
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, parse_config, parse_settings
 from sppnet.data.comp4 import read_comp4
@@ -80,7 +79,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         distributed.start()
         _start_logging(options.verbose)
-        announce_compiling()
         return ACTIONS.get(options.command, _train_stage)(options)
     except BrokenPipeError:
         raise

@@ -217,12 +217,12 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
 def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path):
     overrides = ["backbone.weights.source=file", "backbone.weights.file=no.npz", "proposals.import_from=[gone.npz]"]
     overrides += ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
-    overrides += ["train_proposals=[{}, {method: edge_boxes, edge_model: model.yml}]"]
+    overrides += ["train_proposals=[{}, {method: edge_boxes, import_from: [more.npz]}]"]
     result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides)
     assert result.status == 1
     expected = [
         ("gone.npz", "proposals.import_from"),
-        ("model.yml", "train_proposals.1.edge_model"),
+        ("more.npz", "train_proposals.1.import_from"),
         ("no.npz", "backbone.weights.file"),
         ("head.safetensors", "head.checkpoint"),
     ]
@@ -231,10 +231,6 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     ]
     whole = run_command("train", config, "--run", tmp_path / "new", "--dry-run")
     assert (whole.status, whole.err) == (0, "")
-    wrong = [*overrides[-1:], "proposals.method=edge_boxes", f"proposals.edge_model={config}"]
-    result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *wrong)
-    assert result.status == 1
-    assert "expected a structured forest as OpenCV reads it" in result.err
 
 
 def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config, tmp_path):
@@ -512,10 +508,10 @@ def test_a_device_that_is_none_is_refused(config, run, tmp_path, device):
 
 def test_a_device_that_is_not_there_is_refused(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "this machine has no CUDA device; use --device cpu" in refused("eval", run.root, "--device", "cuda")
+    assert "expected cpu, cuda or cuda:N, of 0 GPUs" in refused("eval", run.root, "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "--device cuda:2: this machine has 2; count from 0" in refused("eval", run.root, "--device", "cuda:2")
+    assert "of 2 GPUs that torch sees here, got 'cuda:2'" in refused("eval", run.root, "--device", "cuda:2")
 
 
 def test_ctrl_c_is_no_error_but_an_interruption(config, tmp_path, monkeypatch):
@@ -697,9 +693,6 @@ SCORE = ("score", "--annotations", "a", "--image-set", "b", "--detections", "c_{
         ((*SCORE, "--classes", "a,,b"), "argument --classes: expected class names separated by commas, all different"),
         ((*SCORE, "--classes", "a, a"), "argument --classes: expected class names separated by commas, all different"),
         ((*SCORE, "--classes", "a", "--metric", "mean"), "argument --metric: invalid choice: 'mean'"),
-        (("detect", "r", "i", "--out", "$NO_SUCH_VARIABLE/o"), "argument --out: $NO_SUCH_VARIABLE/o: the variable"),
-        (("eval", "~/$NO_SUCH_VARIABLE"), "argument RUN: ~/$NO_SUCH_VARIABLE: the variable"),
-        (("train", "$NO_SUCH_VARIABLE.yaml"), "argument CONFIG|FOLDER: $NO_SUCH_VARIABLE.yaml: the variable"),
         (("detect", "r", "i", "--out", "o", "--device", "cuda:" + "9" * 30), "expected cpu, cuda or cuda:N"),
     ],
 )  # fmt: skip

@@ -77,7 +77,7 @@ def test_a_configuration_that_is_a_link_to_itself_is_refused(tmp_path):
         ({"a": "base: b.yaml", "b": "- x"}, r"b\.yaml: expected a mapping of settings, got list"),
         ({"a": "base: b.yaml", "b": "x: ["}, r"b\.yaml: not valid YAML"),
         ({"a": "base: 3"}, r"a\.yaml: base: expected the path of one file, got 3"),
-        ({"a": "base: $NO_SUCH_FOLDER/b.yaml"}, r"the variable NO_SUCH_FOLDER is not set"),
+        ({"a": "base: $NO_SUCH_FOLDER/b.yaml"}, r"\$NO_SUCH_FOLDER/b\.yaml"),
         ({"a": 'base: "b\\0"'}, r"null byte"),
         ({"a": "base: [b.yaml]"}, r"a\.yaml: base: expected the path of one file, got \['b\.yaml'\]"),
         ({"a": "base: b.yaml\nsvm: {D: 1}", "b": "svm: {C: 1}"}, r"a\.yaml: unknown setting svm\.D"),
@@ -403,8 +403,6 @@ def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
     assert config.data.root == tmp_path / "data"
     assert config.head.checkpoint == Path("w/x")
     assert config.proposals.import_from == (Path("w.npz"),)
-    with pytest.raises(SppnetError, match="the variable NO_SUCH_PLACE is not set"):
-        load_config(file("backbone: {weights: {file: $NO_SUCH_PLACE/x.pth}}"))
 
 
 @pytest.mark.parametrize("name", ["a", "a  # b", "it's  # '", 'a  # "b"', "#", "'  # b"])

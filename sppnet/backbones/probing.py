@@ -1,21 +1,19 @@
 """The grid of any network, found by running it: no layer need be known.
 
-Pixels that are NaN make NaN of every cell that sees them: convolutions, pools, activations and normalisations with
-fixed statistics pass it on. Which cells turn NaN when all columns before, or all from, one column on do gives the first
-and the last pixel of a cell, in some 30 runs on a narrow strip. Branches give the union of what they see; the pixels
-of a shortcut lie inside those of the path beside it. Other finite pixels must not change more cells: what hides NaN
-is an error. They alone would not do: what the first and last pixels add is lost in rounding in deep networks.
-
-Values without a place - what is pooled over the whole map, as in squeeze-and-excitation, and the statistics of a
-normalisation over the map - are held fixed: they change what a cell holds, not where it looks.
+Pixels that are NaN make NaN of every cell that sees them. Which cells turn NaN when all columns before, or all from,
+one column on do gives the first and the last pixel of a cell, in some 30 runs on a narrow strip. Other finite pixels
+must not change more cells: what hides NaN is an error. They alone would not do: what the first and last pixels add is
+lost in rounding in deep networks. Values without a place - what is pooled over the whole map, as in
+squeeze-and-excitation, and the statistics of a normalisation over the map - are held fixed: they change what a cell
+holds, not where it looks.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import functools
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,39 +37,43 @@ _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give one across."""
+    """Cell i looks at pixel first_centre + i · stride in both axes; images of `width` px have a cell across."""
 
     stride: int
     first_centre: float
-    field: int
     channels: int
     width: int
 
 
 def probe(module: nn.Module) -> Grid:
-    """The grid of a network, which stays as it was; BackboneError, with what was found, where it has none."""
+    """The grid of a network, of which a copy runs; BackboneError, with what was found, where it has none."""
     if not isinstance(module, nn.Module):
         raise BackboneError(f"{_WANTED}, got {type(module).__name__}; give a torch.nn.Module")
     tensors = (*module.named_parameters(), *module.named_buffers())
     empty = [name for name, tensor in tensors if is_lazy(tensor) or tensor.is_meta]
     if empty:
         raise BackboneError(f"{_WANTED}, but {empty[0]} has no values yet; load weights, or run the network once")
-    with _undisturbed(module):
-        width, channels = _narrowest(module)
-        down, right = (_along(module, axis, width, channels) for axis in (2, 3))
-    if down[:2] != right[:2]:
+    with _undisturbed():
+        try:
+            own = copy.deepcopy(module).float().cpu().eval()
+        except Exception as error:  # whatever somebody's module raises
+            raise BackboneError(f"{_WANTED}, but it cannot be copied: {error}") from error
+        width, channels = _narrowest(own)
+        down, right = (_along(own, axis, width, channels) for axis in (2, 3))
+    if down != right:
         raise BackboneError(
             f"{_WANTED}, the same in both axes, got stride {down[0]} and first centre {down[1]:g} downwards, "
             f"{right[0]} and {right[1]:g} to the right; give both axes the same layers"
         )
-    return Grid(*down[:2], max(down[2], right[2]), channels, width)
+    return Grid(*down, channels, width)
 
 
 def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
-    """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network."""
+    """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network, in eval mode."""
+    device = next((tensor.device for tensor in module.parameters()), "cpu")
     try:
-        with _undisturbed(module):
-            return _run(module, _random_images(module, axis, side, width)).shape[axis]
+        with _undisturbed():
+            return _run(module, _random_images(axis, side, width).to(device)).shape[axis]
     except BackboneError:
         return 0
 
@@ -80,7 +82,7 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     """The first of WIDTHS that gives cells, and the channels of the map."""
     error = None
     for width in WIDTHS:
-        images = _random_images(module, 2, 256, width)
+        images = _random_images(2, 256, width)
         try:
             found = _run(module, images)
         except BackboneError as reason:  # too narrow, or nothing that fits any image: the widest one tells
@@ -101,8 +103,8 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     raise error
 
 
-def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float, int]:
-    """Stride, first centre and receptive field along an axis (2 or 3)."""
+def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
+    """Stride and first centre along an axis (2 or 3)."""
     lengths, fits = [length for length in LENGTHS if length >= width], False  # those large enough for the network
     for length in lengths:
         strip, middle = _Strip(module, axis, width, channels, length), length // 2
@@ -142,7 +144,7 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
             f"{_WANTED}, one stride apart in images of any size, but two neighbours begin {stride} pixels apart and "
             "others do not; take a map that was not enlarged or resized, of layers that pad alike on both sides"
         )
-    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2, end - start + 1 - (high - low) * stride
+    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
 
 
 class _Strip:
@@ -150,7 +152,7 @@ class _Strip:
 
     def __init__(self, module: nn.Module, axis: int, width: int, channels: int, length: int) -> None:
         self.module, self.axis, self.channels = module, axis, channels
-        self.images = _random_images(module, axis, length, width)
+        self.images = _random_images(axis, length, width)
         self.seen = functools.cache(self._seen)  # where it bisects, it asks again
         self.cells = len(self.seen(0, 0))
 
@@ -194,13 +196,10 @@ class _Strip:
         return marks.transpose(self.axis, 0).flatten(1).any(dim=1).cpu().numpy()
 
 
-def _random_images(module: nn.Module, axis: int, length: int, width: int) -> Tensor:
-    """An image (1, 3, H, W) of the module's kind, `length` pixels along the axis and `width` across."""
+def _random_images(axis: int, length: int, width: int) -> Tensor:
+    """An image (1, 3, H, W) of `length` pixels along the axis and `width` across."""
     size = (length, width) if axis == 2 else (width, length)
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
-    device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.rand(1, 3, *size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _run(module: nn.Module, images: Tensor, mode: _Placeless | None = None) -> Tensor:
@@ -218,43 +217,22 @@ def _run(module: nn.Module, images: Tensor, mode: _Placeless | None = None) -> T
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, on one thread, in the network's own type and on its device; all is put back.
+def _undisturbed() -> Iterator[None]:
+    """Without gradients, on one thread, whatever the caller has set in torch, which is put back.
 
     More threads wait for one another on strips so narrow: where others use the cores, twenty times as long.
     """
-    modes = {part: part.training for part in module.modules()}
-    buffers = [(part, *named, named[1].clone()) for part in modes for named in part.named_buffers(recurse=False)]
-    model = _random_images(module, 2, 1, 1)
-    gpus = [model.device] if model.is_cuda else []
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(model.device)
-        for kind in {"cpu", model.device.type}:
+        for state in (torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([])):
+            stack.enter_context(state)
+        for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        if model.element_size() > 1:  # 8 bits cannot be the default
-            torch.set_default_dtype(model.dtype)
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(1)
-        # cuDNN's convolutions by tiles, and oneDNN's in 16 bits, would spread NaN beyond the pixels that a cell sees.
-        if gpus:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        elif model.element_size() < 4:
-            stack.enter_context(warnings.catch_warnings(action="ignore"))  # of other flags, left as they are
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.random.fork_rng(gpus))
-        stack.enter_context(torch.no_grad())
-        try:
-            for part in modes:
-                part.training = False
-            yield
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
-            for part, name, buffer, value in buffers:
-                with torch.inference_mode(buffer.is_inference()):  # such a one changes in that mode alone
-                    setattr(part, name, buffer.copy_(value))
+        yield
 
 
 class _Placeless(TorchFunctionMode):

@@ -5,7 +5,6 @@ The only importer of openvino, which is imported when first used. Nothing here s
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -104,13 +103,10 @@ def resolve_runtime(kind: Kind, device: torch.device | str) -> Literal["torch", 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
     """The precision to compute in: "auto" takes bfloat16 only where the device has instructions for it.
 
-    Depends on the device alone. Where bfloat16 is set and the device lacks it, a warning says so.
+    Depends on the device alone.
     """
-    supported = _computes_bfloat16(torch.device(device))
     if precision == "auto":
-        return "bfloat16" if supported else "float32"
-    if precision == "bfloat16" and not supported:
-        _warn_of_slow_bfloat16(torch.device(device))
+        return "bfloat16" if _computes_bfloat16(torch.device(device)) else "float32"
     return precision
 
 
@@ -242,10 +238,3 @@ def _computes_bfloat16(device: torch.device) -> bool:
         return False
     known = torch.cpu.get_capabilities()
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-@functools.cache  # once per process
-def _warn_of_slow_bfloat16(device: torch.device) -> None:
-    logger.warning(
-        "precision=bfloat16: %s has no instructions for it, so it takes longer than float32; set precision=auto", device
-    )

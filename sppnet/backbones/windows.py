@@ -114,15 +114,11 @@ def _check_map(size: tuple[int, int], scale: float, geometry: Geometry, cells: t
         return
     resized = [side * scale / min(size) for side in size]
     about = [max(1.0, side / geometry.stride) for side in resized]
-    hint = "give the map of this image at this scale"
-    if _fits(size, scale, geometry, cells[::-1]):
-        hint = "give sizes as (height, width)"
-    elif _fits(size, scale * min(size), geometry, cells):
-        hint = f"scale is no factor: give the resized shorter side, {scale * min(size):g}"
     raise SppnetError(
         f"an image of {size[0]} × {size[1]} pixels at scale={scale:g} (its shorter side) becomes {resized[0]:.0f} × "
         f"{resized[1]:.0f} and at stride {geometry.stride:g} a map of about {about[0]:.0f} × {about[1]:.0f} cells, but "
-        f"map_size is {cells[0]} × {cells[1]}; {hint}"
+        f"map_size is {cells[0]} × {cells[1]}; give sizes as (height, width), "
+        "the resized shorter side as scale, and the map of this image"
     )
 
 

@@ -58,8 +58,8 @@ class ImageSource:
         )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = epoch_batches(self.count, epoch, self.settings)
         """Batches of this process and their labels (B,)."""
+        batches = epoch_batches(self.count, epoch, self.settings)
         return self._load([one._replace(places=_share(one.places)) for one in batches])
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_boxes, check_rows
 from sppnet.config import BoxRegressionSettings
-from sppnet.detection.torch_state import as_device, undisturbed
+from sppnet.detection.torch_state import undisturbed
+from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError
 from sppnet.records import Boxes
 from sppnet.settings import checked_settings
@@ -141,7 +142,7 @@ def fit_box_regressor(
     """
     settings = checked_settings(BoxRegressionSettings, settings)
     features, scale = _as_tensor(features), as_scale(scale)
-    place = features.device if device is None else as_device(device)
+    place = features.device if device is None else choose_device(device)
     norms = torch.linalg.vector_norm(features.float(), dim=1) * scale
     if not bool(norms.isfinite().all()):
         raise SppnetError(f"features must be finite, row {int((~norms.isfinite()).nonzero()[0])} is not; leave it out")

@@ -25,8 +25,9 @@ from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
 from sppnet.detection.refinement import IMPROBABLE, LOOSE, LOWEST, UNLIKELY, settle, vote
-from sppnet.detection.torch_state import as_device, network_state, undisturbed
+from sppnet.detection.torch_state import network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, WindowScores, project_to_maps
+from sppnet.distributed import choose_device
 from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import ImageInput, one_by_one, read_pixels
 from sppnet.models.sppnet import SPPHead, build_head
@@ -279,7 +280,7 @@ class SPPDetector:
 
         `backbone`: the network of your own that it was trained with; its weights are read from the folder.
         """
-        description, device = DetectorDescription.read(run), as_device(device)
+        description, device = DetectorDescription.read(run), choose_device(device)
         config, classes, folder = description.config, description.classes, description.folder
         tensors = {name: read_part(folder, name, digest) for name, digest in description.parts.items()}
         others = tuple(cls.load(own.folder, device) for own in description.others)
@@ -307,7 +308,7 @@ class SPPDetector:
 
     def to(self, device: str | torch.device) -> SPPDetector:
         """The detector with its networks on `device`; they are moved, not copied."""
-        device = as_device(device)
+        device = choose_device(device)
         svms, others = self.svms.to(device), tuple(own.to(device) for own in self.others)
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=svms, others=others)
 

@@ -30,10 +30,10 @@ from torch.nn.functional import linear
 
 from sppnet.artifacts import names_from_tensor, names_to_tensor
 from sppnet.checks import as_numbers, as_rows, as_scale, check_rows
-from sppnet.compiling import compiled
 from sppnet.config import SVMSettings
 from sppnet.detection.torch_state import undisturbed
 from sppnet.errors import SppnetError
+from sppnet.ops.compiling import compiled
 from sppnet.settings import checked_settings
 
 logger = logging.getLogger("sppnet")

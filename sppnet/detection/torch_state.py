@@ -1,4 +1,4 @@
-"""What the caller has set in torch, kept out of results; the devices that can be asked for; changes of a network."""
+"""What the caller has set in torch, kept out of results; changes of a network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from sppnet.errors import SppnetError
 
 _PLAIN = (bool, int, float, str, tuple, list, type(None))  # settings of layers
 
@@ -24,18 +22,6 @@ def undisturbed() -> Iterator[None]:
     plain = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     with torch.inference_mode(False), torch.no_grad(), plain[0], plain[1], torch.device("cpu"):
         yield
-
-
-def as_device(device: torch.device | str) -> torch.device:
-    """The device of this name; SppnetError for one that is unknown or not there."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        found = None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found is not None and (found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < count)):
-        return found
-    raise SppnetError(f"device: expected cpu, cuda or cuda:N, of {count} GPUs that torch sees here, got {device!r}")
 
 
 def network_state(network: nn.Module) -> tuple[Any, ...]:

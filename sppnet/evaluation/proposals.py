@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sppnet.checks import check_boxes, check_overlap, is_whole
+from sppnet.checks import check_boxes, check_overlap
 from sppnet.errors import SppnetError, counted
 from sppnet.records import Annotation, pairwise_iou
 
@@ -44,23 +44,16 @@ def proposal_recall(
 
     Windows are arrays, tensors or lists. Restrict the annotations to the classes of interest with ``Annotation.of``.
     Images without annotation are left out. Raises SppnetError for an annotated image without an entry in `windows`, for
-    windows or objects that are none, and for an `iou` or a `max_windows` that no window can meet.
+    windows that are none, and for an `iou` that no window can meet.
     """
-    for name, given in (("windows", windows), ("annotations", annotations)):
-        if not isinstance(given, Mapping):
-            raise SppnetError(f"{name} must be a dict by image id, got {type(given).__name__}")
     if not check_overlap(iou, "iou") > 0:
         raise SppnetError(f"iou must lie above 0, got {iou!r}")
-    if max_windows is not None and not (is_whole(max_windows) and max_windows >= 1):
-        raise SppnetError(f"max_windows must be a whole number of at least 1, or None for all, got {max_windows!r}")
     missing = [image_id for image_id in annotations if image_id not in windows]
     if missing:
         count = f"{len(missing)} of {counted(len(annotations), 'image')}"
         raise SppnetError(f"no windows given for image {missing[0]} ({count}); propose them first, or pass []")
     overlaps, counts = [np.zeros(0)], []
     for image_id, annotation in annotations.items():
-        if not isinstance(annotation, Annotation):
-            raise SppnetError(f"annotations: {image_id} must be an Annotation, got {type(annotation).__name__}")
         boxes = check_boxes(windows[image_id], f"windows of image {image_id}", extent=False)[:max_windows]
         truth = annotation if use_difficult else annotation.easy()
         overlaps.append(pairwise_iou(truth.boxes.astype(np.float64), boxes).max(axis=1, initial=0.0))

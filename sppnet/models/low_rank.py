@@ -12,13 +12,10 @@ import copy
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppnet.errors import SppnetError, counted
 from sppnet.models.sppnet import SPPHead
-
-BLOCK = 4096  # activations in double precision at once
 
 
 def low_rank_head(head: SPPHead, ranks: Mapping[str, int], activations: Tensor) -> SPPHead:
@@ -57,30 +54,11 @@ def fc6_activations(head: SPPHead, pooled: Tensor) -> Tensor:
     return head.fc6(head.basis6(pooled * head.input_scale))
 
 
-@torch.no_grad()
-def variance_kept(whole: SPPHead, reduced: SPPHead, activations: Tensor) -> dict[str, float]:
-    """Share of the variance of fc6's and fc7's activations that the low-rank head still gives, fc7's after fc6's loss.
-
-    `activations` (N, fc6) are those of fc6 in `whole`, before its rectification.
-    """
-    kept = activations.to(whole.fc6.weight)
-    if "fc6" in reduced.ranks:  # W ≈ U(UᵀW): Wx is all that the two layers need of x
-        kept = F.linear((kept - whole.fc6.bias) @ reduced.fc6.weight, reduced.fc6.weight, reduced.fc6.bias)
-    return {
-        "fc6": _explained(activations, kept.cpu()),
-        "fc7": _explained(_fc7_activations(whole, activations), _fc7_activations(reduced, kept)),
-    }
-
-
 def principal_components(activations: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Activations (N, F) -> their mean (F,) and orthonormal principal components (F, rank), float64, largest first."""
-    mean = _mean(activations)
-    covariance = torch.zeros(activations.shape[1], activations.shape[1], dtype=torch.float64)
-    for block in activations.split(BLOCK):  # the whole sample in double precision would be half a gigabyte
-        centred = block.double() - mean
-        covariance += centred.T @ centred
+    covariance = torch.cov(activations.T, correction=0).double()
     components = torch.linalg.eigh(covariance).eigenvectors  # variances ascend
-    return mean, components[:, -rank:].flip(1).contiguous()
+    return activations.mean(0, dtype=torch.float64), components[:, -rank:].flip(1).contiguous()
 
 
 @torch.no_grad()
@@ -100,15 +78,3 @@ def _low_rank_layers(linear: nn.Linear, rank: int, activations: Tensor) -> tuple
 def _fc7_activations(head: SPPHead, activations: Tensor) -> Tensor:
     """fc7 before its rectification (N, fc7), from the same of fc6 (N, fc6)."""
     return head.fc7(head.basis7(activations.to(head.fc6.weight).relu())).cpu()
-
-
-def _explained(activations: Tensor, approximations: Tensor) -> float:
-    mean, pairs = _mean(activations), list(zip(activations.split(BLOCK), approximations.split(BLOCK), strict=True))
-    deviations = sum(float((own.double() - mean).square().sum()) for own, _ in pairs)
-    lost = sum(float((own.double() - other).square().sum()) for own, other in pairs)
-    return 1 - lost / deviations if deviations > 0 else 1.0
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """(N, F) -> (F,) in double precision, without a copy of all rows in it."""
-    return torch.stack([block.double().sum(0) for block in rows.split(BLOCK)]).sum(0) / len(rows)

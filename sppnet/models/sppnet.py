@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppnet.backbones.backbone import Backbone
-from sppnet.backbones.weights import load_weight_file, torchvision_state, without_prefix
+from sppnet.backbones.weights import load_weight_file, load_weights, torchvision_state, without_prefix
 from sppnet.config import BackboneSettings, HeadSettings
 from sppnet.errors import SppnetError
 from sppnet.ops.pyramid import spatial_pyramid_pool
@@ -167,27 +167,18 @@ def load_pretrained_fc(
             f"head.init=imagenet needs one of {', '.join(PRETRAINED_FC)}, got backbone {backbone}; use head.init=random"
         )
     *layers, n = PRETRAINED_FC[backbone]
-    if n not in levels:
-        raise SppnetError(
-            f"head.init=imagenet for {backbone} needs a {n}×{n} level, got levels {levels}; add {n} to pyramid.levels"
-        )
     keys, origin = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")], f"the weights of {backbone}"
     state = without_prefix(state, keys, origin)
     for key in keys:
         if key not in state:
             raise SppnetError(f"{origin} hold no {key}; use a file with the classifier, or head.init=random")
     weight6, bias6, weight7, bias7 = (state[key] for key in keys)
-    fc6, fc7 = head.fc6.out_features, head.fc7.out_features
-    if (fc6, fc7) != (len(weight6), len(weight7)):
+    own, given = channels * n * n, (head.fc6.out_features, head.fc7.out_features)
+    if n not in levels or given != (len(weight6), len(weight7)) or weight6.shape[1] != own:
         raise SppnetError(
-            f"head.init=imagenet needs head.fc6={len(weight6)} and head.fc7={len(weight7)}, got {fc6} and {fc7}; "
-            "set them or use head.init=random"
-        )
-    own = channels * n * n
-    if weight6.shape[1] != own:
-        raise SppnetError(
-            f"head.init=imagenet: fc6 of {backbone} expects {weight6.shape[1]} features of its {n}×{n} level, got "
-            f"{own}; leave backbone.layer at its default or use head.init=random"
+            f"head.init=imagenet of {backbone} needs a {n}×{n} level, head.fc6={len(weight6)}, head.fc7={len(weight7)} "
+            f"and {weight6.shape[1] // n**2} channels, those of the default backbone.layer, got levels {levels}, "
+            f"{given} and {channels} channels; set them, or use head.init=random"
         )
     start = pooled_size(channels, levels[: levels.index(n)])
     with torch.no_grad():
@@ -199,23 +190,8 @@ def load_pretrained_fc(
 
 
 def load_head_checkpoint(head: SPPHead, settings: HeadSettings) -> None:
-    """fc6 and fc7 of an SPP classification checkpoint (``head.*`` in a file of weights) into `head`, in place."""
+    """fc6, fc7 and the input scale of an SPP classification checkpoint (``head.*`` in a file) into `head`, in place."""
     path = settings.checkpoint
     if path is None:
         raise SppnetError("head.init is 'checkpoint' but no file is named; set head.checkpoint=PATH")
-    copy_fc(head, load_weight_file(path, "head.checkpoint"), str(path))
-
-
-def copy_fc(head: SPPHead, state: Mapping[str, Tensor], origin: str) -> None:
-    """``head.fc6.*``, ``head.fc7.*`` and the input scale of `state` into `head`; `origin` names them in errors."""
-    own = {name: tensor for name, tensor in head.state_dict().items() if not name.startswith("classifier")}
-    state = without_prefix(state, [f"head.{name}" for name in own], origin)
-    for name, tensor in own.items():
-        given = state.get(f"head.{name}")
-        if given is None or given.shape != tensor.shape:
-            found = "nothing" if given is None else f"shape {tuple(given.shape)}"
-            raise SppnetError(
-                f"{origin}: expected head.{name} of shape {tuple(tensor.shape)}, got {found}; "
-                "use the backbone, the levels and the head sizes it was trained with"
-            )
-    head.load_state_dict({name: state[f"head.{name}"] for name in own}, strict=False)
+    load_weights(head, load_weight_file(path, "head.checkpoint"), str(path), leave="classifier.")

@@ -21,12 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
+
+from .compiling import compiled
 
 Ints = NDArray[np.int64]
 LANES = 256  # most channels of a block
@@ -142,14 +143,6 @@ def _reused(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]
     return block[first : first + size].view(dtype).reshape(shape)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a loop on its first call, to run without the interpreter lock; kept on disk where a folder allows it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
-
-
 _copy_bytes: Any = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
 
 
@@ -182,7 +175,7 @@ def _transpose_tile(context: Any, number: Any, source: Any, source_step: Any, ta
     return types.void(number, types.intp, types.intp, types.intp, types.intp), generate
 
 
-@compiled
+@compiled()
 def _fill(feature_map: Any, table: Any, start: int, stop: int) -> None:
     """Blocks `start` … of the table (blocks, planes, H, W, lanes).
 
@@ -207,7 +200,7 @@ def _fill(feature_map: Any, table: Any, start: int, stop: int) -> None:
                         table[block, k, y, x, c] = max(above, below)
 
 
-@compiled
+@compiled()
 def _largest(grid: Any, first: int, width: int, box: Any, side: int, out: Any, row: int) -> None:
     """out[row] = the largest vectors of grid in box = (y1, y2, x1, x2).
 
@@ -228,7 +221,7 @@ def _largest(grid: Any, first: int, width: int, box: Any, side: int, out: Any, r
                     out[row, k] = max(out[row, k], max(max(grid[a, k], grid[b, k]), max(grid[c, k], grid[d, k])))
 
 
-@compiled
+@compiled()
 def _pool(table: Any, groups: Any, plan: Any, pooled: Any, start: int, stop: int) -> None:
     """Windows `start` … of `_group_windows` into their rows of the result (R, C · Σn²)."""
     (blocks, planes, height, width, lanes), (windows, begins, rows) = table.shape, groups

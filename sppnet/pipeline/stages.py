@@ -203,10 +203,9 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 
 
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
-    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
-    values["import_from"] = _contents(*settings.import_from)
-    forest = settings.edge_model if settings.method == "edge_boxes" else None
-    return values if forest is None else {**values, "edge_model": _contents(forest)}
+    values = settings.model_dump(mode="json", exclude={"workers"})
+    # "mode": windows of versions that had two stay
+    return {**values, "mode": "fast", "import_from": _contents(*settings.import_from)}
 
 
 def _contents(*paths: Path | None) -> list[str]:

@@ -34,7 +34,7 @@ from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, fi
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import one_bar, progress_bar
-from sppnet.models.low_rank import low_rank_head, variance_kept
+from sppnet.models.low_rank import low_rank_head
 from sppnet.models.sppnet import SPPHead
 from sppnet.pipeline.estimate import Estimate, duration
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
@@ -219,12 +219,9 @@ class Training:
             activations = self.networks.activations(whole, self.progress)
             if distributed.is_main():
                 reduced = low_rank_head(whole, wanted, activations)
-                kept = variance_kept(whole, reduced, activations)
-                of = [f"{name} of rank {rank} keeps {kept[name]:.2%} of its variance" for name, rank in wanted.items()]
-                write_json(start.with_name("summary.json"), ", ".join(of))
                 write_tensors(start, reduced.state_dict())
         distributed.barrier()
-        summary = str(read_json(start.with_name("summary.json")))
+        summary = ", ".join(f"{name} of rank {rank}" for name, rank in ranks(self.config).items())
         head = self.networks.saved_head(start, ranks(self.config))
         if tunes_low_rank(self.config):
             own = self.config.low_rank

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.compiling import compiled
+from sppnet.ops.compiling import compiled
 from sppnet.proposals.regions import COLOUR_BINS, Regions
 
 ONE = 1 << 18  # a similarity of 1
 LARGEST = 4 * ONE  # no two regions are more similar
-REGION_BITS = 32  # of a heap entry, for a region; what its similarity lacks of the largest lies above
+PAIR_BITS = 32  # of a heap entry, for a pair; what its similarity lacks of the largest lies above
 
 
 class Similarity(NamedTuple):
@@ -99,9 +99,9 @@ def _similarity(tree: Any, a: int, b: int, terms: Any) -> Any:
 
 
 @compiled(error_model="numpy")
-def _add_pair(a: int, b: int, value: int, first: Any, following: Any, ends: Any, values: Any) -> None:
+def _add_pair(tree: Any, a: int, b: int, terms: Any, first: Any, following: Any, ends: Any, heap: Any) -> None:
     """Number the pair; its ends 2p and 2p + 1 join the chains of its regions: `first` of each, `following`, … -1."""
-    values.append(value)
+    heappush(heap, ((LARGEST - _similarity(tree, a, b, terms)) << PAIR_BITS) | (len(ends) >> 1))
     for region in (a, b):
         following.append(first[region])
         first[region] = len(ends)
@@ -109,59 +109,32 @@ def _add_pair(a: int, b: int, value: int, first: Any, following: Any, ends: Any,
 
 
 @compiled(error_model="numpy")
-def _choose(
-    owner: int, count: int, merged: Any, first: Any, following: Any, ends: Any, values: Any, partners: Any, heap: Any
-) -> None:
-    """The partner of `owner`: the most similar living neighbour, of several the earliest; onto the heap with it.
-
-    A pair belongs to its younger region, one of the `count` given regions to the smaller number. So no region gains
-    pairs once it is made, and pairs came in the order of (owner, other region).
-    """
-    best, value, end = -1, -1, first[owner]
-    while end >= 0:
-        region, own = ends[end ^ 1], values[end >> 1]
-        owned = not merged[region] and (region < owner if owner >= count else owner < region < count)
-        if owned and (own > value or (own == value and region < best)):
-            best, value = region, own
-        end = following[end]
-    partners[owner] = best
-    if best >= 0:
-        heappush(heap, ((LARGEST - value) << REGION_BITS) | owner)
-
-
-@compiled(error_model="numpy")
 def _merge(tree: Any, touching: Any, terms: Any, mergers: Any) -> None:
-    """A heap holds the most similar pair that a region owns, the most similar first, of several the earliest region's.
-
-    A pair whose other region has been merged is chosen again when it comes up; by then it can only be less similar.
-    """
+    """A heap holds all pairs, the most similar first, of several the earliest; those of merged regions are passed."""
     count, total, new = mergers.shape[0] + 1, tree.sizes.shape[0], mergers.shape[0] + 1
     first, following, ends = np.full(total, -1), [0 for _ in range(0)], [0 for _ in range(0)]
-    merged, partners, seen = np.zeros(total, np.bool_), np.full(total, -1), np.full(total, -1)
-    values, heap = [np.int64(0) for _ in range(0)], [np.int64(0) for _ in range(0)]
+    merged, seen, heap = np.zeros(total, np.bool_), np.full(total, -1), [np.int64(0) for _ in range(0)]
     for region in range(count):
         _share(tree, region)
     for a, b in touching:
-        _add_pair(a, b, _similarity(tree, a, b, terms), first, following, ends, values)
-    for region in range(count):
-        _choose(region, count, merged, first, following, ends, values, partners, heap)
+        _add_pair(tree, a, b, terms, first, following, ends, heap)
     while len(heap) > 0:
-        owner = heappop(heap) & ((1 << REGION_BITS) - 1)
-        partner = partners[owner]
-        if merged[owner]:
+        pair = heappop(heap) & ((1 << PAIR_BITS) - 1)
+        a, b = ends[2 * pair], ends[2 * pair + 1]
+        if merged[a] or merged[b]:
             continue
-        if not merged[partner]:
-            a, b = min(owner, partner), max(owner, partner)
-            mergers[new - count, 0], mergers[new - count, 1] = a, b
-            merged[a] = merged[b] = True
-            _combine(tree, a, b, new)
-            for old in (a, b):
-                end = first[old]
-                while end >= 0:
-                    region = ends[end ^ 1]
-                    if not merged[region] and seen[region] != new:
-                        seen[region] = new  # the newest region that it was seen beside
-                        _add_pair(region, new, _similarity(tree, region, new, terms), first, following, ends, values)
-                    end = following[end]
-            owner, new = new, new + 1
-        _choose(owner, count, merged, first, following, ends, values, partners, heap)
+        mergers[new - count, 0], mergers[new - count, 1] = a, b
+        merged[a] = merged[b] = True
+        _combine(tree, a, b, new)
+        beside = [0 for _ in range(0)]
+        for old in (a, b):
+            end = first[old]
+            while end >= 0:
+                region = ends[end ^ 1]
+                if not merged[region] and seen[region] != new:
+                    seen[region] = new  # the newest region that it was seen beside
+                    beside.append(region)
+                end = following[end]
+        for region in sorted(beside):
+            _add_pair(tree, region, new, terms, first, following, ends, heap)
+        new += 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.compiling import compiled
+from sppnet.ops.compiling import compiled
 
 COLOUR_BINS = 25  # per channel, sec. 3.2
 ORIENTATIONS, MAGNITUDES = 8, 10  # texture bins per channel, sec. 3.2

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppnet.compiling import compiled
+from sppnet.ops.compiling import compiled
 
 STEPS = 16  # weights are whole numbers of 1 / STEPS grey levels
 NO_EDGE = 65535  # beyond every weight: sqrt(3) · 255 · STEPS = 7066

@@ -1,15 +1,15 @@
 """Selective search (Uijlings et al. 2013): windows around all regions of several hierarchies of an image.
 
 An image is segmented in every colour space at every threshold; each segmentation is grouped once per set of
-similarities; the boxes of all regions of all these hierarchies, small and large, are the windows. "fast" runs
-2 spaces × 2 thresholds × 2 sets = 8 hierarchies, "quality" 5 × 4 × 4 = 80. About 15 times as fast as OpenCV's
-on one core (``benchmarks/proposals.py``), and in the same order on every machine: no random numbers, no ties.
+similarities; the boxes of all regions of all these hierarchies, small and large, are the windows: 2 spaces × 2
+thresholds × 2 sets = 8 hierarchies, those of the authors' "fast" mode. About 15 times as fast as OpenCV's on one core
+(``benchmarks/proposals.py``), and in the same order on every machine: no random numbers, no ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,27 +28,10 @@ Priorities = NDArray[np.float64] | NDArray[np.uint64]  # (N,), small ones first 
 Ranked = tuple[NDArray[np.int64], Priorities | None]  # boxes (N, 4) and their priorities; None: a hash of the corners
 
 
-class Strategies(NamedTuple):
-    """The diversification of a mode: every combination makes one hierarchy (sec. 4)."""
-
-    spaces: tuple[str, ...]  # keys of COLOUR_SPACES
-    thresholds: tuple[float, ...]  # k of the segmentation
-    similarities: tuple[Similarity, ...]
-
-
-MODES = {
-    "fast": Strategies(("hsv", "lab"), (100, 300), (Similarity(), Similarity(colour=False))),
-    "quality": Strategies(
-        ("hsv", "lab", "rgi", "hue", "intensity"),
-        (50, 100, 150, 300),
-        (
-            Similarity(),
-            Similarity(colour=False),
-            Similarity(False, False, size=False),
-            Similarity(False, False, fill=False),
-        ),
-    ),
-}
+# Every combination makes one hierarchy (sec. 4, "fast"): colour spaces, k of the segmentation, and similarities.
+SPACES = (cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB)
+THRESHOLDS = (100, 300)
+SIMILARITIES = (Similarity(), Similarity(colour=False))
 # Ours: k, sigma and the smallest region by recall at IoU 0.5 and mean best overlap on 700 training images of VOC, where
 # they reach OpenCV's; nearby values change either by at most 0.005. A copy of half the size costs 0.03 of both.
 SIGMA = 0.7
@@ -59,7 +42,6 @@ def selective_search(
     image: ImageInput,
     settings: ProposalSettings | None = None,
     *,
-    mode: Literal["fast", "quality"] | None = None,
     max_windows: int | None = None,
     min_side: int | None = None,
 ) -> NDArray[np.float32]:
@@ -70,8 +52,8 @@ def selective_search(
     name. Images with a side above max_side are searched in a copy shrunk to it. A uniform image gives itself; one with
     a side below min_side gives (0, 4). Raises SppnetError for another kind of image, and for settings that cannot be.
     """
-    own = checked_settings(ProposalSettings, settings, mode=mode, max_windows=max_windows, min_side=min_side)
-    return best_windows(image, own, lambda small: _prioritised(hierarchies(small, MODES[own.mode])))
+    own = checked_settings(ProposalSettings, settings, max_windows=max_windows, min_side=min_side)
+    return best_windows(image, own, lambda small: _prioritised(hierarchies(small)))
 
 
 def opencv_selective_search(image: ImageInput, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
@@ -81,7 +63,7 @@ def opencv_selective_search(image: ImageInput, settings: ProposalSettings | None
     sample of all sizes and places: as good a recall as the random order, where orders by size or shape lose much of it.
     """
     own = checked_settings(ProposalSettings, settings)
-    return best_windows(image, own, lambda small: (_opencv_boxes(small, own.mode), None))
+    return best_windows(image, own, lambda small: (_opencv_boxes(small), None))
 
 
 def best_windows(
@@ -110,40 +92,19 @@ def shrunk(image: Image, max_side: int | None) -> tuple[Image, NDArray[np.float6
     return small, np.tile([width / size[0], height / size[1]], 2)
 
 
-def hierarchies(image: Image, strategies: Strategies) -> Iterator[NDArray[np.int32]]:
+def hierarchies(image: Image) -> Iterator[NDArray[np.int32]]:
     """Boxes (2N - 1, 4) of each hierarchy: the N regions of a segmentation first, the whole image last."""
     # smoothed before the conversion: a hue has no mean, and one blur serves all spaces
     smooth = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), SIGMA), dtype=np.uint8)
-    for space in strategies.spaces:
-        converted = np.ascontiguousarray(COLOUR_SPACES[space](smooth))
+    for space in SPACES:
+        converted = np.asarray(cv2.cvtColor(smooth, space), dtype=np.uint8)
         edges, weights = sorted_edges(converted)
         bins = pixel_bins(converted)
-        for k in strategies.thresholds:
+        for k in THRESHOLDS:
             labels, count = segment(edges, weights, image.shape[:2], k, SMALLEST_REGION)
             regions = describe(labels, count, bins)
-            for similarity in strategies.similarities:
+            for similarity in SIMILARITIES:
                 yield group(regions, similarity)[0]
-
-
-def _converter(code: int, channels: int = 3) -> Callable[[Image], Image]:
-    """(H, W, 3) RGB -> the first of the channels that cv2.cvtColor makes."""
-    return lambda image: np.atleast_3d(np.asarray(cv2.cvtColor(image, code), dtype=np.uint8))[..., :channels]
-
-
-def _rgi(image: Image) -> Image:
-    """Red and green as shares of red + green + blue (a third each in black), and the intensity."""
-    total = image.sum(axis=2, dtype=np.int32)[..., None]
-    shares = np.where(total > 0, 255 * image[..., :2].astype(np.int32) // np.maximum(total, 1), 85)
-    return np.concatenate([shares.astype(np.uint8), COLOUR_SPACES["intensity"](image)], axis=2)
-
-
-COLOUR_SPACES: dict[str, Callable[[Image], Image]] = {
-    "hsv": _converter(cv2.COLOR_RGB2HSV),
-    "lab": _converter(cv2.COLOR_RGB2LAB),
-    "rgi": _rgi,
-    "hue": _converter(cv2.COLOR_RGB2HSV, channels=1),
-    "intensity": _converter(cv2.COLOR_RGB2GRAY),
-}
 
 
 def _prioritised(trees: Iterator[NDArray[np.int32]]) -> Ranked:
@@ -185,10 +146,10 @@ def ximgproc() -> Any:
     return cv2.ximgproc
 
 
-def _opencv_boxes(image: Image, mode: str) -> NDArray[np.int64]:
+def _opencv_boxes(image: Image) -> NDArray[np.int64]:
     """All boxes that OpenCV finds, xyxy half-open."""
     search = ximgproc().segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
-    (search.switchToSelectiveSearchFast if mode == "fast" else search.switchToSelectiveSearchQuality)()
+    search.switchToSelectiveSearchFast()
     corner_and_size = np.asarray(search.process(), dtype=np.int64).reshape(-1, 4)
     return np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], axis=1)

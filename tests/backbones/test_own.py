@@ -11,8 +11,7 @@ import torchvision
 from own_networks import SmallResidual
 from torch import Tensor, nn
 
-from sppnet.backbones.backbone import Backbone, build_backbone
-from sppnet.backbones.own import content_digest
+from sppnet.backbones.backbone import Backbone, build_backbone, content_digest
 from sppnet.backbones.runtime import make_runtime
 from sppnet.config import BackboneSettings, WeightsSettings
 from sppnet.errors import BackboneError, SppnetError

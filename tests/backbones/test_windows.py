@@ -258,7 +258,10 @@ BOX, IMAGE, GRID, VGG = np.array([[48, 240, 195, 371.0]]), (500, 353), (61, 43),
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": 688 / 353}, r"map_size is 61 × 43; scale is no factor: give the resized shorter side, 688"),
+        (
+            {"scale": 688 / 353},
+            r"map_size is 61 × 43; give sizes as \(height, width\), the resized shorter side as scale",
+        ),
         ({"scale": 1.0}, "a map of about 1 × 1 cells"),
         ({"scale": 0}, r"scale must be the resized shorter side in pixels, e\.g\. 688, got 0"),
         ({"scale": -688}, "got -688"),
@@ -269,7 +272,7 @@ BOX, IMAGE, GRID, VGG = np.array([[48, 240, 195, 371.0]]), (500, 353), (61, 43),
         ({"scale": 10**400}, "scale must be"),
         (
             {"scale": 353},
-            r"becomes 500 × 353 .* about 31 × 22 cells, but map_size is 61 × 43; give the map of this image",
+            r"becomes 500 × 353 .* about 31 × 22 cells, but map_size is 61 × 43; .* the map of this image",
         ),
         ({"scale": 1e90}, "map_size is 61 × 43"),
         ({"map_size": (43, 61)}, r"map_size is 43 × 61; give sizes as \(height, width\)"),

@@ -555,6 +555,7 @@ def test_a_detector_of_a_version_with_a_stage_more_is_what_it_was(folder, detect
     path = folder / "detector.json"
     description = json.loads(path.read_text())
     config = {**description["config"], "pretrain": {"enabled": True, "steps": 2000}}
+    config["proposals"] = {**config["proposals"], "mode": "fast", "edge_model": None}
     path.write_text(json.dumps({**description, "config": config}))
     assert same(SPPDetector.load(folder.parent).detect(image, windows), detector.detect(image, windows))
 

@@ -9,7 +9,7 @@ from doubles import TORCH_STATES, refused_by_us
 
 from sppnet import SPPDetector, fit_box_regressor, mine_detectors, nms
 from sppnet.detection.box_regression import BoxRegressors
-from sppnet.detection.torch_state import as_device
+from sppnet.distributed import choose_device
 
 RNG = np.random.default_rng(0)
 IMAGES = [(RNG.normal(size=(41, 16)), np.eye(41, 2)) for _ in range(3)]
@@ -47,9 +47,13 @@ def test_scores_of_svms_still_have_gradients():
 @pytest.mark.parametrize("device", ["nope", "cuda:99", "meta", "", None, 1.5, "CPU"])
 def test_devices_that_are_not_there_are_refused(small_run, device):
     detector = SPPDetector.load(small_run.root)
-    calls = [lambda: as_device(device), lambda: detector.to(device), lambda: SPPDetector.load(small_run.root, device)]
+    calls = [
+        lambda: choose_device(device),
+        lambda: detector.to(device),
+        lambda: SPPDetector.load(small_run.root, device),
+    ]
     if device is not None:  # that of the features
         calls.append(lambda: fit_box_regressor(FEATURES, WINDOWS, BOXES, device=device))
     for call in calls:
         assert "expected cpu, cuda or cuda:N" in refused_by_us(call)
-    assert as_device("cpu") == as_device(torch.device("cpu")) == torch.device("cpu")
+    assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")

@@ -23,7 +23,7 @@ for i in range(40):
     (year / f"Annotations/{i}.xml").write_text(box)
 (year / "ImageSets/Main/all.txt").write_text("".join(f"{i}\n" for i in range(40)))
 (root / "c.yaml").write_text(
-    f"data: {{root: {root}/kit, train: [Y/all], val: [], test: []}}\nproposals: {{workers: 2, mode: quality}}\n"
+    f"data: {{root: {root}/kit, train: [Y/all], val: [], test: []}}\nproposals: {{workers: 2, method: opencv_selective_search}}\n"
 )
 parent = subprocess.Popen(
     [sys.executable, "-m", "sppnet", "propose", root / "c.yaml", "--run", run], stderr=subprocess.DEVNULL

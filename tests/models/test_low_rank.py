@@ -15,7 +15,7 @@ from sppnet.config_files import parse_config
 from sppnet.detection.detector import SPPDetector
 from sppnet.errors import SppnetError
 from sppnet.images import read_image
-from sppnet.models.low_rank import check_rank, fc6_activations, low_rank_head, principal_components, variance_kept
+from sppnet.models.low_rank import check_rank, fc6_activations, low_rank_head, principal_components
 from sppnet.models.sppnet import SPPHead, build_head
 from sppnet.pipeline.stages import STAGES
 from sppnet.pipeline.training import train_detector
@@ -106,25 +106,10 @@ def test_activations_of_few_dimensions_survive_their_rank():
     torch.testing.assert_close(head.features(rows, "fc7"), reduced.features(rows, "fc7"), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [{"fc6": 8}, {"fc7": 8}, {"fc6": 9, "fc7": 6}])
-def test_the_variance_that_is_kept_is_that_of_the_heads_themselves(ranks):
-    head, rows = random_head(), pooled()
-    whole = activations(head, rows)
-    reduced = low_rank_head(head, ranks, whole["fc6"])
-    left = activations(reduced, rows)
-    kept = variance_kept(head, reduced, whole["fc6"])
-    for name in ("fc6", "fc7"):
-        lost = (whole[name] - left[name]).double().square().sum()
-        deviations = (whole[name].double() - whole[name].double().mean(0)).square().sum()
-        assert kept[name] == pytest.approx(float(1 - lost / deviations), abs=1e-5)
-    assert (kept["fc6"] > 0.9999) == ("fc6" not in ranks)
-
-
 def test_constant_activations_are_kept_whole():
     head, rows = random_head(), pooled(1).repeat(50, 1)
     whole = activations(head, rows)["fc6"]
     reduced = low_rank_head(head, {"fc6": 1}, whole)
-    assert variance_kept(head, reduced, whole)["fc6"] == 1
     torch.testing.assert_close(activations(reduced, rows)["fc6"], whole)
 
 
@@ -172,14 +157,13 @@ def test_training_with_ranks_gives_a_detector_of_low_rank_that_loads_and_detects
     run = copied(small_run, tmp_path / "run")
     trained = train_detector(changed(run, **RANKS), run.root, progress=False)
     assert trained.head.ranks == {"fc6": 6, "fc7": 5}
-    assert "low_rank: fc6 of rank 6 keeps" in caplog.text
+    assert "low_rank: fc6 of rank 6, fc7 of rank 5; " in caplog.text
     assert "5 steps" in caplog.text
     again = SPPDetector.load(run.root)
     image = read_image(run.devkit / "SHAPES/JPEGImages/test_00001.jpg")
     windows = np.array([[10, 10, 90, 90], [50, 40, 150, 160], [100, 20, 180, 120]], np.float32)
     assert np.array_equal(trained.detect(image, windows).boxes, again.detect(image, windows).boxes)
-    assert {path.name for path in next(run.root.glob("low_rank-*")).iterdir()} == {
-        "head.safetensors", "log.csv", "summary.json"}  # fmt: skip
+    assert {path.name for path in next(run.root.glob("low_rank-*")).iterdir()} == {"head.safetensors", "log.csv"}
     assert run_command("eval", run.root, "--device", "cpu").status == 0
 
 

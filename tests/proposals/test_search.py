@@ -83,9 +83,8 @@ def test_the_objects_of_a_simple_scene_are_found() -> None:
     assert pairwise_iou(OBJECTS.astype(float), windows).max(axis=1).min() > 0.8
 
 
-@pytest.mark.parametrize("mode", ["fast", "quality"])
-def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> None:
-    settings = opencv(mode=mode, max_windows=30, min_side=5)
+def test_the_same_image_gives_the_same_windows_in_the_same_order() -> None:
+    settings = opencv(max_windows=30, min_side=5)
     first, second = opencv_selective_search(scene(), settings), opencv_selective_search(scene(), settings)
     np.testing.assert_array_equal(first, second)
     assert len(first) == 30
@@ -126,9 +125,8 @@ def test_an_image_smaller_than_min_side_gives_no_windows(size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (1, 300), (300, 1), (3, 2000), (20, 20)])
-@pytest.mark.parametrize("mode", ["fast", "quality"])
-def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int], mode: str) -> None:
-    windows = opencv_selective_search(np.full((*size, 3), 128, np.uint8), opencv(min_side=1, mode=mode))
+def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int]) -> None:
+    windows = opencv_selective_search(np.full((*size, 3), 128, np.uint8), opencv(min_side=1))
     assert windows.tolist() == [[0, 0, size[1], size[0]]]
 
 
@@ -257,7 +255,7 @@ from sppnet.errors import ArtifactError, SppnetError
 signal.signal(signal.SIGINT, signal.default_int_handler)
 {guard}
     records = [ImageRecord(f"A/{{i}}", Path({image!r}), (150, 200), "0" * 16) for i in range({count})]
-    settings = ProposalSettings(method="opencv_selective_search", workers=2, mode="quality")
+    settings = ProposalSettings(method="opencv_selective_search", workers=2)
     propose_images(records, settings, Path({out!r}), progress=False)
 """
 

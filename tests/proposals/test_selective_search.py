@@ -27,11 +27,14 @@ from sppnet.proposals.files import match_records
 from sppnet.proposals.grouping import ONE, Similarity, group
 from sppnet.proposals.regions import Regions, describe, pixel_bins
 from sppnet.proposals.segmentation import STEPS, segment, sorted_edges
-from sppnet.proposals.selective_search import COLOUR_SPACES, MODES, hierarchies, selective_search, shrunk
+from sppnet.proposals.selective_search import hierarchies, selective_search, shrunk
 from sppnet.records import pairwise_iou
 
 ALL = Similarity()
-SETS = [*MODES["quality"].similarities, Similarity(texture=False, fill=False)]
+SETS = [
+    *(Similarity(), Similarity(colour=False), Similarity(texture=False, fill=False)),
+    *(Similarity(False, False, size=False), Similarity(False, False, fill=False)),
+]
 
 
 def noise(height: int, width: int, seed: int, grey_levels: int = 6, channels: int = 3) -> NDArray[np.uint8]:
@@ -322,26 +325,24 @@ def test_the_objects_of_a_simple_scene_are_found() -> None:
     assert pairwise_iou(OBJECTS.astype(float), windows).max(axis=1).min() > 0.8
 
 
-@pytest.mark.parametrize("mode", ["fast", "quality"])
-def test_the_same_image_gives_the_same_windows_in_the_same_order(mode: str) -> None:
-    settings = ProposalSettings(mode=mode, max_windows=40, min_side=5)
+def test_the_same_image_gives_the_same_windows_in_the_same_order() -> None:
+    settings = ProposalSettings(max_windows=40, min_side=5)
     first, second = selective_search(scene(), settings), selective_search(np.asfortranarray(scene()), settings)
     np.testing.assert_array_equal(first, second)
     assert len(first) == 40
 
 
 def test_windows_are_the_boxes_of_all_hierarchies() -> None:
-    trees = list(hierarchies(scene(), MODES["fast"]))
+    trees = list(hierarchies(scene()))
     assert len(trees) == 8
     expected = {tuple(box) for tree in trees for box in tree.tolist() if box[2] - box[0] > 19 and box[3] - box[1] > 19}
     assert {tuple(map(int, w)) for w in selective_search(scene(), ProposalSettings())} == expected
-    assert len(list(hierarchies(scene(), MODES["quality"]))) == 80
 
 
-def naive_windows(image: NDArray[np.uint8], mode: str) -> list[list[int]]:
+def naive_windows(image: NDArray[np.uint8]) -> list[list[int]]:
     """Each box once, ordered by position times a hash in plain integers, then by corners."""
     best: dict[tuple[int, ...], float] = {}
-    for number, tree in enumerate(hierarchies(image, MODES[mode])):
+    for number, tree in enumerate(hierarchies(image)):
         for row, box in enumerate(tree.tolist()):
             key = number
             for part in (*box, 0):
@@ -352,10 +353,9 @@ def naive_windows(image: NDArray[np.uint8], mode: str) -> list[list[int]]:
     return [list(box) for box in sorted(best, key=lambda box: (best[box], box))]
 
 
-@pytest.mark.parametrize("mode", ["fast", "quality"])
-def test_the_order_is_position_times_a_hash(mode: str) -> None:
-    windows = selective_search(scene(), ProposalSettings(mode=mode, min_side=1, max_windows=100_000))
-    assert windows.tolist() == naive_windows(scene(), mode)
+def test_the_order_is_position_times_a_hash() -> None:
+    windows = selective_search(scene(), ProposalSettings(min_side=1, max_windows=100_000))
+    assert windows.tolist() == naive_windows(scene())
 
 
 def test_the_windows_of_a_very_wide_image_are_told_apart() -> None:
@@ -364,24 +364,22 @@ def test_the_windows_of_a_very_wide_image_are_told_apart() -> None:
         image[:, start : start + 3000] = start % 251
     windows = selective_search(image, ProposalSettings(min_side=1, max_windows=100_000, max_side=None))
     assert len(windows) > 10
-    assert windows.tolist() == naive_windows(image, "fast")
+    assert windows.tolist() == naive_windows(image)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3), (33, 20)])
-@pytest.mark.parametrize("mode", ["fast", "quality"])
-def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int], mode: str) -> None:
-    windows = selective_search(np.full((*size, 3), 128, np.uint8), ProposalSettings(min_side=1, mode=mode))
+def test_tiny_and_thin_uniform_images_give_themselves(size: tuple[int, int]) -> None:
+    windows = selective_search(np.full((*size, 3), 128, np.uint8), ProposalSettings(min_side=1))
     assert windows.tolist() == [[0, 0, size[1], size[0]]]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (3, 3)])
 def test_tiny_and_thin_noise_ends_with_windows_inside(size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    for mode in ("fast", "quality"):
-        windows = selective_search(image, ProposalSettings(min_side=1, mode=mode, max_side=None))
-        assert [0, 0, size[1], size[0]] in windows.tolist()
-        assert (windows[:, 2:] > windows[:, :2]).all()
-        assert (windows[:, 2:] <= [size[1], size[0]]).all()
+    windows = selective_search(image, ProposalSettings(min_side=1, max_side=None))
+    assert [0, 0, size[1], size[0]] in windows.tolist()
+    assert (windows[:, 2:] > windows[:, :2]).all()
+    assert (windows[:, 2:] <= [size[1], size[0]]).all()
 
 
 def test_an_image_below_min_side_has_no_windows() -> None:
@@ -434,7 +432,7 @@ def test_other_images_are_refused_with_the_next_step(image: Any, message: str) -
 def test_values_by_name_replace_those_of_the_settings() -> None:
     for named, same in (
         ({}, ProposalSettings()),
-        ({"mode": "quality", "max_windows": 60}, ProposalSettings(mode="quality", max_windows=60)),
+        ({"max_windows": 60}, ProposalSettings(max_windows=60)),
         ({"min_side": 5, "max_windows": np.int64(30)}, ProposalSettings(min_side=5, max_windows=30)),
     ):
         np.testing.assert_array_equal(selective_search(scene(), **named), selective_search(scene(), same))
@@ -446,15 +444,13 @@ def test_values_by_name_replace_those_of_the_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("mode", "slow"),
-        ("mode", 1),
         ("min_side", 0),
         ("min_side", 2.5),
         ("min_side", np.nan),
         ("max_windows", 0),
         ("max_windows", "many"),
         ("settings", 0.5),
-        ("settings", {"mode": "fast"}),
+        ("settings", {"min_side": 9}),
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(name: str, value: Any) -> None:
@@ -492,11 +488,6 @@ def test_any_image_has_windows_as_promised(
     assert len(windows) or min(height, width) < side
     np.testing.assert_array_equal(image, before)
     np.testing.assert_array_equal(windows, selective_search(image, min_side=side, max_windows=most))
-
-
-def test_red_and_green_are_shares_of_the_brightness() -> None:
-    image = np.array([[[0, 0, 0], [10, 10, 10], [200, 0, 0], [60, 180, 60]]], np.uint8)
-    assert COLOUR_SPACES["rgi"](image)[0, :, :2].tolist() == [[85, 85], [85, 85], [255, 0], [51, 153]]
 
 
 @pytest.mark.shared_data
