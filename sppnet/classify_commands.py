@@ -18,6 +18,7 @@ from sppnet.classification.classifier import Classifier
 from sppnet.classification.features import folder_features, open_classifier
 from sppnet.classification.linear import caltech101, voc07
 from sppnet.classification.settings import ClassifierConfig
+from sppnet.classification.strongest import draw_responses, strongest_responses
 from sppnet.classification.testing import classify_files, evaluate_classifiers, load_classifiers
 from sppnet.classification.training import HISTORY, train_classifier
 from sppnet.classification.views import list_views
@@ -28,6 +29,7 @@ from sppnet.data.presence import is_voc, read_presence
 from sppnet.distributed import choose_device
 from sppnet.errors import SppnetError, counted
 from sppnet.paths import as_text
+from sppnet.report.drawing import save_image
 
 # What differs from the paper's settings where a folder alone is given: the head of a trained backbone, in minutes.
 FOLDER: dict[str, Any] = {
@@ -127,6 +129,22 @@ def _linear(options: argparse.Namespace) -> int:
     return _report(found.skipped)
 
 
+def _strongest(options: argparse.Namespace) -> int:
+    _check_out(options.out, ".png")
+    classifier = open_classifier(options.run, choose_device(options.device))
+    named, side = find_images([options.images]), classifier.config.training.whole_side
+    images = named.images
+    responses, skipped = strongest_responses(classifier, images, options.filter, side)
+    if not distributed.is_main():
+        return 0
+    save_image(draw_responses(responses, options.filter), options.out)
+    for response in responses:
+        print(f"{response.value:10.4g}  {as_text(response.path)}")
+    used = counted(len(images) - len(skipped), "image")
+    print(f"filter {options.filter}: the best {len(responses)} of {used} in {options.out}")
+    return _report(named.unusable | skipped)
+
+
 def _labelled(
     root: Path, train: Sequence[str], test: Sequence[str], classes: Sequence[str] | None = None
 ) -> tuple[Sequence[Path], NDArray[Any], tuple[str, ...], int]:
@@ -164,4 +182,5 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "predict": _predict,
     "features": _features,
     "linear": _linear,
+    "strongest": _strongest,
 }

@@ -118,6 +118,7 @@ THRESHOLD = _checked(float, "a score, e.g. -0.5", lambda score: score < math.inf
 MINUTES = _checked(float, "a number of minutes above 0", lambda minutes: 0 < minutes < math.inf)
 OVERLAP = _checked(float, "an overlap above 0 and at most 1, e.g. 0.5", lambda overlap: 0 < overlap <= 1)
 COUNT = _checked(int, "a whole number above 0", lambda count: count > 0)
+FILTER = _checked(int, "a whole number from 0 on", lambda number: number >= 0)
 CLASSES = _checked(
     lambda text: tuple(name.strip() for name in text.split(",")),
     "class names separated by commas, all different, e.g. cat,dog",
@@ -249,6 +250,13 @@ def _add_classify(commands) -> None:  # type: ignore[no-untyped-def]
     linear.add_argument("--classes", type=CLASSES, metavar="A,B,C", help="of VOC (default: all in training)")
     linear.add_argument("--train-images", type=COUNT, default=30, metavar="N", help="of each class of a folder")
     linear.add_argument("--json", type=PATH, metavar="FILE", help="write the result to a file too")
+
+    strongest = _command(actions, "strongest", "draw where a filter of the last layer responds most (figure 2)")
+    strongest.add_argument("run", type=PATH, metavar="RUN|CONFIG", help="a classifier, or a backbone's settings")
+    strongest.add_argument("images", type=PATH, metavar="FOLDER", help="a folder of images")
+    strongest.add_argument("--filter", type=FILTER, required=True, metavar="K", help="its number, from 0")
+    strongest.add_argument("--out", type=PATH, required=True, metavar="FILE", help="the picture, .png")
+    _add_device(strongest)
 
 
 def _command(commands, name: str, text: str) -> Command:  # type: ignore[no-untyped-def]

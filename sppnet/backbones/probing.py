@@ -37,10 +37,11 @@ _WANTED = "expected a module that maps images (N, 3, H, W) of any size to a grid
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell i looks at pixel first_centre + i · stride in both axes; images of `width` px have a cell across."""
+    """Cell i sees at most `field` pixels around first_centre + i · stride in both axes; `width` px give one across."""
 
     stride: int
     first_centre: float
+    field: int
     channels: int
     width: int
 
@@ -60,12 +61,12 @@ def probe(module: nn.Module) -> Grid:
             raise BackboneError(f"{_WANTED}, but it cannot be copied: {error}") from error
         width, channels = _narrowest(own)
         down, right = (_along(own, axis, width, channels) for axis in (2, 3))
-    if down != right:
+    if down[:2] != right[:2]:
         raise BackboneError(
             f"{_WANTED}, the same in both axes, got stride {down[0]} and first centre {down[1]:g} downwards, "
             f"{right[0]} and {right[1]:g} to the right; give both axes the same layers"
         )
-    return Grid(*down, channels, width)
+    return Grid(*down[:2], max(down[2], right[2]), channels, width)
 
 
 def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
@@ -103,8 +104,8 @@ def _narrowest(module: nn.Module) -> tuple[int, int]:
     raise error
 
 
-def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float]:
-    """Stride and first centre along an axis (2 or 3)."""
+def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int, float, int]:
+    """Stride, first centre and receptive field along an axis (2 or 3)."""
     lengths, fits = [length for length in LENGTHS if length >= width], False  # those large enough for the network
     for length in lengths:
         strip, middle = _Strip(module, axis, width, channels, length), length // 2
@@ -144,7 +145,7 @@ def _along(module: nn.Module, axis: int, width: int, channels: int) -> tuple[int
             f"{_WANTED}, one stride apart in images of any size, but two neighbours begin {stride} pixels apart and "
             "others do not; take a map that was not enlarged or resized, of layers that pad alike on both sides"
         )
-    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2
+    return stride, (start + end) / 2 - 1 - (low + high) * stride / 2, end - start + 1 - (high - low) * stride
 
 
 class _Strip:

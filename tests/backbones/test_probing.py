@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torchvision.models.squeezenet import Fire
 
 from sppnet import Geometry
+from sppnet.backbones.architectures import LocalResponseNorm
 from sppnet.backbones.backbone import BACKBONES
 from sppnet.backbones.probing import map_side, probe
 from sppnet.errors import BackboneError, SppnetError
@@ -180,6 +182,41 @@ class Uncopied(nn.Identity):
 def test_a_network_that_is_no_grid_is_refused_with_what_was_found(module: nn.Module, message: str) -> None:
     with pytest.raises(BackboneError, match=message):
         Geometry.of(module)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "tiny5": random_backbone,
+    "normalised by neighbours": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 4, 7, 2, 1), LocalResponseNorm(3), nn.MaxPool2d(3, 2), nn.Conv2d(4, 4, 3, dilation=2))
+    ),
+    "of two branches": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2), Fire(4, 2, 3, 3), nn.AvgPool2d(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_field_holds_every_pixel_that_changes_the_cell_and_no_smaller_one_does(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = NETWORKS[name]().double()
+    grid = probe(backbone)
+    cell = grid.field // grid.stride // 2 + 2
+    low = int(grid.first_centre + cell * grid.stride - (grid.field - 1) / 2)
+    side = low + grid.field + 2 * grid.stride
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image.requires_grad_(True)
+    backbone(image)[0, :, cell, cell].sum().backward()
+    seen = torch.nonzero(image.grad.abs().amax(dim=(0, 1)))
+    high = low + grid.field - 1
+    assert seen.min() >= low > 0
+    assert seen.max() <= high
+    for edge in (low, high):  # their pixels count, in either axis
+        with torch.no_grad():
+            marked = image.detach().clone()
+            marked[..., edge] = torch.nan
+            assert backbone(marked)[0, :, cell, cell].isnan().any()
+            marked = image.detach().clone()
+            marked[..., edge, :] = torch.nan
+            assert backbone(marked)[0, :, cell, cell].isnan().any()
 
 
 HIDING = [

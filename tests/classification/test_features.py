@@ -159,6 +159,8 @@ def test_the_command_linear_tells_the_classes_of_a_folder_apart(run, folder, tmp
         (["linear", "{run}", "{data}", "--classes", "flat"], "--classes: .* holds a folder for each class"),
         (["linear", "{run}", "{data}", "--train-images", "10"], "class flat: expected more than 10 images"),
         (["linear", "none.yaml", "{data}"], "none.yaml: cannot read the configuration"),
+        (["strongest", "{run}", "{data}", "--filter", "9999", "--out", "s.png"], "filter 9999: expected one of"),
+        (["strongest", "{run}", "{data}", "--filter", "0", "--out", "s.txt"], "expected the name of a .png file"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_with_the_next_step(
