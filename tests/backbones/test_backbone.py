@@ -76,6 +76,7 @@ def field_of_cell(backbone: Backbone) -> tuple[int, float]:
         ("alexnet", "features.4"),
         ("squeezenet1_1", "features.7"),
         ("resnet18", "layer2"),
+        ("mobilenet_v2", "features.13+features.17"),
     ],
 )
 def test_a_cell_sees_the_pixels_around_its_centre(name: str, layer: str | None) -> None:
@@ -167,6 +168,33 @@ def test_a_dilated_backbone_holds_the_strided_map_at_every_second_cell(name: str
 
 
 # layers
+
+
+def test_joined_layers_are_the_maps_of_both() -> None:
+    images = torch.rand(1, 3, 96, 64)
+    joined, early, late = (
+        random_backbone("mobilenet_v2", layer) for layer in ("features.17+features.13", "features.13", "features.17")
+    )
+    assert joined.layer == "features.13+features.17"
+    assert joined.channels == early.channels + late.channels
+    with torch.inference_mode():
+        # random weights are drawn layer by layer, so the three agree
+        torch.testing.assert_close(joined(images), torch.cat([early(images), late(images)], dim=1))
+
+
+def test_a_joined_map_is_not_changed_by_a_later_layer_that_works_in_place() -> None:
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        both = random_backbone("vgg16", "features.0+features.1")(images)
+        torch.testing.assert_close(both[:, :64], random_backbone("vgg16", "features.0")(images))
+    assert float(both[:, :64].min()) < 0
+
+
+def test_layers_of_different_size_cannot_be_joined() -> None:
+    with pytest.raises(
+        BackboneError, match=r"conv3\+conv5: expected maps of one size, but theirs differ; join layers of one stride"
+    ):
+        random_backbone("convnet5", "conv3+conv5")
 
 
 def test_an_unknown_backbone_or_layer_lists_the_known_ones() -> None:

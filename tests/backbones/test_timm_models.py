@@ -22,7 +22,7 @@ def model(name: str, layer: str | None = None, seed: int = 0, **weights: Any) ->
     return build_backbone(BackboneSettings(name=f"timm/{name}", layer=layer, weights=weights), seed)
 
 
-@pytest.mark.parametrize("layer", [None, "layer2"])
+@pytest.mark.parametrize("layer", [None, "layer3+layer4", "layer2"])
 def test_timms_resnet_is_torchvisions_with_the_same_weights(tmp_path: Path, layer: str | None) -> None:
     public = build_backbone(BackboneSettings(name="resnet18", layer=layer, weights={"source": "random"}), 5)
     torch.save(public.state_dict(), tmp_path / "a.pth")
@@ -120,6 +120,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
         ("timm/resnet18.no_such", None, r"timm cannot give it \(Invalid pretrained tag \(no_such\).*; take another"),
         ("timm/vit_tiny_patch16_224", None, r"timm/vit_tiny_patch16_224: .* it fails: Input height .* doesn't match"),
         ("timm/resnet18", "layer9", r"timm/resnet18: .*layer=layer9: expected one of act1 \(stride 2\), layer1 "),
+        ("timm/resnet18", "layer1+layer2", r"layer=layer1\+layer2: expected one of .*, or several of one stride"),
         ("resnet34", None, r"unknown backbone\.name=resnet34; did you mean timm/resnet34 or .*\? known: .*, timm/NAME"),
     ],
 )
