@@ -5,7 +5,8 @@
 CPU seconds of the process, image by image in turn, so that a busy machine slows both; ratios are taken round by round.
 With SPPNET_SHARED set the images are VOC's; all then search all val images, or --images of them, and recall at IoU 0.5
 and mean best overlap with the objects of nine classes are printed, and drawn for the first 100 … 2,000 windows where
---picture names a file (OpenCV takes most of a second an image). Without it generated images are timed.
+--picture names a file (OpenCV takes most of a second an image). Without it generated images are timed. EdgeBoxes takes
+the edges of gradients, or of the structured forest that --edge-model names.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cv2.setNumThreads(1)
     print(f"{describe()}; one of them")
-    settings = ProposalSettings()
+    settings = ProposalSettings(edge_model=options.edge_model)
     if options.timed:
         time_images(options.timed, options.rounds, settings)
     root = shared("voc/VOCdevkit")
@@ -125,6 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-sides", type=int, nargs="+", default=[20, 16], help="the picture shows the first")
     parser.add_argument("--images", type=int, default=None, help="images searched for recall, default: all val images")
     parser.add_argument("--picture", type=Path, help="where recall by number of windows is drawn")
+    parser.add_argument("--edge-model", type=Path, help="a structured forest for EdgeBoxes; without it gradients")
     options = parser.parse_args(arguments)
     if options.timed < 0 or options.rounds < 1:
         parser.error("--timed must be at least 0 and --rounds at least 1")

@@ -45,6 +45,7 @@ class ProposalSettings(Settings):
     """Candidate windows of an image (sec. 4.1: selective search "fast", about 2,000 per image)."""
 
     method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.3
+    edge_model: FilePath | None = None  # of edge_boxes: OpenCV's structured forest; None = gradients (ours)
     max_windows: int = Field(2000, ge=1)  # sec. 4.1; ours: and as many sliding windows
     shapes: tuple[tuple[Rate, Rate], ...] = ()  # ours: of sliding windows; widths, heights / shorter side of an image
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px

@@ -217,12 +217,12 @@ def test_a_dry_run_of_a_complete_run_reuses_everything(config, run, tmp_path):
 def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path):
     overrides = ["backbone.weights.source=file", "backbone.weights.file=no.npz", "proposals.import_from=[gone.npz]"]
     overrides += ["head.init=checkpoint", "head.checkpoint=head.safetensors"]
-    overrides += ["train_proposals=[{}, {method: edge_boxes, import_from: [more.npz]}]"]
+    overrides += ["train_proposals=[{}, {method: edge_boxes, edge_model: model.yml}]"]
     result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *overrides)
     assert result.status == 1
     expected = [
         ("gone.npz", "proposals.import_from"),
-        ("more.npz", "train_proposals.1.import_from"),
+        ("model.yml", "train_proposals.1.edge_model"),
         ("no.npz", "backbone.weights.file"),
         ("head.safetensors", "head.checkpoint"),
     ]
@@ -231,6 +231,10 @@ def test_a_dry_run_names_the_files_that_training_would_not_find(config, tmp_path
     ]
     whole = run_command("train", config, "--run", tmp_path / "new", "--dry-run")
     assert (whole.status, whole.err) == (0, "")
+    wrong = [*overrides[-1:], "proposals.method=edge_boxes", f"proposals.edge_model={config}"]
+    result = run_command("train", config, "--run", tmp_path / "new", "--dry-run", "--set", *wrong)
+    assert result.status == 1
+    assert "expected a structured forest as OpenCV reads it" in result.err
 
 
 def test_a_dry_run_of_a_stage_names_only_the_files_that_this_stage_needs(config, tmp_path):

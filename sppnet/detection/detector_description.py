@@ -60,8 +60,7 @@ class DetectorDescription:
             raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
             values["config"].pop("pretrain", None)  # of a version whose detectors had a stage more
-            for name in ("edge_model", "mode"):  # and more ways to search, which hardly any detector had
-                values["config"].get("proposals", {}).pop(name, None)
+            values["config"].get("proposals", {}).pop("mode", None)  # and another mode, which hardly any detector had
             config = parse_config(values["config"], "settings")
             if "vote" not in values["config"].get("detect", {}):  # of a version without: it finds what it found
                 config = config.model_copy(update={"detect": config.detect.model_copy(update={"vote": False})})

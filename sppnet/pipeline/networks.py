@@ -39,6 +39,7 @@ from sppnet.models.sppnet import (
     start_head,
 )
 from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
+from sppnet.proposals.edge_forest import load_forest
 from sppnet.records import ImageRecord, spread
 
 NEAR = 0.5  # IoU from which on a window shows an object
@@ -170,6 +171,9 @@ class TrainingNetworks:
         trained = {f"train_proposals.{place}": own for place, own in enumerate(config.train_proposals)}
         searches = {"proposals": config.proposals, **trained}
         files = [(f"{name}.import_from", path) for name, own in searches.items() for path in own.import_from]
+        by_edges = {name: own.edge_model for name, own in searches.items() if own.method == "edge_boxes"}
+        forests = {f"{name}.edge_model": path for name, path in by_edges.items() if path is not None}
+        files += forests.items()
         if more and config.backbone.weights.source == "file":
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
         if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
@@ -185,6 +189,8 @@ class TrainingNetworks:
                 f"name images with objects in data.val, or {other}"
             )
         try:
+            for path in filter(Path.is_file, forests.values()):
+                load_forest(path)
             if more:
                 if config.backbone.weights.source == "package":
                     package_file(self.graph.layers.name)

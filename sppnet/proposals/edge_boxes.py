@@ -1,4 +1,7 @@
-"""EdgeBoxes (Zitnick & Dollár 2014): windows that hold many edges whole, by OpenCV's search on thinned gradients."""
+"""EdgeBoxes (Zitnick & Dollár 2014): windows that hold many edges whole, by OpenCV's search.
+
+The edges are those of a structured forest where the settings name its file, else thinned gradients, which need none.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from scipy.ndimage import map_coordinates
 
 from sppnet.config import ProposalSettings
 from sppnet.images import ImageInput
+from sppnet.proposals.edge_forest import forest_edges
 from sppnet.proposals.selective_search import Image, Ranked, best_windows, ximgproc
 from sppnet.settings import checked_settings
 
@@ -26,12 +30,12 @@ AREAS = (25, 1000)
 def edge_boxes(image: ImageInput, settings: ProposalSettings | None = None) -> NDArray[np.float32]:
     """EdgeBoxes, in and out as `selective_search`; best first by the score of the paper, the same every time.
 
-    A uniform image has no edges, and no windows.
+    A uniform image has no edges, and no windows. SppnetError also for an edge_model that cannot be used.
     """
     own = checked_settings(ProposalSettings, settings)
 
     def search(small: Image) -> Ranked:
-        edges, orientations = gradient_edges(small)
+        edges, orientations = gradient_edges(small) if own.edge_model is None else forest_edges(small, own.edge_model)
         # It keeps what it saw: a new one for each image.
         boxes_of = ximgproc().createEdgeBoxes(**SEARCH, minBoxArea=float(np.clip(own.min_side**2, *AREAS)))
         found, scores = boxes_of.getBoundingBoxes(np.ascontiguousarray(edges), np.ascontiguousarray(orientations))

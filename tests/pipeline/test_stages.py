@@ -79,6 +79,7 @@ def test_everything_is_reused_under_the_same_settings(small_run):
         ("proposals__min_side", 30, "proposals finetune svm boxes thresholds"),
         ("proposals__import_from", [], "proposals finetune svm boxes thresholds"),
         ("proposals__method", "edge_boxes", "proposals finetune svm boxes thresholds"),
+        ("proposals__edge_model", "model.yml", ""),  # read by edge_boxes alone
         ("train_proposals", [{}], "proposals finetune svm boxes thresholds"),
         ("maps__scales", [96], "maps finetune svm boxes thresholds"),
         ("maps__storage", "float32", "maps finetune svm boxes thresholds"),
@@ -227,7 +228,7 @@ def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(
         assert set(GRAPH[name].reads(small_run.config)) <= set(STAGES[:place])
 
 
-def test_settings_without_windows_of_training_have_the_digests_they_had(tmp_path):
+def test_settings_without_an_edge_model_or_windows_of_training_have_the_digests_they_had(tmp_path):
     windows = tmp_path / "w.npz"
     windows.write_bytes(b"windows")
     known = {"method": "selective_search", "mode": "fast", "max_windows": 2000, "min_side": 20, "max_side": 640}
@@ -258,6 +259,20 @@ def test_windows_of_training_are_a_stage_of_their_own_searches_and_those_of_test
     assert {name for name in STAGES if other[name] != graph.digests[name]} == {"thresholds"}
     turned = StageGraph(small_run.root, changed(small_run, train_proposals=both[::-1]), data)
     assert turned.digests["proposals"] != graph.digests["proposals"]
+
+
+def test_the_content_of_an_edge_model_counts_and_that_it_is_gone(small_run, tmp_path):
+    def folder(name: str = "", section: str = "proposals") -> str:
+        search = {"method": "edge_boxes", **({"edge_model": str(tmp_path / name)} if name else {})}
+        config = changed(small_run, **{section: search if section == "proposals" else [search]})
+        return StageGraph(small_run.root, config, load_run_data(small_run.config)).folder("proposals").name
+
+    for name, content in {"a.yml": "a", "same.yml": "a", "b.yml": "b"}.items():
+        (tmp_path / name).write_text(content)
+    for section in ("proposals", "train_proposals"):
+        one, same, other, gone, none = (folder(n, section) for n in ("a.yml", "same.yml", "b.yml", "gone.yml", ""))
+        assert one == same
+        assert len({one, other, gone, none}) == 4
 
 
 def test_the_content_of_imported_windows_counts_and_not_their_path(small_run, tmp_path):

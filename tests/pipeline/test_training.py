@@ -517,15 +517,34 @@ def test_the_windows_of_an_entry_serve_a_run_that_tests_on_them(small_run, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"proposals": {"method": "edge_boxes", "edge_model": "gone.yml"}},
+            "gone.yml: no such file; check proposals.edge_model",
+        ),
+        (
+            {"train_proposals": [{}, {"method": "edge_boxes", "edge_model": "gone.yml"}]},
+            "gone.yml: no such file; check train_proposals.1.edge_model",
+        ),
         ({"train_proposals": [{"import_from": ["a.npz"]}]}, "a.npz: no such file; check train_proposals.0.import_from"),
+        (
+            {"proposals": {"method": "edge_boxes", "edge_model": __file__}},
+            "expected a structured forest as OpenCV reads it",
+        ),
     ],
 )
-def test_files_of_searches_that_are_missing_are_an_error_before_anything_is_written(
+def test_files_of_searches_that_are_missing_or_wrong_are_an_error_before_anything_is_written(
     small_run, tmp_path, changes, message
 ):
     with pytest.raises(SppnetError, match=message):
         train(changed(small_run, **changes), tmp_path / "run", "proposals")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_edge_model_that_the_method_does_not_read_is_not_asked_for_and_counts_for_nothing(small_run, tmp_path):
+    config = changed(small_run, proposals__edge_model=str(tmp_path / "gone.yml"))
+    training = Training(config, small_run.root, torch.device("cpu"))
+    assert training.networks.missing_inputs(STAGES) == []
+    assert all(status.complete for status in training.graph.statuses())
 
 
 def test_files_of_windows_that_are_missing_are_an_error_before_the_first_stage(small_run, tmp_path):

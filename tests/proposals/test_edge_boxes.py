@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from forests import forest
 from numpy.typing import NDArray
 from PIL import Image
 from scenes import OBJECTS, scene
@@ -19,6 +20,8 @@ from sppnet.errors import SppnetError
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.images import read_image
 from sppnet.proposals.edge_boxes import edge_boxes, gradient_edges
+from sppnet.proposals.edge_forest import forest_edges
+from sppnet.proposals.search import make_proposer
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
 from sppnet.records import pairwise_iou
 
@@ -127,6 +130,19 @@ def test_windows_are_those_of_opencv_by_their_scores(min_side: int, area: float)
     windows = edge_boxes(scene(), edges_of(min_side=min_side, max_windows=200))
     assert windows.dtype == np.float32
     assert windows.tolist() == [list(box) for box in expected]
+
+
+def test_the_edges_may_be_those_of_a_forest(tmp_path: Path) -> None:
+    model = tmp_path / "model.yml"
+    model.write_text(forest(edgeBins=[[119, 120, 135, 136] * 10] * 2))
+    windows = edge_boxes(scene(), edges_of(edge_model=model))
+    scores = opencvs(*map(np.ascontiguousarray, forest_edges(scene(), model)), 400)
+    assert len(windows) > 10
+    assert windows[0].tolist() == list(max(scores, key=lambda box: scores[box]))
+    model.unlink()
+    proposer = make_proposer(edges_of(edge_model=model))
+    with pytest.raises(SppnetError, match=r"model\.yml: expected .*, but No such file or directory; put one there"):
+        proposer(scene())
 
 
 def test_the_objects_of_a_simple_scene_are_found() -> None:
