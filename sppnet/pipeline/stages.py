@@ -203,8 +203,9 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 
 
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
-    values = settings.model_dump(mode="json", exclude={"workers", "edge_model", *([] if settings.shapes else ["shapes"])})
-    values |= {"mode": "fast", "import_from": _contents(*settings.import_from)}  # "mode": windows of before stay
+    unused = {"workers", "edge_model"} if settings.shapes else {"workers", "edge_model", "shapes"}
+    values = settings.model_dump(mode="json", exclude=unused)
+    values |= {"mode": "fast", "import_from": _contents(*settings.import_from)}  # a key of before: windows stay
     forest = settings.edge_model if settings.method == "edge_boxes" else None
     return values if forest is None else {**values, "edge_model": _contents(forest)}
 
