@@ -109,18 +109,28 @@ def rows_path(record: ImageRecord, folder: Path, flip: bool = False) -> Path:
 
 
 def embed_images(
-    source: TrainingWindows, jobs: Sequence[tuple[int, bool]], projection: Projection, folder: Path, progress: bool
+    source: TrainingWindows,
+    jobs: Sequence[tuple[int, bool]],
+    projection: Projection,
+    folder: Path,
+    limit: int | None,
+    progress: bool = True,
 ) -> int:
-    """Write the rows of (index of an image, whether mirrored) to `folder`; complete files stay. Returns how many."""
+    """Write the rows of (index of an image, whether mirrored) to `folder`; complete files stay. Returns how many.
+
+    Of at most `limit` windows of an image (`draw_windows`), or of all, its objects first.
+    """
     paths = [(rows_path(source.records[index], folder, flip), index, flip) for index, flip in shard(jobs)]
     missing = [job for job in paths if not has_arrays(job[0])]
     workers = 0 if source.device.type == "cpu" else 1
-    map_in_workers(partial(_embedder, source, projection), missing, "embed", "image", workers, progress)
+    map_in_workers(partial(_embedder, source, projection, limit), missing, "embed", "image", workers, progress)
     barrier()
     return len(missing)
 
 
-def _embedder(source: TrainingWindows, projection: Projection) -> Callable[[tuple[Path, int, bool]], None]:
+def _embedder(
+    source: TrainingWindows, projection: Projection, limit: int | None
+) -> Callable[[tuple[Path, int, bool]], None]:
     config = source.config
     kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     projection = replace(projection, basis=projection.basis.to(source.device, kind))  # once, not for every image
@@ -128,7 +138,8 @@ def _embedder(source: TrainingWindows, projection: Projection) -> Callable[[tupl
     def embed(job: tuple[Path, int, bool]) -> None:
         path, index, flip = job
         found = source.image_windows(index)
-        windows = found.windows[draw_windows(found, config.joint.windows, _generator(source, index, config.joint.seed))]
+        rng, windows = _generator(source, index, config.joint.seed), found.windows
+        windows = windows if limit is None else windows[draw_windows(found, limit, rng)]
         windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
         maps = source.maps(index, flip)
         distinct, places = source.project(maps, windows).unique()
@@ -191,7 +202,7 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
     They lie in one file, which is gone with the process: a system opens a thousand at once, perhaps.
     """
     width, parts = 0, list[tuple[NDArray[np.generic], ...]]()
-    with tempfile.TemporaryFile(dir=folder) as gathered:
+    with tempfile.TemporaryFile(dir=folder.parent) as gathered:
         for index, flip in itertools.product(range(len(source.records)), (False, True)[: 1 + flips]):
             record, annotation = source.records[index], source.annotation(index)
             arrays = map_arrays(rows_path(record, folder, flip))

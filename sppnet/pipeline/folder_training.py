@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sppnet import distributed
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, load_settings, read_reasons, read_yaml_texts
 from sppnet.data.layouts import find_data
@@ -67,13 +68,16 @@ def plan_training(
         choices, data = _choose(folder, overrides, Split.read(root))
         training = Training(_config(folder, choices, overrides), root, device, data=data)
     log.info("%s", training.graph.data)
-    training.networks.check_inputs(only)
+    # the disk that rows take, of `embed`, is checked before the training: fewer minutes may need less
+    training.networks.check_inputs([name for name in only if minutes is None or name != "embed"])
     left, expected = remaining_work(training.graph, only, force), None
     if left and training.config.head.training == "joint":
         costs = measure(training.networks)
         expected = estimate(costs, left, training.config)
         if minutes is not None:
-            used = time.monotonic() - start
+            spent = torch.tensor(time.monotonic() - start, dtype=torch.float64, device="cpu")
+            distributed.take_from_main([spent])  # all processes choose the same
+            used = float(spent)
             why, cost = f"to fit in {minutes:g} minutes", partial(estimate, costs, left)
             for level in range(LEVELS, -1, -1):
                 less = reduced(choices, level / LEVELS, why)

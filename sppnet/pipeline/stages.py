@@ -37,6 +37,7 @@ log = logging.getLogger("sppnet")
 LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
 CHOOSES_SCALE = ("low_rank", "embed", "svm", "boxes")
+TESTED = "tested"  # in the folder of `embed`: validation images, with all windows that `eval` searches
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -171,6 +172,12 @@ class StageGraph:
         mirrored = [*self.data.train, *self.data.objects] if wanted else []
         return [(record, False) for record in every] + [(record, True) for record in mirrored]
 
+    @property
+    def rows(self) -> list[Path]:
+        """Of a joint head: where the windows of each of `images` lie as rows, relative to the folder of `embed`."""
+        tested = {record.id for record in self.data.validation}
+        return [rows_path(r, Path(TESTED if r.id in tested else ""), flip) for r, flip in self.images]
+
     @cached_property
     def gigabytes(self) -> NDArray[np.floating]:
         """What the maps of each of `images` take on the disk."""
@@ -181,7 +188,7 @@ class StageGraph:
     def stored(self) -> list[tuple[ImageRecord, bool]]:
         """Those of `images` whose maps are stored: as many, from the first on, as maps.budget_gigabytes holds."""
         budget = self.config.maps.budget_gigabytes
-        if budget is None or not self.images:
+        if budget is None or GRAPH["maps"].skipped(self.config) or not self.images:
             return self.images
         record, least = self.images[0][0], self.gigabytes[0]
         if least > budget:
@@ -236,7 +243,13 @@ def tunes_low_rank(config: Config) -> bool:
 # --- the declarations -------------------------------------------------------------------------------
 
 HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
-EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.flip", "joint.seed")
+EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.seed")
+JOINT = ("joint", "head.fc6", "head.fc7", "head.dropout")
+
+
+def _searched_apart(config: Config) -> list[str]:
+    """Settings of the windows to test on, where others train."""
+    return ["proposals"] if config.train_proposals else []
 
 
 def _only(training: str) -> Callable[[Config], str]:
@@ -294,7 +307,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "low_rank",
-            version=2,  # 2: principal components alone
+            version=3,  # 2: principal components alone; 3: all objects of an image are in its sample
             settings=_low_rank_settings,
             reads=lambda _: ["proposals", "maps", "finetune"],
             outputs=lambda _: [Path("head.safetensors")],
@@ -303,18 +316,19 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "embed",
-            settings=lambda _: [*EMBED, "data.train_on_difficult"],
+            version=2,  # 2: all windows of validation images
+            settings=lambda config: [*EMBED, "data.train_on_difficult", *_searched_apart(config)],
             reads=lambda _: ["proposals"],
-            outputs=lambda graph: [rows_path(record, Path(), flip) for record, flip in graph.images],
+            outputs=lambda graph: graph.rows,
             data=["base", "objects"],  # the sample of the projection
             skipped=_only("joint"),
         ),
         Stage(
             "joint",
-            settings=lambda _: ["joint", "head", "precision", "data.train_on_difficult"],
+            settings=lambda _: [*JOINT, "precision", "data.train_on_difficult"],
             reads=lambda _: ["embed"],
             outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
-            data=["train", "validation", "objects"],
+            data=["train", "objects"],  # validation images are only measured
             skipped=_only("joint"),
         ),
         Stage(
@@ -336,7 +350,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "thresholds",
-            settings=lambda config: ["detect", *(["proposals"] if config.train_proposals else [])],
+            settings=lambda config: ["detect", *_searched_apart(config)],
             reads=lambda config: [*_features(config.svm.layer), "joint", "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],

@@ -30,7 +30,13 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.joint_head import SoftmaxClassifier, train_joint_head
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
+from sppnet.detection.training_windows import (
+    FinetuneWindows,
+    MiningWindows,
+    TrainingWindows,
+    find_box_examples,
+    pool_box_examples,
+)
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import one_bar, progress_bar
@@ -40,7 +46,7 @@ from sppnet.pipeline.estimate import Estimate, duration
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.stage_status import StageStatus
-from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
+from sppnet.pipeline.stages import CHECKPOINT, TESTED, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
@@ -261,10 +267,12 @@ class Training:
                 write_tensors(path, fit_projection(pooled.to(self.device), own.rank, own.seed).to_tensors())
             del pooled
         distributed.barrier()
-        projection, made = Projection.from_tensors(read_tensors(path)), 0
-        for source, flips in ((networks.windows(train=True, objects=True), own.flip), (networks.windows(False), False)):
-            jobs = [(i, flip) for flip in (False, True)[: 1 + flips] for i in range(len(source.records))]
-            made += embed_images(source, jobs, projection, folder, self.progress)
+        projection = Projection.from_tensors(read_tensors(path))
+        train, tested = networks.windows(train=True, objects=True), self._tested()
+        jobs = [(i, flip) for flip in (False, True)[: 1 + own.flip] for i in range(len(train.records))]
+        made = embed_images(train, jobs, projection, folder, own.windows, self.progress)
+        jobs = [(i, False) for i in range(len(tested.records))]
+        made += embed_images(tested, jobs, projection, folder / TESTED, None, self.progress)
         rank = len(projection.basis)
         return f"{counted(made, 'image')} embedded; {rank} components keep {projection.kept:.1%} of the variance"
 
@@ -272,7 +280,7 @@ class Training:
     def joint(self) -> str:
         config, rows, folder = self.config, self.graph.folder("embed"), self.graph.folder("joint")
         train = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
-        validation = label_rows(self.networks.windows(train=False), rows, False)
+        validation = label_rows(self.networks.windows(train=False), rows / TESTED, False)
         own = config.head, config.joint, folder, self.device, self.precision, self.progress
         model, summary = train_joint_head(train, validation, *own)
         if distributed.is_main():
@@ -321,14 +329,20 @@ class Training:
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(windows, 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
+    def _tested(self) -> TrainingWindows:
+        """The validation images with the windows that `eval` searches, which are searched where they are missing."""
+        folder = windows_folder(self.graph.root, self.config)
+        source = replace(self.networks.windows(train=False), windows_folder=folder)
+        propose_images(source.records, self.config.proposals, folder, self.progress, imports_needed=False)
+        return source
+
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
-        windows = windows_folder(self.graph.root, self.config)  # as `eval` detects
         if not path.exists():
-            source = self.networks.windows(train=False)
-            propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
-            chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
+            rows = self.graph.folder("embed") if self.config.head.training == "joint" else None
+            kept = path.with_name(DETECTIONS)
+            chosen = choose_thresholds(self._detector(), self._tested(), kept, rows, self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
         distributed.barrier()

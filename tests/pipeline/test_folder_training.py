@@ -11,11 +11,13 @@ import pytest
 from layouts import picture, text
 from small_run import modified, refused, run_command
 
+from sppnet import distributed
 from sppnet.config_files import load_config, read_reasons
 from sppnet.data.convert import convert
 from sppnet.data.shapes import generate_shapes
 from sppnet.detection.detector import SPPDetector
-from sppnet.pipeline import folder_training
+from sppnet.errors import SppnetError
+from sppnet.pipeline import estimate, folder_training
 from sppnet.pipeline.estimate import Costs
 
 TINY = [
@@ -23,7 +25,7 @@ TINY = [
     "joint.rank=16", "head.fc6=16", "head.fc7=16", "pyramid.levels=[1,2]", "proposals.max_side=96",
     "proposals.max_windows=60", "detect.max_per_class=5",
 ]  # fmt: skip
-QUICK = Costs(search=0.01, maps=0.1, pool=1e-4, project=1e-4, step=0.001)
+QUICK = Costs(search=0.01, maps=0.1, pool=1e-4, project=1e-4, windows=60, step=0.001)
 SET = ["--set", *TINY]
 
 
@@ -130,6 +132,33 @@ def test_fewer_minutes_are_never_more_work_and_the_least_is_done_where_nothing_f
     assert (config.maps.scales, config.joint.steps, config.joint.windows) == ((353,), 100, 64)
     assert plan.reasons["joint.steps"] == "to fit in 1e-06 minutes, else 200"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_that_planning_took_is_that_of_the_first_process(photos, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(distributed, "take_from_main", lambda tensors: [own.fill_(1e6) for own in tensors])
+    assert "even the least does not fit in" in folder_training.plan_training(photos, tmp_path, TINY, minutes=60).text
+
+
+def test_minutes_may_need_less_of_the_disk(photos, tmp_path, quick, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    tiny = [own for own in TINY if not own.startswith("proposals.max_windows")] + ["proposals.max_windows=9"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(SppnetError, match=r"once more in training, but the disk of .* set fewer joint\.windows"):
+        folder_training.plan_training(photos, tmp_path, tiny)
+    plan = folder_training.plan_training(photos, tmp_path, tiny, minutes=1e-6)
+    with pytest.raises(SppnetError, match=r"set fewer joint\.windows"):
+        plan.training.networks.check_inputs(folder_training.STAGES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    plan.training.networks.check_inputs(folder_training.STAGES)
+
+
+def test_images_that_are_searched_are_not_searched_to_estimate(trained, photos, tmp_path, monkeypatch):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    for path in [*root.glob("embed-*"), *root.glob("joint-*")]:
+        shutil.rmtree(path)
+    monkeypatch.setattr(estimate, "make_proposer", lambda settings: pytest.fail("searched"))
+    plan = folder_training.plan_training(photos, root)
+    assert {*plan.expected.stages} == {"embed", "joint"}
 
 
 def test_what_is_set_is_not_reduced(photos, tmp_path, quick):

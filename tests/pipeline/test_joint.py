@@ -11,16 +11,21 @@ import pytest
 import torch
 from small_run import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
+from sppnet.config import STAGES
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.combination import combine_detectors
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.embedding import embed_images
+from sppnet.detection.training_windows import TrainingWindows
 from sppnet.errors import SppnetError
+from sppnet.evaluation.voc import evaluate_voc
 from sppnet.images import read_image
-from sppnet.pipeline import training
+from sppnet.pipeline import thresholds, training
 from sppnet.pipeline.evaluation import evaluate_run
-from sppnet.pipeline.training import train_detector
+from sppnet.pipeline.training import Training, train_detector
+from sppnet.proposals.search import read_windows
+from sppnet.records import pairwise_iou
 
 JOINT = {
     "head": {"training": "joint", "fc6": 48, "fc7": 32, "dropout": 0.2},
@@ -115,6 +120,41 @@ def test_an_interrupted_embedding_goes_on_where_it_stopped(joint_run, tmp_path, 
     assert sum(made) == len(gone)
     assert (folder / "projection.safetensors").stat().st_mtime_ns == kept
     assert DetectorDescription.read(run.root).digest("cpu") == digest
+
+
+def test_thresholds_are_chosen_on_what_the_detector_finds_without_a_map(joint_run, detector, tmp_path, monkeypatch):
+    run = copied(joint_run, tmp_path / "run")
+    graph = Training(run.config, run.root, torch.device("cpu")).graph
+    kept = graph.folder("thresholds")
+    found = {}
+
+    def keep(each, truth, *others):
+        found.update(each)
+        return evaluate_voc(each, truth, *others)
+
+    shutil.rmtree(kept)
+    monkeypatch.setattr(thresholds, "evaluate_voc", keep)
+    monkeypatch.setattr(TrainingWindows, "maps", lambda *_: pytest.fail("a map is computed"))
+    assert train_detector(run.config, run.root, progress=False).thresholds == pytest.approx(detector.thresholds)
+    assert len(found) == len(graph.data.validation) == 3
+    for record in graph.data.validation:
+        expected = detector.detect_for_evaluation(record.path, read_windows(graph.folder("proposals"), record))[0]
+        own = found[record.id]
+        assert len(own) == pytest.approx(len(expected), rel=0.05)
+        near = pairwise_iou(own.boxes, expected.boxes) * (own.labels[:, None] == expected.labels)
+        sure = own.scores > 0.1  # rows lie in half precision
+        assert sure.any()
+        assert (near.max(axis=1)[sure] > 0.95).all()
+        assert np.abs(own.scores - expected.scores[near.argmax(axis=1)])[sure].max() < 0.02
+
+
+def test_a_head_that_the_paper_starts_elsewhere_and_a_budget_of_maps_are_of_no_effect(small_run, tmp_path):
+    config = joint_config(small_run, head__init="imagenet", maps__budget_gigabytes=1e-9)
+    run = Training(config, tmp_path, torch.device("cpu"))
+    run.networks.check_inputs(STAGES)
+    assert {status.name for status in run.graph.statuses() if not status.skipped} == {
+        *("proposals", "embed", "joint", "thresholds")
+    }
 
 
 def test_a_class_without_measure_is_shown_from_the_probability_of_either(joint_run, detector):
