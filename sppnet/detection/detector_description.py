@@ -45,11 +45,6 @@ class DetectorDescription:
             raise ArtifactError(_missing(Path(run), folder))
         values = read_json(path)
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        if found == 1:
-            raise ArtifactError(
-                f"{path}: saved by an earlier version of sppnet, whose settings had other names (trunk is now "
-                f"backbone, compress is now low_rank, precision is one setting): {_TRAIN_AGAIN}"
-            )
         if found != FORMAT:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]

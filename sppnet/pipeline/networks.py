@@ -223,7 +223,8 @@ class TrainingNetworks:
         if joint:
             kept, every = config.joint.windows, config.proposals.max_windows
             windows = np.array([every if path.is_relative_to(TESTED) else kept for path in paths])
-            sizes, gathered = windows * (2 * config.joint.rank + 16) / 1e9, 2e-9 * config.joint.rank * windows.sum()
+            sizes = windows * (2 * config.joint.rank + 16) / 1e9
+            gathered = 2e-9 * config.joint.rank * windows[windows == kept].sum()
         line = f"the {what} of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
         free = shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9
         done = sizes[there].sum()

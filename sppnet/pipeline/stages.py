@@ -33,11 +33,9 @@ from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-# One version more where difficult objects do not train: since windows on them are left alone.
-LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
 CHOOSES_SCALE = ("low_rank", "embed", "svm", "boxes")
-TESTED = "tested"  # in the folder of `embed`: validation images, with all windows that `eval` searches
+TESTED = "tested"  # in the folder of `embed`: the rows of validation images
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -130,8 +128,7 @@ class StageGraph:
             keys = sorted([*stage.settings(self.config), *choice])
             settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data if split != "objects" or self.data.objects]
-            version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
-            digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])
+            digests[name] = digest_of(name, stage.version, settings, data, [digests[o] for o in self.reads(name)])
         return digests
 
     @cached_property
@@ -153,6 +150,8 @@ class StageGraph:
         values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
         if self.config.head.training == "paper":
             del values["head"]["training"]  # of no effect: the results of earlier versions stay
+        if not self.config.data.train_on_difficult:
+            values["data"]["train_on_difficult"] = "windows on difficult objects are left alone"  # before they were not
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
         if self.config.backbone.module is None:
@@ -176,7 +175,7 @@ class StageGraph:
     def rows(self) -> list[Path]:
         """Of a joint head: where the windows of each of `images` lie as rows, relative to the folder of `embed`."""
         tested = {record.id for record in self.data.validation}
-        return [rows_path(r, Path(TESTED if r.id in tested else ""), flip) for r, flip in self.images]
+        return [r.path_in(Path(TESTED)) if r.id in tested else rows_path(r, Path(), flip) for r, flip in self.images]
 
     @cached_property
     def gigabytes(self) -> NDArray[np.floating]:
@@ -316,7 +315,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "embed",
-            version=2,  # 2: all windows of validation images
+            version=2,  # 2: all windows that are tested of validation images
             settings=lambda config: [*EMBED, "data.train_on_difficult", *_searched_apart(config)],
             reads=lambda _: ["proposals"],
             outputs=lambda graph: graph.rows,
@@ -328,7 +327,7 @@ GRAPH: dict[str, Stage] = {
             settings=lambda _: [*JOINT, "precision", "data.train_on_difficult"],
             reads=lambda _: ["embed"],
             outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
-            data=["train", "objects"],  # validation images are only measured
+            data=["train", "objects"],
             skipped=_only("joint"),
         ),
         Stage(

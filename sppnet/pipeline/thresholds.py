@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sppnet.artifacts import map_arrays, read_arrays, read_tensors, write_arrays
+from sppnet.artifacts import read_arrays, read_tensors, write_arrays
 from sppnet.detection.detector import SPPDetector
-from sppnet.detection.embedding import Projection, rows_path
+from sppnet.detection.embedding import Projection
 from sppnet.detection.feature_maps import FeatureMaps
 from sppnet.detection.training_windows import TrainingWindows
 from sppnet.detection.window_features import FrozenHead, ProjectedWindows, WindowScores
@@ -60,8 +60,8 @@ def _scorer(detector: SPPDetector, source: TrainingWindows, rows: Path) -> Calla
 
     @torch.no_grad()
     def score(index: int) -> WindowScores:
-        record, objects = source.records[index], len(source.annotation(index))
-        stored = map_arrays(rows_path(record, rows / TESTED))["rows"][objects:]  # objects come first
+        record = source.records[index]
+        stored = read_arrays(record.path_in(rows / TESTED))["rows"]
         own = torch.from_numpy(stored.astype(np.float32)) + projection.shift
         features = head.above_basis(own.to(detector.device))
         scores, maps = detector.svms.score(features).cpu().numpy(), FeatureMaps((), (), record.size)

@@ -268,21 +268,18 @@ class Training:
             del pooled
         distributed.barrier()
         projection = Projection.from_tensors(read_tensors(path))
-        train, tested = networks.windows(train=True, objects=True), self._tested()
-        jobs = [(i, flip) for flip in (False, True)[: 1 + own.flip] for i in range(len(train.records))]
-        made = embed_images(train, jobs, projection, folder, own.windows, self.progress)
-        jobs = [(i, False) for i in range(len(tested.records))]
-        made += embed_images(tested, jobs, projection, folder / TESTED, None, self.progress)
+        train = networks.windows(train=True, objects=True)
+        made = embed_images(train, projection, folder, own.flip, False, self.progress)
+        made += embed_images(self._tested(), projection, folder / TESTED, False, True, self.progress)
         rank = len(projection.basis)
         return f"{counted(made, 'image')} embedded; {rank} components keep {projection.kept:.1%} of the variance"
 
     # … and fc6, fc7, softmax and boxes on these
     def joint(self) -> str:
         config, rows, folder = self.config, self.graph.folder("embed"), self.graph.folder("joint")
-        train = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
-        validation = label_rows(self.networks.windows(train=False), rows / TESTED, False)
+        labelled = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
         own = config.head, config.joint, folder, self.device, self.precision, self.progress
-        model, summary = train_joint_head(train, validation, *own)
+        model, summary = train_joint_head(labelled, *own)
         if distributed.is_main():
             projection = Projection.from_tensors(read_tensors(rows / "projection.safetensors"))
             write_tensors(folder / "boxes.safetensors", model.regressors(self.classes).to_tensors())

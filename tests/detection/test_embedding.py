@@ -117,8 +117,8 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
     assert pooled.shape == (6 + 5, source.backbone.channels * 5)  # all windows: their objects, and four proposals each
     projection = fit_projection(pooled, 4)
     jobs = [(index, flip) for index in range(2) for flip in (False, True)]
-    assert embed_images(source, jobs, projection, tmp_path / "rows", 5, False) == 4
-    assert embed_images(source, jobs, projection, tmp_path / "rows", 5, False) == 0
+    assert embed_images(source, projection, tmp_path / "rows", True, False, False) == 4
+    assert embed_images(source, projection, tmp_path / "rows", True, False, False) == 0
     for index, flip in jobs:
         record = source.records[index]
         stored = read_arrays(rows_path(record, tmp_path / "rows", flip))
@@ -133,11 +133,11 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
         assert np.allclose(stored["rows"], projection.rows(features).numpy(), rtol=2e-3, atol=2e-3)
 
 
-def test_without_a_limit_all_windows_are_kept_objects_first_in_their_order(source, tmp_path):
+def test_of_an_image_to_test_on_all_proposals_are_kept_and_no_object(source, tmp_path):
     projection = Projection(torch.ones(4, source.backbone.channels * 5), torch.zeros(4))
-    assert embed_images(source, [(0, False)], projection, tmp_path / "rows", None, False) == 1
-    stored = read_arrays(rows_path(source.records[0], tmp_path / "rows"))
-    assert np.array_equal(stored["windows"], np.concatenate([OBJECTS.boxes, WINDOWS]))
+    assert embed_images(source, projection, tmp_path / "rows", False, True, False) == 2
+    for record in source.records:
+        assert np.array_equal(read_arrays(record.path_in(tmp_path / "rows"))["windows"], WINDOWS)
 
 
 # ---- labels and batches --------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def number_rows(source, jobs, folder):
 def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(source, tmp_path, flips):
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
     jobs = [(index, flip) for index in range(2) for flip in (False, True)[: 1 + flips]]
-    embed_images(source, jobs, projection, tmp_path / "rows", 5, False)
+    embed_images(source, projection, tmp_path / "rows", flips, False, False)
     number_rows(source, jobs, tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", flips)
     images, numbers = rows.features[:, :2].astype(int).T
@@ -189,7 +189,7 @@ def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(
     )
     source = replace(source, records=[difficult], config=config)
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
-    embed_images(source, [(0, False)], projection, tmp_path / "rows", 5, False)
+    embed_images(source, projection, tmp_path / "rows", False, False, False)
     number_rows(source, [(0, False)], tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", False)
     windows = read_arrays(rows_path(difficult, tmp_path / "rows"))["windows"][rows.features[:, 1].astype(int)]
@@ -203,7 +203,7 @@ def test_of_two_objects_at_the_same_overlap_the_target_is_that_of_the_label(sour
     record = replace(source.records[0], annotation=annotated(("dog", dog), ("cat", cat)))
     write_arrays(record.path_in(tmp_path / "windows"), windows=window)
     source = replace(source, records=[record])
-    embed_images(source, [(0, False)], Projection(torch.zeros(4, 640), torch.zeros(4)), tmp_path / "rows", 5, False)
+    embed_images(source, Projection(torch.zeros(4, 640), torch.zeros(4)), tmp_path / "rows", False, False, False)
     number_rows(source, [(0, False)], tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", False)
     place = [tuple(w) for w in read_arrays(rows_path(record, tmp_path / "rows"))["windows"].tolist()].index(

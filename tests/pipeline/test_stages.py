@@ -18,7 +18,6 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError
-from sppnet.pipeline import stages
 from sppnet.pipeline.run_data import RunData, load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
@@ -231,18 +230,6 @@ def test_the_head_is_trained_only_where_its_features_are_wanted(small_run):
 def test_a_newer_algorithm_invalidates_its_results_and_what_depends_on_them(small_run, monkeypatch):
     monkeypatch.setitem(GRAPH, "finetune", replace(GRAPH["finetune"], version=GRAPH["finetune"].version + 1))
     assert invalidated(small_run, small_run.config) == ("finetune", "svm", "thresholds")
-
-
-def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_train(small_run, monkeypatch):
-    def digests(**changes):
-        return StageGraph(small_run.root, changed(small_run, **changes), load_run_data(small_run.config)).digests
-
-    unlike = {"low_rank__fc6": 5, "data__train_on_difficult": False}
-    now = digests(), digests(**unlike)
-    monkeypatch.setattr(stages, "LEAVES_DIFFICULT", ())
-    before = digests(), digests(**unlike)
-    assert now[0] == before[0]
-    assert {name for name in STAGES if now[1][name] != before[1][name]} == {*PAPER[-5:]}
 
 
 def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
