@@ -127,21 +127,13 @@ def train_joint_head(
         for step in bar:
             drawn = rows.draw(settings.batch, settings.positive_share, np.random.default_rng((settings.seed, step)))
             own = np.array_split(drawn, distributed.world_size())[distributed.rank()]
-            trainer.train_step(step, *_batch(rows, own, model))
+            trainer.train_step(step, rows, own)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == settings.steps:
                 loss, box_loss = trainer.log_losses(step + 1)
                 bar.set_postfix(loss=f"{loss + box_loss:.3f}", refresh=False)
     loss, box_loss = trainer.log[-1][1:3]
     steps = f"{settings.steps} steps on {len(rows.labels):,} windows, {done} of them from before"
     return model.eval(), f"{steps}; loss {loss:.3f}, of boxes {box_loss:.3f}"
-
-
-def _batch(rows: LabelledRows, chosen: NDArray[np.int64], model: JointHead) -> tuple[Tensor, Tensor, Tensor]:
-    """(features, labels, normalised targets) of these windows, where the model is."""
-    device = model.target_mean.device
-    targets = torch.from_numpy(rows.targets[chosen]).to(device)
-    labels = torch.from_numpy(rows.labels[chosen]).to(device)
-    return rows.read(chosen).to(device), labels, (targets - model.target_mean) / model.target_std
 
 
 class _Trainer:
@@ -158,12 +150,14 @@ class _Trainer:
         self.sums = torch.zeros(2, device=device)
         self.count = 0
 
-    def train_step(self, step: int, features: Tensor, labels: Tensor, targets: Tensor) -> None:
+    def train_step(self, step: int, rows: LabelledRows, chosen: NDArray[np.int64]) -> None:
+        labels, targets = (torch.from_numpy(part[chosen]).to(self.device) for part in (rows.labels, rows.targets))
+        targets = (targets - self.model.target_mean) / self.model.target_std
         self.optimiser.param_groups[0]["lr"] = self.rates[step]
         own = np.random.SeedSequence((self.settings.seed, step, distributed.rank()))
         seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits, boxes = self.shared(features)
+            logits, boxes = self.shared(rows.read(chosen).to(self.device))
         losses = joint_loss(logits.float(), boxes.float(), labels, targets)
         self.optimiser.zero_grad()
         share = len(labels) * distributed.world_size() / self.settings.batch  # the mean is that over windows
@@ -180,12 +174,8 @@ class _Trainer:
         self.log.append((step, loss, box_loss, self.rates[step - 1]))
         self.sums.zero_()
         self.count = 0
-        self._save(step)
-        return loss, box_loss
-
-    def _save(self, step: int) -> None:
         if not distributed.is_main():
-            return
+            return loss, box_loss
         state = self.optimiser.state_dict()["state"]
         moments = {f"optimiser.{i}.{name}": value for i, own in state.items() for name, value in own.items()}
         model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -193,6 +183,7 @@ class _Trainer:
         write_tensors(self.folder / "checkpoint.safetensors", {**moments, **model, **progress})
         lines = [COLUMNS, *([int(row[0]), *row[1:]] for row in self.log)]
         write_text(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+        return loss, box_loss
 
     def restore(self) -> int:
         """Continue from the saved state, if there is one; returns the steps done."""

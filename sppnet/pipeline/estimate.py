@@ -112,10 +112,8 @@ def measure(networks: TrainingNetworks) -> Costs:
 def _measure_image(source: TrainingWindows, index: int) -> tuple[float, ...]:
     """(search, maps, pool, project) of one image, and how many windows it has."""
     config, record, times = source.config, source.records[index], [time.monotonic()]
-    if record.path_in(source.windows_folder).exists():
-        found = read_windows(source.windows_folder, record)
-    else:
-        found = make_proposer(config.proposals)(read_image(record.path))
+    there, search = record.path_in(source.windows_folder).exists(), make_proposer(config.proposals)
+    found = read_windows(source.windows_folder, record) if there else search(read_image(record.path))
     windows = found[: config.joint.windows]
     times.append(time.monotonic())
     maps = source.maps(index)

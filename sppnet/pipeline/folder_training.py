@@ -13,7 +13,7 @@ import torch
 
 from sppnet import distributed
 from sppnet.config import STAGES, Config
-from sppnet.config_files import load_config, load_settings, read_reasons, read_yaml_texts
+from sppnet.config_files import load_config, load_settings, read_reasons
 from sppnet.data.layouts import find_data
 from sppnet.errors import SppnetError
 from sppnet.pipeline.choices import Choice, choose_settings, reduced, shown
@@ -153,10 +153,6 @@ def _check_places(folder: Path, root: Path) -> None:
         raise SppnetError(f"{folder}: a run, not a folder of pictures; go on with it by {own}")
     if root.resolve().is_relative_to(folder.resolve()):
         raise SppnetError(f"--run {root}: inside {folder}, where its pictures would become data; name a place outside")
-    for path in sorted(folder.glob("*.y*ml")):
-        values = read_yaml_texts(path)
-        if isinstance(values, dict) and "backbone" in values and {*values} <= {*Config.model_fields, "base"}:
-            log.info("%s is not used; to train by it: sppnet train %s", path, path)
 
 
 def _name(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,9 @@ from sppnet.models.sppnet import (
     pooled_size,
     start_head,
 )
-from sppnet.pipeline.stages import GRAPH, TESTED, StageGraph, fc_layers, ranks, tunes_low_rank
+from sppnet.pipeline.stages import GRAPH, TESTED, StageGraph, fc_layers, ranks, tunes_low_rank, windows_folder
 from sppnet.proposals.edge_forest import load_forest
+from sppnet.proposals.search import propose_images
 from sppnet.records import spread
 
 ACTIVATION_IMAGES = 256  # that choose principal components
@@ -142,6 +144,13 @@ class TrainingNetworks:
         folders = graph.folder("proposals"), graph.folder("maps")
         classes, backbone = graph.data.classes, self.backbone
         return TrainingWindows(records, classes, *folders, backbone, self.config, self.device, len(more))
+
+    def tested(self, progress: bool = True) -> TrainingWindows:
+        """The validation images with the windows that `eval` searches, which are searched where they are missing."""
+        folder = windows_folder(self.graph.root, self.config)
+        source = replace(self.windows(train=False), windows_folder=folder)
+        propose_images(source.records, self.config.proposals, folder, progress, imports_needed=False)
+        return source
 
     @torch.inference_mode()
     def activations(self, head: SPPHead, progress: bool = True) -> Tensor:

@@ -26,7 +26,6 @@ from sppnet.backbones.windows import TARGET_SIDES
 from sppnet.config import STAGES, Config, ProposalSettings
 from sppnet.detection.embedding import rows_path
 from sppnet.detection.feature_maps import count_cells
-from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stage_status import StageStatus
 from sppnet.records import ImageRecord
@@ -142,21 +141,17 @@ class StageGraph:
         values["maps"]["target_side"] = TARGET_SIDES["release"]  # of no effect: the maps of earlier versions stay
         for key in self.config.detect.off:
             del values["detect"][key]
-        values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
-        if self.config.backbone.weights.mean_image is None:
-            del values["backbone"]["weights"]["mean_image"]  # of no effect: the maps of earlier versions stay
-        else:
-            values["backbone"]["weights"]["mean_image"] = _contents(self.config.backbone.weights.mean_image)
+        weights = values["backbone"]["weights"]
+        weights["file"] = _contents(self.config.backbone.weights.file)
+        if weights.pop("mean_image") is not None:
+            weights["mean_image"] = _contents(self.config.backbone.weights.mean_image)
         values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
-        if self.config.head.training == "paper":
-            del values["head"]["training"]  # of no effect: the results of earlier versions stay
+        del values["head"]["training"]  # each kind has stages of its own
         if not self.config.data.train_on_difficult:
             values["data"]["train_on_difficult"] = "windows on difficult objects are left alone"  # before they were not
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
-        if self.config.backbone.module is None:
-            del values["backbone"]["module"]
-        else:
+        if values["backbone"].pop("module") is not None:
             values["backbone"]["module"] = self.module
         if self.config.head.input_norm is not None and self.config.head.init != "random":
             values["head"]["input_norm"] = [self.config.head.input_norm, 2]  # 2: a trained fc6 computes what it did
@@ -187,14 +182,9 @@ class StageGraph:
     def stored(self) -> list[tuple[ImageRecord, bool]]:
         """Those of `images` whose maps are stored: as many, from the first on, as maps.budget_gigabytes holds."""
         budget = self.config.maps.budget_gigabytes
-        if budget is None or GRAPH["maps"].skipped(self.config) or not self.images:
-            return self.images
-        record, least = self.images[0][0], self.gigabytes[0]
-        if least > budget:
-            own = f"those of {record.path}, {record.size[1]} × {record.size[0]} pixels, take {least:.3g} GB"
-            more = f"set {1.01 * least:.3g} or more"  # not what is rounded down
-            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}; {more}")
-        return self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
+        return (
+            self.images if budget is None else self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
+        )
 
     @cached_property
     def layers(self) -> Backbone:
@@ -243,12 +233,8 @@ def tunes_low_rank(config: Config) -> bool:
 
 HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
 EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.seed")
-JOINT = ("joint", "head.fc6", "head.fc7", "head.dropout")
-
-
-def _searched_apart(config: Config) -> list[str]:
-    """Settings of the windows to test on, where others train."""
-    return ["proposals"] if config.train_proposals else []
+JOINT = ("joint", "head.fc6", "head.fc7", "head.dropout", "precision", "data.train_on_difficult")
+TESTS_OTHERS = ((), ("proposals",))  # the windows to test on, where others train
 
 
 def _only(training: str) -> Callable[[Config], str]:
@@ -316,7 +302,7 @@ GRAPH: dict[str, Stage] = {
         Stage(
             "embed",
             version=2,  # 2: all windows that are tested of validation images
-            settings=lambda config: [*EMBED, "data.train_on_difficult", *_searched_apart(config)],
+            settings=lambda config: [*EMBED, "data.train_on_difficult", *TESTS_OTHERS[bool(config.train_proposals)]],
             reads=lambda _: ["proposals"],
             outputs=lambda graph: graph.rows,
             data=["base", "objects"],  # the sample of the projection
@@ -324,7 +310,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "joint",
-            settings=lambda _: [*JOINT, "precision", "data.train_on_difficult"],
+            settings=lambda _: JOINT,
             reads=lambda _: ["embed"],
             outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
             data=["train", "objects"],
@@ -349,7 +335,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "thresholds",
-            settings=lambda config: ["detect", *_searched_apart(config)],
+            settings=lambda config: ["detect", *TESTS_OTHERS[bool(config.train_proposals)]],
             reads=lambda config: [*_features(config.svm.layer), "joint", "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],

@@ -30,13 +30,7 @@ from sppnet.detection.finetuning import finetune_head
 from sppnet.detection.hard_negatives import mine_detectors
 from sppnet.detection.joint_head import SoftmaxClassifier, train_joint_head
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.training_windows import (
-    FinetuneWindows,
-    MiningWindows,
-    TrainingWindows,
-    find_box_examples,
-    pool_box_examples,
-)
+from sppnet.detection.training_windows import FinetuneWindows, MiningWindows, find_box_examples, pool_box_examples
 from sppnet.errors import SppnetError, counted
 from sppnet.evaluation.proposals import proposal_recall
 from sppnet.jobs import one_bar, progress_bar
@@ -46,7 +40,7 @@ from sppnet.pipeline.estimate import Estimate, duration
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.stage_status import StageStatus
-from sppnet.pipeline.stages import CHECKPOINT, TESTED, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
+from sppnet.pipeline.stages import CHECKPOINT, TESTED, StageGraph, ranks, regressor_path, tunes_low_rank
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
@@ -262,17 +256,16 @@ class Training:
         if networks.map_costs:
             log.info("%s", networks.map_costs)
         if not path.exists():
-            pooled = sample_pooled(networks.windows(True, True, base=True), own, self.progress)
+            pooled = sample_pooled(networks.windows(True, True, base=True), own, self.progress).to(self.device)
             if distributed.is_main():
-                write_tensors(path, fit_projection(pooled.to(self.device), own.rank, own.seed).to_tensors())
+                write_tensors(path, fit_projection(pooled, own.rank, own.seed).to_tensors())
             del pooled
         distributed.barrier()
         projection = Projection.from_tensors(read_tensors(path))
-        train = networks.windows(train=True, objects=True)
-        made = embed_images(train, projection, folder, own.flip, False, self.progress)
-        made += embed_images(self._tested(), projection, folder / TESTED, False, True, self.progress)
-        rank = len(projection.basis)
-        return f"{counted(made, 'image')} embedded; {rank} components keep {projection.kept:.1%} of the variance"
+        made = embed_images(networks.windows(True, True), projection, folder, own.flip, False, self.progress)
+        made += embed_images(networks.tested(self.progress), projection, folder / TESTED, False, True, self.progress)
+        kept = f"{len(projection.basis)} components keep {projection.kept:.1%} of the variance"
+        return f"{counted(made, 'image')} embedded; {kept}"
 
     # … and fc6, fc7, softmax and boxes on these
     def joint(self) -> str:
@@ -326,20 +319,13 @@ class Training:
         fitted = f"{counted(len(missing), 'class')} fitted on {counted(windows, 'window')}"
         return f"{fitted}, {len(self.classes) - len(missing)} reused"
 
-    def _tested(self) -> TrainingWindows:
-        """The validation images with the windows that `eval` searches, which are searched where they are missing."""
-        folder = windows_folder(self.graph.root, self.config)
-        source = replace(self.networks.windows(train=False), windows_folder=folder)
-        propose_images(source.records, self.config.proposals, folder, self.progress, imports_needed=False)
-        return source
-
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
         if not path.exists():
             rows = self.graph.folder("embed") if self.config.head.training == "joint" else None
-            kept = path.with_name(DETECTIONS)
-            chosen = choose_thresholds(self._detector(), self._tested(), kept, rows, self.progress)
+            kept, tested = path.with_name(DETECTIONS), self.networks.tested(self.progress)
+            chosen = choose_thresholds(self._detector(), tested, kept, rows, self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
         distributed.barrier()

@@ -156,7 +156,7 @@ def test_images_that_are_searched_are_not_searched_to_estimate(trained, photos, 
     root = shutil.copytree(trained[0], tmp_path / "run")
     for path in [*root.glob("embed-*"), *root.glob("joint-*")]:
         shutil.rmtree(path)
-    monkeypatch.setattr(estimate, "make_proposer", lambda settings: pytest.fail("searched"))
+    monkeypatch.setattr(estimate, "make_proposer", lambda settings: lambda image: pytest.fail("searched"))
     plan = folder_training.plan_training(photos, root)
     assert {*plan.expected.stages} == {"embed", "joint"}
 
@@ -205,13 +205,8 @@ def test_a_class_of_one_object_is_trained_on_and_not_measured(tmp_path, quick):
     assert "not measured, since no validation image shows them: dog" in str(plan.training.graph.data)
 
 
-def test_a_run_is_no_folder_of_pictures_and_a_configuration_in_one_is_said(trained, tmp_path, photos, quick, caplog):
+def test_a_run_is_no_folder_of_pictures(trained):
     assert "a run, not a folder of pictures; go on with it by sppnet train" in refused("train", trained[0])
-    root = one_object(tmp_path / "photos", 3)
-    text(root / "mine.yaml", "backbone: {name: tiny5}\n")
-    with caplog.at_level("INFO", "sppnet"):
-        folder_training.plan_training(root, tmp_path / "run", TINY)
-    assert f"{root / 'mine.yaml'} is not used; to train by it: sppnet train {root / 'mine.yaml'}" in caplog.text
 
 
 def test_weights_that_are_not_installed_are_refused_before_any_work(photos, tmp_path, monkeypatch):
