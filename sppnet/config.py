@@ -300,11 +300,6 @@ class DetectSettings(Settings):
     max_per_class: int = Field(100, ge=1)  # release: per image and class
     vote: bool = True  # ours: a box becomes a mean of those of its class that overlap it by 0.5 or more
 
-    @property
-    def off(self) -> set[str]:
-        """The settings of later versions that change nothing: they are no part of a digest."""
-        return set() if self.vote else {"vote"}
-
     @model_validator(mode="before")
     @classmethod
     def _without_refine(cls, values: Any) -> Any:

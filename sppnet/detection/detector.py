@@ -299,7 +299,12 @@ class SPPDetector:
                 svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else softmax
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
-        except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
+        except (
+            ValueError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
             reason = " ".join(str(error).split())[:300]

@@ -139,8 +139,8 @@ class StageGraph:
         values["scale_choice"] = values["maps"].pop("scale_choice")
         values["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         values["maps"]["target_side"] = TARGET_SIDES["release"]  # of no effect: the maps of earlier versions stay
-        for key in self.config.detect.off:
-            del values["detect"][key]
+        if not self.config.detect.vote:
+            del values["detect"]["vote"]  # of no effect: the results of earlier versions stay
         weights = values["backbone"]["weights"]
         weights["file"] = _contents(self.config.backbone.weights.file)
         if weights.pop("mean_image") is not None:
