@@ -200,8 +200,7 @@ class TrainingNetworks:
             if more:
                 if config.backbone.weights.source == "package":
                     package_file(self.graph.layers.name)
-                if self._needs_start_of("maps"):
-                    _ = self.graph.layers.mean
+                _ = self.graph.layers.mean
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
                     fc6 = name == "fc6"
@@ -274,12 +273,8 @@ class TrainingNetworks:
     @property
     def _starts_head(self) -> bool:
         """Whether head.init is read: of the paper's head, where fc features are wanted and not fine-tuned yet."""
-        return bool(fc_layers(self.config)) and self._needs_start_of("finetune")
-
-    def _needs_start_of(self, stage: str) -> bool:
-        """Whether what a stage starts from is used: the stage is skipped or not complete."""
-        status = self.graph.status(stage)
-        return bool(status.skipped) or not status.complete
+        status = self.graph.status("finetune")
+        return bool(fc_layers(self.config)) and (bool(status.skipped) or not status.complete)
 
     def _new_head(self, ranks: dict[str, int] | None = None) -> SPPHead:
         config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels
