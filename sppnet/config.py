@@ -47,7 +47,8 @@ class ProposalSettings(Settings):
     method: Literal["selective_search", "opencv_selective_search", "edge_boxes"] = "selective_search"  # sec. 4.1, 4.3
     mode: Literal["fast", "quality"] = "fast"  # of both selective searches
     edge_model: FilePath | None = None  # of edge_boxes: OpenCV's structured forest; None = gradients (ours)
-    max_windows: int = Field(2000, ge=1)  # sec. 4.1
+    max_windows: int = Field(2000, ge=1)  # sec. 4.1; ours: and as many sliding windows
+    shapes: tuple[tuple[Rate, Rate], ...] = ()  # ours: of sliding windows; widths, heights / shorter side of an image
     min_side: int = Field(20, ge=1)  # release: both sides at least 20 px
     max_side: int | None = Field(640, ge=16)  # ours: larger images are searched in a shrunk copy; None = never
     import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows

@@ -34,31 +34,54 @@ class Choice(NamedTuple):
 def choose_settings(records: Sequence[ImageRecord]) -> dict[str, Choice]:
     """The settings for annotated images, from their number and the sizes of their objects; SppnetError without any."""
     rows = [
-        (name, math.sqrt((x2 - x1) * (y2 - y1)) / min(record.size), min(x2 - x1, y2 - y1))
+        (name, min(record.size), x2 - x1, y2 - y1)
         for record in records
         if record.annotation is not None
         for name, (x1, y1, x2, y2) in zip(record.annotation.names, record.annotation.boxes.tolist(), strict=True)
     ]
     if not rows:
         raise SppnetError(f"no object in {counted(len(records), 'image')}; draw boxes around some")
-    names, shares, widths = map(np.array, zip(*rows, strict=True))
+    names, sides, widths, heights = map(np.array, zip(*rows, strict=True))
+    shares = np.sqrt(widths * heights) / sides
+    _, label, count = np.unique(names, return_inverse=True, return_counts=True)
+    weights = 1 / count[label]  # the objects of a class weigh as much together as another's
     images, objects = counted(len(records), "picture"), counted(len(rows), "object")
-    small, large = (_quantile(shares, names, part) for part in (3 / 8, 7 / 8))
+    small, large = (_quantile(shares, weights, part) for part in (3 / 8, 7 / 8))
     seen = f"objects of {small:.2f} to {large:.2f} of the shorter side (3/8 and 7/8 are smaller, classes alike)"
     windows = min(MOST_WINDOWS, max(LEAST_WINDOWS, ALL_WINDOWS // len(records)))
     steps = choose_steps(len(records), len(rows))
-    width = min(20, max(6, int(0.8 * _quantile(widths, names, 1 / 20))))
+    width = min(20, max(6, int(0.8 * _quantile(np.minimum(widths, heights), weights, 1 / 20))))
+    shapes = choose_shapes(shares, widths / heights, weights)
     return {
         "backbone.name": Choice("efficientnet_lite0", "accurate for its time, and a package: no download"),
         "backbone.weights.source": Choice("package", "ImageNet weights of the extra [backbones]"),
         "head.training": Choice("joint", "minutes on a CPU: a light head learns, the network stays"),
         "proposals.min_side": Choice(width, "px; all but 1 in 20 objects are wider and higher"),
+        "proposals.shapes": Choice(shapes, f"as {objects} are, for those that the search misses"),
         "maps.scales": Choice(choose_sides(small, large), f"{seen} are about {BEST_SIDE} px there"),
         "joint.windows": Choice(windows, f"of each of {images}, at most {ALL_WINDOWS:,} in all"),
         "joint.flip": Choice(len(records) <= FEW, f"{images}; mirror images too up to {FEW}"),
         "joint.steps": Choice(steps, f"{images}, {objects}; 1,000 for 300, as the root"),
         "evaluate.metric": Choice("area", "as from VOC 2010 on"),
     }
+
+
+def choose_shapes(
+    shares: NDArray[np.floating], ratios: NDArray[np.floating], weights: NDArray[np.floating]
+) -> tuple[tuple[float, float], ...]:
+    """Widths and heights, as shares, of sliding windows for objects of `shares` (N,), width / height `ratios` (N,).
+
+    A third of the objects is smaller, a third larger than the others; of each third the middle size, with the middle
+    ratio of the widest, of the highest and of those between.
+    """
+    found, edges = dict[tuple[float, float], None](), [_quantile(shares, weights, part) for part in (1 / 3, 2 / 3)]
+    thirds = np.searchsorted(edges, shares)
+    for own in (thirds == third for third in np.unique(thirds)):
+        share = _quantile(shares[own], weights[own], 1 / 2)
+        for part in (1 / 6, 1 / 2, 5 / 6):
+            ratio = math.sqrt(_quantile(ratios[own], weights[own], part))
+            found[max(0.001, round(share * ratio, 3)), max(0.001, round(share / ratio, 3))] = None
+    return tuple(found)
 
 
 def choose_sides(small: float, large: float) -> tuple[int, ...]:
@@ -106,9 +129,9 @@ def _snap(side: float) -> int:
     return int(min(max(32 * round((side - 1) / 32) + 1, LEAST), MOST))
 
 
-def _quantile(values: NDArray[Any], names: NDArray[Any], part: float) -> float:
-    """The value that `part` of all are below, where the objects of a class weigh as much together as another's."""
-    _, label, count = np.unique(names, return_inverse=True, return_counts=True)
+def _quantile(values: NDArray[Any], weights: NDArray[np.floating], part: float) -> float:
+    """The value that `part` of all are below, where `weights` say how much each counts."""
     order = np.argsort(values, kind="stable")
-    weight = np.cumsum(1 / count[label][order])
-    return float(values[order][np.searchsorted(weight, part * weight[-1])])
+    below = np.cumsum(weights[order])
+    wanted = part * below[-1] - 1e-9  # sums are not exact
+    return float(values[order][np.searchsorted(below, wanted)])

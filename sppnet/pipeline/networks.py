@@ -229,7 +229,7 @@ class TrainingNetworks:
             return ""
         sizes, scales, gathered = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale"), 0.0
         if joint:
-            kept, every = config.joint.windows, config.proposals.max_windows
+            kept, every = config.joint.windows, config.proposals.max_windows * (1 + bool(config.proposals.shapes))
             windows = np.array([every if path.is_relative_to(TESTED) else kept for path in paths])
             sizes = windows * (2 * config.joint.rank + 16) / 1e9
             gathered = 2e-9 * config.joint.rank * windows[windows == kept].sum()

@@ -24,6 +24,7 @@ from sppnet.jobs import available_cores, map_in_workers
 from sppnet.proposals.edge_boxes import edge_boxes
 from sppnet.proposals.files import match_records
 from sppnet.proposals.selective_search import opencv_selective_search, selective_search
+from sppnet.proposals.sliding import sliding_windows
 from sppnet.records import ImageRecord
 
 logger = logging.getLogger("sppnet")
@@ -51,7 +52,7 @@ class ProposeSummary:
 def make_proposer(*settings: ProposalSettings) -> Proposer:
     """The search that the settings name, as a function of the image alone; of several, the windows of all."""
     distinct = dict.fromkeys(own.model_copy(update={"import_from": (), "workers": 0}) for own in settings)
-    searches = [partial(METHODS[own.method], settings=own) for own in distinct]
+    searches = [partial(_search_image, own) for own in distinct]
     return searches[0] if len(searches) == 1 else partial(_search_all, searches)
 
 
@@ -59,6 +60,15 @@ def unite_windows(sources: Sequence[Windows]) -> Windows:
     """The windows (R, 4) of several searches in their order, each once; those of one as they are."""
     every = np.concatenate(sources)
     return every if len(sources) == 1 else every[np.sort(np.unique(every, axis=0, return_index=True)[1])]
+
+
+def _search_image(settings: ProposalSettings, image: NDArray[np.uint8]) -> Windows:
+    return _with_sliding(METHODS[settings.method](image, settings=settings), image.shape[:2], settings)
+
+
+def _with_sliding(windows: Windows, size: tuple[int, ...], settings: ProposalSettings) -> Windows:
+    height, width = size
+    return unite_windows([windows, sliding_windows((height, width), settings.shapes, settings.max_windows)])
 
 
 def _search_all(searches: Sequence[Proposer], image: NDArray[np.uint8]) -> Windows:
@@ -75,10 +85,10 @@ def propose_images(
     """Write the windows of every record to `folder`, one file each; complete files are kept as they are.
 
     Records found in settings.import_from take their windows from there, in the given order, without those below
-    min_side and cut to max_windows; the others are searched by settings.workers processes, which the log says. Under
-    torchrun every process does its share of the records. An error names the image and ends the run; what is done stays
-    done. Files that fit none of the records are an error where they are needed; so are those with no window as large as
-    min_side; both before anything is written.
+    min_side and cut to max_windows; the others are searched by settings.workers processes, which the log says. Sliding
+    windows of settings.shapes follow both. Under torchrun every process does its share of the records. An error names
+    the image and ends the run; what is done stays done. Files that fit none of the records are an error where they are
+    needed; so are those with no window as large as min_side; both before anything is written.
     `folder` must stand for the settings and for the content of the imported files (see pipeline.stages).
     """
     mine = shard(records)
@@ -97,7 +107,8 @@ def propose_images(
         logger.warning(f"proposals.import_from holds no windows of {missed}; they are searched with {settings.method}")
     for record in missing:
         if record.id in large:
-            write_arrays(record.path_in(folder), windows=large[record.id][: settings.max_windows])
+            windows = _with_sliding(large[record.id][: settings.max_windows], record.size, settings)
+            write_arrays(record.path_in(folder), windows=windows)
     workers = settings.workers or available_cores()  # a search holds no weights
     map_in_workers(partial(partial, _search, settings, folder), searched, "proposals", "image", workers, progress)
     barrier()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sppnet.errors import SppnetError
-from sppnet.pipeline.choices import choose_settings, choose_sides, choose_steps, reduced
+from sppnet.pipeline.choices import choose_settings, choose_shapes, choose_sides, choose_steps, reduced
 from sppnet.records import Annotation, ImageRecord
 
 BCCD = {"platelets": (0.08, 1), "red": (0.2, 11), "white": (0.4, 1)}  # share of the shorter side, objects in an image
@@ -108,3 +108,20 @@ def test_a_lower_level_is_nowhere_more_work(of):
         before = now
     assert (sides, windows) == ((353,), 64)
     assert steps == 100
+
+
+def test_sliding_windows_have_the_shapes_of_objects():
+    shares = {"small": (0.05, 20), "middle": (0.2, 1), "large": (0.7, 1)}
+    shapes = values(images(40, shares))["proposals.shapes"]
+    for shape, wanted in zip(np.array(shapes), (0.05, 0.2, 0.7), strict=True):
+        np.testing.assert_allclose(shape, wanted, rtol=0.12)
+    ((width, height),) = values(images(1, {"one": (0.3, 1)}))["proposals.shapes"]
+    assert width == height == pytest.approx(0.3, rel=0.1)
+
+
+def test_wide_and_high_objects_give_wide_and_high_shapes():
+    ratios = np.exp(np.linspace(-1, 1, 999))
+    shapes = np.array(choose_shapes(np.full(999, 0.3), ratios, np.ones(999)))
+    np.testing.assert_allclose(np.sqrt(shapes.prod(axis=1)), 0.3, rtol=0.01)
+    np.testing.assert_allclose(shapes[:, 0] / shapes[:, 1], np.exp([-2 / 3, 0, 2 / 3]), rtol=0.05)
+    assert choose_shapes(np.full(3, 1e-4), np.ones(3), np.ones(3)) == ((0.001, 0.001),)

@@ -26,6 +26,7 @@ from sppnet.proposals import search as proposals
 from sppnet.proposals.files import export_windows, import_windows
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 from sppnet.proposals.selective_search import box_hash, opencv_selective_search
+from sppnet.proposals.sliding import sliding_windows
 from sppnet.records import ImageRecord, pairwise_iou
 
 opencv = partial(ProposalSettings, method="opencv_selective_search")
@@ -158,6 +159,16 @@ def test_an_opencv_without_its_contributions_is_named(monkeypatch: pytest.Monkey
 def test_make_proposer_gives_the_search_of_the_settings() -> None:
     settings = opencv(max_windows=7)
     np.testing.assert_array_equal(make_proposer(settings)(scene()), opencv_selective_search(scene(), settings))
+
+
+def test_sliding_windows_follow_those_of_the_search_each_once() -> None:
+    settings, plain = opencv(max_windows=9, shapes=((0.5, 0.5), (1.0, 1.0))), opencv(max_windows=9)
+    found = make_proposer(settings)(scene())
+    own = opencv_selective_search(scene(), plain)
+    np.testing.assert_array_equal(found[: len(own)], own)
+    sliding = {*map(tuple, sliding_windows(scene().shape[:2], settings.shapes, 9).tolist())}
+    assert {*map(tuple, found[len(own) :].tolist())} == sliding - {*map(tuple, own.tolist())}
+    assert len(np.unique(found, axis=0)) == len(found) <= 18
 
 
 # a data set
@@ -307,6 +318,16 @@ def test_imported_windows_keep_their_order_and_lose_the_small_ones_before_the_cu
     np.testing.assert_array_equal(
         read_windows(tmp_path / "out", records[2]), opencv_selective_search(scene(), opencv(max_windows=3))
     )
+
+
+def test_imported_windows_are_joined_by_sliding_ones(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 1)
+    export_windows(tmp_path / "w.npz", [records[0].id], [[[5, 5, 90, 90]]])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",), max_windows=4, shapes=((0.9, 0.9),))
+    propose_images(records, settings, tmp_path / "out", progress=False)
+    windows = read_windows(tmp_path / "out", records[0])
+    np.testing.assert_array_equal(windows[1:], sliding_windows(records[0].size, settings.shapes, 4))
+    assert windows[0].tolist() == [5, 5, 90, 90]
 
 
 def test_an_image_without_imported_windows_has_an_empty_file(tmp_path: Path) -> None:
