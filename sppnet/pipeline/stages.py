@@ -199,7 +199,8 @@ def windows_folder(root: Path, config: Config, search: ProposalSettings | None =
 
 
 def _search_values(settings: ProposalSettings) -> dict[str, Any]:
-    values = settings.model_dump(mode="json", exclude={"workers", "edge_model"})
+    none = {"workers", "edge_model", *([] if settings.shapes else ["shapes"])}  # of no effect: earlier windows stay
+    values = settings.model_dump(mode="json", exclude=none)
     values["import_from"] = _contents(*settings.import_from)
     forest = settings.edge_model if settings.method == "edge_boxes" else None
     return values if forest is None else {**values, "edge_model": _contents(forest)}
