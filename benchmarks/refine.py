@@ -1,11 +1,11 @@
-"""What refined boxes and box voting change: accuracy of a trained run with and without, and the time of the selection.
+"""What box voting changes: accuracy of a trained run with and without, and the time of the selection.
 
     python benchmarks/refine.py RUN [--data VOCdevkit] [--split VOC2007/val …] [--windows FILE.npz …] [--images N]
                                 [--rounds 1] [--resamples 200]
 
 The windows are those that `sppnet eval RUN` left, or those of files. Maps and scores of the windows of an image are
-computed once; every variant selects from them (detect.refine, detect.vote). Columns: mAP at IoU 0.5, its mean over
-0.50, 0.55 … 0.95, their differences to the selection without both with the 90 % interval of a paired bootstrap over
+computed once; every variant selects from them (detect.vote). Columns: mAP at IoU 0.5, its mean over
+0.50, 0.55 … 0.95, their differences to the selection without with the 90 % interval of a paired bootstrap over
 images, and milliseconds an image of the selection alone. A gain whose interval holds 0 is noise. Nothing is written
 to the run.
 """
@@ -36,11 +36,8 @@ from sppnet.proposals.search import read_windows
 from sppnet.records import Annotation, Detections, ImageRecord, spread
 
 VARIANTS = {
-    "base": {"refine": 0, "vote": False},
-    "vote": {"refine": 0, "vote": True},
-    "refine 1": {"refine": 1, "vote": False},
-    "refine 2": {"refine": 2, "vote": False},
-    "refine 1, vote": {"refine": 1, "vote": True},
+    "base": {"vote": False},
+    "vote": {"vote": True},
 }
 OVERLAPS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 Found = Mapping[str, Detections]

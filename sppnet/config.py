@@ -298,13 +298,14 @@ class DetectSettings(Settings):
     score_threshold: float = -1.5  # release; of probabilities (head.training=joint) at least 0.01
     nms_overlap: Overlap = 0.3  # sec. 4.1
     max_per_class: int = Field(100, ge=1)  # release: per image and class
-    refine: int = Field(0, ge=0, le=10)  # ours: how often regressed boxes are scored too, then averaged; not of joint
     vote: bool = True  # ours: a box becomes a mean of those of its class that overlap it by 0.5 or more
 
-    @property
-    def off(self) -> set[str]:
-        """The settings of later versions that change nothing: they are no part of a digest."""
-        return {name for name in ("refine", "vote") if not getattr(self, name)}
+    @model_validator(mode="before")
+    @classmethod
+    def _without_refine(cls, values: Any) -> Any:
+        """A setting of before, off in what was trained: such runs and detectors stay."""
+        kept = isinstance(values, dict) and values.get("refine") == 0
+        return {key: value for key, value in values.items() if key != "refine"} if kept else values
 
 
 class EvaluateSettings(Settings):

@@ -119,7 +119,7 @@ def toy_joint_head(folder: Path) -> JointHead:
     targets = np.where(labels[:, None] < 2, rng.normal(size=(36, 4)), 0).astype(np.float32)
     data = LabelledRows(rng.normal(size=(36, 8)).astype(np.float16), labels, targets, labels < 0, 2)
     settings, head = JointSettings(steps=6, batch=9, positive_share=0.4), HeadSettings(fc6=8, fc7=8, dropout=0)
-    return train_joint_head(data, data, head, settings, folder / "joint", torch.device("cpu"), progress=False)[0]
+    return train_joint_head(data, head, settings, folder / "joint", torch.device("cpu"), progress=False)[0]
 
 
 def joint(folder: Path) -> list[str]:

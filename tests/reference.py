@@ -9,6 +9,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from sppnet.config import SVMSettings
+
 
 def pyramid_vector(feature_map: NDArray, window: Sequence[int], levels: Sequence[int]) -> NDArray:
     """Pyramid vector of one window (x1, y1, x2, y2) of a (C, H, W) map, bin by bin (app. A)."""
@@ -23,6 +25,15 @@ def pyramid_vector(feature_map: NDArray, window: Sequence[int], levels: Sequence
                     left, right = x1 + j * width // n, x1 - (-(j + 1) * width // n)
                     values.append(max(channel[y, x] for y in range(top, bottom) for x in range(left, right)))
     return np.array(values, dtype=feature_map.dtype)
+
+
+def svm_objective(
+    weight: NDArray, bias: float, features: NDArray, labels: NDArray, settings: SVMSettings, scale: float = 1.0
+) -> float:
+    """What a linear SVM minimises (sec. 4.1), of features that are multiplied by `scale` in the problem."""
+    losses = np.maximum(0, 1 - labels * (features.astype(np.float64) @ weight + bias))
+    costs = settings.C * np.where(labels > 0, settings.positive_weight, 1)
+    return float((weight @ weight / scale**2 + (bias / settings.bias_multiplier) ** 2) / 2 + costs @ losses)
 
 
 def expected_scale(box: Sequence[float], image_size: tuple[int, int], target_side: float) -> int:

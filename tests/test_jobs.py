@@ -115,6 +115,15 @@ def test_one_bar_moves_by_the_estimated_time_of_each_item_of_the_jobs_within(cap
     assert capsys.readouterr().err == ""  # no terminal, and less than a minute
 
 
+def test_after_the_one_bar_each_job_has_its_own_again(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SppnetError), one_bar({}, total=1.0):
+        raise SppnetError("a stage ends")
+    assert list(progress_bar(range(2), "maps", "map")) == [0, 1]
+    assert "maps: 100%" in terminal.getvalue()
+
+
 def refuse_to_start() -> Doubler:
     raise SppnetError("cannot start")
 

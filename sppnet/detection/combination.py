@@ -16,9 +16,9 @@ from sppnet.proposals.search import make_proposer
 def combine_detectors(detectors: Sequence[SPPDetector], names: Sequence[str] = ()) -> SPPDetector:
     """The first detector with the others beside it: what all find in an image is pooled and suppressed by class.
 
-    All score the windows of all, each distinct search running once, on their own maps, and refine what they find. In
+    All score the windows of all, each distinct search running once, on their own maps, and regress what they find. In
     `detect` each has its own thresholds; the order of classes, detect.score_threshold, nms_overlap and max_per_class
-    are those of the first.
+    are those of the first. Boxes of joint heads are suppressed, vote and are softened together.
     SppnetError for fewer than two, for scores of two kinds, and for other classes, with the `names` of the detectors.
     """
     members = [replace(own, others=()) for each in detectors for own in (each, *each.others)]

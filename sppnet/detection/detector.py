@@ -23,7 +23,7 @@ from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, Detecto
 from sppnet.detection.feature_maps import FeatureMaps, compute_maps
 from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
-from sppnet.detection.nms import first_of_class, nms_per_class, pool_detections
+from sppnet.detection.nms import first_of_class, nms_per_class, suppress_detections, unite_detections
 from sppnet.detection.refinement import IMPROBABLE, LOOSE, LOWEST, UNLIKELY, settle, vote
 from sppnet.detection.torch_state import network_state, undisturbed
 from sppnet.detection.window_features import FrozenHead, WindowScores, project_to_maps
@@ -103,7 +103,7 @@ class SPPDetector:
         `windows` (R, 4) replace the proposals; boxes are in pixels of the upright image, xyxy half-open.
 
         threshold: lowest score, a number or one for each class; default `thresholds`.
-        nms: overlap above which the worse of two boxes of a class goes; default detect.nms_overlap.
+        nms: overlap above which the worse box of a class goes, or of a joint head loses score; default as the settings.
         top: at most so many of the best detections an image; default all. SppnetError for what cannot be taken.
         """
         if isinstance(image, list | tuple):
@@ -144,11 +144,11 @@ class SPPDetector:
             return self._score(maps, boxes).scores
 
     def detect_for_evaluation(
-        self, image: FeatureMaps | ImageInput, windows: NDArray[np.floating]
+        self, image: FeatureMaps | WindowScores | ImageInput, windows: NDArray[np.floating]
     ) -> tuple[Detections, tuple[str, ...]]:
         """As the release evaluates: all above detect.score_threshold, detect.max_per_class of a class at most.
 
-        Takes an image, or its maps; of a joint head at least 0.01. Also returns the classes that the maximum cut.
+        Takes an image, its maps or scores; of a joint head at least 0.01. Also returns the classes the maximum cut.
         """
         own, boxes = self.config.detect, as_boxes(windows, "windows")
         least = max(own.score_threshold, IMPROBABLE) if self.is_joint else own.score_threshold
@@ -157,7 +157,7 @@ class SPPDetector:
 
     def _search(
         self,
-        image: FeatureMaps | ImageInput,
+        image: FeatureMaps | WindowScores | ImageInput,
         windows: NDArray[np.floating],
         lowest: dict[str, float] | None,
         overlap: float,
@@ -166,22 +166,37 @@ class SPPDetector:
         """The whole way of sec. 4.1, from an image or its maps on; with others that of sec. 4.4.
 
         `lowest`: the score from which on a detection of a class is shown; None for the thresholds of each detector.
+        Boxes of joint heads are settled together, then shown from the lowest of these thresholds on.
         """
         if len(windows) == 0:
             none: Any = []
             return Detections(none, none, none, self.classes), ()
         if self.others and isinstance(image, FeatureMaps):
             raise SppnetError("maps: each of several combined detectors has its own; pass the image")
-        found = [own._search(image, windows, lowest, overlap, limit) for own in self.others]
-        maps = image if isinstance(image, FeatureMaps) else self.embed(image)
-        with undisturbed():
-            scored = self._score(maps, windows)
-            least = check_thresholds([lowest[n] for n in self.classes] if lowest else self.thresholds, self.classes)
-            refined = self.config.detect.score_threshold if self.config.detect.refine else np.inf
-            passing = (scored.scores >= least) | (scored.scores > refined)  # refined scores differ: see in the end
-            every, cut = self.select(windows, scored, passing, overlap, limit)
-            own = every.above(least), cut
-        return pool_detections([own, *found], overlap, limit) if found else own
+        found, passed = list[Detections](), list[NDArray[np.bool_]]()
+        lows, left_out = list[dict[str, float]](), set[str]()
+        for own in (self, *self.others):
+            lows.append(lowest or own._by_class(own.thresholds))
+            maps = image if isinstance(image, FeatureMaps | WindowScores) else own.embed(image)
+            with undisturbed():
+                scored = own._score(maps, windows)
+                passes = scored.scores >= check_thresholds([lows[-1][name] for name in own.classes], own.classes)
+                if self.is_joint:  # boxes that do not pass may vote
+                    rows, label = np.nonzero(passes | (scored.scores > UNLIKELY) if own.config.detect.vote else passes)
+                    boxes, solid = own._regress(windows, scored, rows, label)
+                    rows, label = rows[solid], label[solid]
+                    found.append(Detections(boxes, scored.scores[rows, label], label, own.classes))
+                    passed.append(passes[rows, label])
+                else:
+                    selected, cut = own.select(windows, scored, passes, overlap, limit)
+                    found.append(selected)
+                    left_out |= {*cut}
+        every = unite_detections(found)
+        if self.is_joint:
+            settled, cut = settle(every, np.concatenate(passed), overlap, limit, self.config.detect.vote)
+            return settled.above([min(low[name] for low in lows) for name in self.classes]), cut
+        pooled, cut = suppress_detections(every, overlap, limit)
+        return pooled, tuple(name for name in self.classes if name in {*cut, *left_out})
 
     def select(
         self,
@@ -191,35 +206,22 @@ class SPPDetector:
         overlap: float,
         limit: int | None = None,
     ) -> tuple[Detections, tuple[str, ...]]:
-        """NMS, box regression on the survivors, clip, NMS again (release) of the scores that pass (R, K).
+        """NMS, box regression on the survivors, clip, NMS again (release) of the SVMs' scores that pass (R, K).
 
-        detect.refine and detect.vote change scores and boxes before the second NMS (ours). At most `limit` of a class;
-        also returns the classes of which it left some out.
+        With detect.vote boxes move before the second NMS (ours). Also returns the classes with more than `limit`.
         """
-        if self.is_joint:
-            rows, label = np.nonzero(passes | (scored.scores > UNLIKELY))
-            boxes, solid = self._regress(windows, scored, rows, label)
-            rows, label = rows[solid], label[solid]
-            every = Detections(boxes, scored.scores[rows, label], label, self.classes)
-            return settle(every, passes[rows, label], overlap, limit, self.config.detect.vote)
         most = len(windows) if limit is None else limit
         kept, label = nms_per_class(windows, np.where(passes, scored.scores, -np.inf), overlap, max_per_class=most + 1)
         stay, more = first_of_class(label, most)
         kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
-        scores, label = scored.scores[kept[solid], label[solid]], label[solid]
-        for past in range(1, self.config.detect.refine + 1):
-            again = self._score(scored.maps, boxes, scored.head)
-            scores = (past * scores + again.scores[np.arange(len(boxes)), label]) / np.float32(past + 1)
-            if past < self.config.detect.refine:
-                boxes, solid = self._regress(boxes, again, np.arange(len(boxes)), label)
-                scores, label = scores[solid], label[solid]
-        found = Detections(boxes, scores, label, self.classes)
+        kept, label = kept[solid], label[solid]
+        found = Detections(boxes, scored.scores[kept, label], label, self.classes)
         if self.config.detect.vote:
             votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
             found = vote(found, Detections(others, scored.scores[votes, of][solid], of[solid], self.classes))
-        return pool_detections([(found, cut)], overlap, None)
+        return suppress_detections(found, overlap)[0], cut
 
     def _regress(
         self, windows: NDArray[np.floating], scored: WindowScores, kept: NDArray[np.int64], label: NDArray[np.int64]
@@ -229,8 +231,7 @@ class SPPDetector:
         if self.regressors is not None and len(kept):
             if scored.features is None:
                 distinct, rows = scored.projected.rows(kept).unique()  # few survive, so pooling them again is cheap
-                head = scored.head or self._frozen_head()
-                features = head.features(scored.maps, distinct, "fc7" if self.is_joint else self.config.boxes.layer)
+                features = (scored.head or self._frozen_head()).features(scored.maps, distinct, self.config.boxes.layer)
             else:
                 features, rows = scored.features[0], scored.features[1][kept]
             boxes = self.regressors.single().refine(features, boxes, label, rows)
@@ -299,7 +300,12 @@ class SPPDetector:
                 svms = LinearSVMs.from_tensors(tensors["svm"]) if "svm" in tensors else softmax
                 boxes = BoxRegressors.from_tensors(tensors["boxes"]) if "boxes" in tensors else None
                 detector = cls(network, head, svms, boxes, search, config, description.thresholds, others)
-        except (ValueError, KeyError, RuntimeError) as error:  # settings, tensors or layers that do not fit together
+        except (
+            ValueError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
             reason = " ".join(str(error).split())[:300]
@@ -312,7 +318,9 @@ class SPPDetector:
         svms, others = self.svms.to(device), tuple(own.to(device) for own in self.others)
         return replace(self, backbone=self.backbone.to(device), head=self.head.to(device), svms=svms, others=others)
 
-    def _score(self, maps: FeatureMaps, windows: NDArray[np.floating], head: FrozenHead | None = None) -> WindowScores:
+    def _score(self, maps: FeatureMaps | WindowScores, windows: NDArray[np.floating]) -> WindowScores:
+        if isinstance(maps, WindowScores):
+            return maps
         config, channels = self.config, self.backbone.channels
         if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
             found = len(maps.maps[0]) if isinstance(maps, FeatureMaps) else type(maps).__name__
@@ -321,7 +329,7 @@ class SPPDetector:
             )
         projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
         distinct, rows = projected.unique()
-        head = head or self._frozen_head()
+        head = self._frozen_head()
         features = head.features(maps, distinct, "fc7" if self.is_joint else config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():

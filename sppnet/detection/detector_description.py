@@ -45,19 +45,11 @@ class DetectorDescription:
             raise ArtifactError(_missing(Path(run), folder))
         values = read_json(path)
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        if found == 1:
-            raise ArtifactError(
-                f"{path}: saved by an earlier version of sppnet, whose settings had other names (trunk is now "
-                f"backbone, compress is now low_rank, precision is one setting): {_TRAIN_AGAIN}"
-            )
         if found != FORMAT:
             raise ArtifactError(f"{path}: expected format {FORMAT}, got {found!r}; {OTHER_VERSION}")
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
         if missing:
             raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {OTHER_VERSION}")
-        ranks = values["ranks"]
-        if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
-            raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
             values["config"].pop("pretrain", None)  # of a version whose detectors had a stage more
             values["config"].get("proposals", {}).pop("mode", None)  # and another mode, which hardly any detector had
@@ -76,12 +68,12 @@ class DetectorDescription:
             raise ArtifactError(f"{path}: does not name the detectors in {folder / 'others'}; {OTHER_VERSION}")
         others = tuple(cls.read(file.parent) for file in files)
         classes = tuple(values["classes"])
-        return cls(folder, config, classes, values["parts"], ranks, tuple(thresholds.tolist()), others)
+        return cls(folder, config, classes, values["parts"], values["ranks"], tuple(thresholds.tolist()), others)
 
     def digest(self, device: str | torch.device) -> str:
         """Content key of what decides the detections, given windows: weights, test settings and precision."""
         sections = (self.config.maps, self.config.pyramid, self.config.detect, self.config.svm, self.config.boxes)
-        without = {"runtime", "budget_gigabytes", "scale_choice", *self.config.detect.off}
+        without = {"runtime", "budget_gigabytes", "scale_choice", *([] if self.config.detect.vote else ["vote"])}
         values = [section.model_dump(mode="json", exclude=without) for section in sections]
         side = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         values[0]["target_side"] = side if self.config.maps.scale_choice == "release" else ["paper", side]

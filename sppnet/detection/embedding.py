@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from sppnet.distributed import barrier, in_order, shard
 from sppnet.errors import SppnetError
 from sppnet.jobs import map_in_workers, progress_bar
 from sppnet.models.sppnet import seed_dropout
+from sppnet.proposals.search import read_windows
 from sppnet.records import ImageRecord, flip_boxes, pairwise_iou, spread
 
 SAMPLE_IMAGES = 64  # that choose principal components
@@ -109,26 +110,37 @@ def rows_path(record: ImageRecord, folder: Path, flip: bool = False) -> Path:
 
 
 def embed_images(
-    source: TrainingWindows, jobs: Sequence[tuple[int, bool]], projection: Projection, folder: Path, progress: bool
+    source: TrainingWindows, projection: Projection, folder: Path, flips: bool, tested: bool, progress: bool = True
 ) -> int:
-    """Write the rows of (index of an image, whether mirrored) to `folder`; complete files stay. Returns how many."""
-    paths = [(rows_path(source.records[index], folder, flip), index, flip) for index, flip in shard(jobs)]
+    """Write the rows of every image, and with `flips` of its mirror image, to `folder`; complete files stay.
+
+    Rows are of joint.windows windows of an image (`draw_windows`); of one that is `tested` of all its proposals.
+    Returns how many files were written.
+    """
+    jobs = shard([(index, flip) for flip in (False, True)[: 1 + flips] for index in range(len(source.records))])
+    path_in = ImageRecord.path_in if tested else rows_path
+    paths = [(path_in(source.records[index], folder, flip), index, flip) for index, flip in jobs]
     missing = [job for job in paths if not has_arrays(job[0])]
     workers = 0 if source.device.type == "cpu" else 1
-    map_in_workers(partial(_embedder, source, projection), missing, "embed", "image", workers, progress)
+    map_in_workers(partial(_embedder, source, projection, tested), missing, "embed", "image", workers, progress)
     barrier()
     return len(missing)
 
 
-def _embedder(source: TrainingWindows, projection: Projection) -> Callable[[tuple[Path, int, bool]], None]:
+def _embedder(
+    source: TrainingWindows, projection: Projection, tested: bool
+) -> Callable[[tuple[Path, int, bool]], None]:
     config = source.config
     kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     projection = replace(projection, basis=projection.basis.to(source.device, kind))  # once, not for every image
 
     def embed(job: tuple[Path, int, bool]) -> None:
         path, index, flip = job
-        found = source.image_windows(index)
-        windows = found.windows[draw_windows(found, config.joint.windows, _generator(source, index, config.joint.seed))]
+        if tested:
+            windows = read_windows(source.windows_folder, source.records[index])
+        else:
+            found, rng = source.image_windows(index), _generator(source, index, config.joint.seed)
+            windows = found.windows[draw_windows(found, config.joint.windows, rng)]
         windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
         maps = source.maps(index, flip)
         distinct, places = source.project(maps, windows).unique()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sppnet.checks import as_numbers, as_rows, as_scale, check_finite
 from sppnet.config import SVMSettings
-from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, svm_objective, typical_norm_scale
+from sppnet.detection.linear_svm import LinearSVMs, fit_linear_svm, typical_norm_scale
 from sppnet.detection.negative_cache import NegativeCache
 from sppnet.detection.torch_state import undisturbed
 from sppnet.detection.training_windows import ImageWindows, MiningWindows, PositiveWindows, draw_rows
@@ -212,9 +212,8 @@ class _Miner:
         evicted = self.cache.rescore(label, scores[positives:], self.settings.evict_below)
         self.retrains[label] += 1
         self.fresh[label] = 0
-        objective = svm_objective(svm, scores, signs, self.settings)
         kept = f"cache {positives} pos {negatives - evicted} neg, evicted {evicted}"
-        logger.info(f"svm {self.svms.classes[label]} retrain {self.retrains[label]}: {objective} | {kept}")
+        logger.info(f"svm {self.svms.classes[label]} retrain {self.retrains[label]}: {kept}")
 
     def gather(self) -> int:
         """Take over the SVMs of the other processes' classes; returns how many negatives all caches dropped."""

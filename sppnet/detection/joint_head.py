@@ -26,9 +26,8 @@ from sppnet.errors import SppnetError
 from sppnet.jobs import progress_bar
 from sppnet.models.sppnet import SPPHead, seed_dropout
 
-SAVE_EVERY = 250  # steps; the state is saved and validated
-VALIDATED = 4096  # windows, drawn once as a batch is
-COLUMNS = ("step", "loss", "box_loss", "val_loss", "val_box_loss", "val_error", "learning_rate")
+SAVE_EVERY = 250  # steps; the state is saved, and the losses are logged
+COLUMNS = ("step", "loss", "box_loss", "learning_rate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,6 @@ def joint_loss(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -
 
 def train_joint_head(
     rows: LabelledRows,
-    validation: LabelledRows,
     head: HeadSettings,
     settings: JointSettings,
     folder: Path,
@@ -107,7 +105,7 @@ def train_joint_head(
     precision: str = "float32",
     progress: bool = True,
 ) -> tuple[JointHead, str]:
-    """The head trained on rows, in eval mode, and a line about it. Validation rows, if any, are only measured.
+    """The head trained on rows, in eval mode, and a line about it.
 
     Losses go to folder/log.csv. The state is saved every 250 steps, and a later call with the same folder goes on from
     there, with the same result as without the interruption. Under torchrun the processes share the windows of a batch,
@@ -117,14 +115,10 @@ def train_joint_head(
     if settings.batch < distributed.world_size():
         few = f"joint.batch={settings.batch}, less than a window for each of {distributed.world_size()} processes"
         raise SppnetError(f"{few}; raise it, or start fewer")
-    rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1,)))
-    rows.draw(1, 1, rng)  # refused here where there are no positives
+    rows.draw(1, 1, np.random.default_rng(0))  # refused here where there are no positives
     found = rows.targets[rows.labels < rows.classes]
     model = JointHead(rows.features.shape[1], rows.classes, head, found, settings.seed).to(device)
     trainer = _Trainer(model, settings, folder, device, precision)
-    checked = None
-    if (validation.labels < rows.classes).any():
-        checked = _batch(validation, validation.draw(VALIDATED, settings.positive_share, rng), model)
     done = trainer.restore()
     distributed.barrier()  # with nothing left to do the first process would delete the state before others read it
     devices = [device] if device.type == "cuda" else []
@@ -133,20 +127,13 @@ def train_joint_head(
         for step in bar:
             drawn = rows.draw(settings.batch, settings.positive_share, np.random.default_rng((settings.seed, step)))
             own = np.array_split(drawn, distributed.world_size())[distributed.rank()]
-            trainer.train_step(step, *_batch(rows, own, model))
+            trainer.train_step(step, rows, own)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == settings.steps:
-                row = trainer.validate(step + 1, checked)
-                bar.set_postfix(loss=f"{row[1] + row[2]:.3f}", val_error=f"{row[5]:.3f}", refresh=False)
-    loss = ", ".join(f"{name} {value:.3f}" for name, value in zip(COLUMNS[1:6], trainer.log[-1][1:6], strict=True))
-    return model.eval(), f"{settings.steps} steps on {len(rows.labels):,} windows, {done} of them from before; {loss}"
-
-
-def _batch(rows: LabelledRows, chosen: NDArray[np.int64], model: JointHead) -> tuple[Tensor, Tensor, Tensor]:
-    """(features, labels, normalised targets) of these windows, where the model is."""
-    device = model.target_mean.device
-    targets = torch.from_numpy(rows.targets[chosen]).to(device)
-    labels = torch.from_numpy(rows.labels[chosen]).to(device)
-    return rows.read(chosen).to(device), labels, (targets - model.target_mean) / model.target_std
+                loss, box_loss = trainer.log_losses(step + 1)
+                bar.set_postfix(loss=f"{loss + box_loss:.3f}", refresh=False)
+    loss, box_loss = trainer.log[-1][1:3]
+    steps = f"{settings.steps} steps on {len(rows.labels):,} windows, {done} of them from before"
+    return model.eval(), f"{steps}; loss {loss:.3f}, of boxes {box_loss:.3f}"
 
 
 class _Trainer:
@@ -163,11 +150,15 @@ class _Trainer:
         self.sums = torch.zeros(2, device=device)
         self.count = 0
 
-    def train_step(self, step: int, features: Tensor, labels: Tensor, targets: Tensor) -> None:
+    def train_step(self, step: int, rows: LabelledRows, chosen: NDArray[np.int64]) -> None:
+        labels, targets = (torch.from_numpy(part[chosen]).to(self.device) for part in (rows.labels, rows.targets))
+        targets = (targets - self.model.target_mean) / self.model.target_std
         self.optimiser.param_groups[0]["lr"] = self.rates[step]
         own = np.random.SeedSequence((self.settings.seed, step, distributed.rank()))
         seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
-        losses = self._losses(self.shared, features, labels, targets)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits, boxes = self.shared(rows.read(chosen).to(self.device))
+        losses = joint_loss(logits.float(), boxes.float(), labels, targets)
         self.optimiser.zero_grad()
         share = len(labels) * distributed.world_size() / self.settings.batch  # the mean is that over windows
         (torch.stack(losses).sum() * share).backward()
@@ -175,35 +166,16 @@ class _Trainer:
         self.sums += torch.stack(losses).detach()
         self.count += 1
 
-    def _losses(self, model: nn.Module, features: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits, boxes = model(features)
-        return joint_loss(logits.float(), boxes.float(), labels, targets)
-
-    @torch.no_grad()
-    def validate(self, step: int, checked: tuple[Tensor, Tensor, Tensor] | None) -> tuple[float, ...]:
-        """Log a row and save the state; returns the row."""
-        measured = (float("nan"),) * 3
-        if checked is not None:
-            self.model.eval()
-            features, labels, targets = checked
-            logits, boxes = self.model(features)
-            error = (logits.argmax(1) != labels).float().mean()
-            loss, box_loss = joint_loss(logits, boxes, labels, targets)
-            measured = float(loss), float(box_loss), float(error)
-            self.model.train()
-        trained = (self.sums / self.count).tolist()
-        if not np.isfinite(trained).all():
+    def log_losses(self, step: int) -> tuple[float, float]:
+        """Log the mean losses since the last time and save the state; returns them."""
+        loss, box_loss = (self.sums / self.count).tolist()
+        if not np.isfinite([loss, box_loss]).all():
             raise SppnetError(f"the loss is not finite at step {step}; lower joint.learning_rate")
-        self.log.append((step, *trained, *measured, self.rates[step - 1]))
+        self.log.append((step, loss, box_loss, self.rates[step - 1]))
         self.sums.zero_()
         self.count = 0
-        self._save(step)
-        return self.log[-1]
-
-    def _save(self, step: int) -> None:
         if not distributed.is_main():
-            return
+            return loss, box_loss
         state = self.optimiser.state_dict()["state"]
         moments = {f"optimiser.{i}.{name}": value for i, own in state.items() for name, value in own.items()}
         model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -211,6 +183,7 @@ class _Trainer:
         write_tensors(self.folder / "checkpoint.safetensors", {**moments, **model, **progress})
         lines = [COLUMNS, *([int(row[0]), *row[1:]] for row in self.log)]
         write_text(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+        return loss, box_loss
 
     def restore(self) -> int:
         """Continue from the saved state, if there is one; returns the steps done."""

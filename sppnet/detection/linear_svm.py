@@ -20,7 +20,6 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,21 +55,6 @@ class LinearSVM:
     def score(self, features: ArrayLike | Tensor) -> NDArray[np.float64]:
         """(R, D), array or tensor -> (R,) float64, computed in double precision; SppnetError for another width."""
         return _as_array(features, len(self.weight)) @ self.weight + self.bias
-
-
-class SVMObjective(NamedTuple):
-    """The minimised sum in its three parts."""
-
-    positive: float
-    negative: float
-    regularisation: float
-
-    @property
-    def total(self) -> float:
-        return self.positive + self.negative + self.regularisation
-
-    def __str__(self) -> str:
-        return f"{self.total:.3f} = {self.positive:.3f} pos + {self.negative:.3f} neg + {self.regularisation:.3f} reg"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,20 +146,6 @@ def fit_linear_svm(
                 stacklevel=2,
             )
     return LinearSVM(weight, float(bias), factor)
-
-
-def svm_objective(
-    svm: LinearSVM, scores: NDArray[np.floating], labels: ArrayLike, settings: SVMSettings | None = None
-) -> SVMObjective:
-    """The value that `fit_linear_svm` minimises. scores (N,) that this SVM gives, labels (N,) in {-1, +1}."""
-    settings, signs = settings or SVMSettings(), _checked_labels(labels, len(scores))
-    loss = np.maximum(0, 1 - signs * scores.astype(np.float64))
-    norm = svm.weight @ svm.weight / svm.scale**2 + (svm.bias / settings.bias_multiplier) ** 2
-    return SVMObjective(
-        positive=float(settings.C * settings.positive_weight * loss[signs > 0].sum()),
-        negative=float(settings.C * loss[signs < 0].sum()),
-        regularisation=float(norm / 2),
-    )
 
 
 def mean_norm_scale(norms: ArrayLike, target: float = 20.0) -> float:

@@ -21,8 +21,6 @@ from sppnet.checks import as_boxes, as_column, check_boxes, check_overlap, is_wh
 from sppnet.errors import SppnetError
 from sppnet.records import Detections, pairwise_iou
 
-CROWDED = 0.6  # IoU up to which boxes of a class may be two objects to a joint head, see `soften`
-
 Array = TypeVar("Array", NDArray[np.generic], Tensor)
 
 
@@ -63,22 +61,22 @@ def nms_per_class(
     return index[order], label_of[order]
 
 
-def pool_detections(
-    each: Sequence[tuple[Detections, tuple[str, ...]]], overlap: float, limit: int | None
-) -> tuple[Detections, tuple[str, ...]]:
-    """What several detectors found, suppressed by class together, and the classes of which a maximum left some out.
+def unite_detections(each: Sequence[Detections]) -> Detections:
+    """What several detectors of the same classes found, one after the other; classes in the order of the first."""
+    classes = each[0].classes
+    boxes, scores = (np.concatenate([getattr(own, name) for own in each]) for name in ("boxes", "scores"))
+    labels = np.array([classes.index(name) for own in each for name in own.class_names], np.int64)
+    return Detections(boxes, scores, labels, classes)
 
-    The classes are in the order of the first; at most `limit` of a class stay.
-    """
-    classes = each[0][0].classes
-    boxes, scores = (np.concatenate([getattr(own, name) for own, _ in each]) for name in ("boxes", "scores"))
-    labels = np.array([classes.index(name) for own, _ in each for name in own.class_names], np.int64)
-    table = np.where(labels[:, None] == np.arange(len(classes)), scores[:, None], -np.inf)
-    kept, label = nms_per_class(boxes, table, overlap)
+
+def suppress_detections(
+    found: Detections, overlap: float, limit: int | None = None
+) -> tuple[Detections, tuple[str, ...]]:
+    """What survives, class by class, best first; at most `limit` of a class, and the classes that have more."""
+    table = np.where(found.labels[:, None] == np.arange(len(found.classes)), found.scores[:, None], -np.inf)
+    kept, label = nms_per_class(found.boxes, table, overlap)
     stay, more = first_of_class(label, len(label) if limit is None else limit)
-    cut = {*(classes[own] for own in more), *(name for _, names in each for name in names)}
-    found = Detections(boxes[kept], scores[kept], label, classes)[stay]
-    return found, tuple(name for name in classes if name in cut)
+    return found[kept[stay]], tuple(found.classes[own] for own in more)
 
 
 def soften(found: Detections, overlap: float) -> Detections:

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppnet.checks import check_overlap
-from sppnet.detection.nms import CROWDED, pool_detections, soften
+from sppnet.detection.nms import soften, suppress_detections
 from sppnet.errors import SppnetError
 from sppnet.records import Detections, pairwise_iou
 
 LOOSE = 0.6  # NMS overlap of those that vote: nearly the same proposals have one vote
 LOWEST = -1.0  # the margin: what scores less is background to the SVM and has no vote
 UNLIKELY, CLOSE = 0.05, 0.65  # of a joint head: the same of probabilities, and the IoU from which boxes vote
+CROWDED = 0.6  # IoU up to which boxes of a class may be two objects to a joint head, before they are softened
 IMPROBABLE = 0.01  # a probability up to which nothing is evaluated: nearly all windows have one for every class
 
 
@@ -44,12 +45,12 @@ def vote(found: Detections, candidates: Detections, overlap: float = 0.5, probab
 def settle(
     every: Detections, shown: NDArray[np.bool_], overlap: float, limit: int | None = None, votes: bool = True
 ) -> tuple[Detections, tuple[str, ...]]:
-    """What a joint head found, of all its regressed windows; also the classes of which `limit` left some out (ours).
+    """What joint heads found, of all regressed windows; also the classes of which `limit` left some out (ours).
 
     A joint head gives the box of every window with its score, so what is suppressed is where objects are, not where
     windows were: those `shown` (R,) that are nearly the same as a better one go, the others become means of all
     around them, and then neighbours whose IoU is above `overlap` lose score.
     """
-    found, cut = pool_detections([(every[shown], ())], max(overlap, CROWDED), limit)
+    found, cut = suppress_detections(every[shown], max(overlap, CROWDED), limit)
     found = vote(found, every.above(UNLIKELY), CLOSE, probabilities=True) if votes else found
     return soften(found, overlap), cut

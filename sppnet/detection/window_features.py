@@ -113,6 +113,12 @@ class FrozenHead:
             features[torch.from_numpy(rows)] = self._head.features(self._rounded(pooled), layer)[: len(rows)].float()
         return features
 
+    @torch.inference_mode()
+    def above_basis(self, rows: Tensor) -> Tensor:
+        """Float32 features of fc7 of what basis6 gives, (R, rank): (R, fc7)."""
+        fc6 = torch.relu(self._head.fc6(self._rounded(rows)))
+        return torch.relu(self._head.fc7(self._head.basis7(fc6)))[: len(rows)].float()
+
     def _rounded(self, pooled: Tensor) -> Tensor:
         """(R, D) in the precision of the products, in bfloat16 with zeros up to a multiple of `STEP` rows."""
         if self._kind == torch.float32:

@@ -22,7 +22,7 @@ from sppnet.images import read_image
 from sppnet.jobs import available_cores, worker_count
 from sppnet.pipeline.networks import TrainingNetworks
 from sppnet.pipeline.stages import StageGraph
-from sppnet.proposals.search import make_proposer
+from sppnet.proposals.search import make_proposer, read_windows
 from sppnet.records import spread
 
 MEASURED = 3  # images; the first only warms up
@@ -31,12 +31,13 @@ PASSES = 12  # times that a sample is projected while its principal components a
 
 
 class Costs(NamedTuple):
-    """Seconds on this machine, on one core; `step` on all."""
+    """Seconds on this machine, on one core; `step` on all; and a count."""
 
     search: float  # of an image
     maps: float  # of an image, for each million of the sum of squared sides (maps.scales)
     pool: float  # of a window
     project: float  # of a window
+    windows: float  # how many an image has
     step: float
 
 
@@ -73,28 +74,33 @@ def estimate(costs: Costs, left: Mapping[str, int], config: Config) -> Estimate:
     """The time of what is `left` (`remaining_work`) with these settings."""
     maps = costs.maps * sum(side * side for side in config.maps.scales) / 1e6
     window, threads = costs.pool + costs.project, available_cores() ** 0.7  # they wait for one another
-    searched, embedded = left.get("proposals", 0), left.get("embed", 0)
-    sampled, most = min(SAMPLE_IMAGES, embedded), config.proposals.max_windows * (1 + bool(config.proposals.shapes))
-    sample = min(SAMPLE_RATIO * config.joint.rank, sampled * most)
+    searched, embedded, kept = left.get("proposals", 0), left.get("embed", 0), min(config.joint.windows, costs.windows)
+    sampled = min(SAMPLE_IMAGES, embedded)
+    sample = min(SAMPLE_RATIO * config.joint.rank, sampled * costs.windows)
     components = (sampled * maps + sample * (costs.pool + PASSES * costs.project)) / threads
     items = {
         "proposals": costs.search / worker_count(searched),
         "components": components / max(1, sampled),
-        "embed": (maps + config.joint.windows * window) / worker_count(embedded),
+        "embed": (maps + kept * window) / worker_count(embedded),
         "joint": costs.step,
-        "thresholds": (maps + most * window) / threads,
+        "thresholds": costs.step * costs.windows / config.joint.batch,  # the way back stands for the selection
     }
     counts = {**left, "joint": config.joint.steps} if "joint" in left else left
-    stages = {name: count * items[name] + components * (name == "embed") for name, count in counts.items()}
+    stages = {name: count * items[name] for name, count in counts.items()}
+    if embedded:  # validation images have the rows of all windows
+        every = left.get("thresholds", 0) * (costs.windows - kept) * window / worker_count(embedded)
+        stages["embed"] += components + every
     return Estimate(stages, items)
 
 
 def measure(networks: TrainingNetworks) -> Costs:
-    """The costs of a training whose inputs are all there."""
+    """The costs of a training whose inputs are all there, by images that are not searched yet, if any."""
     threads, source = torch.get_num_threads(), networks.windows(train=True)
+    every = range(len(source.records))
+    left = [index for index in every if not source.records[index].path_in(source.windows_folder).exists()]
     torch.set_num_threads(1)  # as each of the processes that share the images
     try:
-        images = [_measure_image(source, index) for index in spread(range(len(source.records)), MEASURED)]
+        images = [_measure_image(source, index) for index in spread(left or every, MEASURED)]
     finally:
         torch.set_num_threads(threads)
     costs = torch.tensor([*np.mean(images[1:] or images, axis=0), _measure_step(source)], device="cpu")
@@ -104,19 +110,21 @@ def measure(networks: TrainingNetworks) -> Costs:
 
 @torch.inference_mode()
 def _measure_image(source: TrainingWindows, index: int) -> tuple[float, ...]:
-    """(search, maps, pool, project) of one image."""
-    config, times = source.config, [time.monotonic()]
-    windows = make_proposer(config.proposals)(read_image(source.records[index].path))[: config.joint.windows]
+    """(search, maps, pool, project) of one image, and how many windows it has."""
+    config, record, times = source.config, source.records[index], [time.monotonic()]
+    there, search = record.path_in(source.windows_folder).exists(), make_proposer(config.proposals)
+    found = read_windows(source.windows_folder, record) if there else search(read_image(record.path))
+    windows = found[: config.joint.windows]
     times.append(time.monotonic())
     maps = source.maps(index)
     times.append(time.monotonic())
     pooled = pool_projected(maps, source.project(maps, windows).unique()[0], config.pyramid.levels)
     times.append(time.monotonic())
     projection = Projection(torch.zeros(config.joint.rank, pooled.shape[1]), torch.zeros(config.joint.rank))
-    times[-1], done = time.monotonic(), projection.rows(pooled)
+    times[-1], _ = time.monotonic(), projection.rows(pooled)
     times.append(time.monotonic())
-    squares, count = sum(side * side for side in config.maps.scales) / 1e6, max(1, len(done))
-    return tuple(np.diff(times) / [1, squares, count, count])
+    squares, count = sum(side * side for side in config.maps.scales) / 1e6, max(1, len(windows))
+    return *np.diff(times) / [1, squares, count, count], len(found)
 
 
 def _measure_step(source: TrainingWindows) -> float:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from sppnet import distributed
 from sppnet.config import STAGES, Config
-from sppnet.config_files import load_config, load_settings, read_reasons, read_yaml_texts
+from sppnet.config_files import load_config, load_settings, read_reasons
 from sppnet.errors import SppnetError
 from sppnet.pipeline.choices import Choice, choose_settings, reduced, shown
 from sppnet.pipeline.estimate import Estimate, duration, estimate, measure, remaining_work
@@ -67,13 +67,16 @@ def plan_training(
         choices, data = _choose(folder, overrides, Split.read(root))
         training = Training(_config(folder, choices, overrides), root, device, data=data)
     log.info("%s", training.graph.data)
-    training.networks.check_inputs(only)
+    # the disk that rows take, of `embed`, is checked before the training: fewer minutes may need less
+    training.networks.check_inputs([name for name in only if minutes is None or name != "embed"])
     left, expected = remaining_work(training.graph, only, force), None
     if left and training.config.head.training == "joint":
         costs = measure(training.networks)
         expected = estimate(costs, left, training.config)
         if minutes is not None:
-            used = time.monotonic() - start
+            spent = torch.tensor(time.monotonic() - start, dtype=torch.float64, device="cpu")
+            distributed.take_from_main([spent])  # all processes choose the same
+            used = float(spent)
             why, cost = f"to fit in {minutes:g} minutes", partial(estimate, costs, left)
             for level in range(LEVELS, -1, -1):
                 less = reduced(choices, level / LEVELS, why)
@@ -147,12 +150,6 @@ def _check_places(folder: Path, root: Path) -> None:
         raise SppnetError(f"{folder}: a run, not a folder of pictures; go on with it by {own}")
     if root.resolve().is_relative_to(folder.resolve()):
         raise SppnetError(f"--run {root}: inside {folder}, where its pictures would become data; name a place outside")
-    for path in sorted(folder.glob("*.y*ml")):
-        values = None
-        with suppress(SppnetError):  # of another program
-            values = read_yaml_texts(path)
-        if isinstance(values, dict) and "backbone" in values and {*values} <= {*Config.model_fields, "base"}:
-            log.info("%s is not used; to train by it: sppnet train %s", path, path)
 
 
 def _name(folder: Path) -> str:

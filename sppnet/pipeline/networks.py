@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from sppnet.backbones.runtime import Kind, Precision, Runtime, make_runtime, res
 from sppnet.backbones.weights import package_file
 from sppnet.config import BackboneSettings, SVMSettings
 from sppnet.data.selection import shown_classes
-from sppnet.detection.embedding import Projection, rows_path
+from sppnet.detection.embedding import Projection, draw_windows
 from sppnet.detection.feature_maps import compute_maps
 from sppnet.detection.joint_head import JointHead
 from sppnet.detection.linear_svm import mean_norm_scale
@@ -38,11 +39,11 @@ from sppnet.models.sppnet import (
     pooled_size,
     start_head,
 )
-from sppnet.pipeline.stages import GRAPH, StageGraph, ranks, tunes_low_rank
+from sppnet.pipeline.stages import GRAPH, TESTED, StageGraph, fc_layers, ranks, tunes_low_rank, windows_folder
 from sppnet.proposals.edge_forest import load_forest
-from sppnet.records import ImageRecord, spread
+from sppnet.proposals.search import propose_images
+from sppnet.records import spread
 
-NEAR = 0.5  # IoU from which on a window shows an object
 ACTIVATION_IMAGES = 256  # that choose principal components
 ACTIVATIONS = 16_384  # windows of these in all: four for each of 4,096 outputs
 
@@ -143,22 +144,26 @@ class TrainingNetworks:
         classes, backbone = graph.data.classes, self.backbone
         return TrainingWindows(records, classes, *folders, backbone, self.config, self.device, len(more))
 
+    def tested(self, progress: bool = True) -> TrainingWindows:
+        """The validation images with the windows that `eval` searches, which are searched where they are missing."""
+        folder = windows_folder(self.graph.root, self.config)
+        source = replace(self.windows(train=False), windows_folder=folder)
+        propose_images(source.records, self.config.proposals, folder, progress, imports_needed=False)
+        return source
+
     @torch.inference_mode()
     def activations(self, head: SPPHead, progress: bool = True) -> Tensor:
         """What fc6 of the whole head gives, before its rectification, of a sample of windows: (N, fc6).
 
-        Half of the windows of an image are close to objects where there are as many, because the detector must tell
-        these apart and few proposals are; the others are any proposals.
+        Half of the windows of an image are objects or near one where there are as many (`draw_windows`), because the
+        detector must tell these apart and few proposals are.
         """
         source, rng = self.windows(train=True), np.random.default_rng(self.config.finetune.seed)
         chosen = spread(range(len(source.records)), ACTIVATION_IMAGES)
         each, drawn = -(-ACTIVATIONS // len(chosen)), list[NDArray[np.float32]]()
         for index in chosen:
             image = source.image_windows(index)
-            order = rng.permutation(len(image.windows))
-            near = order[image.overlaps.max(axis=1, initial=0)[order] >= NEAR][: each // 2]
-            others = order[~np.isin(order, near)][: each - len(near)]
-            drawn.append(image.windows[np.concatenate([near, others])])
+            drawn.append(image.windows[draw_windows(image, each, rng)])
         pool, count = self.features("pool"), len(chosen)
         every = in_order(lambda i: [fc6_activations(head, source.features(chosen[i], drawn[i], pool)).cpu()], count)
         found = [part for (part,) in progress_bar(every, "activations", "image", count, shown=progress)]
@@ -176,7 +181,7 @@ class TrainingNetworks:
         files += forests.items()
         if more and config.backbone.weights.source == "file":
             files += [("backbone.weights.file", path) for path in [config.backbone.weights.file] if path]
-        if more and config.head.init == "checkpoint" and self._needs_start_of("finetune"):
+        if more and config.head.init == "checkpoint" and self._starts_head:
             files += [("head.checkpoint", path) for path in [config.head.checkpoint] if path]
         found = [f"missing: {path}: no such file; check {name}" for name, path in files if not path.is_file()]
         hint = "" if difficult else ", or all are difficult and data.train_on_difficult=false"
@@ -194,8 +199,7 @@ class TrainingNetworks:
             if more:
                 if config.backbone.weights.source == "package":
                     package_file(self.graph.layers.name)
-                if self._needs_start_of("maps"):
-                    _ = self.graph.layers.mean
+                _ = self.graph.layers.mean
                 resolve_runtime(config.maps.runtime, self.device)
                 for name, rank in ranks(config).items():
                     fc6 = name == "fc6"
@@ -211,26 +215,29 @@ class TrainingNetworks:
     def map_costs(self) -> str:
         """What the maps take of disk, memory and time; "" where all are there. SppnetError where the disk is too small.
 
-        With a joint head the rows of their windows lie on the disk, and maps take the time.
-        They are those of an image of the first one's size, the time by random weights at the smallest scale.
+        With a joint head the rows of their windows lie on the disk, once more while it is trained, and maps take the
+        time. They are those of an image of the first one's size, the time by random weights at the smallest scale.
         """
         graph, config, settings = self.graph, self.config, self.config.maps
         joint = not GRAPH["embed"].skipped(config)
         what, folder = ("rows", graph.folder("embed")) if joint else ("maps", graph.folder("maps"))
-        stored = graph.images if joint else graph.stored
-        path = rows_path if joint else ImageRecord.path_in
-        there = np.array([path(record, folder, flip).exists() for record, flip in stored], bool)
+        paths = graph.rows if joint else [record.path_in(Path(), flip) for record, flip in graph.stored]
+        there = np.array([(folder / path).exists() for path in paths], bool)
         others = len(graph.images) - len(there)
         if there.all() and not others:
             return ""
-        sizes, scales = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale")
+        sizes, scales, gathered = graph.gigabytes[: len(there)], counted(len(settings.scales), "scale"), 0.0
         if joint:
-            sizes = np.full(len(there), config.joint.windows * (2 * config.joint.rank + 16) / 1e9)
+            kept, every = config.joint.windows, config.proposals.max_windows * (1 + bool(config.proposals.shapes))
+            windows = np.array([every if path.is_relative_to(TESTED) else kept for path in paths])
+            sizes = windows * (2 * config.joint.rank + 16) / 1e9
+            gathered = 2e-9 * config.joint.rank * windows[windows == kept].sum()
         line = f"the {what} of {len(graph.images):,} images, mirrored ones too, at {scales}: {sizes.sum():.3g} GB"
         free = shutil.disk_usage(next(filter(Path.exists, folder.absolute().parents))).free / 1e9
         done = sizes[there].sum()
-        if sizes[~there].sum() > free:
-            room = f"{done:.3g} of it there, but the disk of {folder} has {free:.3g} GB left"
+        if sizes[~there].sum() + gathered > free:
+            twice = f" and {gathered:.3g} once more in training" if joint else ""
+            room = f"{done:.3g} of it there{twice}, but the disk of {folder} has {free:.3g} GB left"
             hint = f"maps.budget_gigabytes={done + 0.9 * free:.3g} to compute the others when read, fewer maps.scales"
             hint = "fewer joint.windows" if joint else hint
             raise SppnetError(f"{line}, {room}; set {hint}, or another disk with --run")
@@ -259,13 +266,14 @@ class TrainingNetworks:
             raise SppnetError(reason)
         if set(stages) - {"proposals"}:
             _ = self.backbone
-            if self.config.head.init != "random" and self._needs_start_of("finetune"):
+            if self.config.head.init != "random" and self._starts_head:
                 self.started_head()
 
-    def _needs_start_of(self, stage: str) -> bool:
-        """Whether what a stage starts from is used: the stage is skipped or not complete."""
-        status = self.graph.status(stage)
-        return bool(status.skipped) or not status.complete
+    @property
+    def _starts_head(self) -> bool:
+        """Whether head.init is read: of the paper's head, where fc features are wanted and not fine-tuned yet."""
+        status = self.graph.status("finetune")
+        return bool(fc_layers(self.config)) and (bool(status.skipped) or not status.complete)
 
     def _new_head(self, ranks: dict[str, int] | None = None) -> SPPHead:
         config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels

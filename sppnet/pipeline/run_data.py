@@ -282,7 +282,7 @@ def load_test_data(
     """The images to evaluate on, below `root` or data.root: those of `splits`, of data.test or of data.val.
 
     Where none of them names any, they are the images held out of data.train, as `kept` with the detector: the same
-    that chose the fine-tuning snapshot, so that their figures are a little too good. Of another
+    that chose the thresholds, so that their figures are a little too good. Of another
     data set they are all images of data.train. Raises SppnetError, also for held-out images that are gone or changed,
     and for training images among them which `splits` does not name. In another folder images with the names of the
     run's count as these, saved anew, where most have such names.
@@ -334,11 +334,8 @@ def load_test_data(
     )
     if validation:
         what = f"{len(validation)} of {counted(len(records), 'image')}, e.g. {validation[0]}"
-        log.info(
-            "validation images, which also chose the fine-tuning snapshot and the thresholds: %s; the figures look a "
-            "little too good",
-            what,
-        )
+        chosen = "thresholds" if config.head.training == "joint" else "fine-tuned network and the thresholds"
+        log.info("validation images, which also chose the %s: %s; the figures look a little too good", chosen, what)
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
         saved_anew = not {r.digest for r in records} & set(train.values())

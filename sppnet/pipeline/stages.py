@@ -26,17 +26,15 @@ from sppnet.backbones.windows import TARGET_SIDES
 from sppnet.config import STAGES, Config, ProposalSettings
 from sppnet.detection.embedding import rows_path
 from sppnet.detection.feature_maps import count_cells
-from sppnet.errors import SppnetError
 from sppnet.pipeline.run_data import RunData
 from sppnet.pipeline.stage_status import StageStatus
 from sppnet.records import ImageRecord
 
 log = logging.getLogger("sppnet")
 
-# One version more where difficult objects do not train: since windows on them are left alone.
-LEAVES_DIFFICULT = ("finetune", "low_rank", "svm", "boxes")
 # What looks at every window at one scale. Fine-tuning draws scales, and needs it for the mean of head.input_norm alone.
 CHOOSES_SCALE = ("low_rank", "embed", "svm", "boxes")
+TESTED = "tested"  # in the folder of `embed`: the rows of validation images
 CHECKPOINT = "checkpoint.safetensors"  # of a stage with a single output that was interrupted
 
 
@@ -129,8 +127,7 @@ class StageGraph:
             keys = sorted([*stage.settings(self.config), *choice])
             settings = {key: reduce(getitem, key.split("."), self._values) for key in keys}
             data = [self.data.digest(split) for split in stage.data if split != "objects" or self.data.objects]
-            version = stage.version + (name in LEAVES_DIFFICULT and not self.config.data.train_on_difficult)
-            digests[name] = digest_of(name, version, settings, data, [digests[o] for o in self.reads(name)])
+            digests[name] = digest_of(name, stage.version, settings, data, [digests[o] for o in self.reads(name)])
         return digests
 
     @cached_property
@@ -142,21 +139,19 @@ class StageGraph:
         values["scale_choice"] = values["maps"].pop("scale_choice")
         values["target_side"] = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         values["maps"]["target_side"] = TARGET_SIDES["release"]  # of no effect: the maps of earlier versions stay
-        for key in self.config.detect.off:
-            del values["detect"][key]
-        values["backbone"]["weights"]["file"] = _contents(self.config.backbone.weights.file)
-        if self.config.backbone.weights.mean_image is None:
-            del values["backbone"]["weights"]["mean_image"]  # of no effect: the maps of earlier versions stay
-        else:
-            values["backbone"]["weights"]["mean_image"] = _contents(self.config.backbone.weights.mean_image)
+        if not self.config.detect.vote:
+            del values["detect"]["vote"]  # of no effect: the results of earlier versions stay
+        weights = values["backbone"]["weights"]
+        weights["file"] = _contents(self.config.backbone.weights.file)
+        if weights.pop("mean_image") is not None:
+            weights["mean_image"] = _contents(self.config.backbone.weights.mean_image)
         values["head"]["checkpoint"] = _contents(self.config.head.checkpoint)
-        if self.config.head.training == "paper":
-            del values["head"]["training"]  # of no effect: the results of earlier versions stay
+        del values["head"]["training"]  # each kind has stages of its own
+        if not self.config.data.train_on_difficult:
+            values["data"]["train_on_difficult"] = "windows on difficult objects are left alone"  # before they were not
         values["proposals"] = _search_values(self.config.proposals)
         values["train_proposals"] = [_search_values(own) for own in self.config.train_proposals]
-        if self.config.backbone.module is None:
-            del values["backbone"]["module"]
-        else:
+        if values["backbone"].pop("module") is not None:
             values["backbone"]["module"] = self.module
         if self.config.head.input_norm is not None and self.config.head.init != "random":
             values["head"]["input_norm"] = [self.config.head.input_norm, 2]  # 2: a trained fc6 computes what it did
@@ -171,6 +166,12 @@ class StageGraph:
         mirrored = [*self.data.train, *self.data.objects] if wanted else []
         return [(record, False) for record in every] + [(record, True) for record in mirrored]
 
+    @property
+    def rows(self) -> list[Path]:
+        """Of a joint head: where the windows of each of `images` lie as rows, relative to the folder of `embed`."""
+        tested = {record.id for record in self.data.validation}
+        return [r.path_in(Path(TESTED)) if r.id in tested else rows_path(r, Path(), flip) for r, flip in self.images]
+
     @cached_property
     def gigabytes(self) -> NDArray[np.floating]:
         """What the maps of each of `images` take on the disk."""
@@ -181,14 +182,9 @@ class StageGraph:
     def stored(self) -> list[tuple[ImageRecord, bool]]:
         """Those of `images` whose maps are stored: as many, from the first on, as maps.budget_gigabytes holds."""
         budget = self.config.maps.budget_gigabytes
-        if budget is None or not self.images:
-            return self.images
-        record, least = self.images[0][0], self.gigabytes[0]
-        if least > budget:
-            own = f"those of {record.path}, {record.size[1]} × {record.size[0]} pixels, take {least:.3g} GB"
-            more = f"set {1.01 * least:.3g} or more"  # not what is rounded down
-            raise SppnetError(f"maps.budget_gigabytes={budget:g} holds the maps of no image: {own}; {more}")
-        return self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
+        return (
+            self.images if budget is None else self.images[: np.searchsorted(self.gigabytes.cumsum(), budget, "right")]
+        )
 
     @cached_property
     def layers(self) -> Backbone:
@@ -237,7 +233,9 @@ def tunes_low_rank(config: Config) -> bool:
 # --- the declarations -------------------------------------------------------------------------------
 
 HEAD = ("head", "pyramid", "precision", "finetune.seed")  # settings of the head before fine-tuning
-EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.flip", "joint.seed")
+EMBED = ("maps", "backbone", "precision", "pyramid", "joint.rank", "joint.windows", "joint.seed")
+JOINT = ("joint", "head.fc6", "head.fc7", "head.dropout", "precision", "data.train_on_difficult")
+TESTS_OTHERS = ((), ("proposals",))  # the windows to test on, where others train
 
 
 def _only(training: str) -> Callable[[Config], str]:
@@ -295,7 +293,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "low_rank",
-            version=2,  # 2: principal components alone
+            version=3,  # 2: principal components alone; 3: all objects of an image are in its sample
             settings=_low_rank_settings,
             reads=lambda _: ["proposals", "maps", "finetune"],
             outputs=lambda _: [Path("head.safetensors")],
@@ -304,18 +302,19 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "embed",
-            settings=lambda _: [*EMBED, "data.train_on_difficult"],
+            version=2,  # 2: all windows that are tested of validation images
+            settings=lambda config: [*EMBED, "data.train_on_difficult", *TESTS_OTHERS[bool(config.train_proposals)]],
             reads=lambda _: ["proposals"],
-            outputs=lambda graph: [rows_path(record, Path(), flip) for record, flip in graph.images],
+            outputs=lambda graph: graph.rows,
             data=["base", "objects"],  # the sample of the projection
             skipped=_only("joint"),
         ),
         Stage(
             "joint",
-            settings=lambda _: ["joint", "head", "precision", "data.train_on_difficult"],
+            settings=lambda _: JOINT,
             reads=lambda _: ["embed"],
             outputs=lambda _: [Path("boxes.safetensors"), Path("head.safetensors")],
-            data=["train", "validation", "objects"],
+            data=["train", "objects"],
             skipped=_only("joint"),
         ),
         Stage(
@@ -337,7 +336,7 @@ GRAPH: dict[str, Stage] = {
         ),
         Stage(
             "thresholds",
-            settings=lambda config: ["detect", *(["proposals"] if config.train_proposals else [])],
+            settings=lambda config: ["detect", *TESTS_OTHERS[bool(config.train_proposals)]],
             reads=lambda config: [*_features(config.svm.layer), "joint", "svm", "boxes"],
             outputs=lambda _: [Path("thresholds.json")],
             data=["validation"],

@@ -40,7 +40,7 @@ from sppnet.pipeline.estimate import Estimate, duration
 from sppnet.pipeline.networks import TrainingNetworks, load_runtime, own_digest
 from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.stage_status import StageStatus
-from sppnet.pipeline.stages import CHECKPOINT, StageGraph, ranks, regressor_path, tunes_low_rank, windows_folder
+from sppnet.pipeline.stages import CHECKPOINT, TESTED, StageGraph, ranks, regressor_path, tunes_low_rank
 from sppnet.pipeline.thresholds import choose_thresholds, describe_thresholds
 from sppnet.proposals.search import make_proposer, propose_images, propose_union, read_windows
 
@@ -253,25 +253,23 @@ class Training:
         if networks.map_costs:
             log.info("%s", networks.map_costs)
         if not path.exists():
-            pooled = sample_pooled(networks.windows(True, True, base=True), own, self.progress)
+            pooled = sample_pooled(networks.windows(True, True, base=True), own, self.progress).to(self.device)
             if distributed.is_main():
-                write_tensors(path, fit_projection(pooled.to(self.device), own.rank, own.seed).to_tensors())
+                write_tensors(path, fit_projection(pooled, own.rank, own.seed).to_tensors())
             del pooled
         distributed.barrier()
-        projection, made = Projection.from_tensors(read_tensors(path)), 0
-        for source, flips in ((networks.windows(train=True, objects=True), own.flip), (networks.windows(False), False)):
-            jobs = [(i, flip) for flip in (False, True)[: 1 + flips] for i in range(len(source.records))]
-            made += embed_images(source, jobs, projection, folder, self.progress)
-        rank = len(projection.basis)
-        return f"{counted(made, 'image')} embedded; {rank} components keep {projection.kept:.1%} of the variance"
+        projection = Projection.from_tensors(read_tensors(path))
+        made = embed_images(networks.windows(True, True), projection, folder, own.flip, False, self.progress)
+        made += embed_images(networks.tested(self.progress), projection, folder / TESTED, False, True, self.progress)
+        kept = f"{len(projection.basis)} components keep {projection.kept:.1%} of the variance"
+        return f"{counted(made, 'image')} embedded; {kept}"
 
     # … and fc6, fc7, softmax and boxes on these
     def joint(self) -> str:
         config, rows, folder = self.config, self.graph.folder("embed"), self.graph.folder("joint")
-        train = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
-        validation = label_rows(self.networks.windows(train=False), rows, False)
+        labelled = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
         own = config.head, config.joint, folder, self.device, self.precision, self.progress
-        model, summary = train_joint_head(train, validation, *own)
+        model, summary = train_joint_head(labelled, *own)
         if distributed.is_main():
             projection = Projection.from_tensors(read_tensors(rows / "projection.safetensors"))
             write_tensors(folder / "boxes.safetensors", model.regressors(self.classes).to_tensors())
@@ -321,11 +319,10 @@ class Training:
     # The score from which on `detect` shows a detection of a class: of the best F1 on the validation images
     def thresholds(self) -> str:
         path = self.graph.folder("thresholds") / "thresholds.json"
-        windows = windows_folder(self.graph.root, self.config)  # as `eval` detects
         if not path.exists():
-            source = self.networks.windows(train=False)
-            propose_images(source.records, self.config.proposals, windows, self.progress, imports_needed=False)
-            chosen = choose_thresholds(self._detector(), source, windows, path.with_name(DETECTIONS), self.progress)
+            rows = self.graph.folder("embed") if self.config.head.training == "joint" else None
+            kept, tested = path.with_name(DETECTIONS), self.networks.tested(self.progress)
+            chosen = choose_thresholds(self._detector(), tested, kept, rows, self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
         distributed.barrier()

@@ -262,6 +262,11 @@ def test_what_hides_nan_inside_of_what_is_seen_anyway_does_not_matter(hide: Call
     assert Geometry.of(Beside(nn.Conv2d(3, 8, 5, 4, 2), hide, nn.Conv2d(3, 8, 11, 4, 5))) == Geometry(4, 0)
 
 
+def test_padding_alone_is_no_map() -> None:
+    """The one cell across a pixel lies in the padding; of two pixels it sees one."""
+    assert probe(nn.Conv2d(3, 4, 1, stride=2, padding=1)).width == 2
+
+
 def test_the_network_is_left_as_it_was() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from small_run import train_another
 from sppnet.detection.combination import combine_detectors
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.errors import ArtifactError, SppnetError
+from sppnet.proposals.search import make_proposer
 from sppnet.records import Detections, pairwise_iou
 
 
@@ -112,7 +112,7 @@ def test_a_combination_of_combinations_is_one_of_their_detectors(detector, anoth
 def test_the_windows_are_those_of_all_searches_each_once(detector, another, image):
     proposals = another.config.proposals.model_copy(update={"max_side": 64, "workers": 1})
     other = replace(another, config=another.config.model_copy(update={"proposals": proposals}))
-    other = replace(other, proposer=partial(detector.proposer.func, settings=proposals))
+    other = replace(other, proposer=make_proposer(proposals))
     both = combine_detectors([detector, other])
     found, parts = both.proposer(image), [own.proposer(image) for own in (detector, other)]
     expected = list(dict.fromkeys(tuple(window) for part in parts for window in part.tolist()))

@@ -117,8 +117,8 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
     assert pooled.shape == (6 + 5, source.backbone.channels * 5)  # all windows: their objects, and four proposals each
     projection = fit_projection(pooled, 4)
     jobs = [(index, flip) for index in range(2) for flip in (False, True)]
-    assert embed_images(source, jobs, projection, tmp_path / "rows", False) == 4
-    assert embed_images(source, jobs, projection, tmp_path / "rows", False) == 0
+    assert embed_images(source, projection, tmp_path / "rows", True, False, False) == 4
+    assert embed_images(source, projection, tmp_path / "rows", True, False, False) == 0
     for index, flip in jobs:
         record = source.records[index]
         stored = read_arrays(rows_path(record, tmp_path / "rows", flip))
@@ -131,6 +131,13 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
         features = pool_projected(maps, source.project(maps, stored["windows"]), (1, 2))
         assert stored["rows"].dtype == np.float16
         assert np.allclose(stored["rows"], projection.rows(features).numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_of_an_image_to_test_on_all_proposals_are_kept_and_no_object(source, tmp_path):
+    projection = Projection(torch.ones(4, source.backbone.channels * 5), torch.zeros(4))
+    assert embed_images(source, projection, tmp_path / "rows", False, True, False) == 2
+    for record in source.records:
+        assert np.array_equal(read_arrays(record.path_in(tmp_path / "rows"))["windows"], WINDOWS)
 
 
 # ---- labels and batches --------------------------------------------------------------------------------------------
@@ -150,7 +157,7 @@ def number_rows(source, jobs, folder):
 def test_labels_and_targets_are_those_of_the_object_a_window_overlaps_most(source, tmp_path, flips):
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
     jobs = [(index, flip) for index in range(2) for flip in (False, True)[: 1 + flips]]
-    embed_images(source, jobs, projection, tmp_path / "rows", False)
+    embed_images(source, projection, tmp_path / "rows", flips, False, False)
     number_rows(source, jobs, tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", flips)
     images, numbers = rows.features[:, :2].astype(int).T
@@ -182,12 +189,29 @@ def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(
     )
     source = replace(source, records=[difficult], config=config)
     projection = Projection(torch.zeros(4, source.backbone.channels * 5), torch.zeros(4))
-    embed_images(source, [(0, False)], projection, tmp_path / "rows", False)
+    embed_images(source, projection, tmp_path / "rows", False, False, False)
     number_rows(source, [(0, False)], tmp_path / "rows")
     rows = label_rows(source, tmp_path / "rows", False)
     windows = read_arrays(rows_path(difficult, tmp_path / "rows"))["windows"][rows.features[:, 1].astype(int)]
     assert (pairwise_iou(windows, OBJECTS.boxes[:1]) < 0.5).all()
     assert sorted(set(rows.labels.tolist())) == [0, 2]
+
+
+def test_of_two_objects_at_the_same_overlap_the_target_is_that_of_the_label(source, tmp_path):
+    """A window midway between a dog, the first, and a cat is one of the first class; its box is the cat's."""
+    dog, cat, window = (0, 0, 100, 100), (40, 0, 140, 100), np.array([[20, 0, 120, 100]], np.float32)
+    record = replace(source.records[0], annotation=annotated(("dog", dog), ("cat", cat)))
+    write_arrays(record.path_in(tmp_path / "windows"), windows=window)
+    source = replace(source, records=[record])
+    embed_images(source, Projection(torch.zeros(4, 640), torch.zeros(4)), tmp_path / "rows", False, False, False)
+    number_rows(source, [(0, False)], tmp_path / "rows")
+    rows = label_rows(source, tmp_path / "rows", False)
+    place = [tuple(w) for w in read_arrays(rows_path(record, tmp_path / "rows"))["windows"].tolist()].index(
+        tuple(window[0])
+    )
+    (own,) = np.flatnonzero(rows.features[:, 1] == place)
+    assert rows.labels[own] == 0
+    assert np.allclose(apply_targets(window, rows.targets[own][None]), [cat], atol=1e-3)
 
 
 def rows_of(labels, width=2, classes=3):
@@ -206,6 +230,13 @@ def test_a_batch_has_its_share_of_positives_as_many_of_every_class_and_draws_all
     for first, last, expected in ((0, 50, 30), (50, 53, 500), (53, 253, 30)):
         assert counts[first:last].min() > 0.3 * expected
         assert counts[first:last].max() < 1.9 * expected
+
+
+def test_of_more_classes_than_positives_a_batch_has_others_each_time():
+    rows = rows_of([0, 1, 2, 3, 4, 5, 5, 5], classes=5)
+    drawn = [rows.labels[rows.draw(6, 1 / 3, np.random.default_rng(seed))[:2]] for seed in range(60)]
+    assert all(len({*own.tolist()}) == 2 for own in drawn)
+    assert np.bincount(np.concatenate(drawn), minlength=5).min() > 8
 
 
 def test_half_of_the_background_overlaps_an_object_where_some_does():

@@ -1,4 +1,4 @@
-"""Voting, and the selection with detect.refine and detect.vote, against naive loops."""
+"""Voting, and the selection with detect.vote, against naive loops."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_votes_that_cannot_be_are_refused():
 # ---- the selection ---------------------------------------------------------------------------------------------------
 
 
-def naive_select(detector, image, windows, rounds, votes):
-    """Sec. 4.1 class by class and box by box, with every box scored again and regressed by itself."""
+def naive_select(detector, image, windows, votes):
+    """Sec. 4.1 class by class and box by box, every box regressed by itself."""
     maps, own, config = detector.embed(image), detector.config.detect, detector.config
     height, width = image.shape[:2]
 
@@ -164,11 +164,7 @@ def naive_select(detector, image, windows, rounds, votes):
     for label in range(len(detector.classes)):
         passing = np.flatnonzero(scores[:, label] > own.score_threshold)
         kept = passing[nms(windows[passing], scores[passing, label], own.nms_overlap)]
-        found, history = regress(windows[kept], label), [scores[kept, label]]
-        for count in range(rounds):
-            history.append(detector.score(maps, found)[:, label])
-            found = regress(found, label) if count < rounds - 1 else found
-        score = np.mean(history, axis=0)
+        found, score = regress(windows[kept], label), scores[kept, label]
         if votes:
             voters = np.flatnonzero(scores[:, label] > LOWEST)
             voters = voters[nms(windows[voters], scores[voters, label], LOOSE)]
@@ -179,17 +175,16 @@ def naive_select(detector, image, windows, rounds, votes):
     return np.array(boxes), np.array(labels), np.array(values)
 
 
-@pytest.mark.parametrize(("rounds", "votes"), [(0, False), (0, True), (1, False), (2, False), (2, True)])
-def test_the_selection_agrees_with_loops(detector, image, windows, rounds, votes):
-    own = with_settings(detector, refine=rounds, vote=votes, score_threshold=-2.0)
+@pytest.mark.parametrize("votes", [False, True])
+def test_the_selection_agrees_with_loops(detector, image, windows, votes):
+    own = with_settings(detector, vote=votes, score_threshold=-2.0)
     found = own.detect_for_evaluation(image, windows)[0]
-    boxes, labels, scores = naive_select(own, image, windows, rounds, votes)
-    keep = scores > -2  # an average may fall below the threshold
-    order = np.argsort(-scores[keep], kind="stable")
-    assert len(found) == keep.sum() > 3
-    assert np.allclose(found.scores, scores[keep][order], atol=1e-5)
-    assert np.array_equal(found.labels, labels[keep][order])
-    assert np.allclose(found.boxes, boxes[keep][order], atol=1e-3)
+    boxes, labels, scores = naive_select(own, image, windows, votes)
+    order = np.argsort(-scores, kind="stable")
+    assert len(found) == len(scores) > 3
+    assert np.allclose(found.scores, scores[order], atol=1e-5)
+    assert np.array_equal(found.labels, labels[order])
+    assert np.allclose(found.boxes, boxes[order], atol=1e-3)
     assert (np.diff(found.scores) <= 0).all()
     assert found.boxes.min() >= 0
     assert (found.boxes[:, 2:] <= image.shape[1::-1]).all()
@@ -197,13 +192,13 @@ def test_the_selection_agrees_with_loops(detector, image, windows, rounds, votes
 
 
 def test_maps_and_image_give_the_same(detector, image, windows):
-    own = with_settings(detector, refine=1, vote=True)
+    own = with_settings(detector, vote=True)
     assert own.detect_for_evaluation(own.embed(image), windows) == own.detect_for_evaluation(image, windows)
 
 
 def test_what_is_shown_does_not_depend_on_what_else_passes(detector, image, windows):
-    """Refined scores decide what passes, and votes are those of all windows."""
-    own = with_settings(detector, refine=1, vote=True, score_threshold=-2.0)
+    """Votes are those of all windows."""
+    own = with_settings(detector, vote=True, score_threshold=-2.0)
     every = own.detect(image, windows, threshold=-2)
     middle = float(np.median(every.scores))
     assert own.detect(image, windows, threshold=middle) == every.above(middle)
@@ -222,25 +217,25 @@ def test_votes_move_boxes_no_two_of_which_overlap_too_much_and_one_window_stays(
 
 
 def test_equal_scores_and_no_regressors_are_no_matter(detector, image, windows):
-    own = replace(with_settings(detector, refine=2, vote=True, score_threshold=-9.0), regressors=None)
+    own = replace(with_settings(detector, vote=True, score_threshold=-9.0), regressors=None)
     flat = replace(own, svms=replace(own.svms, weight=own.svms.weight * 0, bias=own.svms.bias * 0))
     found = flat.detect_for_evaluation(image, windows)[0]
     assert set(found.scores) == {0}
-    plain = with_settings(flat, refine=0, vote=False).detect_for_evaluation(image, windows)[0]
+    plain = with_settings(flat, vote=False).detect_for_evaluation(image, windows)[0]
     assert set(found.labels) == set(plain.labels)
     assert not {tuple(box) for box in found.boxes} <= {tuple(box) for box in plain.boxes}
 
 
-def test_no_digest_knows_the_settings_while_they_are_off(detector, small_run, tmp_path):
+def test_no_digest_knows_voting_while_it_is_off(detector, small_run, tmp_path):
     """Runs and detections of before stay what they are."""
     description = DetectorDescription.read(small_run.root)
-    changed = {}, {"refine": 1}, {"vote": True}, {"nms_overlap": 0.31}
+    changed = {}, {"vote": True}, {"nms_overlap": 0.31}
     configs = [with_settings(detector, **{"vote": False, **values}).config for values in changed]
-    assert len({replace(description, config=config).digest("cpu") for config in configs}) == 4
+    assert len({replace(description, config=config).digest("cpu") for config in configs}) == 3
     graphs = [StageGraph(tmp_path, config, RunData()).digests for config in configs]
-    assert len({own["thresholds"] for own in graphs}) == 4
+    assert len({own["thresholds"] for own in graphs}) == 3
     assert len({own["svm"] for own in graphs}) == 1
-    assert "refine" not in StageGraph(tmp_path, configs[0], RunData())._values["detect"]
+    assert "vote" not in StageGraph(tmp_path, configs[0], RunData())._values["detect"]
 
 
 def test_a_detector_of_a_version_without_voting_finds_what_it_found(detector, tmp_path):
@@ -248,9 +243,10 @@ def test_a_detector_of_a_version_without_voting_finds_what_it_found(detector, tm
     silent.save(tmp_path)
     expected = DetectorDescription.read(tmp_path).digest("cpu")
     saved = json.loads((tmp_path / "detector.json").read_text())
-    for section, name in (("detect", "vote"), ("detect", "refine"), ("maps", "scale_choice")):
+    for section, name in (("detect", "vote"), ("maps", "scale_choice")):
         del saved["config"][section][name]
     saved["config"]["maps"]["target_side"] = 208
+    saved["config"]["detect"]["refine"] = 0  # a setting of before
     (tmp_path / "detector.json").write_text(json.dumps(saved))
     description = DetectorDescription.read(tmp_path)
     assert not description.config.detect.vote

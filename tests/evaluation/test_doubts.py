@@ -35,6 +35,11 @@ def values(doubts):
     return {doubt.reason: pytest.approx(doubt.value, abs=1e-5) for doubt in doubts}
 
 
+def test_margins_however_far_from_the_threshold_are_certain():
+    given = Detections(np.tile(A, (2, 1)), np.array([1e4, -1e4]), np.array([0, 0]), CLASSES)
+    assert certainties(given, 0, probabilities=False).tolist() == pytest.approx([1, 0])
+
+
 def test_certainty_is_the_logistic_function_of_the_score_above_the_threshold_of_the_class():
     scores, thresholds = [0.5, 0.9, 0.01, 0.3, 1.0], (0.5, 0.3)
     given = Detections(np.tile(A, (5, 1)), np.array(scores), np.array([0, 0, 1, 1, 1]), CLASSES)

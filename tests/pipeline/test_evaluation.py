@@ -277,7 +277,7 @@ def test_the_held_out_images_are_tested_where_no_split_is_named(run, detector, c
     output = evaluate(held_out, run.root)
     assert output.folder.name == "held-out"
     assert len(output.result.detections) == 2  # a fifth of eight
-    assert "which also chose the fine-tuning snapshot and the thresholds: 2 of 2 images, e.g. SHAPES/" in caplog.text
+    assert "which also chose the fine-tuned network and the thresholds: 2 of 2 images, e.g. SHAPES/" in caplog.text
     assert (output.folder / "comp4_det_held-out_star.txt").is_file()
     assert json.loads((output.folder / "metrics.json").read_text())["splits"] == ["held-out"]
 

@@ -11,11 +11,13 @@ import pytest
 from layouts import picture, text
 from small_run import modified, refused, run_command
 
+from sppnet import distributed
 from sppnet.config_files import load_config, read_reasons
 from sppnet.data.convert import convert
 from sppnet.data.shapes import generate_shapes
 from sppnet.detection.detector import SPPDetector
-from sppnet.pipeline import folder_training
+from sppnet.errors import SppnetError
+from sppnet.pipeline import estimate, folder_training
 from sppnet.pipeline.estimate import Costs
 
 TINY = [
@@ -23,7 +25,7 @@ TINY = [
     "joint.rank=16", "head.fc6=16", "head.fc7=16", "pyramid.levels=[1,2]", "proposals.max_side=96",
     "proposals.max_windows=60", "detect.max_per_class=5",
 ]  # fmt: skip
-QUICK = Costs(search=0.01, maps=0.1, pool=1e-4, project=1e-4, step=0.001)
+QUICK = Costs(search=0.01, maps=0.1, pool=1e-4, project=1e-4, windows=60, step=0.001)
 SET = ["--set", *TINY]
 
 
@@ -115,10 +117,10 @@ def test_more_pictures_change_no_choice_of_a_run(trained, photos, tmp_path, quic
 
 
 def test_fewer_minutes_are_never_more_work_and_the_least_is_done_where_nothing_fits(photos, tmp_path, monkeypatch):
-    slow = Costs(*(1000 * cost for cost in QUICK))  # beside which the time of planning is nothing
+    slow = Costs(*(1000 * cost for cost in QUICK))._replace(windows=120)  # beside which the time of planning is nothing
     monkeypatch.setattr(folder_training, "measure", lambda networks: slow)
     totals, notes = [], []
-    for minutes in (600, 20, 17, 14, 11, 1e-6):
+    for minutes in (600, 60, 40, 25, 20, 1e-6):
         plan = folder_training.plan_training(photos, tmp_path / "run", TINY, minutes=minutes)
         totals.append(plan.expected.total)
         notes.append("even the least does not fit in" in plan.text)
@@ -130,6 +132,33 @@ def test_fewer_minutes_are_never_more_work_and_the_least_is_done_where_nothing_f
     assert (config.maps.scales, config.joint.steps, config.joint.windows) == ((353,), 100, 64)
     assert plan.reasons["joint.steps"] == "to fit in 1e-06 minutes, else 200"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_that_planning_took_is_that_of_the_first_process(photos, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(distributed, "take_from_main", lambda tensors: [own.fill_(1e6) for own in tensors])
+    assert "even the least does not fit in" in folder_training.plan_training(photos, tmp_path, TINY, minutes=60).text
+
+
+def test_minutes_may_need_less_of_the_disk(photos, tmp_path, quick, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    tiny = [own for own in TINY if not own.startswith("proposals.max_windows")] + ["proposals.max_windows=9"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(SppnetError, match=r"once more in training, but the disk of .* set fewer joint\.windows"):
+        folder_training.plan_training(photos, tmp_path, tiny)
+    plan = folder_training.plan_training(photos, tmp_path, tiny, minutes=1e-6)
+    with pytest.raises(SppnetError, match=r"set fewer joint\.windows"):
+        plan.training.networks.check_inputs(folder_training.STAGES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    plan.training.networks.check_inputs(folder_training.STAGES)
+
+
+def test_images_that_are_searched_are_not_searched_to_estimate(trained, photos, tmp_path, monkeypatch):
+    root = shutil.copytree(trained[0], tmp_path / "run")
+    for path in [*root.glob("embed-*"), *root.glob("joint-*")]:
+        shutil.rmtree(path)
+    monkeypatch.setattr(estimate, "make_proposer", lambda settings: lambda image: pytest.fail("searched"))
+    plan = folder_training.plan_training(photos, root)
+    assert {*plan.expected.stages} == {"embed", "joint"}
 
 
 def test_what_is_set_is_not_reduced(photos, tmp_path, quick):
@@ -176,13 +205,8 @@ def test_a_class_of_one_object_is_trained_on_and_not_measured(tmp_path, quick):
     assert "not measured, since no validation image shows them: dog" in str(plan.training.graph.data)
 
 
-def test_a_run_is_no_folder_of_pictures_and_a_configuration_in_one_is_said(trained, tmp_path, photos, quick, caplog):
+def test_a_run_is_no_folder_of_pictures(trained):
     assert "a run, not a folder of pictures; go on with it by sppnet train" in refused("train", trained[0])
-    root = one_object(tmp_path / "photos", 3)
-    text(root / "mine.yaml", "backbone: {name: tiny5}\n")
-    with caplog.at_level("INFO", "sppnet"):
-        folder_training.plan_training(root, tmp_path / "run", TINY)
-    assert f"{root / 'mine.yaml'} is not used; to train by it: sppnet train {root / 'mine.yaml'}" in caplog.text
 
 
 def test_weights_that_are_not_installed_are_refused_before_any_work(photos, tmp_path, monkeypatch):

@@ -11,15 +11,21 @@ import pytest
 import torch
 from small_run import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
+from sppnet.config import STAGES
 from sppnet.config_files import parse_config
+from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.combination import combine_detectors
 from sppnet.detection.detector import DetectorDescription, SPPDetector
 from sppnet.detection.embedding import embed_images
+from sppnet.detection.training_windows import TrainingWindows
 from sppnet.errors import SppnetError
+from sppnet.evaluation.voc import evaluate_voc
 from sppnet.images import read_image
-from sppnet.pipeline import training
+from sppnet.pipeline import thresholds, training
 from sppnet.pipeline.evaluation import evaluate_run
-from sppnet.pipeline.training import train_detector
+from sppnet.pipeline.training import Training, train_detector
+from sppnet.proposals.search import read_windows
+from sppnet.records import pairwise_iou
 
 JOINT = {
     "head": {"training": "joint", "fc6": 48, "fc7": 32, "dropout": 0.2},
@@ -116,6 +122,41 @@ def test_an_interrupted_embedding_goes_on_where_it_stopped(joint_run, tmp_path, 
     assert DetectorDescription.read(run.root).digest("cpu") == digest
 
 
+def test_thresholds_are_chosen_on_what_the_detector_finds_without_a_map(joint_run, detector, tmp_path, monkeypatch):
+    run = copied(joint_run, tmp_path / "run")
+    graph = Training(run.config, run.root, torch.device("cpu")).graph
+    kept = graph.folder("thresholds")
+    found = {}
+
+    def keep(each, truth, *others):
+        found.update(each)
+        return evaluate_voc(each, truth, *others)
+
+    shutil.rmtree(kept)
+    monkeypatch.setattr(thresholds, "evaluate_voc", keep)
+    monkeypatch.setattr(TrainingWindows, "maps", lambda *_: pytest.fail("a map is computed"))
+    assert train_detector(run.config, run.root, progress=False).thresholds == pytest.approx(detector.thresholds)
+    assert len(found) == len(graph.data.validation) == 3
+    for record in graph.data.validation:
+        expected = detector.detect_for_evaluation(record.path, read_windows(graph.folder("proposals"), record))[0]
+        own = found[record.id]
+        assert len(own) == pytest.approx(len(expected), rel=0.05)
+        near = pairwise_iou(own.boxes, expected.boxes) * (own.labels[:, None] == expected.labels)
+        sure = own.scores > 0.1  # rows lie in half precision
+        assert sure.any()
+        assert (near.max(axis=1)[sure] > 0.95).all()
+        assert np.abs(own.scores - expected.scores[near.argmax(axis=1)])[sure].max() < 0.02
+
+
+def test_a_head_that_the_paper_starts_elsewhere_and_a_budget_of_maps_are_of_no_effect(small_run, tmp_path):
+    config = joint_config(small_run, head__init="imagenet", maps__budget_gigabytes=1e-9)
+    run = Training(config, tmp_path, torch.device("cpu"))
+    run.networks.check_inputs(STAGES)
+    assert {status.name for status in run.graph.statuses() if not status.skipped} == {
+        *("proposals", "embed", "joint", "thresholds")
+    }
+
+
 def test_a_class_without_measure_is_shown_from_the_probability_of_either(joint_run, detector):
     assert all(0 < threshold < 1 for threshold in detector.thresholds)
 
@@ -123,7 +164,57 @@ def test_a_class_without_measure_is_shown_from_the_probability_of_either(joint_r
 def test_detectors_of_two_kinds_of_scores_are_not_combined(small_run, detector):
     with pytest.raises(SppnetError, match=r"head.training=joint\), others margins of SVMs, which cannot be compared"):
         combine_detectors([SPPDetector.load(small_run.root), detector])
-    assert len(combine_detectors([detector, replace(detector)]).others) == 1
+
+
+def test_joint_heads_are_pooled_as_one_alone_suppresses_its_own(joint_run, detector):
+    """A copy adds nothing, in whatever order its classes are; what two find is settled once, from all their boxes."""
+    image = read_image(joint_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+    windows = detector.proposer(image)
+    for vote in (True, False):
+        settings = detector.config.detect.model_copy(update={"vote": vote, "max_per_class": 3})
+        own = replace(detector, config=detector.config.model_copy(update={"detect": settings}))
+        twice = combine_detectors([own, own])
+        for alone, both in (
+            (own.detect(image, windows), twice.detect(image, windows)),
+            (
+                own.detect(image, windows, threshold=0.02, nms=0.1),
+                twice.detect(image, windows, threshold=0.02, nms=0.1),
+            ),
+            (own.detect_for_evaluation(image, windows)[0], twice.detect_for_evaluation(image, windows)[0]),
+        ):
+            assert len(alone) > 1
+            assert both.class_names == alone.class_names
+            assert np.allclose(both.scores, alone.scores, atol=1e-6)
+            assert np.allclose(both.boxes, alone.boxes, atol=1e-3)
+        assert twice.detect_for_evaluation(image, windows)[1] == own.detect_for_evaluation(image, windows)[1] != ()
+
+
+def test_of_joint_heads_each_has_its_own_thresholds(joint_run, detector):
+    image = read_image(joint_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+    windows = detector.proposer(image)
+    few, more = (replace(detector, thresholds=(own,) * len(detector.classes)) for own in (0.9, 0.05))
+    assert len(few.detect(image, windows)) < len(more.detect(image, windows))
+    assert len(combine_detectors([few, more]).detect(image, windows)) == len(more.detect(image, windows))
+    assert len(combine_detectors([few, few]).detect(image, windows)) == len(few.detect(image, windows))
+
+
+def test_without_votes_no_box_is_computed_that_is_not_shown(joint_run, detector, monkeypatch):
+    image = read_image(joint_run.devkit / "SHAPES/JPEGImages/test_00000.jpg")
+    windows, refine, counts = detector.proposer(image), BoxRegressors.refine, []
+
+    def counted(self, features, boxes, *others):
+        counts.append(len(boxes))
+        return refine(self, features, boxes, *others)
+
+    monkeypatch.setattr(BoxRegressors, "refine", counted)
+    scores = detector.score(detector.embed(image), windows)
+    middle = np.median(scores[scores > 0.05])
+    for vote in (False, True):
+        settings = detector.config.detect.model_copy(update={"vote": vote})
+        own = replace(detector, config=detector.config.model_copy(update={"detect": settings}))
+        own.detect(image, windows, threshold=middle)
+    assert counts == [(scores >= middle).sum(), (scores > 0.05).sum()]
+    assert 0 < counts[0] < counts[1]
 
 
 def test_a_detector_without_its_boxes_is_refused(joint_run, tmp_path):

@@ -18,7 +18,6 @@ from sppnet.config import STAGES, Config
 from sppnet.config_files import parse_config
 from sppnet.data.voc import write_annotation
 from sppnet.errors import SppnetError
-from sppnet.pipeline import stages
 from sppnet.pipeline.run_data import RunData, load_run_data, load_test_data
 from sppnet.pipeline.stages import GRAPH, StageGraph, windows_folder
 from sppnet.pipeline.training import Training
@@ -107,9 +106,14 @@ def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run
         ("joint__steps", 7, "joint thresholds"),
         ("joint__rank", 7, "embed joint thresholds"),
         ("joint__windows", 7, "embed joint thresholds"),
-        ("joint__flip", True, "embed joint thresholds"),
+        ("joint__flip", True, "joint thresholds"),
+        ("joint__seed", 7, "embed joint thresholds"),
+        ("head__dropout", 0.1, "joint thresholds"),
+        ("head__init", "imagenet", ""),  # of the paper's head
+        ("head__input_norm", 30, ""),
+        ("finetune__validate_images", 2, "thresholds"),
         ("maps__scales", [96], "embed joint thresholds"),
-        ("maps__budget_gigabytes", 1.0, ""),
+        ("maps__budget_gigabytes", 1e-9, ""),
         ("data__train_on_difficult", False, "embed joint thresholds"),
         ("proposals__min_side", 30, "proposals embed joint thresholds"),
         ("detect__vote", False, "thresholds"),
@@ -118,13 +122,32 @@ def test_a_changed_setting_redoes_exactly_the_stages_that_depend_on_it(small_run
 def test_a_changed_setting_of_a_joint_head_redoes_exactly_the_stages_that_depend_on_it(
     small_run, setting, value, stages
 ):
-    data, own = load_run_data(small_run.config), {"head__training": "joint"}
+    own, configs = {"head__training": "joint"}, ({}, {setting: value})
     before, after = (
-        StageGraph(small_run.root, changed(small_run, **own, **more), data) for more in ({}, {setting: value})
+        StageGraph(small_run.root, config, load_run_data(config))
+        for config in (changed(small_run, **own, **more) for more in configs)
     )
     assert tuple(status.name for status in before.statuses() if not status.skipped) == JOINT
     changes = {name for name in JOINT if before.digests[name] != after.digests[name]}
     assert changes == {*stages.split()}
+
+
+def test_rows_of_a_joint_head_are_of_windows_at_their_scales(small_run):
+    own = {"head__training": "joint", "maps__scales": [96, 128]}
+    before, after = (
+        StageGraph(small_run.root, changed(small_run, **own, **more), load_run_data(small_run.config)).digests
+        for more in ({}, {"maps__target_side": 100})
+    )
+    assert {name for name in JOINT if before[name] != after[name]} == {*JOINT[1:]}
+
+
+def test_thresholds_are_of_the_windows_to_test_on_and_so_are_the_rows_of_validation_images(small_run):
+    own = {"head__training": "joint", "train_proposals": [{}]}
+    before, after = (
+        StageGraph(small_run.root, changed(small_run, **own, **more), load_run_data(small_run.config)).digests
+        for more in ({}, {"proposals__min_side": 50})
+    )
+    assert {name for name in JOINT if before[name] != after[name]} == {*JOINT[1:]}
 
 
 @pytest.mark.parametrize(
@@ -209,18 +232,6 @@ def test_a_newer_algorithm_invalidates_its_results_and_what_depends_on_them(smal
     assert invalidated(small_run, small_run.config) == ("finetune", "svm", "thresholds")
 
 
-def test_leaving_difficult_objects_alone_invalidates_only_where_they_do_not_train(small_run, monkeypatch):
-    def digests(**changes):
-        return StageGraph(small_run.root, changed(small_run, **changes), load_run_data(small_run.config)).digests
-
-    unlike = {"low_rank__fc6": 5, "data__train_on_difficult": False}
-    now = digests(), digests(**unlike)
-    monkeypatch.setattr(stages, "LEAVES_DIFFICULT", ())
-    before = digests(), digests(**unlike)
-    assert now[0] == before[0]
-    assert {name for name in STAGES if now[1][name] != before[1][name]} == {*PAPER[-5:]}
-
-
 def test_every_section_with_a_stage_is_in_the_graph_and_reads_only_earlier_ones(small_run):
     assert tuple(GRAPH) == STAGES
     for place, name in enumerate(STAGES):
@@ -256,7 +267,7 @@ def test_windows_of_training_are_a_stage_of_their_own_searches_and_those_of_test
 
     assert digests() == graph.digests == digests(proposals__workers=7)
     other = digests(proposals__min_side=50)  # of the windows to test on, on which thresholds are chosen
-    assert {name for name in STAGES if other[name] != graph.digests[name]} == {"thresholds"}
+    assert {name for name in STAGES if other[name] != graph.digests[name]} == {"embed", "thresholds"}
     turned = StageGraph(small_run.root, changed(small_run, train_proposals=both[::-1]), data)
     assert turned.digests["proposals"] != graph.digests["proposals"]
 

@@ -25,7 +25,7 @@ def graph(small_run):
 
 def chosen_by(detector, graph, records, kept):
     source = replace(TrainingNetworks(graph, torch.device("cpu")).windows(train=False), records=records)
-    return choose_thresholds(detector, source, graph.folder("proposals"), kept, progress=False)
+    return choose_thresholds(detector, source, kept, progress=False)
 
 
 def test_the_detector_has_the_thresholds_of_the_best_f1_on_the_validation_images(small_run, graph):

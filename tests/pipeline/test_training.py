@@ -478,8 +478,8 @@ def test_a_detector_is_trained_on_windows_of_several_searches_and_thresholds_are
     config = changed(small_run, train_proposals=TWO_SEARCHES)
     seen = {}
 
-    def keep(detector, source, windows, kept, progress):
-        seen[windows] = [record.id for record in source.records]
+    def keep(detector, source, kept, rows, progress):
+        seen[source.windows_folder] = [record.id for record in source.records]
         return {name: {"threshold": 0.0, "f1": 0.0, "objects": 0} for name in detector.classes}
 
     monkeypatch.setattr(training, "choose_thresholds", keep)
