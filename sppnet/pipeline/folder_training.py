@@ -15,7 +15,7 @@ from sppnet import distributed
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, load_settings, read_reasons
 from sppnet.errors import SppnetError
-from sppnet.pipeline.choices import Choice, choose_settings, reduced, shown
+from sppnet.pipeline.choices import BACKBONE, Choice, choose_settings, reduced, shown
 from sppnet.pipeline.estimate import Estimate, duration, estimate, measure, remaining_work
 from sppnet.pipeline.run_data import RunData, Split, load_run_data
 from sppnet.pipeline.training import Training
@@ -126,12 +126,13 @@ def _choose(folder: Path, overrides: Sequence[str], split: Split | None) -> tupl
     unnamed = {"data.train": Choice((), ""), "data.test": Choice((), "")}
     none = {"val": "none: some of train are held out", "test": "none: val or the held-out images"}
     try:
-        images = load_run_data(_config(folder, choices | unnamed, overrides), split)
+        asked = _config(folder, choices | unnamed | {"backbone.name": Choice(BACKBONE, "")}, overrides)
+        images = load_run_data(asked, split)
         choices["data.format"] = Choice(images.named.format, "found by looking")
         for role in ("train", "val", "test"):
             names = getattr(images.named, role)
             choices[f"data.{role}"] = Choice(names, "by the names of the folder's parts" if names else none[role])
-        return choices | choose_settings([*images.train, *images.held_out]), images
+        return choices | choose_settings([*images.train, *images.held_out], asked.backbone.name), images
     except SppnetError as error:
         raise SppnetError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sppnet.backbones.architectures import BACKBONES
+from sppnet.backbones.backbone import build_backbone
+from sppnet.config import BackboneSettings
 from sppnet.errors import SppnetError
-from sppnet.pipeline.choices import choose_settings, choose_shapes, choose_sides, choose_steps, reduced
+from sppnet.pipeline.choices import LAYERS, choose_settings, choose_shapes, choose_sides, choose_steps, reduced
 from sppnet.records import Annotation, ImageRecord
 
 BCCD = {"platelets": (0.08, 1), "red": (0.2, 11), "white": (0.4, 1)}  # share of the shorter side, objects in an image
@@ -36,6 +39,16 @@ def test_small_cells_get_the_sides_and_steps_that_were_measured_for_them():
     assert found["maps.scales"] in ((481, 961), (513, 961))
     assert (found["joint.steps"], found["joint.windows"], found["head.training"]) == (1000, 512, "joint")
     assert (found["backbone.name"], found["backbone.weights.source"]) == ("efficientnet_lite0", "package")
+
+
+def test_layers_and_weights_are_those_of_the_backbone_that_is_set():
+    found = {name: choose_settings(images(2, BCCD), name) for name in (*LAYERS, "mobilenet_v2", None)}
+    assert found["efficientnet_lite0"]["backbone.layer"].value == "blocks.10+blocks.15"
+    assert not {"backbone.layer", "backbone.weights.source"} & {*found["mobilenet_v2"], *found[None]}
+    for name in LAYERS:
+        network = build_backbone(BackboneSettings(name=name, layer=LAYERS[name], weights={"source": "random"}))
+        assert network.geometry.stride == 16
+        assert LAYERS[name].endswith(BACKBONES[name]().default)
 
 
 @pytest.mark.parametrize(("count", "flip"), [(400, True), (401, False)])
