@@ -125,7 +125,7 @@ class Peer(NamedTuple):
     crops: bool  # SSD's random crops, beside mirroring
 
 
-PEERS = {"ssd": Peer(ssd, 1e-3, 4, True), "faster_rcnn": Peer(faster_rcnn, 1e-3, 2, False)}
+PEERS = {"ssd": Peer(ssd, 4e-3, 4, True), "faster_rcnn": Peer(faster_rcnn, 2e-3, 2, False)}
 
 
 def fine_tune(
