@@ -13,9 +13,9 @@ defaults. Reading images and planning are part of the time, importing libraries 
 
 The peers (`detector_peers.py`): AdamW, warm-up over a tenth of the time and a cosine, a tenth of the rate for the
 backbone, gradients clipped, float32 (faster here than bfloat16). SSD: 320 × 320, batches of 4, crops and mirroring.
-Faster R-CNN: shorter side 352, batches of 2, mirroring. Their rates, 4e-3 and 2e-3, are the best of 5e-4, 1e-3, 2e-3 and
-4e-3 on a draw that is not measured: --seeds 100 with 5 and 30 images a class of BCCD, 35 and 60 CPU seconds. Rows are
-kept in --out, so an interrupted run goes on; a row whose images or --set changed is measured again.
+Faster R-CNN: shorter side 352, batches of 2, mirroring. Their rates, 4e-3 and 2e-3, are the best of 5e-4, 1e-3, 2e-3
+and 4e-3 on a draw that is not measured: --seeds 100 with 5 and 30 images a class of BCCD, 35 and 60 CPU seconds. Rows
+are kept in --out, so an interrupted run goes on; a row whose images or --set changed is measured again.
 """
 
 from __future__ import annotations

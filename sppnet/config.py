@@ -53,6 +53,13 @@ class ProposalSettings(Settings):
     import_from: tuple[FilePath, ...] = ()  # .npz or .mat files that already hold the windows
     workers: int = Field(0, ge=0)  # 0 = all cores
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_mode(cls, values: Any) -> Any:
+        """A setting of before, whose other value is gone: runs and detectors stay."""
+        kept = isinstance(values, dict) and values.get("mode") == "fast"
+        return {key: value for key, value in values.items() if key != "mode"} if kept else values
+
 
 class WeightsSettings(Settings):
     """Pretrained weights; the network sees ``(pixel - mean) / std`` of pixels from 0 to 255 in ``channel_order``."""

@@ -10,7 +10,12 @@ LONGEST_NAME = 255  # bytes of a file name; Linux, macOS and Windows hold no mor
 
 
 def expand_path(text: str | os.PathLike[str]) -> Path:
-    """The path with ``~``, ``$NAME`` and ``${NAME}`` filled in, as a shell does it; what is not known here stays."""
+    """The path with ``~``, ``$NAME`` and ``${NAME}`` filled in, as a shell does it; what is not known here stays.
+
+    A path that exists is taken as it stands.
+    """
+    if os.path.lexists(text):
+        return Path(text)
     return Path(os.path.expanduser(os.path.expandvars(text)))  # noqa: PTH111, pathlib's refuses an unknown user
 
 

@@ -422,3 +422,12 @@ def test_settings_are_written_with_reasons_that_are_read_back_and_change_nothing
     assert (path.stat().st_mtime_ns, read_reasons(path)) == (before, reasons)
     write_settings(path, Config())
     assert (load_config(path), read_reasons(path)) == (Config(), {})
+
+
+def test_a_setting_of_before_whose_only_value_is_left_is_no_error(file):
+    kept = "proposals: {mode: fast, min_side: 9}\ntrain_proposals: [{mode: fast}]\ndetect: {refine: 0}"
+    config = load_config(file(kept))
+    assert (config.proposals.min_side, len(config.train_proposals)) == (9, 1)
+    for text, name in (("proposals: {mode: quality}", "proposals.mode"), ("detect: {refine: 1}", "detect.refine")):
+        with pytest.raises(SppnetError, match=name):
+            load_config(file(text))

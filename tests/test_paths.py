@@ -40,6 +40,12 @@ def test_paths_are_read_as_a_shell_reads_them(written, meant, tmp_path):
     assert expand_path(written) == Path(meant.format(home=tmp_path / "home"))
 
 
+def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
+    (tmp_path / "pics$PLACE").mkdir()
+    assert expand_path(tmp_path / "pics$PLACE") == tmp_path / "pics$PLACE"
+    assert expand_path(tmp_path / "more$PLACE") == tmp_path / "morehere"
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [(b"caf\xe9.jpg", r"caf\xe9.jpg"), ("кот.jpg".encode(), "кот.jpg"), (b"a\xff\xfe", r"a\xff\xfe")]
 )

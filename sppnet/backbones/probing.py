@@ -71,10 +71,11 @@ def probe(module: nn.Module) -> Grid:
 
 def map_side(module: nn.Module, axis: int, side: int, width: int) -> int:
     """Cells along an axis (2 or 3) for `side` pixels of it; 0 where that is too small for the network, in eval mode."""
-    device = next((tensor.device for tensor in module.parameters()), "cpu")
+    images = _random_images(axis, side, width)
+    like = next(module.parameters(), images)
     try:
         with _undisturbed():
-            return _run(module, _random_images(axis, side, width).to(device)).shape[axis]
+            return _run(module, images.to(like.device, like.dtype)).shape[axis]
     except BackboneError:
         return 0
 

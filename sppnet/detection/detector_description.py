@@ -50,9 +50,11 @@ class DetectorDescription:
         missing = [name for name, kind in _FIELDS.items() if not isinstance(values.get(name), kind)]
         if missing:
             raise ArtifactError(f"{path}: {missing[0]} is missing or incomplete; {OTHER_VERSION}")
+        ranks = values["ranks"]
+        if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+            raise ArtifactError(f"{path}: ranks must be positive numbers by layer, got {ranks!r}; {OTHER_VERSION}")
         try:
             values["config"].pop("pretrain", None)  # of a version whose detectors had a stage more
-            values["config"].get("proposals", {}).pop("mode", None)  # and another mode, which hardly any detector had
             config = parse_config(values["config"], "settings")
             if "vote" not in values["config"].get("detect", {}):  # of a version without: it finds what it found
                 config = config.model_copy(update={"detect": config.detect.model_copy(update={"vote": False})})
@@ -68,7 +70,7 @@ class DetectorDescription:
             raise ArtifactError(f"{path}: does not name the detectors in {folder / 'others'}; {OTHER_VERSION}")
         others = tuple(cls.read(file.parent) for file in files)
         classes = tuple(values["classes"])
-        return cls(folder, config, classes, values["parts"], values["ranks"], tuple(thresholds.tolist()), others)
+        return cls(folder, config, classes, values["parts"], ranks, tuple(thresholds.tolist()), others)
 
     def digest(self, device: str | torch.device) -> str:
         """Content key of what decides the detections, given windows: weights, test settings and precision."""
@@ -78,6 +80,9 @@ class DetectorDescription:
         side = self.config.maps.target_side or TARGET_SIDES[self.config.maps.scale_choice]
         values[0]["target_side"] = side if self.config.maps.scale_choice == "release" else ["paper", side]
         others = [own.digest(device) for own in self.others]
+        others += ["together"] * (
+            bool(others) and self.config.head.training == "joint"
+        )  # before, each was settled alone
         return digest_of(self.parts, values, resolve_precision(self.config.precision, device), *others)
 
 

@@ -24,7 +24,7 @@ from sppnet.artifacts import digest_of, has_arrays, map_arrays, write_arrays
 from sppnet.config import FinetuneSettings, JointSettings
 from sppnet.detection.box_regression import regression_targets
 from sppnet.detection.training_windows import ImageWindows, TrainingWindows, label_windows
-from sppnet.detection.window_features import pool_projected
+from sppnet.detection.window_features import BATCH, pool_projected
 from sppnet.distributed import barrier, in_order, shard
 from sppnet.errors import SppnetError
 from sppnet.jobs import map_in_workers, progress_bar
@@ -144,8 +144,11 @@ def _embedder(
         windows = flip_boxes(windows, source.records[index].size[1]) if flip else windows
         maps = source.maps(index, flip)
         distinct, places = source.project(maps, windows).unique()
-        rows = projection.rows(pool_projected(maps, distinct, config.pyramid.levels), config.precision)
-        write_arrays(path, durable=False, windows=windows, rows=rows.cpu().numpy().astype(np.float16)[places])
+        rows = np.zeros((len(distinct.cells), len(projection.basis)), np.float16)
+        for batch in np.split(np.arange(len(rows)), range(BATCH, len(rows), BATCH)):
+            pooled = pool_projected(maps, distinct.rows(batch), config.pyramid.levels)
+            rows[batch] = projection.rows(pooled, config.precision).cpu().numpy()
+        write_arrays(path, durable=False, windows=windows, rows=rows[places])
 
     return embed
 

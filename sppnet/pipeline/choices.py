@@ -40,7 +40,8 @@ class Choice(NamedTuple):
 def choose_settings(records: Sequence[ImageRecord], backbone: str | None = BACKBONE) -> dict[str, Choice]:
     """The settings for annotated images, from their number and the sizes of their objects; SppnetError without any.
 
-    Layers and weights are chosen where `backbone`, which may be set already, is of the EfficientNet-Lite family.
+    Layers and weights are chosen where `backbone`, which may be set already, is of the EfficientNet-Lite family; None
+    is a network of one's own.
     """
     rows = [
         (name, min(record.size), x2 - x1, y2 - y1)
@@ -61,7 +62,9 @@ def choose_settings(records: Sequence[ImageRecord], backbone: str | None = BACKB
     steps = choose_steps(len(records), len(rows))
     width = min(20, max(6, int(0.8 * _quantile(np.minimum(widths, heights), weights, 1 / 20))))
     shapes = choose_shapes(shares, widths / heights, weights)
-    network = {"backbone.name": Choice(BACKBONE, "accurate for its time, and a package: no download")}
+    network = dict[str, Choice]()
+    if backbone is not None:
+        network["backbone.name"] = Choice(BACKBONE, "accurate for its time, and a package: no download")
     if backbone in LAYERS:
         network["backbone.layer"] = Choice(LAYERS[backbone], "what is seen in detail, and what it is, of one stride")
         network["backbone.weights.source"] = Choice("package", "ImageNet weights of the extra [backbones]")

@@ -126,7 +126,9 @@ def _choose(folder: Path, overrides: Sequence[str], split: Split | None) -> tupl
     unnamed = {"data.train": Choice((), ""), "data.test": Choice((), "")}
     none = {"val": "none: some of train are held out", "test": "none: val or the held-out images"}
     try:
-        asked = _config(folder, choices | unnamed | {"backbone.name": Choice(BACKBONE, "")}, overrides)
+        own = any(override.startswith("backbone.module=") for override in overrides)
+        named = {} if own else {"backbone.name": Choice(BACKBONE, "")}
+        asked = _config(folder, choices | unnamed | named, overrides)
         images = load_run_data(asked, split)
         choices["data.format"] = Choice(images.named.format, "found by looking")
         for role in ("train", "val", "test"):

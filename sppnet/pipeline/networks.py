@@ -279,6 +279,10 @@ class TrainingNetworks:
         config, outputs, channels = self.config, len(self.graph.data.classes) + 1, self.backbone.channels
         return build_head(channels, config.pyramid.levels, outputs, config.head, config.finetune.seed, ranks)
 
+    def projection(self) -> Projection:
+        """That of the stage `embed`."""
+        return Projection.from_tensors(read_tensors(self._need("embed", "projection.safetensors")))
+
     def _need(self, stage: str, name: str) -> Path:
         path = self.graph.folder(stage) / name
         if not path.exists():

@@ -223,6 +223,7 @@ class Training:
         distributed.barrier()
         summary = ", ".join(f"{name} of rank {rank}" for name, rank in ranks(self.config).items())
         head = self.networks.saved_head(start, ranks(self.config))
+        distributed.barrier()  # all have read what goes when the stage is done
         if tunes_low_rank(self.config):
             own = self.config.low_rank
             schedule = {"steps": own.steps, "learning_rates": own.learning_rates}
@@ -267,11 +268,11 @@ class Training:
     # … and fc6, fc7, softmax and boxes on these
     def joint(self) -> str:
         config, rows, folder = self.config, self.graph.folder("embed"), self.graph.folder("joint")
+        projection = self.networks.projection()
         labelled = label_rows(self.networks.windows(train=True, objects=True), rows, config.joint.flip)
         own = config.head, config.joint, folder, self.device, self.precision, self.progress
         model, summary = train_joint_head(labelled, *own)
         if distributed.is_main():
-            projection = Projection.from_tensors(read_tensors(rows / "projection.safetensors"))
             write_tensors(folder / "boxes.safetensors", model.regressors(self.classes).to_tensors())
             write_tensors(folder / "head.safetensors", self.networks.joint_head(model, projection).state_dict())
         distributed.barrier()
@@ -321,8 +322,8 @@ class Training:
         path = self.graph.folder("thresholds") / "thresholds.json"
         if not path.exists():
             rows = self.graph.folder("embed") if self.config.head.training == "joint" else None
-            kept, tested = path.with_name(DETECTIONS), self.networks.tested(self.progress)
-            chosen = choose_thresholds(self._detector(), tested, kept, rows, self.progress)
+            kept, detector = path.with_name(DETECTIONS), self._detector()
+            chosen = choose_thresholds(detector, self.networks.tested(self.progress), kept, rows, self.progress)
             if distributed.is_main():
                 write_json(path, chosen)
         distributed.barrier()

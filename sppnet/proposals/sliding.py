@@ -17,7 +17,7 @@ DENSEST = 0.3  # the least distance between neighbours, as a share of their side
 
 
 def sliding_windows(size: tuple[int, int], shapes: Shapes, limit: int) -> NDArray[np.float32]:
-    """Windows (R, 4) float32 xyxy in an image of `size` (height, width), R at most `limit`, or one of each shape.
+    """Windows (R, 4) float32 xyxy in an image of `size` (height, width), R at most `limit`, or four of each shape.
 
     A shape is a width and a height as shares of the image's shorter side. Neighbours are the same share of their sides
     apart whatever the shape: 0.3, or more where that gives more than `limit` windows. The first and the last of a

@@ -384,3 +384,10 @@ def test_a_network_without_values_is_refused_and_left_without(make: Callable[[],
 def test_a_geometry_that_cannot_be_is_refused_when_it_is_made(values: dict[str, object], message: str) -> None:
     with pytest.raises(SppnetError, match=message):
         Geometry(**{"stride": 16, "first_centre": 7.5, **values})
+
+
+def test_a_network_of_another_type_of_numbers_has_the_same_map() -> None:
+    module = nn.Sequential(stem(), Residual()).eval()
+    side = map_side(module, 2, 100, 64)
+    assert side == 13
+    assert map_side(module.to(torch.bfloat16), 2, 100, 64) == side

@@ -231,3 +231,11 @@ def test_a_dry_run_says_what_is_skipped_and_what_embedding_takes(small_run, tmp_
     for line in ("maps       skip     head.training is joint", "svm        skip", "embed      run"):
         assert line in done.out
     assert "the rows of 19 images, mirrored ones too, at 1 scale" in done.out
+
+
+def test_the_stages_of_a_joint_head_say_which_must_be_done_before(joint_run, tmp_path):
+    config = write_config(tmp_path / "joint.yaml", joint_run.config.model_dump(mode="json"))
+    run_command("train", config, "--run", tmp_path / "run", "--only", "proposals")
+    for stage, before in (("joint", "embed"), ("thresholds", "joint")):
+        message = refused("train", config, "--run", tmp_path / "run", "--only", stage)
+        assert f"the {before} stage is not complete for these settings" in message

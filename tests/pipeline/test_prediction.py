@@ -235,7 +235,7 @@ ODD = {  # what to make of a path, and what is said of it
     "pipe.jpg": (os.mkfifo, "a folder, pipe or device"),
     "gone.png": (lambda path: path.symlink_to("nowhere"), "no such file"),
     "photo.heic": (lambda path: path.write_bytes(b"ftypheic"), "save it as JPEG"),
-    "long.png": (lambda path: Image.new("RGB", (60_000, 4)).save(path), r"train with maps\.max_side"),
+    "long.png": (lambda path: Image.new("RGB", (60_000, 4)).save(path), r"smaller scale \(a detector: maps\.max_side"),
     "dot.png": (lambda path: Image.new("RGB", (1, 1)).save(path), None),
     "thin.png": (lambda path: Image.new("RGB", (3, 500)).save(path), None),
 }
