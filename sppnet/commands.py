@@ -119,6 +119,8 @@ def _train(options: argparse.Namespace) -> int:
         training, expected, reasons = plan.training, plan.expected, plan.reasons
         if distributed.is_main():
             print(plan.text, flush=True)
+    elif not options.config.exists() and options.config.suffix not in (".yaml", ".yml"):
+        raise SppnetError(f"{options.config}: no such folder; name one of labelled pictures, or a .yaml configuration")
     elif options.minutes is not None:
         raise SppnetError(
             "--minutes chooses settings on a folder of pictures; a configuration gives them: joint.steps …"

@@ -787,3 +787,8 @@ def test_a_folder_is_converted_and_what_cannot_be_is_said(small_run, tmp_path):
     assert result.out.startswith("VOC to YOLO: 3 images (val 3) of ")
     again = run_command("convert", small_run.devkit, "--to", "yolo", "--out", tmp_path / "yolo")
     assert (again.status, "expected a new or an empty folder" in again.err) == (2, True)
+
+
+def test_a_folder_that_is_not_there_is_no_configuration(tmp_path):
+    message = refused("train", tmp_path / "nosuch", "--run", tmp_path / "run")
+    assert "nosuch: no such folder; name one of labelled pictures, or a .yaml configuration" in message

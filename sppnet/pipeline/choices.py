@@ -66,12 +66,14 @@ def choose_settings(records: Sequence[ImageRecord], backbone: str | None = BACKB
     if backbone is not None:
         network["backbone.name"] = Choice(BACKBONE, "accurate for its time, and a package: no download")
     if backbone in LAYERS:
-        network["backbone.layer"] = Choice(LAYERS[backbone], "what is seen in detail, and what it is, of one stride")
+        network["backbone.layer"] = Choice(LAYERS[backbone], "two joined: one for detail, one for what it is")
         network["backbone.weights.source"] = Choice("package", "ImageNet weights of the extra [backbones]")
     return network | {
         "head.training": Choice("joint", "minutes on a CPU: a light head learns, the network stays"),
         "proposals.min_side": Choice(width, "px; all but 1 in 20 objects are wider and higher"),
-        "proposals.shapes": Choice(shapes, f"as {objects} are, for those that the search misses"),
+        "proposals.shapes": Choice(
+            shapes, f"of sliding windows, as of {objects}: width, height / shorter side of the picture"
+        ),
         "maps.scales": Choice(choose_sides(small, large), f"{seen} are about {BEST_SIDE} px there"),
         "joint.windows": Choice(windows, f"of each of {images}, at most {ALL_WINDOWS:,} in all"),
         "joint.flip": Choice(len(records) <= FEW, f"{images}; mirror images too up to {FEW}"),
@@ -135,6 +137,9 @@ def reduced(choices: Mapping[str, Choice], level: float, why: str) -> dict[str, 
 
 
 def shown(value: object) -> str:
+    """A value in a table; of many pairs their number."""
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return f"{len(value)} of them"
     return str(list(value) if isinstance(value, tuple) else value)
 
 

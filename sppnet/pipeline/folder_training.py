@@ -84,7 +84,8 @@ def plan_training(
                 if expected.total <= 60 * USED * minutes - used:
                     break
             else:
-                notes.append(f"even the least does not fit in --minutes {minutes:g}: {duration(expected.total + used)}")
+                least = f"{duration(expected.total)} beside {duration(used)} so far"
+                notes.append(f"even the least does not fit in --minutes {minutes:g}: {least}")
             choices, training = less, Training(config, root, device, data=data)
     config = training.asked
     reasons = {key: why if _value(config, key) == value else "as --set says" for key, (value, why) in choices.items()}
