@@ -144,6 +144,11 @@ def check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: st
         raise SppnetError(
             f"{setting}: {what} are in it too, {len(shared)} of {counted(len(others), 'image')}, e.g. "
             f"{', '.join(shared[:3])}, so {why}figures would look too good; take them out of one of the sets"
+            + (
+                ", or leave data.val empty, of year folders: copies are held out together"
+                if setting == "data.val"
+                else ""
+            )
         )
 
 
