@@ -112,7 +112,7 @@ def test_it_learns_and_takes_images_of_any_size(folder, tmp_path):
 
 
 def test_the_head_alone_leaves_the_backbone_and_learns_from_features(folder, tmp_path):
-    config = config_of(folder, train_backbone=False, epochs=20)
+    config = config_of(folder, train_backbone=False, epochs=8)
     classifier = train(config, tmp_path)
     own = build_backbone(config.backbone, config.training.seed).state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in classifier.network.backbone.state_dict().items())

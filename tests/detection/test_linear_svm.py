@@ -85,6 +85,8 @@ def test_a_general_minimiser_finds_no_better_weights(settings):
 @example(count=59, dimension=14, seed=24, cost=1.0, weight=1.0, multiplier=10.0, double=True)
 @example(count=17, dimension=14, seed=35, cost=1.0, weight=1.0, multiplier=10.0, double=True)
 @example(count=119, dimension=24, seed=59, cost=1.0, weight=2.0, multiplier=10.0, double=False)
+@example(count=2, dimension=38, seed=250, cost=1.0, weight=2.0, multiplier=10.0, double=False)
+@example(count=63, dimension=4, seed=970, cost=1.0, weight=0.5, multiplier=10.0, double=False)
 @settings_of_hypothesis(max_examples=40, deadline=None)
 @given(
     count=st.integers(2, 150),
@@ -103,14 +105,13 @@ def test_coordinate_descent_ends_no_higher_than_liblinear(count, dimension, seed
     features[rng.random(count) < 0.1] = 0  # a row without features still has its bias
     features = features if double else features.astype(np.float32)
     settings = SVMSettings(
-        C=cost, positive_weight=weight, bias_multiplier=multiplier, tolerance=1e-5, max_iterations=20_000
+        C=cost, positive_weight=weight, bias_multiplier=multiplier, tolerance=1e-5, max_iterations=500_000
     )
-    reached, expected = (
-        objective(fit(features, labels, settings), features, labels, settings)
-        for fit in (fit_linear_svm, fit_by_sklearn)  # liblinear
-    )
+    expected = objective(fit_by_sklearn(features, labels, settings), features, labels, settings)  # liblinear
+    close = settings.model_copy(update={"tolerance": 1e-5 * min(1.0, expected)})  # it is no share of the objective
+    reached = objective(fit_linear_svm(features, labels, close), features, labels, settings)
     # No weights have less than the minimum, so above is all it can fail by.
-    assert reached <= expected * (1 + 1e-4) + settings.tolerance
+    assert reached <= expected * (1 + 1e-4)
 
 
 @pytest.mark.parametrize(("count", "dimension", "seed"), [(60, 14, 15), (100, 20, 4), (60, 14, 36)])
