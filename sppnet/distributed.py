@@ -6,8 +6,10 @@ the images or classes, and gradients are averaged. Nothing here launches process
 
 from __future__ import annotations
 
+import logging
 import os
-import re
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,8 +24,11 @@ from sppnet.errors import SppnetError
 
 T = TypeVar("T")
 
+log = logging.getLogger("sppnet")
+
 LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside WORLD_SIZE
 ARRIVAL = timedelta(minutes=30)  # from the first process's start to the last one's; nodes of a cluster take their time
+QUIET = 10  # seconds of waiting for the others without a word
 PATIENCE = timedelta(days=7)  # the longest that one process may need alone; torchrun ends all where one fails
 KINDS = (torch.float32, torch.float64, torch.int64, torch.bool)  # of the tensors that are shared
 
@@ -31,8 +36,8 @@ KINDS = (torch.float32, torch.float64, torch.int64, torch.bool)  # of the tensor
 def start() -> None:
     """Join the process group that torchrun describes in the environment; do nothing without one.
 
-    SppnetError where the environment describes half of one, as that of a cluster's job without torchrun does, and where
-    the processes do not meet.
+    SppnetError where the environment describes half of one, as that of a cluster's job without torchrun does, or one
+    that cannot be.
     """
     world = environment_number("WORLD_SIZE")
     if world <= 1 or dist.is_initialized():
@@ -43,6 +48,20 @@ def start() -> None:
             f"WORLD_SIZE={world} in the environment, without {', '.join(missing)}: start all processes with "
             "torchrun, or unset WORLD_SIZE to work in this process alone"
         )
+    own, port, address = environment_number("RANK", 0), environment_number("MASTER_PORT"), os.environ["MASTER_ADDR"]
+    if own >= world:
+        raise SppnetError(f"RANK={own} in the environment: expected 0 to {world - 1}, below WORLD_SIZE; use torchrun")
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, ValueError) as error:  # ValueError: no name of a host could be so
+        reason = getattr(error, "strerror", None) or error
+        raise SppnetError(
+            f"MASTER_ADDR={address} in the environment: cannot be found ({reason}); expected the host of rank 0"
+        ) from None
+    others = "another process" if world == 2 else f"{world - 1} other processes"
+    notice = threading.Timer(QUIET, log.warning, (f"waiting for {others} at {address}:{port}",))
+    notice.daemon = True
+    notice.start()
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
@@ -53,18 +72,19 @@ def start() -> None:
         reason = str(error).splitlines()[0]
         raise SppnetError(
             f"WORLD_SIZE={world} in the environment, but so many processes did not meet at MASTER_ADDR="
-            f"{os.environ['MASTER_ADDR']} ({reason}); start all of them with torchrun, or unset WORLD_SIZE"
+            f"{address} ({reason}); start all of them with torchrun, or unset WORLD_SIZE"
         ) from None
+    finally:
+        notice.cancel()
 
 
 def environment_number(name: str, default: int = 1) -> int:
     """A whole number that torchrun leaves in the environment; `default` where there is none."""
-    text = os.environ.get(name, "").strip() or str(default)
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise SppnetError(
-            f"{name}={text:.20} in the environment: expected a whole number, as torchrun sets it; unset it"
-        )
-    return int(text)
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdigit() and len(text) < 7):
+        shown = text if len(text) < 40 else f"{text[:20]}…"
+        raise SppnetError(f"{name}={shown} in the environment: expected a whole number, as torchrun sets it; unset it")
+    return int(text or default)
 
 
 def stop() -> None:

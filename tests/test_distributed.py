@@ -167,7 +167,7 @@ def test_two_processes_train_the_classifier_of_one(tasks, tmp_path):
         torch.testing.assert_close(tensor, own, rtol=1e-4, atol=1e-6)
     # what drives the rate is the loss of the network that is kept, its batch norm too
     trained = Classifier.load(folder / "whole", torch.device("cpu"))
-    held_out = load_class_data(trained.config.data).validation
+    held_out = load_class_data(trained.config.data, folder / "whole").validation
     found = evaluate_classifiers([trained], held_out, "centre", progress=False)
     loss = -np.log(found.probabilities[np.arange(len(found.labels)), found.labels]).mean()
     *_, last = csv.DictReader((folder / "whole/history.csv").read_text().splitlines())
@@ -219,11 +219,15 @@ PAIR = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         ),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many in the environment: expected a whole number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 in the environment: expected a whole number"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9{20} in the environment: expected a whole number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9{20}… in the environment: expected a whole number"),
         ({"WORLD_SIZE": "10000000"}, "WORLD_SIZE=10000000 in the environment: expected a whole number"),
+        ({**PAIR, "RANK": "2"}, "RANK=2 in the environment: expected 0 to 1, below WORLD_SIZE"),
+        ({**PAIR, "RANK": "-1"}, "RANK=-1 in the environment: expected a whole number"),
+        ({**PAIR, "RANK": "x"}, "RANK=x in the environment: expected a whole number"),
         ({**PAIR, "MASTER_PORT": "99999"}, "so many processes did not meet .*99999"),
-        ({**PAIR, "MASTER_PORT": "http"}, "so many processes did not meet .*http"),
-        ({**PAIR, "RANK": "x"}, "so many processes did not meet"),
+        ({**PAIR, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment: expected a whole number"),
+        ({**PAIR, "MASTER_ADDR": "no.host.invalid"}, "MASTER_ADDR=no.host.invalid in the environment: cannot be found"),
+        ({**PAIR, "MASTER_ADDR": "x" * 99}, "MASTER_ADDR=x{99} in the environment: cannot be found"),
     ],
 )
 def test_half_a_launch_is_refused_at_once(monkeypatch, environment, message):
@@ -240,9 +244,13 @@ def test_a_world_of_one_or_none_is_this_process(monkeypatch, value):
     assert not torch.distributed.is_initialized()
 
 
-def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch):
+@pytest.mark.parametrize(("rank", "world", "others"), [(0, 3, "2 other processes"), (1, 2, "another process")])
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch, caplog, rank, world, others):
     monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
-    for name, value in {**PAIR, "MASTER_PORT": str(free_port())}.items():
+    monkeypatch.setattr(distributed, "QUIET", 0.1)
+    values = {"WORLD_SIZE": str(world), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SppnetError, match=r"so many processes did not meet at MASTER_ADDR=127\.0"):
         distributed.start()
+    assert f"waiting for {others} at 127.0.0.1:{values['MASTER_PORT']}" in caplog.text

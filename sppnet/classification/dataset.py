@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from sppnet import distributed
-from sppnet.artifacts import digest_of, file_digest, names_from_tensor, names_to_tensor, write_json
+from sppnet.artifacts import file_digest, names_from_tensor, names_to_tensor, read_json, write_json
 from sppnet.backbones.backbone import Backbone
 from sppnet.classification.settings import ClassDataSettings, ClassTrainingSettings
 from sppnet.classification.views import list_views
 from sppnet.data.class_folder import ClassFolder, read_class_folder
-from sppnet.errors import BackboneError, SppnetError, counted
+from sppnet.errors import ArtifactError, BackboneError, SppnetError, counted
 from sppnet.images import image_header, normalise, read_image, scaled_size
 from sppnet.jobs import progress_bar
 from sppnet.paths import as_text
@@ -35,11 +35,11 @@ COMPONENTS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140
 
 @dataclass(frozen=True)
 class ClassData:
-    """Images to train on and to measure on; `split` is what is kept of them: names and contents."""
+    """Images to train on and to measure on; `split` is what is kept of them: settings, names, contents."""
 
     train: ClassFolder
     validation: ClassFolder
-    split: Mapping[str, Mapping[str, str]]
+    split: Mapping[str, Mapping[str, Any]]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -53,17 +53,18 @@ class ClassData:
         return f"data: {sides} of {counted(len(self.classes), 'class')}"
 
 
-def load_class_data(settings: ClassDataSettings) -> ClassData:
-    """The images of data.train and data.val, or a share of every class held out.
+def load_class_data(settings: ClassDataSettings, run: Path) -> ClassData:
+    """The images of data.train and data.val, or a share of every class held out, drawn once and kept in `run`.
 
-    The share is chosen by a hash of the contents, so copies of an image are on one side and few others change it when
-    images are added. A class with a single image is trained. SppnetError for fewer than two classes, for validation
-    images among the training images, and where nothing is left to measure on.
+    An image that was held out stays so, known by its path below the folder or by its content; copies of it do too. New
+    images train. A class with a single image is trained. SppnetError for fewer than two classes, for validation images
+    among the training images, and where nothing is left to measure on.
     """
     folder = read_class_folder(settings.train)
     if len(folder.classes) < 2:
         raise SppnetError(f"{folder}; expected folders of two classes or more, to tell them apart; add one")
     contents = _contents(folder)
+    drawn: dict[str, Any] = {"holdout": settings.holdout, "seed": settings.seed} if settings.val is None else {}
     if settings.val is not None:
         validation = read_class_folder(settings.val, folder.classes)
         others = _contents(validation)
@@ -72,16 +73,19 @@ def load_class_data(settings: ClassDataSettings) -> ClassData:
         if both:
             share = f"{len(both)} of {counted(len(others), 'image')}, e.g. {both[0]}"
             raise SppnetError(f"data.val: training images are in it too, {share}; take them out of one of the folders")
-        return ClassData(folder, validation, {"train": contents, "held_out": others})
-    out = _held_out(folder, contents, settings)
+        return ClassData(folder, validation, {"settings": drawn, "train": contents, "held_out": others})
+    kept = _read_split(run / SPLIT)
+    out = _known(contents, kept["held_out"]) if kept and kept["settings"] == drawn else np.zeros(len(contents), bool)
+    if not out.any() or len(np.unique(folder.labels[~out])) < len(folder.classes):
+        out = _known(contents, _draw(folder, contents, settings))
     untrained = sorted(set(range(len(folder.classes))) - set(folder.labels[~out].tolist()))
     if untrained or not out.any():
         what = f"class {folder.classes[untrained[0]]} has copies of others alone" if untrained else "no class has two"
         raise SppnetError(f"{folder.root}: expected two different images of a class or more, but {what}; add some")
-    train, held_out = (
+    sides = [
         {name: contents[name] for name, held in zip(contents, out, strict=True) if held == side} for side in (0, 1)
-    )
-    split = {"train": train, "held_out": held_out}
+    ]
+    split = {"settings": drawn, "train": sides[0], "held_out": sides[1]}
     return ClassData(folder.part(np.flatnonzero(~out)), folder.part(np.flatnonzero(out)), split)
 
 
@@ -97,13 +101,31 @@ def _contents(folder: ClassFolder) -> dict[str, str]:
     return {name: names_from_tensor(found)[0] for name, (found,) in zip(names, bar, strict=True)}
 
 
-def _held_out(folder: ClassFolder, contents: Mapping[str, str], settings: ClassDataSettings) -> NDArray[np.bool_]:
-    """(N,): of the share of every class, at least one of two different images."""
-    digests, held = np.array([*contents.values()]), set[str]()
-    for label in range(len(folder.classes)):
-        own = sorted(set(digests[folder.labels == label].tolist()), key=lambda digest: digest_of(settings.seed, digest))
-        held |= set(own[: min(max(1, round(settings.holdout * len(own))), len(own) - 1)])
-    return np.isin(digests, [*held])
+def _known(contents: Mapping[str, str], held: Mapping[str, str]) -> NDArray[np.bool_]:
+    """(N,) whether an image is one of those `held`, or a copy of one."""
+    digests = set(held.values()) | {contents[name] for name in held if name in contents}
+    return np.array([digest in digests for digest in contents.values()])
+
+
+def _draw(folder: ClassFolder, contents: Mapping[str, str], settings: ClassDataSettings) -> dict[str, str]:
+    """The share of every class, at least one of two different images: by name."""
+    rng, found = np.random.default_rng(settings.seed), dict[str, str]()
+    sides = [dict[str, str]() for _ in folder.classes]
+    for (name, digest), label in zip(contents.items(), folder.labels, strict=True):
+        sides[label][digest] = name
+    for own in sides:
+        count = min(max(1, round(settings.holdout * len(own))), len(own) - 1)
+        found |= {own[digest]: digest for digest in rng.choice(sorted(own), count, replace=False).tolist()}
+    return found
+
+
+def _read_split(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in ("settings", "held_out")):
+        raise ArtifactError(f"{path}: expected the names of a split, got something else; delete it to draw a new one")
+    return values
 
 
 class Batch(NamedTuple):

@@ -15,7 +15,7 @@ class ClassDataSettings(Settings):
     """Images to train on and to choose by: a folder that holds one folder of images for each class."""
 
     train: FilePath = Path("data/train")
-    val: FilePath | None = None  # None = `holdout` of the images of every class of train
+    val: FilePath | None = None  # None = `holdout` of the images of every class of train, drawn once
     holdout: float = Field(0.2, gt=0, lt=1)  # ours
     seed: Seed = 0
 

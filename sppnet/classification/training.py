@@ -57,7 +57,7 @@ def train_classifier(
     """
     settings = config.training.model_copy(update={"epochs": epochs or config.training.epochs})
     config = config.model_copy(update={"training": settings})
-    data = load_class_data(config.data)
+    data = load_class_data(config.data, run)
     log.info("%s", data)
     network = build_network(config, len(data.classes), start=True).to(device)
     few, processes = min(settings.batch, len(data.train.images)), distributed.world_size()

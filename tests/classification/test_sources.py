@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     data = {"train": write_classes(folder / "data", 6, seed=1)}
     training = {"train_backbone": False, "sizes": SIZES, "batch": 4, "seed": 3}
     config = config_of(data=data, training=training, head={"fc6": 4, "fc7": 4})
-    loaded = load_class_data(config.data)
+    loaded = load_class_data(config.data, folder / "run")
     network = build_network(config, 3, start=True)
     return FeatureSource(network, loaded, config, folder / "run", progress=False), network, loaded, config.training
 
