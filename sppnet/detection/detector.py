@@ -20,7 +20,7 @@ from sppnet.checks import as_boxes, check_boxes, check_overlap, check_thresholds
 from sppnet.config import Config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.detector_description import FORMAT, OTHER_VERSION, DetectorDescription, check_fit, read_part
-from sppnet.detection.feature_maps import FeatureMaps, compute_maps
+from sppnet.detection.feature_maps import FeatureMaps, check_maps, compute_maps
 from sppnet.detection.joint_head import SoftmaxClassifier
 from sppnet.detection.linear_svm import LinearSVMs
 from sppnet.detection.nms import first_of_class, nms_per_class, suppress_detections, unite_detections
@@ -173,14 +173,13 @@ class SPPDetector:
             return Detections(none, none, none, self.classes), ()
         if self.others and isinstance(image, FeatureMaps):
             raise SppnetError("maps: each of several combined detectors has its own; pass the image")
-        found, passed = list[Detections](), list[NDArray[np.bool_]]()
-        lows, left_out = list[dict[str, float]](), set[str]()
-        for own in (self, *self.others):
-            lows.append(lowest or own._by_class(own.thresholds))
+        lows = [lowest or own._by_class(own.thresholds) for own in (self, *self.others)]
+        found, passed, left_out = list[Detections](), list[NDArray[np.bool_]](), set[str]()
+        for own, low in zip((self, *self.others), lows, strict=True):
             maps = image if isinstance(image, FeatureMaps | WindowScores) else own.embed(image)
             with undisturbed():
                 scored = own._score(maps, windows)
-                passes = scored.scores >= check_thresholds([lows[-1][name] for name in own.classes], own.classes)
+                passes = scored.scores >= check_thresholds([low[name] for name in own.classes], own.classes)
                 if self.is_joint:  # boxes that do not pass may vote
                     rows, label = np.nonzero(passes | (scored.scores > UNLIKELY) if own.config.detect.vote else passes)
                     boxes, solid = own._regress(windows, scored, rows, label)
@@ -195,7 +194,7 @@ class SPPDetector:
         if self.is_joint:
             settled, cut = settle(every, np.concatenate(passed), overlap, limit, self.config.detect.vote)
             return settled.above([min(low[name] for low in lows) for name in self.classes]), cut
-        pooled, cut = suppress_detections(every, overlap, limit)
+        pooled, cut = suppress_detections(every, overlap, limit) if self.others else (every, ())
         return pooled, tuple(name for name in self.classes if name in {*cut, *left_out})
 
     def select(
@@ -215,8 +214,7 @@ class SPPDetector:
         stay, more = first_of_class(label, most)
         kept, label, cut = kept[stay], label[stay], tuple(self.classes[own] for own in more)
         boxes, solid = self._regress(windows, scored, kept, label)
-        kept, label = kept[solid], label[solid]
-        found = Detections(boxes, scored.scores[kept, label], label, self.classes)
+        found = Detections(boxes, scored.scores[kept[solid], label[solid]], label[solid], self.classes)
         if self.config.detect.vote:
             votes, of = nms_per_class(windows, np.where(scored.scores > LOWEST, scored.scores, -np.inf), LOOSE)
             others, solid = self._regress(windows, scored, votes, of)
@@ -308,8 +306,9 @@ class SPPDetector:
         ) as error:  # settings, tensors or layers that do not fit together
             if isinstance(error, BackboneError) and (backbone is not None or config.backbone.module is not None):
                 raise
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"{folder / 'detector.json'}: {OTHER_VERSION} ({reason})") from None
+            raise ArtifactError(
+                f"{folder / 'detector.json'}: {OTHER_VERSION} ({' '.join(str(error).split())[:300]})"
+            ) from None
         return detector.to(device)
 
     def to(self, device: str | torch.device) -> SPPDetector:
@@ -321,16 +320,11 @@ class SPPDetector:
     def _score(self, maps: FeatureMaps | WindowScores, windows: NDArray[np.floating]) -> WindowScores:
         if isinstance(maps, WindowScores):
             return maps
-        config, channels = self.config, self.backbone.channels
-        if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
-            found = len(maps.maps[0]) if isinstance(maps, FeatureMaps) else type(maps).__name__
-            raise SppnetError(
-                f"maps: expected FeatureMaps of {channels} channels, got {found}; pass what embed returned"
-            )
-        projected = project_to_maps(maps, windows, self.backbone.geometry, config.pyramid, config.maps)
+        check_maps(maps, self.backbone.channels)
+        projected = project_to_maps(maps, windows, self.backbone.geometry, self.config.pyramid, self.config.maps)
         distinct, rows = projected.unique()
         head = self._frozen_head()
-        features = head.features(maps, distinct, "fc7" if self.is_joint else config.svm.layer)
+        features = head.features(maps, distinct, "fc7" if self.is_joint else self.config.svm.layer)
         scores = self.svms.score(features).cpu().numpy()[rows]
         if not np.isfinite(scores).all():
             raise SppnetError("the scores are not finite: a weight of the detector is NaN or infinite; load it again")

@@ -17,7 +17,7 @@ from sppnet.backbones.backbone import Backbone
 from sppnet.backbones.runtime import Runtime
 from sppnet.config import MapSettings
 from sppnet.distributed import barrier, shard
-from sppnet.errors import ArtifactError, BackboneError
+from sppnet.errors import ArtifactError, BackboneError, SppnetError
 from sppnet.images import flip_image, read_image, scaled_size
 from sppnet.jobs import map_in_workers
 from sppnet.records import ImageRecord
@@ -60,6 +60,13 @@ def compute_maps(runtime: Runtime, image: NDArray[np.uint8], settings: MapSettin
         maps.append(feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1))
         sides.append(side)
     return FeatureMaps(tuple(maps), tuple(sides), (height, width))
+
+
+def check_maps(maps: object, channels: int) -> None:
+    """SppnetError for what is no FeatureMaps of so many channels."""
+    if not isinstance(maps, FeatureMaps) or any(own.shape[0] != channels for own in maps.maps):
+        found = len(maps.maps[0]) if isinstance(maps, FeatureMaps) else type(maps).__name__
+        raise SppnetError(f"maps: expected FeatureMaps of {channels} channels, got {found}; pass what embed returned")
 
 
 def count_cells(records: Sequence[ImageRecord], backbone: Backbone, settings: MapSettings) -> NDArray[np.int64]:

@@ -67,6 +67,8 @@ def _search_image(settings: ProposalSettings, image: NDArray[np.uint8]) -> Windo
 
 
 def _with_sliding(windows: Windows, size: tuple[int, ...], settings: ProposalSettings) -> Windows:
+    if not settings.shapes:
+        return windows
     height, width = size
     return unite_windows([windows, sliding_windows((height, width), settings.shapes, settings.max_windows)])
 

@@ -9,6 +9,7 @@ from doubles import annotated, picture, picture_record, random_backbone
 
 from sppnet.artifacts import read_arrays, write_arrays
 from sppnet.config import Config
+from sppnet.detection import embedding
 from sppnet.detection.box_regression import apply_targets
 from sppnet.detection.embedding import (
     LabelledRows,
@@ -131,6 +132,20 @@ def test_the_rows_of_an_image_are_the_projection_of_its_pooled_windows(source, t
         features = pool_projected(maps, source.project(maps, stored["windows"]), (1, 2))
         assert stored["rows"].dtype == np.float16
         assert np.allclose(stored["rows"], projection.rows(features).numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_windows_are_pooled_in_batches_of_any_size_alike(source, tmp_path, monkeypatch):
+    projection = Projection(torch.randn(3, 640, generator=torch.Generator().manual_seed(0)), torch.ones(3))
+    seen = []
+    for size in (1024, 3):
+        monkeypatch.setattr(embedding, "BATCH", size)
+        embed_images(source, projection, tmp_path / str(size), True, False, False)
+        seen.append({path.name: read_arrays(path) for path in sorted((tmp_path / str(size)).rglob("*.npz"))})
+    assert seen[0].keys() == seen[1].keys()
+    for name, arrays in seen[0].items():
+        assert len(arrays["rows"]) > 3
+        np.testing.assert_array_equal(arrays["windows"], seen[1][name]["windows"])
+        np.testing.assert_allclose(arrays["rows"], seen[1][name]["rows"], rtol=2e-3, atol=1e-3)  # half precision
 
 
 def test_of_an_image_to_test_on_all_proposals_are_kept_and_no_object(source, tmp_path):

@@ -218,3 +218,12 @@ def test_weights_that_are_not_installed_are_refused_before_any_work(photos, tmp_
 def test_costs_are_measured_in_seconds(photos, tmp_path):
     plan = folder_training.plan_training(photos, tmp_path / "run", [*TINY, "maps.scales=[112]"])
     assert all(np.isfinite(seconds) and seconds > 0 for seconds in plan.expected.stages.values())
+
+
+def test_nothing_of_the_chosen_backbone_stays_beside_another(photos, tmp_path, quick):
+    other = [one for one in TINY if not one.startswith("backbone.")]
+    config = folder_training.plan_training(photos, tmp_path / "run", [*other, *TINY[:2]]).training.asked
+    assert (config.backbone.name, config.backbone.layer, config.backbone.weights.source) == ("tiny5", None, "random")
+    own = ["backbone.module=doubles:random_backbone", "backbone.weights.source=random"]
+    config = folder_training.plan_training(photos, tmp_path / "run", [*other, *own]).training.asked
+    assert (config.backbone.name, config.backbone.module) == (None, "doubles:random_backbone")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import SmallRun, copied, merged, modified, refused, run_command, small_settings, write_config
 
-from sppnet.config import STAGES
+from sppnet.config import STAGES, HeadSettings
 from sppnet.config_files import parse_config
 from sppnet.detection.box_regression import BoxRegressors
 from sppnet.detection.combination import combine_detectors
@@ -187,6 +187,15 @@ def test_joint_heads_are_pooled_as_one_alone_suppresses_its_own(joint_run, detec
             assert np.allclose(both.scores, alone.scores, atol=1e-6)
             assert np.allclose(both.boxes, alone.boxes, atol=1e-3)
         assert twice.detect_for_evaluation(image, windows)[1] == own.detect_for_evaluation(image, windows)[1] != ()
+
+
+def test_detections_of_combined_joint_heads_from_before_they_were_settled_together_are_not_reused(detector, tmp_path):
+    combine_detectors([detector, detector]).save(tmp_path / "detector")
+    both = DetectorDescription.read(tmp_path)
+    alone_each = replace(both, config=both.config.model_copy(update={"head": HeadSettings(training="paper")}))
+    assert both.digest("cpu") != alone_each.digest("cpu")  # which was its digest
+    own = replace(both, others=())
+    assert own.digest("cpu") == replace(alone_each, others=()).digest("cpu")
 
 
 def test_of_joint_heads_each_has_its_own_thresholds(joint_run, detector):

@@ -318,6 +318,15 @@ def test_imported_windows_keep_their_order_and_lose_the_small_ones_before_the_cu
     )
 
 
+def test_without_shapes_imported_windows_stay_as_they_are_twice_where_they_are_twice(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 1)
+    rows = [[50, 50, 90, 90], [5, 5, 90, 90], [5, 5, 90, 90]]
+    export_windows(tmp_path / "w.npz", [records[0].id], [rows])
+    settings = opencv(workers=1, import_from=(tmp_path / "w.npz",))
+    propose_images(records, settings, tmp_path / "out", progress=False)
+    assert read_windows(tmp_path / "out", records[0]).tolist() == rows
+
+
 def test_imported_windows_are_joined_by_sliding_ones(tmp_path: Path) -> None:
     records = make_records(tmp_path, 1)
     export_windows(tmp_path / "w.npz", [records[0].id], [[[5, 5, 90, 90]]])
