@@ -16,7 +16,7 @@ from sppnet.errors import SppnetError, counted
 from sppnet.records import ImageRecord
 
 BACKBONE = "efficientnet_lite0"
-LAYERS = {  # the last of stride 16, and the last of all, dilated to it: 5 to 7 mAP more than the last alone
+LAYERS = {  # the last of stride 16, and the last of all, dilated to it: of Lite0 5 to 7 mAP more than the last alone
     "efficientnet_lite0": "blocks.10+blocks.15",
     "efficientnet_lite1": "blocks.14+blocks.20",
     "efficientnet_lite2": "blocks.14+blocks.20",
