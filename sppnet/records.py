@@ -80,12 +80,14 @@ class Annotation(_Rows):
     """The objects of one image: boxes float32 (R, 4) xyxy half-open, one class name and flag each.
 
     Without `difficult` no object is. ``annotation[1]`` is one object, ``annotation[mask]`` and slices are annotations,
-    iterating gives the objects. SppnetError for boxes that are not finite or not ordered and for unequal lengths.
+    iterating gives the objects. Objects of the classes in `unknown` were not labelled: the image may show some.
+    SppnetError for boxes that are not finite or not ordered and for unequal lengths.
     """
 
     boxes: NDArray[np.float32]
     names: tuple[str, ...]
     difficult: NDArray[np.bool_] = None  # type: ignore[assignment]  # an array once it is made
+    unknown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         boxes, names = check_boxes(self.boxes, "boxes", np.float32), check_names(self.names, "names")
@@ -93,7 +95,8 @@ class Annotation(_Rows):
         if not np.isin(flags, (0, 1)).all():
             raise SppnetError(f"difficult: expected true or false for each object, got {flags.tolist()}")
         check_lengths(boxes=boxes, names=names, difficult=flags)
-        _set(self, boxes=boxes, names=names, difficult=flags.astype(bool))
+        unknown = check_names(self.unknown, "unknown")
+        _set(self, boxes=boxes, names=names, difficult=flags.astype(bool), unknown=unknown)
 
     @overload
     def __getitem__(self, index: int) -> AnnotatedObject: ...
@@ -103,7 +106,7 @@ class Annotation(_Rows):
         rows = rows_of(index, len(self))
         if isinstance(rows, int):
             return AnnotatedObject(tuple(self.boxes[rows].tolist()), self.names[rows], bool(self.difficult[rows]))
-        return Annotation(self.boxes[rows], tuple(self.names[row] for row in rows), self.difficult[rows])
+        return Annotation(self.boxes[rows], tuple(self.names[row] for row in rows), self.difficult[rows], self.unknown)
 
     def __iter__(self) -> Iterator[AnnotatedObject]:
         return (self[row] for row in range(len(self)))

@@ -127,6 +127,11 @@ def classes_amiss(
         for name in classes
         if not trained[name]
     ]
+    annotations = [record.annotation for record in train if record.annotation is not None]
+    unknown = Counter(name for own in annotations for name in own.unknown if name in classes)
+    if unknown:
+        listed = ", ".join(f"{name} in {counted(count, 'training image')}" for name, count in unknown.items())
+        notes.append(f"not labelled in the images of before, which tell nothing of it: {listed}")
     missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
     if missing:
         notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")
@@ -153,10 +158,11 @@ def check_apart(train: Mapping[str, str], others: Mapping[str, str], setting: st
 
 
 def annotations_digest(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> str:
-    """16 hexadecimal digits of images and objects of `classes`: ids, image contents, boxes, names, flags, order."""
+    """16 hexadecimal digits of images and objects of `classes`: ids, contents, boxes, names, flags, unknown ones."""
     rows = []
     for record in restrict(records, classes):
         found = record.annotation
         objects = None if found is None else (found.boxes.tolist(), found.names, found.difficult.tolist())
-        rows.append((record.id, record.digest, objects))
+        unknown = () if found is None else tuple(name for name in classes if name in found.unknown)
+        rows.append((record.id, record.digest, objects, *unknown))
     return digest_of("annotations", classes, rows)

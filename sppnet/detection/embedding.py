@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -163,7 +163,8 @@ class LabelledRows:
     """The rows of many images that a joint head trains on: positives, and background, which is label K.
 
     features (N, rank), on the disk; targets (N, 4) are those of `regression_targets`, 0 for background. `missed` (N,)
-    tells the background that overlaps an object by 0.1 or more.
+    tells the background that overlaps an object by 0.1 or more. `unknown`: class -> the background (N,) of images in
+    which nobody labelled that class.
     """
 
     features: NDArray[np.float16]
@@ -171,10 +172,18 @@ class LabelledRows:
     targets: NDArray[np.float32]
     missed: NDArray[np.bool_]
     classes: int
+    unknown: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     def read(self, chosen: NDArray[np.int64]) -> Tensor:
         """The features (B, rank) float32 of these of N."""
         return torch.from_numpy(self.features[chosen].astype(np.float32))
+
+    def mask(self, logits: Tensor, chosen: NDArray[np.int64]) -> Tensor:
+        """The logits (B, K + 1) of these of N, minus infinity for `unknown` classes: out of the softmax."""
+        for label, rows in self.unknown.items():
+            own = F.one_hot(torch.tensor(label), logits.shape[1]).bool() & torch.from_numpy(rows[chosen])[:, None]
+            logits = logits.masked_fill(own.to(logits.device), -torch.inf)
+        return logits
 
     def draw(self, count: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """`count` of N, with replacement: `share` of them positives, as many of every class that has some, first.
@@ -231,4 +240,9 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
         gathered.flush()
         shape = len(labels), width
         features = np.memmap(gathered, np.float16, "r", shape=shape) if len(labels) else np.zeros(shape, np.float16)
-    return LabelledRows(features, labels, targets, missed, len(source.classes))
+    counts, unknown = [len(own) for own, *_ in parts], {}
+    for label, name in enumerate(source.classes):
+        images = [name in source.annotation(index).unknown for index in range(len(source.records))]
+        if any(images):
+            unknown[label] = np.repeat(np.repeat(images, 1 + flips), counts) & (labels == len(source.classes))
+    return LabelledRows(features, labels, targets, missed, len(source.classes), unknown)

@@ -158,7 +158,7 @@ class _Trainer:
         seed_dropout(self.device, int(own.generate_state(1)[0]))  # the same after a resume
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits, boxes = self.shared(rows.read(chosen).to(self.device))
-        losses = joint_loss(logits.float(), boxes.float(), labels, targets)
+        losses = joint_loss(rows.mask(logits.float(), chosen), boxes.float(), labels, targets)
         self.optimiser.zero_grad()
         share = len(labels) * distributed.world_size() / self.settings.batch  # the mean is that over windows
         (torch.stack(losses).sum() * share).backward()

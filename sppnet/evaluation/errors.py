@@ -136,7 +136,8 @@ def _match(
         corners, classes = as_boxes(known.boxes), np.array([names.index(name) for name in known.names], np.int64)
         searched = corners if windows is None else as_boxes(windows.get(image, ()), f"windows of image {image}")
         objects.append((classes, known.difficult, pairwise_iou(corners, searched).max(axis=1, initial=0) >= iou))
-        labels = np.array([names.index(name) if name in names else -1 for name in own.classes])[own.labels]
+        judged = {*names}.difference(annotation.unknown)
+        labels = np.array([names.index(name) if name in judged else -1 for name in own.classes])[own.labels]
         rows = [row for row in np.argsort(-own.scores, kind="stable") if labels[row] >= 0]
         overlaps = np.pad(pairwise_iou(as_boxes(own.boxes[rows]), corners), ((0, 0), (0, 1)))  # argmax needs a column
         same = labels[rows, None] == np.append(classes, -1)

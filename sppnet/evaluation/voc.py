@@ -43,10 +43,11 @@ def evaluate_voc(
 ) -> VOCEvaluation:
     """AP per class from image id -> what was found and image id -> what is there, or from two sequences of images.
 
-    Every annotated image counts, also without detections. Equal scores keep the order of `annotations`, then the
-    order inside the image. Classes go by name; detections of other classes than `classes` are left out. SppnetError,
-    which names the image, for an image with detections but without annotation, for values that are no Detections and
-    Annotation (which check their numbers), and for a class that no detections know. Metric coco: no `iou`.
+    Every annotated image counts, also without detections, but not for classes `unknown` in it. Equal scores keep the
+    order of `annotations`, then the order inside the image. Classes go by name; detections of other classes than
+    `classes` are left out. SppnetError, which names the image, for an image with detections but without annotation, for
+    values that are no Detections and Annotation (which check their numbers), and for a class that no detections know.
+    Metric coco: no `iou`.
     """
     names = check_rules(classes, metric, iou, use_difficult)
     found_in, truth_of = check_images(detections, annotations, names)
@@ -56,7 +57,9 @@ def evaluate_voc(
     )
     scores = np.concatenate([np.zeros(0), *(found_in[image].scores for image in images)])
     boxes = np.concatenate([np.zeros((0, 4)), *(found_in[image].boxes for image in images)])
-    flat = {name: (ids[said == name].tolist(), scores[said == name], boxes[said == name]) for name in names}
+    judged = np.array([name not in truth_of[image].unknown for image, name in zip(ids, said, strict=True)], bool)
+    own = {name: np.flatnonzero((said == name) & judged) for name in names}
+    flat = {name: (ids[rows].tolist(), scores[rows], boxes[rows]) for name, rows in own.items()}
     return evaluate_flat(flat, truth_of, names, metric, iou, use_difficult)
 
 
@@ -160,7 +163,7 @@ def check_images(
 
 def all_counted(annotations: Mapping[str, Annotation]) -> dict[str, Annotation]:
     """The same objects, none of them difficult."""
-    return {image: Annotation(own.boxes, own.names) for image, own in annotations.items()}
+    return {image: Annotation(own.boxes, own.names, unknown=own.unknown) for image, own in annotations.items()}
 
 
 def _by_image(values: Mapping[str, T] | Sequence[T], kind: type[T]) -> dict[str, T]:

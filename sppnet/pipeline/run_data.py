@@ -158,9 +158,6 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
         train, held_out, notes = _hold_out(train, drawn, kept, newer)
     base = train
     train, held_out = ([newer[record.id] for record in side] for side in (base, held_out))
-    unseen = [name for name in classes if settings.more and name not in _shown(train, classes)]
-    if unseen:
-        added.append(f"in added images alone: {', '.join(unseen)}; the {len(train)} of before are taken to show none")
     fresh = [newer[record.id] for record in merged[known:]]
     before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
     held_out += before.divide(fresh)[1]
@@ -304,9 +301,11 @@ def load_test_data(
         )
     records, skips = load_splits(found, names or settings.train, require_annotations=False)
     if not other and not splits:
-        merged, more, _ = add_folders(records, config.data.more)
+        base = load_splits(found, settings.train)[0] if config.data.more else []
+        before = list({record.id: record for record in (*records, *base)}.values())
+        merged, more, _ = add_folders(before, config.data.more)
         ids = () if kept is None or settings.test else kept.held_out
-        records = [*merged[: len(records)], *(r for r in merged[len(records) :] if r.id in ids)]
+        records = [*merged[: len(records)], *(r for r in merged[len(before) :] if r.id in ids)]
         skips = skips.plus(more)
     if not names:
         held_out = kept.held_out if kept is not None else {}

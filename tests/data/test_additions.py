@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ def test_new_pictures_of_any_format_follow_the_known_ones_under_ids_of_their_fol
     folders = [tmp_path / "one", tmp_path / "two"]
     merged, _, notes = add_folders(known, folders)
     assert [r.id for r in merged] == ["a", "b", "added-1/train/a", "added-1/valid/a", "added-2/a"]
-    assert merged[:2] == known
+    assert [r.annotation.unknown for r in merged] == [("bird", "dog")] * 2 + [("bird",)] * 2 + [()]
+    assert [replace(r, annotation=replace(r.annotation, unknown=())) for r in merged[:2]] == known
     assert [set(objects(r)) for r in merged[2:]] == [{"dog"}, {"dog"}, {"bird"}]
     assert notes == [f"{folders[0]} adds 2 images", f"{folders[1]} adds 1 images"]
     assert add_folders(known, folders)[0] == merged
@@ -61,12 +63,24 @@ def test_a_known_picture_gets_the_objects_of_the_classes_that_the_folder_labels_
     merged, _, notes = add_folders(known, [tmp_path / "dogs"])
     assert [r.id for r in merged] == ["a", "b"]
     assert objects(merged[0]) == {"cat": tuple(cat), "dog": dog}
-    assert merged[1] == known[1]
+    assert merged[0].annotation.unknown == ()
+    assert merged[1] == replace(known[1], annotation=replace(known[1].annotation, unknown=("dog",)))
     assert notes == [f"{tmp_path / 'dogs'} adds 0 images, and its objects of dog to 1 known, e.g. x"]
     assert objects(add_folders(known, [tmp_path / "dogs", tmp_path / "moved"])[0][0]) == {"dog": dog, "cat": moved}
     assert add_folders(known, [tmp_path / "empty"])[0] == known
     again = add_folders(merged, [tmp_path / "dogs"])[0]
     assert np.array_equal(again[0].annotation.boxes, merged[0].annotation.boxes)
+
+
+def test_a_picture_without_objects_knows_nothing_of_a_new_class_either(tmp_path, root):
+    picture(root / "c.jpg", (50, 31))
+    text(root / "c.xml", "<annotation></annotation>")
+    picture(tmp_path / "dogs/new.jpg", (50, 32))
+    xml(tmp_path / "dogs/new.xml", DOG)
+    merged = add_folders(load_splits(root, ("all",))[0], [tmp_path / "dogs"])[0]
+    assert {r.id: r.annotation.unknown for r in merged} == {
+        "a": ("dog",), "b": ("dog",), "c": ("dog",), "added-1/new": ()
+    }  # fmt: skip
 
 
 def test_classes_that_a_folder_only_lists_stay_as_they_are_known(tmp_path, known):

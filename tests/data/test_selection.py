@@ -69,16 +69,21 @@ def test_holding_out_needs_a_share_and_two_images(share, images):
 
 
 def test_the_digest_covers_everything_that_training_sees():
-    def digest(image="0" * 16, box=1.0, names=("cat", "dog"), difficult=False, classes=("cat",), image_id="1"):
+    def digest(image="0" * 16, box=1.0, names=("cat", "dog"), difficult=False, classes=("cat",), image_id="1", more=()):
         boxes = np.float32([[box, 2, 3, 4], [5, 6, 7, 8]])
-        annotation = Annotation(boxes, names, np.array([difficult, False]))
+        annotation = Annotation(boxes, names, np.array([difficult, False]), more)
         return annotations_digest([ImageRecord(image_id, Path("x"), (9, 9), image, annotation)], classes)
 
     digests = [digest(), digest(image="1" * 16), digest(box=1.5), digest(difficult=True), digest(image_id="2")]
-    digests += [digest(classes=("cat", "dog")), digest(names=("dog", "cat")), annotations_digest([], ("cat",))]
+    digests += [
+        digest(more=("cat",)),
+        digest(classes=("cat", "dog")),
+        digest(names=("dog", "cat")),
+        annotations_digest([], ("cat",)),
+    ]
     assert len(set(digests)) == len(digests)
     assert digest() == digest()
-    assert digest(names=("cat", "cow")) == digest()  # objects of other classes are not seen
+    assert digest(names=("cat", "cow")) == digest(more=("dog",)) == digest()  # objects of other classes are not seen
     assert len(annotations_digest([record("1")], ("cat",))) == 16
 
 

@@ -212,6 +212,29 @@ def test_difficult_objects_that_do_not_train_are_neither_objects_nor_background(
     assert sorted(set(rows.labels.tolist())) == [0, 2]
 
 
+def test_background_may_be_of_the_classes_that_nobody_labelled_in_its_image(source, tmp_path):
+    open_classes = replace(source.records[1].annotation, unknown=("zebra", CLASSES[1]))
+    opened = replace(source, records=[source.records[0], replace(source.records[1], annotation=open_classes)])
+    embed_images(source, Projection(torch.zeros(4, 640), torch.zeros(4)), tmp_path / "rows", True, False, False)
+    number_rows(source, [(0, False), (0, True), (1, False), (1, True)], tmp_path / "rows")
+    assert label_rows(source, tmp_path / "rows", True).unknown == {}
+    rows = label_rows(opened, tmp_path / "rows", True)
+    expected = (rows.features[:, 0] >= 2) & (rows.labels == 2)
+    assert 0 < expected.sum() < (rows.features[:, 0] >= 2).sum()
+    assert [*rows.unknown] == [1]
+    assert np.array_equal(rows.unknown[1], expected)
+
+
+def test_logits_of_unknown_classes_are_hidden():
+    rows = replace(rows_of([0, 3, 3]), unknown={1: np.array([False, True, False]), 2: np.array([False, True, True])})
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    masked, hidden = rows.mask(logits, np.array([2, 0, 1, 2])), -torch.inf
+    assert masked[0].tolist() == [logits[0, 0], logits[0, 1], hidden, logits[0, 3]]
+    assert torch.equal(masked[1], logits[1])
+    assert masked[2].tolist() == [logits[2, 0], hidden, hidden, logits[2, 3]]
+    assert torch.equal(rows_of([0, 3, 3]).mask(logits, np.array([2, 0, 1, 2])), logits)
+
+
 def test_of_two_objects_at_the_same_overlap_the_target_is_that_of_the_label(source, tmp_path):
     """A window midway between a dog, the first, and a cat is one of the first class; its box is the cat's."""
     dog, cat, window = (0, 0, 100, 100), (40, 0, 140, 100), np.array([[20, 0, 120, 100]], np.float32)

@@ -43,6 +43,22 @@ def log_of(folder):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def test_background_says_nothing_of_a_class_that_is_unknown(tmp_path):
+    """Objects of class 1 count as background, with an image in which they are labelled: where that is all, and not."""
+    rows = toy_rows(1)
+    shown = np.flatnonzero(rows.labels == 1)[10:]
+    labels, targets = rows.labels.copy(), rows.targets.copy()
+    labels[shown], targets[shown] = CLASSES, 0
+    unknown = {1: np.isin(np.arange(len(labels)), shown) | ((labels == CLASSES) & (np.arange(len(labels)) % 2 == 0))}
+    wrong = replace(rows, labels=labels, targets=targets)
+    scores = {}
+    for name, own in {"wrong": wrong, "unknown": replace(wrong, unknown=unknown)}.items():
+        model, _ = train(tmp_path / name, rows=own)
+        with torch.no_grad():
+            scores[name] = model(rows.read(shown))[0].softmax(1)[:, 1].mean()
+    assert scores["wrong"] < 0.6 < 0.9 < scores["unknown"]
+
+
 def test_the_loss_is_cross_entropy_and_smooth_l1_of_the_own_class_of_positives():
     generator = torch.Generator().manual_seed(0)
     logits, boxes = torch.randn(6, 4, generator=generator), torch.randn(6, 3, 4, generator=generator) * 2

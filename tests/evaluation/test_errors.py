@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +218,17 @@ def test_the_table_has_a_line_for_each_kind():
     assert [line[:21].strip() for line in lines[1:-1]] == list(KINDS)
     assert lines[1 + KINDS.index("wrong class")].split() == ["wrong", "class", "1", "0.7500", "dog", "(1)"]
     assert lines[-1].endswith("1 of 2 objects are found; mAP: of all, area at IoU 0.5")
+
+
+def test_of_a_class_that_is_unknown_in_an_image_nothing_there_is_wrong():
+    rows = RIGHT, ("cat", 0.4, CAT), ("cat", 0.9, FAR)
+    truth = {"a": replace(TRUTH["a"], unknown=("horse",)), "b": Annotation([FAR], ("dog",), unknown=("cat",))}
+    detections = {"a": found(*rows)["a"], "b": found(("cat", 0.8, FAR), ("dog", 0.8, FAR))["a"]}
+    counts = find_errors(detections, truth, CLASSES, metric="area", use_difficult=True).counts
+    assert {kind: sum(own.values()) for kind, own in counts.items() if any(own.values())} == {
+        "found": 3,
+        "background": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,6 +324,19 @@ def test_detections_of_other_classes_are_left_out():
     result = evaluate_voc(found, truth, ["dog"])
     assert result.ap == {"dog": 0.5}
     assert result.results["dog"].detections == 2
+
+
+@pytest.mark.parametrize("metric", ["11point", "area", "ilsvrc", "coco"])
+def test_of_a_class_that_is_unknown_in_an_image_nothing_there_is_wrong(metric):
+    cat, dog = (0, 0, 50, 50), (50, 50, 99, 99)
+    truth = {"a": annotation(("cat", *cat)), "b": annotation(("dog", *dog))}
+    found = {"a": detections(("cat", 1, *cat), ("dog", 3, *dog)), "b": detections(("dog", 2, *dog), ("cat", 3, *cat))}
+    assert max(evaluate_voc(found, truth, ["cat", "dog"], metric).ap.values()) < 0.6
+    truth["a"] = replace(truth["a"], unknown=("dog",))
+    result = evaluate_voc(found, truth, ["cat", "dog"], metric)
+    assert result.ap["dog"] == pytest.approx(1)
+    assert result.ap["cat"] < 0.6
+    assert result.results["dog"].detections == 1
 
 
 def test_the_table_shows_every_class_and_the_mean():
