@@ -1,4 +1,4 @@
-"""A trained detector in a loop over a folder; two questions to one map.
+"""A trained detector in a loop over a folder; two questions to one map. Draws a.found.png beside each a.jpg.
 
 python examples/detector.py runs/demo photos
 """

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names in any alphabet, on terminals of any encoding
             stream.reconfigure(errors="backslashreplace")
     options = _options(arguments)
+    # read when torch is loaded; else, on a busy machine, waiting threads take the cores of those that they wait for
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sppnet.commands import run
 
     try:
@@ -80,6 +82,9 @@ class Command(argparse.ArgumentParser):
             if wrong != "--" and not any(name.startswith(wrong) for name in known):
                 near = difflib.get_close_matches(wrong, known, n=1)
                 hints.append(f"; {wrong} is an unknown option{f', did you mean {near[0]}?' if near else ''}")
+        if wrong_choice := re.search(r"invalid choice: '(.*?)'", message):
+            known = [str(choice) for action in self._actions for choice in action.choices or ()]
+            hints += [f"; did you mean {near}?" for near in difflib.get_close_matches(wrong_choice[1], known, n=1)]
         super().error(message + "".join(hints))
 
 

@@ -134,7 +134,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add(options: argparse.Namespace) -> int:
     plan = plan_addition(options.run, options.folder, options.overrides, choose_device(options.device))
-    return _end_training(plan.training.run(reasons=plan.reasons), plan.training.graph)
+    return _end_training(plan.training.run(reasons=plan.reasons, adds=True), plan.training.graph)
 
 
 def _suggest(options: argparse.Namespace) -> int:

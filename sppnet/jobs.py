@@ -61,9 +61,9 @@ def progress_bar(
     """
     if _whole:
         return cast("tqdm[T]", tqdm(_moving(things, *_whole[-1], what), total=total, initial=done, disable=True))
-    of_all = counted(length_hint(things) if total is None else total, unit)
-    options = {"unit": unit, "total": total, "initial": done, **_lines("{n_fmt} of " + of_all)}
-    return cast("tqdm[T]", tqdm(things, desc=what, disable=not (shown and is_main()), **options))
+    count = length_hint(things) if total is None else total
+    options = {"unit": unit, "total": total, "initial": done, **_lines("{n_fmt} of " + counted(count, unit))}
+    return cast("tqdm[T]", tqdm(things, desc=what, disable=not (shown and count and is_main()), **options))
 
 
 def _lines(progress: str) -> dict[str, Any]:

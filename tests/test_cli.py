@@ -663,6 +663,19 @@ def test_an_option_of_a_command_that_stands_before_it_is_sent_behind_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(("--versoin",))
     assert capsys.readouterr().err.endswith("; --versoin is an unknown option, did you mean --version?\n")
+    with pytest.raises(SystemExit):
+        cli.main(("tran", "photos"))
+    assert capsys.readouterr().err.endswith("; did you mean train?\n")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_for_each_other_unless_the_environment_says_otherwise(
+    monkeypatch, given, expected
+):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "none of ours")  # restored after the test, whatever it does
+    monkeypatch.delenv("OMP_WAIT_POLICY") if given is None else monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert cli.main(("eval", "no such run")) == 2
+    assert os.environ["OMP_WAIT_POLICY"] == expected
 
 
 # ---- options, names and streams of any kind ------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def read_coco(path: Path) -> Lists | None:
     for known, key in ((images, "image_id"), (names, "category_id")):
         stray = [one for one in found.annotations or () if str(getattr(one, key)) not in known]
         if stray:
-            what = f"{counted(len(stray), 'annotation')} with a {key} that it does not list"
+            what = f"{counted(len(stray), 'annotation')} whose {key} it does not list"
             example = f"e.g. {getattr(stray[0], key)!r} of annotation {stray[0].id!r}"
             here = ", ".join([*known][:10]) or "none"
             raise SppnetError(f"{path}: {what}, {example}; listed are {here}; export again")

@@ -32,7 +32,7 @@ def find_data(root: Path | str, format: str = "auto") -> DataFolder:
     """
     root = Path(root)
     if not root.is_dir():
-        remedy = "name one that exists (data.root), or fetch the data as data/README.md says"
+        remedy = "name one that exists (data.root, data.more), or fetch the data as data/README.md says"
         raise SppnetError(f"{root}: no such data folder; {remedy}")
     looks: dict[str, Callable[[Tree], DataFolder | None]] = {"voc": _look_voc, "coco": coco.look, "yolo": yolo.look}
     if format not in ("auto", *looks):

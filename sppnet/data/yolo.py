@@ -111,7 +111,7 @@ def _parts_of(tree: Tree, values: Mapping[str, Any], where: Path) -> tuple[dict[
         images = list(dict.fromkeys(path for own in found.values() for path in own))
         parts |= {key: images} if images else {}
     if not parts:
-        raise SppnetError(f"{where}: no folder of train, val and test has images; name folders that have")
+        raise SppnetError(f"{where}: none that it names has images ({'; '.join(notes) or 'no train, val, test'})")
     return parts, notes
 
 

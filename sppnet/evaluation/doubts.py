@@ -11,7 +11,7 @@ from sppnet.checks import check_thresholds
 from sppnet.records import Annotation, Detections, pairwise_iou
 
 LOWEST, SURE = 0.1, 0.5  # certainties: below, nothing is seen; from here on, something
-LEAST = 0.05  # doubts of labels below are none
+LEAST = 0.05  # doubts below are none
 NEAR, SAME, WELL = 0.3, 0.5, 0.6  # IoU: about the same place, the same object, well placed
 STEEP = 4.0  # of the margins of SVMs: 1 above a threshold is a certainty of 0.98
 
@@ -48,7 +48,7 @@ def unlabelled_doubts(found: Detections, certain: NDArray[np.float64], usual: fl
         value = float(certain[row] if other else min(certain[row], 1 - certain[row]))
         reason = f"{other[0]} or {names[row]}" if other else f"uncertain {names[row]}"
         doubts.append(Doubt(value, reason, tuple(found.boxes[row].tolist())))
-    return [doubt for doubt in doubts if doubt.value > 0]
+    return [doubt for doubt in doubts if doubt.value >= LEAST]
 
 
 def label_doubts(found: Detections, certain: NDArray[np.float64], annotation: Annotation) -> list[Doubt]:

@@ -110,8 +110,6 @@ def detect_split(
         if evaluate:
             evaluation = evaluate_voc(found, annotations, description.classes, *rules)
             errors = find_errors(found, annotations, description.classes, searched, thresholds, *rules)
-    else:
-        log.info("no annotation for any of %s, so they are not evaluated", counted(len(records), "image"))
     return SplitResult(detections, thresholds, evaluation, errors, quality, seconds, folder.name)
 
 

@@ -14,6 +14,7 @@ import torch
 from sppnet import distributed
 from sppnet.config import STAGES, Config
 from sppnet.config_files import load_config, load_settings, read_reasons
+from sppnet.detection.detector import DetectorDescription
 from sppnet.errors import SppnetError
 from sppnet.pipeline.choices import BACKBONE, Choice, choose_settings, reduced, shown
 from sppnet.pipeline.estimate import Estimate, duration, estimate, measure, remaining_work
@@ -90,7 +91,8 @@ def plan_training(
     config = training.asked
     reasons = {key: why if _value(config, key) == value else "as --set says" for key, (value, why) in choices.items()}
     rows = [f"  {key:<24} {shown(_value(config, key)):<18}  # {why}" for key, why in reasons.items()]
-    notes.append(expected.table() if expected else "no estimate: nothing is left to do, or head.training is not joint")
+    without = "no estimate: head.training is not joint" if left else "nothing is left to do"
+    notes.append(expected.table() if expected else without)
     return Plan(training, reasons, expected, "\n".join([f"settings of {root}", *rows, *notes]))
 
 
@@ -98,14 +100,15 @@ def plan_addition(run: Path, folder: Path, overrides: Sequence[str] = (), device
     """The training of `run` on a folder too (data.more); one that the run has already adds what is new in it.
 
     Windows and rows of known images, their projection and the split stay; the head is trained anew, in as many steps
-    unless `overrides` say otherwise. Nothing is written. SppnetError for what is no run with a joint head, for a folder
-    that is no data set or holds the run, and for one that shows none of data.classes.
+    unless `overrides` say otherwise. Nothing is written. SppnetError for what is no run with a joint head, or is not
+    complete, for a folder that is no data set or holds the run, and for one that shows none of data.classes.
     """
     kept, place = run / "config.yaml", folder.resolve()
     if not kept.is_file():
         raise SppnetError(
             f"{run}: no training is here (no config.yaml), or several combined; name a run of sppnet train"
         )
+    DetectorDescription.read(run)
     config = load_config(kept, overrides)
     if config.head.training != "joint":
         again = f"sppnet train {kept} --run {run} --set 'data.more=[{place}]'"

@@ -334,7 +334,7 @@ def load_test_data(
     if validation:
         what = f"{len(validation)} of {counted(len(records), 'image')}, e.g. {validation[0]}"
         chosen = "thresholds" if config.head.training == "joint" else "fine-tuned network and the thresholds"
-        log.info("validation images, which also chose the %s: %s; the figures look a little too good", chosen, what)
+        log.info("held out of training, but they chose the %s: %s; figures look a little too good", chosen, what)
     if trained:
         what = f"trained on: {len(trained)} of {counted(len(records), 'image')}, e.g. {', '.join(trained[:3])}"
         saved_anew = not {r.digest for r in records} & set(train.values())

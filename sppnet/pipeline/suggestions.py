@@ -75,7 +75,8 @@ def suggest(
     if distributed.is_main():
         text = io.StringIO()
         csv.writer(text).writerows([COLUMNS, *([entry[name] for name in COLUMNS] for entry in entries)])
-        sheet = contact_sheet([_picture(i, r, doubts[r.id]) for i, r in enumerate(best[:SHOWN], start=1)])
+        reasons = tuple(sorted({doubt.reason for record in best[:SHOWN] for doubt in doubts[record.id]}))
+        sheet = contact_sheet([_picture(i, r, doubts[r.id], reasons) for i, r in enumerate(best[:SHOWN], start=1)])
         write_json(out / FILES[0], entries)
         write_text(out / FILES[1], text.getvalue())
         save_image(sheet, out / FILES[2])
@@ -90,7 +91,7 @@ def _find_pictures(folder: Path, known: set[str]) -> tuple[list[ImageRecord], li
         for part in find_data(folder).parts:
             labelled |= {r.path.resolve(): r for r in load_split(folder, part, require_annotations=False)[0]}
     except SppnetError as error:
-        log.info("%s: taken as pictures without labels (%s)", folder, error)
+        log.info("%s: taken as pictures without labels", str(error).partition(";")[0])
     for path in images:
         try:
             name = normalise(path.relative_to(folder).as_posix())
@@ -117,8 +118,9 @@ def _entry(record: ImageRecord, doubts: list[Doubt]) -> dict[str, Any]:
     return {**dict(zip(COLUMNS, values, strict=True)), "doubts": [doubt._asdict() for doubt in doubts]}
 
 
-def _picture(number: int, record: ImageRecord, doubts: list[Doubt]) -> Picture:
-    placed, reasons = [d for d in doubts if d.box], tuple({d.reason: 0 for d in doubts})
+def _picture(number: int, record: ImageRecord, doubts: list[Doubt], reasons: tuple[str, ...]) -> Picture:
+    """The picture with the boxes of its doubts; a reason has one colour on the whole sheet."""
+    placed = [d for d in doubts if d.box]
     boxes, values = np.array([d.box for d in placed]).reshape(-1, 4), np.array([d.value for d in placed])
     found = Detections(boxes, values, np.array([reasons.index(d.reason) for d in placed], np.int64), reasons)
     return Picture(read_image(record.path), found, f"{number}: {sum(d.value for d in doubts):.2f} {record.path.name}")

@@ -100,18 +100,19 @@ class Training:
         force: Sequence[str] = (),
         expected: Estimate | None = None,
         reasons: Mapping[str, str] | None = None,
+        adds: bool = False,
     ) -> SPPDetector | None:
-        """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too."""
+        """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too.
+
+        With `adds` the run keeps its settings, its split and its detector until all stages are done.
+        """
         graph, runtime = self.graph, resolve_runtime(self.config.maps.runtime, self.device)
         log.info("device %s, maps by %s, precision %s", self.device, runtime, self.precision)
         if reasons is None:  # else the plan has said it
             log.info("%s", graph.data)
         self.networks.check_inputs(only)
-        if distributed.is_main():
-            graph.delete(graph.invalidated(only, force))
-            write_settings(graph.root / "config.yaml", self.asked, reasons)
-            graph.data.split.write(graph.root)
-        distributed.barrier()
+        if not adds:
+            self._begin(graph.invalidated(only, force), reasons)
         chosen = [status for status in graph.statuses() if status.name in only]
         distributed.barrier()  # all processes see what is there before any of them makes more
         lines = self._perform_all(chosen, expected)
@@ -120,7 +121,18 @@ class Training:
         if missing:
             log.info("no detector yet: %s still to do", ", ".join(missing))
             return None
+        if adds:
+            (graph.detector / "detector.json").unlink(missing_ok=True)
+            self._begin((), reasons)
         return self.assemble()
+
+    def _begin(self, invalidated: Sequence[str], reasons: Mapping[str, str] | None) -> None:
+        """Make the run one of these settings and this split; delete stages, and a detector that is of others."""
+        if distributed.is_main():
+            self.graph.delete(invalidated)
+            write_settings(self.graph.root / "config.yaml", self.asked, reasons)
+            self.graph.data.split.write(self.graph.root)
+        distributed.barrier()
 
     def _perform_all(self, chosen: Sequence[StageStatus], expected: Estimate | None) -> list[str]:
         """Run these stages; returns the summary: of each its name, time, estimated time, what it did."""

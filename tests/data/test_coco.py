@@ -168,8 +168,8 @@ def broken(**lists):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (changed(image_id=7), r"1 annotation with a image_id that it does not list, e\.g\. 7 of annotation 1; listed"),
-        (changed(category_id=9), r"1 annotation with a category_id that it does not list, e\.g\. 9 of .*; listed"),
+        (changed(image_id=7), r"1 annotation whose image_id it does not list, e\.g\. 7 of annotation 1; listed"),
+        (changed(category_id=9), r"1 annotation whose category_id it does not list, e\.g\. 9 of .*; listed"),
         (changed(image_id=None), r"annotations\.0\.image_id.*: Field required, got \{"),
         (changed(bbox=[1, 2, 3]), r"annotation 1 of a\.jpg: bbox must be x, y, width and height, got \[1\.0, 2\.0, 3"),
         (changed(bbox=["x", 2, 3, 4]), r"annotations\.0\.bbox\.0: .*valid number.*got 'x'; correct it"),

@@ -100,7 +100,10 @@ def test_names_of_yaml_are_texts(root):
         ("names: [a\ntrain: x", r"data\.yaml: not valid YAML: .*; repair it, or remove it"),
         ("train: &x [a]\nval: *x\nnames: [a]", r"data\.yaml: not valid YAML: references"),
         ("names: !!python/object/apply:os.system [ls]\ntrain: a", r"data\.yaml: not valid YAML"),
-        ("names: [a]\ntrain: gone\nval: gone too", r"data\.yaml: no folder of train, val and test has images"),
+        (
+            "names: [a]\ntrain: gone\nval: gone too",
+            r"data\.yaml: none that it names has images .*train: gone has no image; .*val: gone too has",
+        ),
         (
             "names: [a]\ntrain: {x: 1}",
             r"data\.yaml: train: expected a folder, a list file or several, got \{'x': '1'\}",

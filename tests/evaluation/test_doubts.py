@@ -59,7 +59,7 @@ def test_without_labels_the_doubts_are_the_mistakes_to_expect():
     for count in range(8):
         rows = [((200 * i, 0, 200 * i + 50, 50), names[int(rng.integers(2))]) for i in range(count)]
         certain = rng.random(count)
-        expected = sum(min(c, 1 - c) for c in certain if c >= 0.1)
+        expected = sum(min(c, 1 - c) for c in certain if 0.1 <= c <= 0.95)
         if all(certain < 0.5):
             expected += 0.7
         total = sum(doubt.value for doubt in unlabelled_doubts(found(*rows), certain, 0.7))
@@ -67,10 +67,14 @@ def test_without_labels_the_doubts_are_the_mistakes_to_expect():
 
 
 def test_two_classes_of_one_object_are_a_doubt_of_the_less_certain():
-    doubts = unlabelled_doubts(found((A, "cat"), (shifted(A, 0.8), "dog")), np.array([0.8, 0.95]))
-    assert values(doubts) == {"dog or cat": 0.8, "uncertain dog": 0.05}
-    apart = unlabelled_doubts(found((A, "cat"), (shifted(A, 0.4), "dog")), np.array([0.8, 0.95]))
-    assert values(apart) == {"uncertain cat": 0.2, "uncertain dog": 0.05}
+    doubts = unlabelled_doubts(found((A, "cat"), (shifted(A, 0.8), "dog")), np.array([0.8, 0.9]))
+    assert values(doubts) == pytest.approx({"dog or cat": 0.8, "uncertain dog": 0.1})
+    apart = unlabelled_doubts(found((A, "cat"), (shifted(A, 0.4), "dog")), np.array([0.8, 0.9]))
+    assert values(apart) == pytest.approx({"uncertain cat": 0.2, "uncertain dog": 0.1})
+
+
+def test_what_is_certain_is_no_doubt():
+    assert unlabelled_doubts(found((A, "cat")), np.array([0.96])) == []
 
 
 def test_nothing_found_counts_as_much_as_pictures_usually_show_something():

@@ -158,7 +158,7 @@ def test_what_any_was_trained_on_counts_as_trained_on(small_run, another, tmp_pa
     combine_runs([small_run.root, other], tmp_path / "of_objects")
     evaluate_run(tmp_path / "of_objects", splits="SHAPES/val", evaluate=False)
     assert f"trained on: 1 of 3 images, e.g. {image}" in caplog.text
-    assert "validation images, which also chose the fine-tuned network and the thresholds: 2 of 3" in caplog.text
+    assert "held out of training, but they chose the fine-tuned network and the thresholds: 2 of 3" in caplog.text
 
 
 def test_without_splits_it_is_evaluated_on_what_was_held_out_of_all(small_run, another, tmp_path):

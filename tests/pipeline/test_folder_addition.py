@@ -151,6 +151,33 @@ def test_what_is_no_run_no_data_or_not_of_its_classes_is_refused_and_nothing_is_
     assert modified(run) == state
 
 
+def test_an_addition_that_fails_leaves_the_run_as_it_was_and_another_folder_can_be_added(before, tmp_path):
+    run, more = tmp_path / "run", photos(tmp_path / "more", 2, 1, stars=True)
+    shutil.copytree(before.root, run)
+    broken = more / "train_00001.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    state = {name: value for name, value in modified(run).items() if name in read_names(run)}
+    assert "added-1/train_00001" in refused("add", run, more)
+    assert {name: value for name, value in modified(run).items() if name in state} == state
+    assert not load_config(run / "config.yaml").data.more
+    assert run_command("eval", run).status == 0
+    broken.write_bytes(whole)
+    assert run_command("add", run, more).status == 0
+    assert "star" in SPPDetector.load(run).classes
+
+
+def read_names(run: Path) -> set[str]:
+    """What `eval` and the next `add` go by."""
+    return {"config.yaml", "split.json", *(f"detector/{path.name}" for path in (run / "detector").iterdir())}
+
+
+def test_a_run_that_is_not_complete_is_not_added_to(before, tmp_path):
+    shutil.copytree(before.root, tmp_path / "run")
+    (tmp_path / "run/detector/detector.json").unlink()
+    assert "its detector is not complete" in refused("add", tmp_path / "run", before.devkit)
+
+
 def test_pictures_without_labels_are_ranked_and_those_of_the_run_left_out(added, tmp_path):
     run, more, _ = added
     pool = photos(tmp_path / "pool", 4, 2, stars=False)
