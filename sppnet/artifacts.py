@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,16 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Of plain values; ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replaced_folder(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, which takes its place once it is complete; after an error that of before stays."""
+    made = place.with_name(f"{place.name}.new")
+    shutil.rmtree(made, ignore_errors=True)
+    yield made
+    shutil.rmtree(place, ignore_errors=True)
+    made.rename(place)
 
 
 @contextlib.contextmanager

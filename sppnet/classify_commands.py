@@ -45,6 +45,8 @@ def classify(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     source, run = options.source, options.run
+    if not source.exists() and source.suffix not in (".yaml", ".yml"):
+        raise SppnetError(f"{source}: no such folder; name one with a folder of pictures per class, or a .yaml file")
     values = {**FOLDER, "data": {"train": str(source)}} if source.is_dir() else None
     config = load_settings(ClassifierConfig, source, options.overrides, values)
     classifier = train_classifier(config, run, choose_device(options.device), options.epochs)

@@ -113,9 +113,9 @@ def _read_settings(path: Path, named_by: str = "", above: Sequence[Path] = ()) -
         values = _read_yaml(path.read_bytes())
     except OSError as error:
         reason = f"cannot read the configuration ({error.strerror})"
-        raise SppnetError(f"{named_by}{path}: {reason}; give an existing YAML file, or a folder to train on") from None
+        raise SppnetError(f"{named_by}{path}: {reason}; give an existing YAML file") from None
     except ValueError as error:
-        raise SppnetError(f"{path}: not valid YAML: {error}; give a configuration, or a folder to train on") from None
+        raise SppnetError(f"{path}: not valid YAML: {error}") from None
     if path.resolve() in above:
         raise SppnetError(f"{named_by}{path} is its own base; leave one of them out")
     values = {} if values is None else values

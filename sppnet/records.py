@@ -96,6 +96,8 @@ class Annotation(_Rows):
             raise SppnetError(f"difficult: expected true or false for each object, got {flags.tolist()}")
         check_lengths(boxes=boxes, names=names, difficult=flags)
         unknown = check_names(self.unknown, "unknown")
+        if not set(unknown).isdisjoint(names):
+            raise SppnetError(f"unknown: expected classes of no object here, got {unknown} and objects of {names}")
         _set(self, boxes=boxes, names=names, difficult=flags.astype(bool), unknown=unknown)
 
     @overload

@@ -668,14 +668,22 @@ def test_an_option_of_a_command_that_stands_before_it_is_sent_behind_it(capsys):
     assert capsys.readouterr().err.endswith("; did you mean train?\n")
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_for_each_other_unless_the_environment_says_otherwise(
-    monkeypatch, given, expected
-):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "none of ours")  # restored after the test, whatever it does
-    monkeypatch.delenv("OMP_WAIT_POLICY") if given is None else monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert cli.main(("eval", "no such run")) == 2
-    assert os.environ["OMP_WAIT_POLICY"] == expected
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise_which_torch_reads_once(given, expected):
+    code = """
+import os, sys
+from sppnet.cli import main
+class Probe:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Probe())
+main(["eval", "no such run"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{expected}\n", done.stderr
 
 
 # ---- options, names and streams of any kind ------------------------------------------------------------------------

@@ -61,6 +61,8 @@ def test_what_is_not_to_be_shown_is_silent(
     monkeypatch.setattr(sys, "stderr", stream)
     with caplog.at_level(logging.INFO, logger="sppnet"):
         assert list(progress_bar(range(2), "maps", "map", shown=False)) == [0, 1]
+        assert list(progress_bar([], "maps", "map")) == []
+        assert list(progress_bar(iter(()), "maps", "map", 0)) == []
     assert stream.getvalue() == ""
     assert caplog.messages == []
 

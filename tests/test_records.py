@@ -189,7 +189,7 @@ def test_detections_of_impossible_values_cannot_be_made(name, wrong):
         {"boxes": np.array(BOXES) * np.nan}, {"boxes": [[0, 0, 0, 4], *BOXES[1:]]}, {"boxes": BOXES[:2]},
         {"names": "cat"}, {"names": ["cat", "dog"]}, {"names": ["cat", "dog", 3]}, {"names": ["cat", "dog", ""]},
         {"difficult": [False, True]}, {"difficult": [0, 1, 2]}, {"difficult": [0.0, 1.0, 0.0]}, {"difficult": "no"},
-        {"unknown": "cat"}, {"unknown": [1]},
+        {"unknown": "cat"}, {"unknown": [1]}, {"unknown": ["cow", "dog"]},
         {"names": None}, {"difficult": [[0], [1], [0]]}, {"difficult": np.array([np.nan, 0, 1])},
     ],
 )  # fmt: skip
@@ -201,8 +201,8 @@ def test_an_annotation_is_made_indexed_and_compared_like_detections():
     objects = Annotation(torch.tensor(BOXES), np.array(["cat", "dog", "cat"]), difficult=[0, 1, 0])
     assert objects == Annotation(**json.loads(json.dumps(objects.to_dict())))
     assert objects != replace(objects, difficult=[0, 0, 0])
-    assert objects != replace(objects, unknown=("dog",)) == replace(objects, unknown=["dog"])
-    assert objects[:1].unknown == () != replace(objects, unknown=["dog"]).of(["cat"]).unknown == ("dog",)
+    assert objects != replace(objects, unknown=("cow",)) == replace(objects, unknown=["cow"])
+    assert objects[:1].unknown == () != replace(objects, unknown=["cow"]).of(["cat"]).unknown == ("cow",)
     assert objects != replace(objects, names=["cat", "dog", "dog"])
     assert objects != replace(objects, boxes=objects.boxes + 1)
     assert objects != "cat"

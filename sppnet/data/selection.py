@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from sppnet.artifacts import digest_of
@@ -64,6 +64,27 @@ def shown_classes(record: ImageRecord, difficult: bool = True) -> frozenset[str]
     if record.annotation is None:
         return frozenset()
     return frozenset((record.annotation if difficult else record.annotation.easy()).names)
+
+
+def mark_unknown(records: Sequence[ImageRecord], unknown: Mapping[str, Collection[str]]) -> list[ImageRecord]:
+    """The same images, with the classes that are unknown in each (class -> ids of images), unless it shows them."""
+    found, open_in = list[ImageRecord](), {name: frozenset(ids) for name, ids in unknown.items()}
+    for record in records:
+        own = record.annotation
+        if own is not None:
+            names = tuple(name for name, ids in open_in.items() if record.id in ids and name not in own.names)
+            record = replace(record, annotation=replace(own, unknown=names))
+        found.append(record)
+    return found
+
+
+def unknown_in(records: Sequence[ImageRecord]) -> dict[str, list[str]]:
+    """Class -> the ids of the images in which it is unknown."""
+    found = dict[str, list[str]]()
+    for record in records:
+        for name in record.annotation.unknown if record.annotation is not None else ():
+            found.setdefault(name, []).append(record.id)
+    return found
 
 
 def hold_out(
@@ -127,11 +148,10 @@ def classes_amiss(
         for name in classes
         if not trained[name]
     ]
-    annotations = [record.annotation for record in train if record.annotation is not None]
-    unknown = Counter(name for own in annotations for name in own.unknown if name in classes)
+    unknown = {name: ids for name, ids in unknown_in(train).items() if name in classes}
     if unknown:
-        listed = ", ".join(f"{name} in {counted(count, 'training image')}" for name, count in unknown.items())
-        notes.append(f"not labelled in the images of before, which tell nothing of it: {listed}")
+        listed = ", ".join(f"{name} in {counted(len(ids), 'training image')}" for name, ids in unknown.items())
+        notes.append(f"not labelled, so that nothing is known of it there: {listed}")
     missing = [f"{name} (in {counted(trained[name], 'training image')})" for name in classes if not measured[name]]
     if missing:
         notes.append(f"not measured, since no validation image shows them: {', '.join(missing)}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -163,8 +163,8 @@ class LabelledRows:
     """The rows of many images that a joint head trains on: positives, and background, which is label K.
 
     features (N, rank), on the disk; targets (N, 4) are those of `regression_targets`, 0 for background. `missed` (N,)
-    tells the background that overlaps an object by 0.1 or more. `unknown`: class -> the background (N,) of images in
-    which nobody labelled that class.
+    tells the background that overlaps an object by 0.1 or more. `unknown`, where some is: which image (N,) each
+    row is of, and the classes that nobody labelled in each image (I, K).
     """
 
     features: NDArray[np.float16]
@@ -172,18 +172,19 @@ class LabelledRows:
     targets: NDArray[np.float32]
     missed: NDArray[np.bool_]
     classes: int
-    unknown: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
+    unknown: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None
 
     def read(self, chosen: NDArray[np.int64]) -> Tensor:
         """The features (B, rank) float32 of these of N."""
         return torch.from_numpy(self.features[chosen].astype(np.float32))
 
     def mask(self, logits: Tensor, chosen: NDArray[np.int64]) -> Tensor:
-        """The logits (B, K + 1) of these of N, minus infinity for `unknown` classes: out of the softmax."""
-        for label, rows in self.unknown.items():
-            own = F.one_hot(torch.tensor(label), logits.shape[1]).bool() & torch.from_numpy(rows[chosen])[:, None]
-            logits = logits.masked_fill(own.to(logits.device), -torch.inf)
-        return logits
+        """The logits (B, K + 1) of these of N; for background minus infinity, out of the softmax, where `unknown`."""
+        if self.unknown is None:
+            return logits
+        images, classes = self.unknown
+        hidden = classes[images[chosen]] & (self.labels[chosen] == self.classes)[:, None]
+        return logits.masked_fill(F.pad(torch.from_numpy(hidden), (0, 1)).to(logits.device), -torch.inf)
 
     def draw(self, count: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """`count` of N, with replacement: `share` of them positives, as many of every class that has some, first.
@@ -240,9 +241,9 @@ def label_rows(source: TrainingWindows, folder: Path, flips: bool) -> LabelledRo
         gathered.flush()
         shape = len(labels), width
         features = np.memmap(gathered, np.float16, "r", shape=shape) if len(labels) else np.zeros(shape, np.float16)
-    counts, unknown = [len(own) for own, *_ in parts], {}
-    for label, name in enumerate(source.classes):
-        images = [name in source.annotation(index).unknown for index in range(len(source.records))]
-        if any(images):
-            unknown[label] = np.repeat(np.repeat(images, 1 + flips), counts) & (labels == len(source.classes))
+    images = [index for index in range(len(source.records)) for _ in range(1 + flips)]
+    open_in = np.array(
+        [np.isin(source.classes, source.annotation(index).unknown) for index in range(len(source.records))]
+    )
+    unknown = (np.repeat(images, [len(own) for own, *_ in parts]), open_in) if open_in.any() else None
     return LabelledRows(features, labels, targets, missed, len(source.classes), unknown)

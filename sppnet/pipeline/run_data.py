@@ -22,8 +22,10 @@ from sppnet.data.selection import (
     classes_amiss,
     count_others,
     hold_out,
+    mark_unknown,
     restrict,
     shown_classes,
+    unknown_in,
 )
 from sppnet.data.splits import load_splits, split_digests
 from sppnet.errors import ArtifactError, SppnetError, counted
@@ -48,9 +50,10 @@ class Split:
     train: Mapping[str, str]  # id -> ImageRecord.digest
     held_out: Mapping[str, str]
     objects: Mapping[str, str] = field(default_factory=dict)  # of data.objects_only, which were not divided
+    unknown: Mapping[str, Sequence[str]] = field(default_factory=dict)  # class -> images in which nobody labelled it
 
     def write(self, folder: Path) -> None:
-        values = {name: value for name, value in vars(self).items() if name != "objects" or value}
+        values = {name: value for name, value in vars(self).items() if name not in ("objects", "unknown") or value}
         write_json(folder / "split.json", values)
 
     @classmethod
@@ -60,7 +63,8 @@ class Split:
         if not path.exists():
             return None
         values = read_json(path)
-        parts = [{"objects": {}, **values}.get(key) for key in cls.__annotations__] if isinstance(values, dict) else [0]
+        every = {"objects": {}, "unknown": {}, **values} if isinstance(values, dict) else {}
+        parts: list[Any] = [every.get(key) for key in cls.__annotations__]
         if not all(isinstance(part, dict) for part in parts):
             raise ArtifactError(f"{path}: expected the ids of a split, got something else; delete it to draw a new one")
         return cls(*parts)
@@ -100,7 +104,8 @@ class RunData:
 
     @property
     def split(self) -> Split:
-        return Split(self.settings, *map(_contents, (self.train, self.held_out, self.objects)))
+        train, held_out, objects = map(_contents, (self.train, self.held_out, self.objects))
+        return Split(self.settings, train, held_out, objects, unknown_in([*self.train, *self.held_out]))
 
     def digest(self, split: str) -> str:
         """Content key of the annotated images of "train", "validation", "objects" or "base"."""
@@ -128,18 +133,19 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     """
     settings = config.data
     if not settings.root.is_dir():
-        default = settings.root == DataSettings().root
-        fetch = "fetch PASCAL VOC with scripts/fetch_voc, or " if default else ""
+        fetch = "fetch PASCAL VOC with scripts/fetch_voc, or " if settings.root == DataSettings().root else ""
         own = f"{fetch}set data.root to your own folder (data/README.md shows the layout)"
         raise SppnetError(f"{settings.root}: no such data folder; {own}")
     folder = find_data(settings.root, settings.format)
     settings = named_parts(settings, folder)
     if not settings.train:
-        where = f"{settings.root}: no part is called train"
-        raise SppnetError(f"{where}; name those to train on in data.train: {', '.join(folder.parts)}")
+        parts = ", ".join(folder.parts)
+        raise SppnetError(f"{settings.root}: no part is called train; name those to train on in data.train: {parts}")
     records, skips = load_splits(folder, settings.train)
     val, more = load_splits(folder, settings.val)
-    merged, added_skips, added = add_folders([*records, *val], settings.more, settings.classes)
+    before = kept.unknown if kept is not None and settings.more else {}
+    merged, added_skips, added, unknown = add_folders([*records, *val], settings.more, settings.classes, before)
+    merged = mark_unknown(merged, unknown if config.head.training == "joint" else {})
     skips = skips.plus(more).plus(folder.left_out).plus(added_skips)
     count, known = len(records), len(records) + len(val)
     trainable = [*merged[:count], *merged[known:]]
@@ -159,10 +165,10 @@ def load_run_data(config: Config, kept: Split | None = None) -> RunData:
     base = train
     train, held_out = ([newer[record.id] for record in side] for side in (base, held_out))
     fresh = [newer[record.id] for record in merged[known:]]
-    before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
-    held_out += before.divide(fresh)[1]
+    drawn_before = kept if kept is not None and kept.settings == drawn else Split(drawn, {}, {})
+    held_out += drawn_before.divide(fresh)[1]
     measured = _shown(held_out, classes)
-    undivided = [record for record in fresh if record.id not in {*before.train, *before.held_out}]
+    undivided = [record for record in fresh if record.id not in {*drawn_before.train, *drawn_before.held_out}]
     showing = [record for record in undivided if shown_classes(record, difficult).difference(measured)]
     with suppress(SppnetError):  # too few
         held_out += hold_out(showing, settings.holdout, settings.seed, difficult)[1]
@@ -284,7 +290,7 @@ def load_test_data(
     and for training images among them which `splits` does not name. In another folder images with the names of the
     run's count as these, saved anew, where most have such names.
     """
-    folder = root or config.data.root
+    folder, kept = root or config.data.root, kept or Split({}, {}, {})
     other = folder.resolve() != config.data.root.resolve()
     if not folder.is_dir():
         raise SppnetError(f"{folder}: no such data folder; name the one that holds the pictures with --data")
@@ -293,7 +299,7 @@ def load_test_data(
     names = tuple(splits) or settings.test or settings.val
     if other and not splits and found.contents and not {*(names or settings.train)} <= {*found.parts}:
         names = next(filter(None, map(found.roles().get, ("test", "val", "train"))), ())
-    if not names and not (kept and kept.held_out) and not other:
+    if not names and not kept.held_out and not other:
         raise SppnetError(
             "which images were held out is not known: the detector keeps no split.json (it is of an earlier version or "
             "was put together elsewhere), or is combined of some that were trained on what others held out; name "
@@ -301,35 +307,33 @@ def load_test_data(
         )
     records, skips = load_splits(found, names or settings.train, require_annotations=False)
     if not other and not splits:
-        base = load_splits(found, settings.train)[0] if config.data.more else []
-        before = list({record.id: record for record in (*records, *base)}.values())
-        merged, more, _ = add_folders(before, config.data.more)
-        ids = () if kept is None or settings.test else kept.held_out
-        records = [*merged[: len(records)], *(r for r in merged[len(before) :] if r.id in ids)]
+        merged, more, *_ = add_folders(records, config.data.more)
+        ids = () if settings.test else kept.held_out
+        records = [*merged[: len(records)], *(r for r in merged[len(records) :] if r.id in ids)]
         skips = skips.plus(more)
+    records = mark_unknown(records, {} if other else kept.unknown)
     if not names:
-        held_out = kept.held_out if kept is not None else {}
         today = {r.id: r.digest for r in records}
-        wrong = [name for name, digest in held_out.items() if today.get(name) != digest]
-        if other and (wrong or not held_out):
+        wrong = [name for name, digest in kept.held_out.items() if today.get(name) != digest]
+        if other and (wrong or not kept.held_out):
             names = settings.train
             log.info("no split is named: all images of %s in %s are evaluated", ", ".join(names), folder)
         elif wrong:
+            total = counted(len(kept.held_out), "image")
             raise SppnetError(
-                f"held out of training, but gone or changed since: {len(wrong)} of {counted(len(held_out), 'image')}, "
-                f"e.g. {', '.join(wrong[:3])}; put them back, train again, or name images with --split"
+                f"held out of training, but gone or changed: {len(wrong)} of {total}, e.g. {', '.join(wrong[:3])}; "
+                "put them back, train again, or name images with --split"
             )
         else:
-            records = [r for r in records if r.id in held_out]
-            own = {why: [image for image in images if image in held_out] for why, images in skips.images.items()}
+            records = [r for r in records if r.id in kept.held_out]
+            own = {why: [image for image in images if image in kept.held_out] for why, images in skips.images.items()}
             skips = SkipCounts(own)
-    of_run = Split({}, {}, {}) if kept is None else kept
-    train = {**of_run.train, **of_run.objects}
-    known = {**train, **of_run.held_out}
+    train = {**kept.train, **kept.objects}
+    known = {**train, **kept.held_out}
     alike = not other or 2 * sum(r.id in known for r in records) > min(len(records), len(known))
     trained, validation = (
         [r.id for r in records if r.digest in contents or (alike and r.id in side)]
-        for side, contents in ((side, set(side.values())) for side in (train, of_run.held_out))
+        for side, contents in ((side, set(side.values())) for side in (train, kept.held_out))
     )
     if validation:
         what = f"{len(validation)} of {counted(len(records), 'image')}, e.g. {validation[0]}"

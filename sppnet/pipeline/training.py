@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sppnet import distributed
-from sppnet.artifacts import read_json, read_tensors, write_json, write_tensors
+from sppnet.artifacts import read_json, read_tensors, replaced_folder, write_json, write_tensors
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import write_settings
@@ -102,37 +102,31 @@ class Training:
         reasons: Mapping[str, str] | None = None,
         adds: bool = False,
     ) -> SPPDetector | None:
-        """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too.
-
-        With `adds` the run keeps its settings, its split and its detector until all stages are done.
+        """`train_detector`. `expected` makes one bar of all stages; `reasons` of settings go to config.yaml too. With
+        `adds` the run keeps its settings, its split and its detector until all stages are done.
         """
         graph, runtime = self.graph, resolve_runtime(self.config.maps.runtime, self.device)
         log.info("device %s, maps by %s, precision %s", self.device, runtime, self.precision)
         if reasons is None:  # else the plan has said it
             log.info("%s", graph.data)
         self.networks.check_inputs(only)
-        if not adds:
-            self._begin(graph.invalidated(only, force), reasons)
+        if distributed.is_main() and not adds:
+            graph.delete(graph.invalidated(only, force))
+            write_settings(graph.root / "config.yaml", self.asked, reasons)
+            graph.data.split.write(graph.root)
+        distributed.barrier()
         chosen = [status for status in graph.statuses() if status.name in only]
         distributed.barrier()  # all processes see what is there before any of them makes more
-        lines = self._perform_all(chosen, expected)
-        log.info("Summary\n%s", "\n".join(lines))
+        log.info("Summary\n%s", "\n".join(self._perform_all(chosen, expected)))
         missing = [status.name for status in graph.statuses() if not status.complete]
         if missing:
             log.info("no detector yet: %s still to do", ", ".join(missing))
             return None
-        if adds:
-            (graph.detector / "detector.json").unlink(missing_ok=True)
-            self._begin((), reasons)
-        return self.assemble()
-
-    def _begin(self, invalidated: Sequence[str], reasons: Mapping[str, str] | None) -> None:
-        """Make the run one of these settings and this split; delete stages, and a detector that is of others."""
-        if distributed.is_main():
-            self.graph.delete(invalidated)
-            write_settings(self.graph.root / "config.yaml", self.asked, reasons)
-            self.graph.data.split.write(self.graph.root)
-        distributed.barrier()
+        detector = self.assemble()
+        if distributed.is_main() and adds:
+            write_settings(graph.root / "config.yaml", self.asked, reasons)
+            graph.data.split.write(graph.root)
+        return detector
 
     def _perform_all(self, chosen: Sequence[StageStatus], expected: Estimate | None) -> list[str]:
         """Run these stages; returns the summary: of each its name, time, estimated time, what it did."""
@@ -165,12 +159,13 @@ class Training:
         return f"{status.name:<10} {took:>9}  {summary}"
 
     def assemble(self) -> SPPDetector:
-        """The detector from the artifacts, saved under detector/."""
+        """The detector from the artifacts, saved under detector/, where one of before stays until this is complete."""
         chosen = read_json(self.graph.folder("thresholds") / "thresholds.json")
         detector = replace(self._detector(), thresholds=tuple(chosen[name]["threshold"] for name in self.classes))
         if distributed.is_main():
-            self.graph.data.split.write(self.graph.detector)
-            detector.save(self.graph.detector)
+            with replaced_folder(self.graph.detector) as made:
+                self.graph.data.split.write(made)
+                detector.save(made)
         distributed.barrier()
         return detector
 

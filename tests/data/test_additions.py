@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from devkit import thing
 from layouts import BOX, coco, coco_of, picture, text, xml
 
 from sppnet.data.additions import add_folders
+from sppnet.data.selection import mark_unknown, unknown_in
 from sppnet.data.splits import load_splits
 from sppnet.errors import SppnetError
 
@@ -43,10 +43,12 @@ def test_new_pictures_of_any_format_follow_the_known_ones_under_ids_of_their_fol
     text(tmp_path / "two/a.txt", "0 0.5 0.5 0.1 0.1\n")
     text(tmp_path / "two/classes.txt", "bird\n")
     folders = [tmp_path / "one", tmp_path / "two"]
-    merged, _, notes = add_folders(known, folders)
+    merged, _, notes, unknown = add_folders(known, folders)
     assert [r.id for r in merged] == ["a", "b", "added-1/train/a", "added-1/valid/a", "added-2/a"]
-    assert [r.annotation.unknown for r in merged] == [("bird", "dog")] * 2 + [("bird",)] * 2 + [()]
-    assert [replace(r, annotation=replace(r.annotation, unknown=())) for r in merged[:2]] == known
+    assert merged[:2] == known
+    of_folders = {"added-1/train/a", "added-1/valid/a"}, {"added-2/a"}  # neither labels cats, the second no dogs
+    assert unknown == {"dog": {"a", "b", *of_folders[1]}, "bird": {"a", "b", *of_folders[0]},
+                       "cat": of_folders[0] | of_folders[1]}  # fmt: skip
     assert [set(objects(r)) for r in merged[2:]] == [{"dog"}, {"dog"}, {"bird"}]
     assert notes == [f"{folders[0]} adds 2 images", f"{folders[1]} adds 1 images"]
     assert add_folders(known, folders)[0] == merged
@@ -60,11 +62,11 @@ def test_a_known_picture_gets_the_objects_of_the_classes_that_the_folder_labels_
         shutil.copy(known[0].path, tmp_path / name / "x.jpg")
         text(tmp_path / name / "x.xml", f"<annotation>{''.join(labels)}</annotation>")
     cat, dog, moved = (float(v) for v in BOX), (30, 10, 50, 30), (10, 10, 20, 20)
-    merged, _, notes = add_folders(known, [tmp_path / "dogs"])
+    merged, _, notes, unknown = add_folders(known, [tmp_path / "dogs"])
     assert [r.id for r in merged] == ["a", "b"]
     assert objects(merged[0]) == {"cat": tuple(cat), "dog": dog}
-    assert merged[0].annotation.unknown == ()
-    assert merged[1] == replace(known[1], annotation=replace(known[1].annotation, unknown=("dog",)))
+    assert merged[1] == known[1]
+    assert unknown == {"dog": {"b"}}
     assert notes == [f"{tmp_path / 'dogs'} adds 0 images, and its objects of dog to 1 known, e.g. x"]
     assert objects(add_folders(known, [tmp_path / "dogs", tmp_path / "moved"])[0][0]) == {"dog": dog, "cat": moved}
     assert add_folders(known, [tmp_path / "empty"])[0] == known
@@ -72,21 +74,33 @@ def test_a_known_picture_gets_the_objects_of_the_classes_that_the_folder_labels_
     assert np.array_equal(again[0].annotation.boxes, merged[0].annotation.boxes)
 
 
-def test_a_picture_without_objects_knows_nothing_of_a_new_class_either(tmp_path, root):
+def test_what_nobody_labelled_stays_unknown_until_a_folder_labels_it(tmp_path, root, known):
     picture(root / "c.jpg", (50, 31))
     text(root / "c.xml", "<annotation></annotation>")
-    picture(tmp_path / "dogs/new.jpg", (50, 32))
-    xml(tmp_path / "dogs/new.xml", DOG)
-    merged = add_folders(load_splits(root, ("all",))[0], [tmp_path / "dogs"])[0]
-    assert {r.id: r.annotation.unknown for r in merged} == {
-        "a": ("dog",), "b": ("dog",), "c": ("dog",), "added-1/new": ()
-    }  # fmt: skip
+    xml(root / "a.xml", thing("cat", 11, 11, 30, 40), DOG)  # labelled in place: one picture alone
+    for name, stem, labels in (
+        ("dogs", "d", [DOG]),
+        ("both", "e", [DOG, thing("cat", 11, 11, 20, 20)]),
+        ("more", "f", []),
+    ):
+        picture(tmp_path / name / f"{stem}.jpg", (50, 32 + len(labels)))
+        text(tmp_path / name / f"{stem}.xml", f"<annotation>{''.join(labels)}</annotation>")
+    shutil.copy(known[1].path, tmp_path / "dogs/b.jpg")
+    text(tmp_path / "dogs/b.xml", "<annotation></annotation>")
+    records, folders = load_splits(root, ("all",))[0], [tmp_path / name for name in ("dogs", "both", "more")]
+    before = {"dog": ["a", "b", "c"], "cow": ["c"]}
+    merged, _, _, unknown = add_folders(records, folders, unknown=before)
+    assert unknown == {"dog": {"a", "c"}, "cow": {"c"}}
+    marked = {r.id: r.annotation.unknown for r in mark_unknown(merged, unknown)}
+    assert marked == {"a": (), "b": (), "c": ("dog", "cow"), "added-1/d": (), "added-2/e": (), "added-3/f": ()}
+    assert unknown_in(mark_unknown(merged, unknown)) == {"dog": ["c"], "cow": ["c"]}
+    assert mark_unknown(merged, {}) == merged
 
 
 def test_classes_that_a_folder_only_lists_stay_as_they_are_known(tmp_path, known):
     picture(tmp_path / "dogs/new.jpg"), shutil.copy(known[0].path, tmp_path / "dogs/x.jpg")
     coco(tmp_path / "dogs/labels.json", coco_of("x.jpg", "new.jpg", boxes=[(1, 1, 9, 9)], categories=("dog", "cat")))
-    merged, _, notes = add_folders(known, [tmp_path / "dogs"])
+    merged, _, notes, _ = add_folders(known, [tmp_path / "dogs"])
     assert objects(merged[0]) == {"cat": tuple(map(float, BOX)), "dog": (1, 1, 10, 10)}
     assert notes == [f"{tmp_path / 'dogs'} adds 1 images, and its objects of dog to 1 known, e.g. x"]
 

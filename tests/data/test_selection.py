@@ -76,14 +76,15 @@ def test_the_digest_covers_everything_that_training_sees():
 
     digests = [digest(), digest(image="1" * 16), digest(box=1.5), digest(difficult=True), digest(image_id="2")]
     digests += [
-        digest(more=("cat",)),
+        digest(more=("cow",), classes=("cat", "cow")),
+        digest(classes=("cat", "cow")),
         digest(classes=("cat", "dog")),
         digest(names=("dog", "cat")),
         annotations_digest([], ("cat",)),
     ]
     assert len(set(digests)) == len(digests)
     assert digest() == digest()
-    assert digest(names=("cat", "cow")) == digest(more=("dog",)) == digest()  # objects of other classes are not seen
+    assert digest(names=("cat", "cow")) == digest(more=("bird",)) == digest()  # objects of other classes are not seen
     assert len(annotations_digest([record("1")], ("cat",))) == 16
 
 

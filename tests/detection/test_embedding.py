@@ -217,22 +217,23 @@ def test_background_may_be_of_the_classes_that_nobody_labelled_in_its_image(sour
     opened = replace(source, records=[source.records[0], replace(source.records[1], annotation=open_classes)])
     embed_images(source, Projection(torch.zeros(4, 640), torch.zeros(4)), tmp_path / "rows", True, False, False)
     number_rows(source, [(0, False), (0, True), (1, False), (1, True)], tmp_path / "rows")
-    assert label_rows(source, tmp_path / "rows", True).unknown == {}
+    assert label_rows(source, tmp_path / "rows", True).unknown is None
     rows = label_rows(opened, tmp_path / "rows", True)
     expected = (rows.features[:, 0] >= 2) & (rows.labels == 2)
     assert 0 < expected.sum() < (rows.features[:, 0] >= 2).sum()
-    assert [*rows.unknown] == [1]
-    assert np.array_equal(rows.unknown[1], expected)
+    hidden = rows.mask(torch.zeros(len(rows.labels), 3), np.arange(len(rows.labels))).numpy() == -np.inf
+    assert np.array_equal(hidden, np.stack([expected & False, expected, expected & False], axis=1))
 
 
-def test_logits_of_unknown_classes_are_hidden():
-    rows = replace(rows_of([0, 3, 3]), unknown={1: np.array([False, True, False]), 2: np.array([False, True, True])})
+def test_logits_of_unknown_classes_are_hidden_in_background():
+    images = np.array([[False, False, False], [False, True, True], [False, False, True]])
+    rows = replace(rows_of([0, 3, 3, 0]), unknown=(np.array([0, 1, 2, 1]), images))
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    masked, hidden = rows.mask(logits, np.array([2, 0, 1, 2])), -torch.inf
+    masked, hidden = rows.mask(logits, np.array([2, 0, 1, 3])), -torch.inf
     assert masked[0].tolist() == [logits[0, 0], logits[0, 1], hidden, logits[0, 3]]
-    assert torch.equal(masked[1], logits[1])
+    assert torch.equal(masked[[1, 3]], logits[[1, 3]])
     assert masked[2].tolist() == [logits[2, 0], hidden, hidden, logits[2, 3]]
-    assert torch.equal(rows_of([0, 3, 3]).mask(logits, np.array([2, 0, 1, 2])), logits)
+    assert torch.equal(rows_of([0, 3, 3, 0]).mask(logits, np.array([2, 0, 1, 3])), logits)
 
 
 def test_of_two_objects_at_the_same_overlap_the_target_is_that_of_the_label(source, tmp_path):

@@ -7,11 +7,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from devkit import thing
 from small_run import SmallRun, modified, refused, run_command
 
-from sppnet.artifacts import read_json
+from sppnet.artifacts import read_arrays, read_json
 from sppnet.config_files import load_config
 from sppnet.data.shapes import generate_shapes
 from sppnet.detection.detector import DetectorDescription, SPPDetector
@@ -67,12 +69,47 @@ def test_the_class_of_added_pictures_is_learned_measured_and_said(added):
     run, more, result = added
     assert SPPDetector.load(run.root).classes == ("cross", "disc", "square", "star", "triangle")
     assert f"{more.resolve()} adds 6 images;" in result.err
-    assert "not labelled in the images of before, which tell nothing of it: star in 8 training images" in result.err
+    assert "not labelled, so that nothing is known of it there: star in 8 training images" in result.err
     assert re.search(r"detector of 5 classes in .*; mAP 0\.\d+ on 3 validation images", result.out)
     assert read_json(next(run.root.glob("thresholds-*/thresholds.json")).with_name("thresholds.json"))
     evaluation = run_command("eval", run.root)
     assert evaluation.status == 0, evaluation
     assert "star" in evaluation.out
+
+
+def test_pictures_of_before_do_not_count_in_the_figures_of_a_class_that_nobody_labelled_in_them(added):
+    run, split = added[0], Split.read(added[0].root)
+    assert set(split.unknown["star"]) == {name for name in (*split.train, *split.held_out) if "added" not in name}
+    (own,) = (name for name in split.held_out if name.startswith("added-1/"))
+    found = read_json(run.root / "results/held-out/metrics.json")["detections"]
+    stars = {name: (read_arrays(file)["labels"] == 3).sum() for name in split.held_out
+             for file in (run.root / found / name).parent.glob(f"{Path(name).name}-*.npz")}  # fmt: skip
+    assert len(stars) == len(split.held_out)
+    curves = read_json(run.root / "results/held-out/curves.json")
+    assert len(curves["star"]["recall"]) == stars[own] < sum(stars.values())
+    assert run_command("eval", run.root, "--split", "all").status == 0
+    (folder,) = (run.root / "results").glob("all*")
+    assert len(read_json(folder / "curves.json")["star"]["recall"]) == 0
+
+
+def test_a_star_labelled_in_place_is_known_there_alone(before, tmp_path):
+    root, run = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(before.devkit, root)
+    shutil.copytree(before.root, run)
+    config = load_config(run / "config.yaml")
+    data = config.data.model_copy(update={"root": root, "more": (photos(tmp_path / "more", 3, 1, stars=True),)})
+    config = config.model_copy(update={"data": data})
+    split = load_run_data(config, Split.read(run)).split
+    xml = next(root.glob("*.xml"))
+    xml.write_text(xml.read_text().replace("</annotation>", f"{thing('star', 5, 5, 40, 40)}</annotation>"))
+    again = load_run_data(config, split).split
+    assert set(split.unknown["star"]) - set(again.unknown["star"]) == {xml.stem}
+    assert (
+        load_run_data(config.model_copy(update={"data": data.model_copy(update={"more": ()})}), again).split.unknown
+        == {}
+    )
+    paper = config.model_copy(update={"head": config.head.model_copy(update={"training": "paper"})})
+    assert load_run_data(paper, split).split.unknown == {}
 
 
 def test_only_added_pictures_are_searched_and_embedded_and_the_projection_stays(before, added):
@@ -165,6 +202,19 @@ def test_an_addition_that_fails_leaves_the_run_as_it_was_and_another_folder_can_
     broken.write_bytes(whole)
     assert run_command("add", run, more).status == 0
     assert "star" in SPPDetector.load(run).classes
+
+
+def test_a_detector_that_cannot_be_saved_leaves_that_of_before(before, tmp_path, monkeypatch):
+    run, more = tmp_path / "run", photos(tmp_path / "more", 2, 1, stars=True)
+    shutil.copytree(before.root, run)
+    state = {name: value for name, value in modified(run).items() if name in read_names(run)}
+    with monkeypatch.context() as patched:
+        patched.setattr("sppnet.detection.detector.write_json", Mock(side_effect=OSError("No space left on device")))
+        assert "No space left" in refused("add", run, more)
+    assert {name: value for name, value in modified(run).items() if name in state} == state
+    assert run_command("add", run, more).status == 0
+    assert "star" in SPPDetector.load(run).classes
+    assert "# " in (run / "config.yaml").read_text()  # the reasons of its settings
 
 
 def read_names(run: Path) -> set[str]:

@@ -228,7 +228,7 @@ def test_held_out_images_that_are_gone_or_changed_are_named(root):
     split = load_run_data(settings(root)).split
     first, second = stems(split.held_out)
     Image.new("RGB", (60, 40)).save(root / f"MINE/JPEGImages/{first}.png")
-    message = rf"held out of training, but gone or changed since: 1 of 2 images, e\.g\. MINE/{first}; put them back"
+    message = rf"held out of training, but gone or changed: 1 of 2 images, e\.g\. MINE/{first}; put them back"
     with pytest.raises(SppnetError, match=message):
         load_test_data(settings(root), kept=split)
     listed(root, "train", *(f"p{i:02}" for i in range(12) if f"p{i:02}" != second))

@@ -285,7 +285,7 @@ def test_an_interruption_while_the_detector_is_saved_leaves_no_detector_that_loa
     interrupt_at(monkeypatch, module, "write_tensors", 3)
     with pytest.raises(Interruption):
         train(run.config, run.root)
-    with pytest.raises(ArtifactError, match="its detector is not complete"):
+    with pytest.raises(ArtifactError, match="holds no trained detector"):
         SPPDetector.load(run.root)
 
 
