@@ -92,7 +92,7 @@ def compare_recall(records: list[ImageRecord], settings: ProposalSettings) -> di
     for name, search in SEARCHES.items():
         found = {record.id: search(read_image(record.path), settings) for record in records}
         results[name] = {count: proposal_recall(found, annotations, max_windows=count) for count in COUNTS}
-    objects = results["sppnet"][COUNTS[0]].objects
+    objects = len(results["sppnet"][COUNTS[0]].best_overlaps)
     print(f"\n{len(records)} images, {objects} objects, sides of {settings.min_side} px and more")
     columns = [
         f"{value}: {name}" for value in ("recall at IoU 0.5", "mean best overlap", "windows") for name in SEARCHES

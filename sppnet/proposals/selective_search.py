@@ -2,7 +2,7 @@
 
 An image is segmented in every colour space at every threshold; each segmentation is grouped once per set of
 similarities; the boxes of all regions of all these hierarchies, small and large, are the windows: 2 spaces × 2
-thresholds × 2 sets = 8 hierarchies, those of the authors' "fast" mode. About 15 times as fast as OpenCV's on one core
+thresholds × 2 sets = 8 hierarchies, those of the authors' "fast" mode. About ten times as fast as OpenCV's on one core
 (``benchmarks/proposals.py``), and in the same order on every machine: no random numbers, no ties.
 """
 

@@ -146,7 +146,9 @@ def test_a_split_is_a_year_folder_and_a_set(tmp_path, split):
 
 
 def test_a_missing_root_is_an_error(tmp_path):
-    with pytest.raises(SppnetError, match=r"gone: no such data folder; name one that exists \(data\.root, data\.more\), or fetch"):
+    with pytest.raises(
+        SppnetError, match=r"gone: no such data folder; name one that exists \(data\.root, data\.more\), or fetch"
+    ):
         load_split(tmp_path / "gone", "VOC2007/train")
 
 
