@@ -112,13 +112,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, which takes its place once it is complete; after an error that of before stays."""
-    made = place.with_name(f"{place.name}.new")
+def replaced_files(folder: Path, last: str) -> Iterator[Path]:
+    """A new folder, whose files go to `folder` once all are complete, `last` last; after an error all stays there."""
+    made = folder / "new"
     shutil.rmtree(made, ignore_errors=True)
-    yield made
-    shutil.rmtree(place, ignore_errors=True)
-    made.rename(place)
+    try:
+        yield made
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager

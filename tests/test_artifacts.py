@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sppnet.artifacts import (
     read_arrays,
     read_json,
     read_tensors,
+    replaced_files,
     tensors_digest,
     write_arrays,
     write_atomically,
@@ -366,3 +368,37 @@ def test_tensors_are_kept_in_folders_of_any_name(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ArtifactError, match="cannot read this artifact"):
         read_tensors(path)
+
+
+def test_files_replace_those_of_before_once_all_are_there_and_others_stay(tmp_path):
+    for name, text in (("a", "old"), ("last", "old"), ("mine", "mine")):
+        (tmp_path / name).write_text(text)
+
+    def save(*names):
+        with replaced_files(tmp_path, "last") as made:
+            for name in names:
+                write_text(made / name, "new")
+                assert (tmp_path / "last").read_text() == "old"
+            if "a" not in names:
+                raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        save("last", "b")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "last": "old", "mine": "mine"}
+    save("last", "a", "b")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"a": "new", "b": "new", "last": "new", "mine": "mine"}
+
+
+def test_an_interruption_among_the_files_leaves_none_called_last(tmp_path, monkeypatch):
+    (tmp_path / "last").write_text("old")
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
+
+    def save():
+        with replaced_files(tmp_path, "last") as made:
+            made.mkdir()
+            (made / "last").write_text("new")
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert list(tmp_path.iterdir()) == []

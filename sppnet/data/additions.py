@@ -64,7 +64,7 @@ def add_folders(
             raise SppnetError(f"{folder}: ids of its images begin with added-{number}/, as others do; rename those")
         again = f", and its objects of {', '.join(sorted(labelled))} to {len(copies)} known, e.g. " if copies else ""
         notes.append(f"{folder} adds {fresh} images{again}{copies[0] if copies else ''}")
-    return merged, skips, notes, open_in
+    return merged, skips, notes, {name: open_in[name] for name in sorted(open_in)}
 
 
 def _relabel(known: ImageRecord, newer: ImageRecord, labelled: set[str]) -> Annotation | None:

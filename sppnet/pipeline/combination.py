@@ -61,6 +61,6 @@ def combine_runs(runs: Sequence[str | Path], out: str | Path) -> SPPDetector:
     sides = splits if first.val or first.test else splits[:1]
     held_out = {name: digest for split in sides for name, digest in split.held_out.items()}
     apart = {name: digest for name, digest in held_out.items() if name not in train and digest not in contents}
-    Split({}, train, apart).write(folder)
+    Split({}, train, apart, unknown=splits[0].unknown).write(folder)
     detector.save(folder)
     return detector

@@ -65,7 +65,7 @@ class Split:
         values = read_json(path)
         every = {"objects": {}, "unknown": {}, **values} if isinstance(values, dict) else {}
         parts: list[Any] = [every.get(key) for key in cls.__annotations__]
-        if not all(isinstance(part, dict) for part in parts):
+        if not all(isinstance(part, dict) for part in parts) or {*map(type, parts[-1].values())} - {list}:
             raise ArtifactError(f"{path}: expected the ids of a split, got something else; delete it to draw a new one")
         return cls(*parts)
 

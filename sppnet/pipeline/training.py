@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sppnet import distributed
-from sppnet.artifacts import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from sppnet.artifacts import read_json, read_tensors, replaced_files, write_json, write_tensors
 from sppnet.backbones.runtime import resolve_precision, resolve_runtime
 from sppnet.config import STAGES, Config, FinetuneSettings
 from sppnet.config_files import write_settings
@@ -163,7 +163,7 @@ class Training:
         chosen = read_json(self.graph.folder("thresholds") / "thresholds.json")
         detector = replace(self._detector(), thresholds=tuple(chosen[name]["threshold"] for name in self.classes))
         if distributed.is_main():
-            with replaced_folder(self.graph.detector) as made:
+            with replaced_files(self.graph.detector, "detector.json") as made:
                 self.graph.data.split.write(made)
                 detector.save(made)
         distributed.barrier()

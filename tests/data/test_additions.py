@@ -92,7 +92,7 @@ def test_what_nobody_labelled_stays_unknown_until_a_folder_labels_it(tmp_path, r
     merged, _, _, unknown = add_folders(records, folders, unknown=before)
     assert unknown == {"dog": {"a", "c"}, "cow": {"c"}}
     marked = {r.id: r.annotation.unknown for r in mark_unknown(merged, unknown)}
-    assert marked == {"a": (), "b": (), "c": ("dog", "cow"), "added-1/d": (), "added-2/e": (), "added-3/f": ()}
+    assert marked == {"a": (), "b": (), "c": ("cow", "dog"), "added-1/d": (), "added-2/e": (), "added-3/f": ()}
     assert unknown_in(mark_unknown(merged, unknown)) == {"dog": ["c"], "cow": ["c"]}
     assert mark_unknown(merged, {}) == merged
 

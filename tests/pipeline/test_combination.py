@@ -181,7 +181,7 @@ def test_without_splits_it_is_evaluated_on_what_was_held_out_of_all(small_run, a
 @pytest.mark.parametrize("named", [(), ("val",), ("test",)])
 def test_held_out_is_what_no_other_trained_on_by_id_or_content(small_run, another, tmp_path, named):
     """Where splits are named, of all; else of the first, as another may have held out of other data."""
-    splits = [Split({}, {}, {"a": "1", "b": "2", "c": "3", "d": "4"})]
+    splits = [Split({}, {}, {"a": "1", "b": "2", "c": "3", "d": "4"}, unknown={"star": ["d"]})]
     splits += [Split({}, {"a": "9", "x": "2"}, {"e": "5"}, {"y": "3"})]
     data = {"val": (), "test": (), **{name: (f"SHAPES/{name}",) for name in named}}
     runs = [
@@ -190,7 +190,8 @@ def test_held_out_is_what_no_other_trained_on_by_id_or_content(small_run, anothe
     ]
     combine_runs(runs, tmp_path / "both")
     found = Split.read(tmp_path / "both/detector")
-    assert found == Split({}, {"a": "9", "x": "2", "y": "3"}, {"d": "4", **({"e": "5"} if named else {})})
+    held_out = {"d": "4", **({"e": "5"} if named else {})}
+    assert found == Split({}, {"a": "9", "x": "2", "y": "3"}, held_out, unknown={"star": ["d"]})
 
 
 def test_one_detector_with_two_searches_is_two(small_run, tmp_path):

@@ -165,6 +165,10 @@ def test_a_split_is_written_and_read_back(root, tmp_path):
     assert Split.read(tmp_path / "elsewhere") is None
     values = json.loads((tmp_path / "split.json").read_text())
     assert {*values["train"], *values["held_out"]} == {f"MINE/p{i:02}" for i in range(12)}
+    for unknown in (5, None, [["p0"]], {"star": 5}, {"star": "p0"}):
+        (tmp_path / "split.json").write_text(json.dumps({**values, "unknown": unknown}))
+        with pytest.raises(ArtifactError, match=r"split\.json: .*delete it"):
+            Split.read(tmp_path)
     for content in ("[]", "{}", "{", '{"settings": {}, "train": [], "held_out": {}}'):
         (tmp_path / "split.json").write_text(content)
         with pytest.raises(ArtifactError, match=r"split\.json: .*delete it"):
