@@ -88,6 +88,10 @@ def test_what_nobody_labelled_stays_unknown_until_a_folder_labels_it(tmp_path, r
     shutil.copy(known[1].path, tmp_path / "dogs/b.jpg")
     text(tmp_path / "dogs/b.xml", "<annotation></annotation>")
     records, folders = load_splits(root, ("all",))[0], [tmp_path / name for name in ("dogs", "both", "more")]
+    picture(tmp_path / "again/g.jpg", (50, 36))
+    xml(tmp_path / "again/g.xml", DOG)
+    alone = add_folders(known[1:], [folders[0], tmp_path / "again"])[3]  # dogs alone, twice
+    assert alone == {"cat": {"added-1/d", "added-2/g"}, "dog": set()}
     before = {"dog": ["a", "b", "c"], "cow": ["c"]}
     merged, _, _, unknown = add_folders(records, folders, unknown=before)
     assert unknown == {"dog": {"a", "c"}, "cow": {"c"}}
